@@ -1,0 +1,143 @@
+"""Edits on weights as data, and the one definition of what a list of edits means.
+
+`TransformedWeights` is a mapping from tensor name to tensor. Asking for a name computes just that
+tensor from just its sources, so the same object streams a checkpoint larger than memory and edits a
+`state_dict()` in place of loops. Wrapping one in another composes operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmsurgeon.errors import SurgeryError
+
+TensorFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
+
+
+@dataclass(frozen=True)
+class WeightTransform:
+    """`targets = fn(*sources)`; names in, names out. `fn` is pure: tensors to a tensor, or to one per target.
+
+    Without `fn` the edit is a rename (one source, one target) or a removal (no target).
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    fn: TensorFunction | None = None
+
+    @property
+    def is_rename(self) -> bool:
+        """True where bytes pass unchanged under another name."""
+        return self.fn is None and len(self.targets) == 1
+
+
+def rename(source: str, target: str) -> WeightTransform:
+    """`source` is called `target` from here on."""
+    return WeightTransform((source,), (target,))
+
+
+def remove(*sources: str) -> WeightTransform:
+    """`sources` leave the model."""
+    return WeightTransform(sources, ())
+
+
+class TransformedWeights(Mapping[str, Tensor]):
+    """The weights of `base` after `transforms`.
+
+    Names that no transform mentions pass through. A source may feed several transforms; a target is
+    claimed once, and may not collide with a name that passes through.
+
+    Raises:
+        SurgeryError: a source is missing in `base`, or two edits claim one target.
+    """
+
+    def __init__(self, base: Mapping[str, Tensor], transforms: Sequence[WeightTransform]) -> None:
+        self.base = base
+        self.transforms = tuple(transforms)
+        consumed: set[str] = set()
+        self._maker: dict[str, WeightTransform] = {}
+        for transform in self.transforms:
+            for source in transform.sources:
+                if source not in base:
+                    raise SurgeryError(
+                        f"tensor {source!r} is missing from the checkpoint; its config.json promises it. "
+                        "Run `llmsurgeon verify` on the source"
+                    )
+                consumed.add(source)
+            for target in transform.targets:
+                if target in self._maker:
+                    raise SurgeryError(f"two edits write tensor {target!r}")
+                self._maker[target] = transform
+        self._through = [name for name in base if name not in consumed]
+        for name in self._through:
+            if name in self._maker:
+                raise SurgeryError(f"an edit writes tensor {name!r}, which the model already has and no edit consumes")
+        self._last: tuple[WeightTransform, dict[str, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._through
+        yield from self._maker
+
+    def __len__(self) -> int:
+        return len(self._through) + len(self._maker)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._maker or (name in self.base and name in self._passing)
+
+    @property
+    def _passing(self) -> set[str]:
+        if not hasattr(self, "_passing_set"):
+            self._passing_set = set(self._through)
+        return self._passing_set
+
+    def __getitem__(self, name: str) -> Tensor:
+        transform = self._maker.get(name)
+        if transform is None:
+            if name not in self._passing:
+                raise KeyError(name)
+            return self.base[name]
+        if transform.fn is None:
+            return self.base[transform.sources[0]]
+        # Several targets of one transform are asked for one after the other: the last result is kept.
+        if self._last is None or self._last[0] is not transform:
+            made = transform.fn(*(self.base[source] for source in transform.sources))
+            made = made if isinstance(made, tuple) else (made,)
+            if len(made) != len(transform.targets):
+                raise AssertionError(f"{transform.targets}: {len(made)} tensors made")
+            self._last = (transform, dict(zip(transform.targets, made, strict=True)))
+        return self._last[1][name]
+
+    def release(self) -> None:
+        """Forget the tensors of the last edit, so that memory stays bounded by one edit."""
+        self._last = None
+        if isinstance(self.base, TransformedWeights):
+            self.base.release()
+
+    def origin(self, name: str) -> str | None:
+        """The name in the innermost base whose bytes `name` is an exact copy of, or None where it is computed."""
+        transform = self._maker.get(name)
+        if transform is not None:
+            if not transform.is_rename:
+                return None
+            name = transform.sources[0]
+        return self.base.origin(name) if isinstance(self.base, TransformedWeights) else name
+
+    @property
+    def root(self) -> Mapping[str, Tensor]:
+        """The innermost base: the checkpoint as it was read."""
+        return self.base.root if isinstance(self.base, TransformedWeights) else self.base
+
+    def group(self, name: str) -> tuple[str, ...]:
+        """The names that are computed together with `name`, itself included."""
+        transform = self._maker.get(name)
+        return (name,) if transform is None else transform.targets
+
+
+def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same edits over another innermost base, e.g. meta tensors, to learn names, shapes and dtypes for free."""
+    if isinstance(weights, TransformedWeights):
+        return TransformedWeights(rebase(weights.base, base), weights.transforms)
+    return base

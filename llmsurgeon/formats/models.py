@@ -1,0 +1,155 @@
+"""Configs and empty models: what transformers would build from a config.json, without weights.
+
+The names and shapes of a model on the meta device are the contract that every written checkpoint is held against.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
+from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.families import SURGEON_PREFIX, Family, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def is_surgeon(config: Mapping[str, Any]) -> bool:
+    """True for the config of a checkpoint in the surgeon format."""
+    return str(config.get("model_type", "")).startswith(SURGEON_PREFIX)
+
+
+def surgeon_module(family: Family) -> Any:
+    """The modeling file of `family` that ships inside checkpoints, imported from this package."""
+    return importlib.import_module(f"llmsurgeon.modeling.modeling_surgeon_{family.model_type}")
+
+
+def surgeon_classes(family: Family) -> tuple[type, type]:
+    """(config class, model class) of the surgeon format for `family`."""
+    module = surgeon_module(family)
+    config_class = next(
+        c for c in vars(module).values() if isinstance(c, type) and getattr(c, "model_type", "").startswith("surgeon_")
+    )
+    model_class = next(c for c in vars(module).values() if getattr(c, "config_class", None) is config_class)
+    return config_class, model_class
+
+
+def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
+    """The transformers config object of a config.json's contents. No remote code runs.
+
+    Raises:
+        SurgeryError: the family is not supported, or transformers finds the values impossible.
+    """
+    from transformers import AutoConfig
+
+    family = family_of(raw)
+    values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    try:
+        if is_surgeon(raw):
+            return surgeon_classes(family)[0](**values)
+        return AutoConfig.for_model(raw["model_type"], **values)
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        raise SurgeryError(f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}") from error
+    except Exception as error:
+        # Validators of config classes raise their own types; all of them mean "these values cannot be".
+        if type(error).__module__.startswith("huggingface_hub"):
+            message = f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}"
+            raise SurgeryError(message) from error
+        raise
+
+
+def normalised(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with every default filled in and per-layer lists expanded."""
+    values = load_config(raw).to_dict()
+    values["model_type"] = raw["model_type"]
+    return values
+
+
+def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
+    """The model of a config with parameters on the meta device and real buffers (rotary frequencies)."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    config = load_config(raw)
+    family = family_of(raw)
+    model_class = surgeon_classes(family)[1] if is_surgeon(raw) else getattr(transformers, family.model_class)
+    with init_empty_weights(include_buffers=False):
+        try:
+            return model_class(config).eval()
+        except (ValueError, RuntimeError, AssertionError) as error:
+            raise SurgeryError(
+                f"config.json: transformers cannot build this {raw['model_type']} model: {_first_line(error)}"
+            ) from error
+
+
+def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of `model` holds; tied copies are left out."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+
+
+def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Hold names and shapes against what the config promises.
+
+    Raises:
+        CheckpointError: listing missing, unexpected and misshapen tensors.
+    """
+    problems = [f"{name} is missing (expected shape {list(expected[name])})" for name in expected if name not in found]
+    problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name])}, the config asks for {list(expected[name])}"
+        for name in expected
+        if name in found and tuple(found[name]) != tuple(expected[name])
+    ]
+    if problems:
+        more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
+        raise CheckpointError(f"{where}: tensors and config.json disagree: " + "; ".join(problems[:4]) + more)
+
+
+def canonical(weights: Mapping[str, Tensor], family: Family, tied: bool) -> TransformedWeights:
+    """The weights under the names of today's classes: old buffers dropped, old prefixes and names mended."""
+    transforms: list[WeightTransform] = []
+    legacy = dict(family.legacy_names)
+    prefix = family.optional_prefix
+    head = f"{family.head}.weight"
+    for name in weights:
+        target = legacy.get(name, name)
+        if prefix and not target.startswith((prefix, f"{family.head}.")):
+            target = prefix + target
+        if any(re.search(pattern, name) for pattern in family.ignored) or (tied and target == head):
+            transforms.append(remove(name))
+        elif target != name:
+            transforms.append(rename(name, target))
+    return TransformedWeights(weights, transforms)
+
+
+def legacy(weights: Mapping[str, Tensor], family: Family) -> TransformedWeights:
+    """Today's names back to the published ones, for formats that other engines read."""
+    published = {today: old for old, today in family.legacy_names}
+    return TransformedWeights(weights, [rename(name, published[name]) for name in weights if name in published])
+
+
+def fill(model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str) -> None:
+    """Give every parameter of an empty model its tensor from `weights`, cast to `dtype`, on `device`."""
+    expected = expected_shapes(model)
+    state = {name: weights[name].to(device=device, dtype=dtype) for name in expected}
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    model.to(device)
+    left = [name for name, p in model.named_parameters() if p.is_meta]
+    if left:
+        raise CheckpointError(f"no tensor for {', '.join(left[:4])}; the checkpoint is incomplete")
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) or type(error).__name__

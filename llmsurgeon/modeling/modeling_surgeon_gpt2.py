@@ -1,0 +1,35 @@
+"""GPT2 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.gpt2.configuration_gpt2 import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonGPT2Config(SurgeonConfigMixin, GPT2Config):
+    model_type = "surgeon_gpt2"
+    block_configs: list | None = None
+
+
+class SurgeonGPT2Block(SurgeonBlock, GPT2Block):
+    """GPT2Block with parts that may be absent."""
+
+    attention_name = "attn"
+    attention_norm_name = "ln_1"
+    ffn_norm_name = "ln_2"
+
+
+class SurgeonGPT2ForCausalLM(GPT2LMHeadModel):
+    config_class = SurgeonGPT2Config
+    _no_split_modules = ["SurgeonGPT2Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.transformer.h, config, SurgeonGPT2Block, width_key="n_inner")
+        self.post_init()
+
+
+SurgeonGPT2Config.register_for_auto_class()
+SurgeonGPT2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

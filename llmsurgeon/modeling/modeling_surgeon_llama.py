@@ -1,0 +1,31 @@
+"""Llama with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaDecoderLayer
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonLlamaConfig(SurgeonConfigMixin, LlamaConfig):
+    model_type = "surgeon_llama"
+    block_configs: list | None = None
+
+
+class SurgeonLlamaBlock(SurgeonBlock, LlamaDecoderLayer):
+    """LlamaDecoderLayer with parts that may be absent."""
+
+
+class SurgeonLlamaForCausalLM(LlamaForCausalLM):
+    config_class = SurgeonLlamaConfig
+    _no_split_modules = ["SurgeonLlamaBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonLlamaBlock)
+        self.post_init()
+
+
+SurgeonLlamaConfig.register_for_auto_class()
+SurgeonLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

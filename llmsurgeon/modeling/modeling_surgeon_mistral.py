@@ -1,0 +1,31 @@
+"""Mistral with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.mistral.configuration_mistral import MistralConfig
+from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralDecoderLayer
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonMistralConfig(SurgeonConfigMixin, MistralConfig):
+    model_type = "surgeon_mistral"
+    block_configs: list | None = None
+
+
+class SurgeonMistralBlock(SurgeonBlock, MistralDecoderLayer):
+    """MistralDecoderLayer with parts that may be absent."""
+
+
+class SurgeonMistralForCausalLM(MistralForCausalLM):
+    config_class = SurgeonMistralConfig
+    _no_split_modules = ["SurgeonMistralBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonMistralBlock)
+        self.post_init()
+
+
+SurgeonMistralConfig.register_for_auto_class()
+SurgeonMistralForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,31 @@
+"""Qwen2 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM, Qwen2DecoderLayer
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonQwen2Config(SurgeonConfigMixin, Qwen2Config):
+    model_type = "surgeon_qwen2"
+    block_configs: list | None = None
+
+
+class SurgeonQwen2Block(SurgeonBlock, Qwen2DecoderLayer):
+    """Qwen2DecoderLayer with parts that may be absent."""
+
+
+class SurgeonQwen2ForCausalLM(Qwen2ForCausalLM):
+    config_class = SurgeonQwen2Config
+    _no_split_modules = ["SurgeonQwen2Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonQwen2Block)
+        self.post_init()
+
+
+SurgeonQwen2Config.register_for_auto_class()
+SurgeonQwen2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,31 @@
+"""Qwen3 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM, Qwen3DecoderLayer
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonQwen3Config(SurgeonConfigMixin, Qwen3Config):
+    model_type = "surgeon_qwen3"
+    block_configs: list | None = None
+
+
+class SurgeonQwen3Block(SurgeonBlock, Qwen3DecoderLayer):
+    """Qwen3DecoderLayer with parts that may be absent."""
+
+
+class SurgeonQwen3ForCausalLM(Qwen3ForCausalLM):
+    config_class = SurgeonQwen3Config
+    _no_split_modules = ["SurgeonQwen3Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonQwen3Block)
+        self.post_init()
+
+
+SurgeonQwen3Config.register_for_auto_class()
+SurgeonQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,24 @@
+"""The operations that a recipe can name."""
+
+from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
+from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
+from llmsurgeon.operations.prune_width import PruneWidth
+from llmsurgeon.operations.refit import Refit
+
+OPERATIONS: dict[str, type[Step]] = {
+    "prune_attention": PruneAttention,
+    "prune_ffn": PruneFFN,
+    "prune_blocks": PruneBlocks,
+    "prune_kv_heads": PruneKVHeads,
+    "prune_width": PruneWidth,
+    "fuse_ffn": FuseFFN,
+    "parallel_blocks": ParallelBlocks,
+    "refit": Refit,
+}
+
+__all__ = ["OPERATIONS", "Plan", "Step", "Subject"]

@@ -1,0 +1,186 @@
+"""What an operation is: a frozen config whose `plan` turns a description into another and names the weight edits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import Family
+from llmsurgeon.layers import parse_layers, parse_runs
+from llmsurgeon.spec import BlockSpec, ModelSpec
+
+LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
+RunList = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(parse_runs)]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on the table: its description, its tensor names, and what the analysis found.
+
+    Layers in recipes are numbered as in the parent checkpoint, whatever earlier steps removed;
+    `position` translates. `scores` holds the analysis' arrays, indexed by parent layer.
+    """
+
+    spec: ModelSpec
+    family: Family
+    names: frozenset[str]
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    parallel_residual: bool = False
+
+    def position(self, layer: int, what: str = "layer") -> int:
+        """Where parent layer `layer` is now.
+
+        Raises:
+            SurgeryError: the parent has no such layer, or an earlier step removed it.
+        """
+        for index, block in enumerate(self.spec.blocks):
+            if layer in block.parents:
+                return index
+        parents = sorted(p for block in self.spec.blocks for p in block.parents)
+        raise SurgeryError(
+            f"{what} {layer} is not in the model: it has layers {_span(parents)}; "
+            "layers are numbered as in the parent, `llmsurgeon inspect MODEL` lists them"
+        )
+
+    def tensors(self, index: int) -> dict[str, str]:
+        """Tensors of block `index`: name inside the block -> full name, in checkpoint order of names."""
+        prefix = self.family.layer(index)
+        return {name.removeprefix(prefix): name for name in sorted(self.names) if name.startswith(prefix)}
+
+    def refuse(self, message: str) -> SurgeryError:
+        """The error for a step that does not fit, with the family named."""
+        return SurgeryError(f"{self.family.model_type}: {message}")
+
+    def score(self, name: str, why: str) -> Any:
+        """A score of the analysis.
+
+        Raises:
+            SurgeryError: it was not computed.
+        """
+        if name not in self.scores:
+            raise SurgeryError(f"{why} needs the score {name!r}: run `llmsurgeon analyze MODEL` or name layers instead")
+        return self.scores[name]
+
+    def after(self, plan: Plan) -> Subject:
+        """The subject that the next step sees."""
+        consumed = {source for t in plan.transforms for source in t.sources}
+        targets = {target for t in plan.transforms for target in t.targets}
+        return replace(self, spec=plan.spec, names=frozenset((self.names - consumed) | targets))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a step does: the new description, the edits that get there, and remarks for the report."""
+
+    spec: ModelSpec
+    transforms: tuple[WeightTransform, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A tensor made from others: `fn(*sources)`. Parts that share one `fn` over one source list are made together."""
+
+    sources: tuple[str, ...]
+    fn: TensorFunction
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """A block of the new model: name inside the block -> full name of the old tensor, or how to compute it."""
+
+    spec: BlockSpec
+    tensors: Mapping[str, str | Computed]
+
+
+class Step(BaseModel):
+    """A step of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    heals: ClassVar[bool] = False
+    op: str
+
+    def needs(self) -> frozenset[str]:
+        """Names of the analysis scores without which the step cannot be resolved."""
+        return frozenset()
+
+    def resolve(self, subject: Subject) -> Step:
+        """The same step with every `auto` and `count` replaced by layers."""
+        return self
+
+    def plan(self, subject: Subject) -> Plan:
+        """The new description and the edits.
+
+        Raises:
+            SurgeryError: the step does not fit the model.
+        """
+        raise NotImplementedError
+
+
+def kept(subject: Subject, index: int) -> NewBlock:
+    """Block `index` as it is."""
+    return NewBlock(subject.spec.blocks[index], subject.tensors(index))
+
+
+def all_kept(subject: Subject) -> list[NewBlock]:
+    """Every block as it is."""
+    return [kept(subject, index) for index in range(len(subject.spec.blocks))]
+
+
+def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] = ()) -> Plan:
+    """The plan that turns the subject's blocks into `blocks`. Empty blocks vanish; the rest are renumbered.
+
+    Raises:
+        SurgeryError: nothing, or no attention at all, would be left.
+    """
+    blocks = [block for block in blocks if not block.spec.empty]
+    spec = subject.spec.with_blocks([block.spec for block in blocks])
+    if not spec.attentions:
+        raise SurgeryError("no attention would be left: a model needs at least one to see its context")
+    wanted = {
+        subject.family.layer(index) + suffix: source
+        for index, block in enumerate(blocks)
+        for suffix, source in block.tensors.items()
+    }
+    computed_from = {s for source in wanted.values() if isinstance(source, Computed) for s in source.sources}
+    moved_from = {source for target, source in wanted.items() if isinstance(source, str) and source != target}
+    transforms: list[WeightTransform] = []
+    for target, source in wanted.items():
+        if isinstance(source, Computed):
+            transforms.append(WeightTransform(source.sources, (target,), source.fn))
+        elif source != target or source in computed_from | moved_from:
+            transforms.append(rename(source, target))
+    used = computed_from | {source for source in wanted.values() if isinstance(source, str)}
+    old = {name for index in range(len(subject.spec.blocks)) for name in subject.tensors(index).values()}
+    if unused := sorted(old - used):
+        transforms.append(remove(*unused))
+    return Plan(spec, tuple(transforms), tuple(notes))
+
+
+def lowest(scores: Sequence[float], allowed: Sequence[int], count: int, what: str) -> tuple[int, ...]:
+    """The `count` layers of `allowed` with the lowest score, in layer order.
+
+    Raises:
+        SurgeryError: fewer than `count` are allowed.
+    """
+    if count > len(allowed):
+        raise SurgeryError(f"{what}: count {count} asked for, only {len(allowed)} layers qualify")
+    return tuple(sorted(sorted(allowed, key=lambda layer: (float(scores[layer]), layer))[:count]))
+
+
+def exactly_one(step: str, **given: object) -> None:
+    """Raise ValueError (a recipe error) unless exactly one of `given` is set."""
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"{step} takes exactly one of {', '.join(given)}")
+
+
+def _span(layers: Sequence[int]) -> str:
+    if not layers:
+        return "(none)"
+    whole = list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]} to {layers[-1]}" if whole else ", ".join(map(str, layers))

@@ -1,0 +1,202 @@
+"""FFN Fusion (arXiv 2503.18908): a run of attention-free blocks becomes one block with one wide FFN.
+
+    f_run(X) = X + sum_j FFN_j(norm_j(X))
+
+Every FFN of the run reads the run's input. Stacking the input projections along the inner width and the output
+projections along the other axis computes the sum in one FFN. The first block of a run may keep its attention; its
+FFN's input is then what the whole run reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+
+from llmsurgeon.operations.base import (
+    Computed,
+    NewBlock,
+    Plan,
+    RunList,
+    Step,
+    Subject,
+    all_kept,
+    assemble,
+)
+from llmsurgeon.operations.runs import choose_runs
+from llmsurgeon.spec import BlockSpec, FFNSpec
+
+# Rows folded at a time: bounds the float32 copy to a few megabytes.
+FOLD_ROWS = 1024
+
+
+def concatenate(dim: int) -> Callable[..., Tensor]:
+    """Weights of the run's FFNs side by side along their inner width."""
+    return lambda *weights: torch.cat(weights, dim=dim)
+
+
+def add_biases(*biases: Tensor) -> Tensor:
+    """Output biases of the run [D] add up; summed in float32, cast once."""
+    return torch.stack([bias.to(_wide(bias)) for bias in biases]).sum(0).to(biases[0].dtype)
+
+
+def fold_gain(weight_HD: Tensor, gain_D: Tensor) -> Tensor:
+    """W diag(g): a norm's gain moved into the projection that reads it. Exact but for one cast. [H, D]."""
+    return (weight_HD.to(_wide(weight_HD)) * gain_D.to(_wide(weight_HD))).to(weight_HD.dtype)
+
+
+def fold_shift(weight_HD: Tensor, bias_H: Tensor, shift_D: Tensor) -> Tensor:
+    """b + W s: LayerNorm's shift moved into the projection's bias [H]."""
+    wide = _wide(weight_HD)
+    return (bias_H.to(wide) + weight_HD.to(wide) @ shift_D.to(wide)).to(bias_H.dtype)
+
+
+def stack_folded(transposed: bool) -> Callable[..., Tensor]:
+    """fn(W_1 .. W_n, g_1 .. g_n) -> the run's projection with each gain folded into its own rows [sum H, D].
+
+    One shared input has one RMS, so each block's gain can move into its own rows. Written row chunk by row
+    chunk: the float32 copy never exists whole.
+    """
+
+    def stack(*tensors: Tensor) -> Tensor:
+        weights, gains = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        dim = 1 if transposed else 0
+        shape = list(weights[0].shape)
+        shape[dim] = sum(weight.shape[dim] for weight in weights)
+        fused = weights[0].new_empty(shape)
+        row = 0
+        for weight, gain in zip(weights, gains, strict=True):
+            for chunk in weight.split(FOLD_ROWS, dim=dim):
+                folded = fold_gain(chunk.T, gain).T if transposed else fold_gain(chunk, gain)
+                fused.narrow(dim, row, chunk.shape[dim]).copy_(folded)
+                row += chunk.shape[dim]
+        return fused
+
+    return stack
+
+
+def stack_shifted(transposed: bool) -> Callable[..., Tensor]:
+    """fn(W_1 .., b_1 .., s_1 ..) -> the run's input bias with each LayerNorm's shift folded in [sum H]."""
+
+    def stack(*tensors: Tensor) -> Tensor:
+        n = len(tensors) // 3
+        weights, biases, shifts = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        oriented = [weight.T if transposed else weight for weight in weights]
+        return torch.cat([fold_shift(w, b, s) for w, b, s in zip(oriented, biases, shifts, strict=True)])
+
+    return stack
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class FuseFFN(Step):
+    """Fuse the FFNs of `runs`; `auto` takes the runs that the analysis finds, of at most `max_run` blocks.
+
+    norm: `fold` moves each block's own norm into its weights and equals the parallel sum exactly;
+    `last` uses the last block's norm for all, as the paper does.
+    """
+
+    op: Literal["fuse_ffn"] = "fuse_ffn"
+    runs: RunList | Literal["auto"] = "auto"
+    max_run: Annotated[int, Field(ge=2)] = 4
+    max_dependency: Annotated[float, Field(gt=0)] | None = None
+    norm: Literal["fold", "last"] = "fold"
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"ffn_dependency"} if self.runs == "auto" else ())
+
+    def resolve(self, subject: Subject) -> FuseFFN:
+        if self.runs != "auto":
+            return self
+        dependency = subject.score("ffn_dependency", "fuse_ffn with runs: auto")
+        runs = choose_runs(subject.spec, dependency, self.max_run, self.max_dependency)
+        if not runs:
+            raise subject.refuse(
+                "fuse_ffn: no two neighbouring FFNs without attention between them; "
+                "put a prune_attention step before this one"
+            )
+        return self.model_copy(update={"runs": runs})
+
+    def plan(self, subject: Subject) -> Plan:
+        if self.runs == "auto":
+            return self.resolve(subject).plan(subject)
+        positions = [self._positions(subject, run) for run in self.runs]
+        seen: set[int] = set()
+        for run, indices in zip(self.runs, positions, strict=True):
+            if overlap := seen.intersection(indices):
+                raise subject.refuse(f"fuse_ffn: runs overlap: block {min(overlap)} of {_name(run)} is in another run")
+            seen.update(indices)
+        blocks = all_kept(subject)
+        fused = {indices[0]: self._fused(subject, [blocks[i] for i in indices]) for indices in positions}
+        gone = {i for indices in positions for i in indices[1:]}
+        return assemble(subject, [fused.get(i, block) for i, block in enumerate(blocks) if i not in gone])
+
+    def _positions(self, subject: Subject, run: tuple[int, ...]) -> list[int]:
+        indices = list(dict.fromkeys(subject.position(layer, f"fuse_ffn: run {_name(run)}: layer") for layer in run))
+        if len(indices) < 2:
+            raise subject.refuse(f"fuse_ffn: run {_name(run)} names one block; a run needs at least two")
+        if indices != list(range(indices[0], indices[-1] + 1)):
+            raise subject.refuse(f"fuse_ffn: run {_name(run)} is not contiguous")
+        for place, index in enumerate(indices):
+            block = subject.spec.blocks[index]
+            if block.ffn is None or block.branches:
+                raise subject.refuse(f"fuse_ffn: run {_name(run)}: layer {block.parents[0]} has no dense FFN")
+            if place and block.attention is not None:
+                raise subject.refuse(
+                    f"fuse_ffn: run {_name(run)} goes across the attention of layer {block.parents[0]}; "
+                    f"drop it first (prune_attention) or end the run at layer {block.parents[0] - 1}"
+                )
+        return indices
+
+    def _fused(self, subject: Subject, blocks: list[NewBlock]) -> NewBlock:
+        family, first = subject.family, blocks[0]
+        names = [{suffix: str(name) for suffix, name in block.tensors.items()} for block in blocks]
+
+        def each(suffix: str) -> tuple[str, ...]:
+            return tuple(block[suffix] for block in names)
+
+        gain, shift = f"{family.ffn_norm}.weight", f"{family.ffn_norm}.bias"
+        in_dim = 1 if family.transposed else 0
+        fold = self.norm == "fold"
+        tensors: dict[str, str | Computed] = {s: n for s, n in first.tensors.items() if family.is_attention(s)}
+        for projection in family.ffn_in:
+            weight, bias = family.ffn_tensor(projection), family.ffn_tensor(projection, "bias")
+            tensors[weight] = (
+                Computed(each(weight) + each(gain), stack_folded(family.transposed))
+                if fold
+                else Computed(each(weight), concatenate(in_dim))
+            )
+            if bias in names[0]:
+                tensors[bias] = (
+                    Computed(each(weight) + each(bias) + each(shift), stack_shifted(family.transposed))
+                    if fold and shift in names[0]
+                    else Computed(each(bias), concatenate(0))
+                )
+            elif fold and shift in names[0]:
+                raise subject.refuse(
+                    f"fuse_ffn: {family.model_type}'s norm has a shift but {projection} no bias to fold it into; "
+                    "use norm: last"
+                )
+        down, down_bias = family.ffn_tensor(family.ffn_out), family.ffn_tensor(family.ffn_out, "bias")
+        tensors[down] = Computed(each(down), concatenate(1 - in_dim))
+        if down_bias in names[0]:
+            tensors[down_bias] = Computed(each(down_bias), add_biases)
+        tensors[gain] = Computed((names[0][gain],), torch.ones_like) if fold else names[-1][gain]
+        if shift in names[0]:
+            tensors[shift] = Computed((names[0][shift],), torch.zeros_like) if fold else names[-1][shift]
+        spec = BlockSpec(
+            attention=first.spec.attention,
+            ffn=FFNSpec(sum(block.spec.ffn.width for block in blocks if block.spec.ffn)),
+            parents=tuple(p for block in blocks for p in block.spec.parents),
+        )
+        return NewBlock(spec, tensors)
+
+
+def _name(run: tuple[int, ...]) -> str:
+    return f"[{run[0]}-{run[-1]}]"

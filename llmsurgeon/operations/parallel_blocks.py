@@ -1,0 +1,79 @@
+"""Full-block parallelisation (FFN Fusion, arXiv 2503.18908, section 5): the blocks of a window, attention included,
+all read the window's input; their contributions add up.
+
+    f_window(X) = X + sum_j (f_j(X) - X)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+
+from llmsurgeon.operations.base import NewBlock, Plan, RunList, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.runs import choose_windows
+from llmsurgeon.spec import BlockSpec
+
+
+class ParallelBlocks(Step):
+    """Parallelise `windows`; `auto` takes the `count` windows of `size` blocks that depend least on one another."""
+
+    op: Literal["parallel_blocks"] = "parallel_blocks"
+    windows: RunList | Literal["auto"] = "auto"
+    size: Annotated[int, Field(ge=2)] = 4
+    count: Annotated[int, Field(ge=1)] = 1
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({"block_dependency"} if self.windows == "auto" else ())
+
+    def resolve(self, subject: Subject) -> ParallelBlocks:
+        if self.windows != "auto":
+            return self
+        dependency = subject.score("block_dependency", "parallel_blocks with windows: auto")
+        layers = [block.parents[0] for block in subject.spec.blocks]
+        windows = choose_windows(dependency, layers, self.size, self.count)
+        if len(windows) < self.count:
+            raise subject.refuse(
+                f"parallel_blocks: only {len(windows)} windows of {self.size} fit into "
+                f"{len(layers)} blocks, {self.count} asked for"
+            )
+        return self.model_copy(update={"windows": windows})
+
+    def plan(self, subject: Subject) -> Plan:
+        if self.windows == "auto":
+            return self.resolve(subject).plan(subject)
+        blocks = all_kept(subject)
+        merged: dict[int, NewBlock] = {}
+        gone: set[int] = set()
+        for window in self.windows:
+            indices = [subject.position(layer, "parallel_blocks: layer") for layer in window]
+            if len(indices) < 2 or indices != list(range(indices[0], indices[-1] + 1)):
+                raise subject.refuse(f"parallel_blocks: {list(window)} is not a window of neighbouring blocks")
+            if gone & set(indices) or merged.keys() & set(indices):
+                raise subject.refuse(f"parallel_blocks: {list(window)} overlaps another window")
+            merged[indices[0]] = self._window(subject, [blocks[i] for i in indices])
+            gone.update(indices[1:])
+        return assemble(subject, [merged.get(i, block) for i, block in enumerate(blocks) if i not in gone])
+
+    @staticmethod
+    def _window(subject: Subject, blocks: list[NewBlock]) -> NewBlock:
+        if any(block.spec.branches for block in blocks):
+            raise subject.refuse("parallel_blocks: a block of the window is parallel already")
+        windows = {block.spec.attention.window for block in blocks if block.spec.attention}
+        if len(windows) > 1:
+            raise subject.refuse(
+                "parallel_blocks: the window mixes full and sliding attention; one block has one attention mask"
+            )
+        spec = BlockSpec(
+            attention=None,
+            ffn=None,
+            parents=tuple(p for block in blocks for p in block.spec.parents),
+            branches=tuple(block.spec for block in blocks),
+        )
+        tensors = {
+            f"branches.{place}.{suffix}": name
+            for place, block in enumerate(blocks)
+            for suffix, name in block.tensors.items()
+        }
+        return NewBlock(spec, tensors)

@@ -1,0 +1,81 @@
+"""Remove attention from blocks; what stays is x + FFN(norm(x)).
+
+LLM-Drop (arXiv 2406.15786) drops the attentions whose output changes the stream least; Puzzle
+(arXiv 2411.19146) scores a removal by the divergence of the logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+
+from llmsurgeon.operations.base import (
+    LayerList,
+    NewBlock,
+    Plan,
+    Step,
+    Subject,
+    all_kept,
+    assemble,
+    exactly_one,
+    lowest,
+)
+
+# Score name and whether a high value means "can go".
+SUBLAYER_SCORES = {"kl": ("kl", False), "similarity": ("similarity", True)}
+
+
+def choose_sublayers(subject: Subject, part: str, count: int, score: str, what: str) -> tuple[int, ...]:
+    """The `count` parent layers whose attention or FFN (`part`) can go first by `score`."""
+    name, highest = SUBLAYER_SCORES[score]
+    values = [float(v) for v in subject.score(f"{part}_{name}", what)]
+    present = [b.parents[0] for b in subject.spec.blocks if getattr(b, part) is not None and not b.branches]
+    return lowest([-v for v in values] if highest else values, present, count, what)
+
+
+class PruneAttention(Step):
+    """Drop attention in `layers`, or in the `count` layers that matter least by `score`."""
+
+    op: Literal["prune_attention"] = "prune_attention"
+    layers: LayerList | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    score: Literal["kl", "similarity"] = "kl"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PruneAttention:
+        exactly_one("prune_attention", layers=self.layers, count=self.count)
+        return self
+
+    def needs(self) -> frozenset[str]:
+        return frozenset() if self.layers is not None else frozenset({f"attention_{SUBLAYER_SCORES[self.score][0]}"})
+
+    def resolve(self, subject: Subject) -> PruneAttention:
+        if self.count is None:
+            return self
+        layers = choose_sublayers(subject, "attention", self.count, self.score, "prune_attention")
+        return PruneAttention(layers=layers)
+
+    def plan(self, subject: Subject) -> Plan:
+        return drop_part(subject, "attention", self.layers or ())
+
+
+def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple[int, ...]) -> Plan:
+    """Remove attention or FFN from the blocks of parent layers `layers`.
+
+    Raises:
+        SurgeryError: a layer does not exist or has no such part.
+    """
+    belongs = subject.family.is_attention if part == "attention" else subject.family.is_ffn
+    blocks = all_kept(subject)
+    for layer in layers:
+        index = subject.position(layer, f"prune_{part}: layer")
+        block = blocks[index]
+        if getattr(block.spec, part) is None:
+            raise subject.refuse(f"prune_{part}: layer {layer} has no {part} to drop")
+        tensors = {suffix: name for suffix, name in block.tensors.items() if not belongs(suffix)}
+        spec = replace(block.spec, attention=None) if part == "attention" else replace(block.spec, ffn=None)
+        blocks[index] = NewBlock(spec, tensors)
+    return assemble(subject, blocks)

@@ -1,0 +1,66 @@
+"""Remove whole blocks: by block influence (ShortGPT, arXiv 2403.03853), by the logits' divergence, or the
+contiguous window with the least angular distance (The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+
+from llmsurgeon.operations.base import (
+    LayerList,
+    Plan,
+    Step,
+    Subject,
+    all_kept,
+    assemble,
+    exactly_one,
+    lowest,
+)
+
+BLOCK_SCORES = {"influence": "block_influence", "kl": "block_kl"}
+
+
+class PruneBlocks(Step):
+    """Drop blocks `layers`, or the `count` of least `score`, or the contiguous `window` of least angular distance."""
+
+    op: Literal["prune_blocks"] = "prune_blocks"
+    layers: LayerList | None = None
+    count: Annotated[int, Field(ge=1)] | None = None
+    window: Annotated[int, Field(ge=1)] | None = None
+    score: Literal["influence", "kl"] = "influence"
+
+    @model_validator(mode="after")
+    def _one_of(self) -> PruneBlocks:
+        exactly_one("prune_blocks", layers=self.layers, count=self.count, window=self.window)
+        return self
+
+    def needs(self) -> frozenset[str]:
+        if self.layers is not None:
+            return frozenset()
+        return frozenset({"angular_distance" if self.window else BLOCK_SCORES[self.score]})
+
+    def resolve(self, subject: Subject) -> PruneBlocks:
+        if self.layers is not None:
+            return self
+        if self.window is not None:
+            return PruneBlocks(layers=self._nearest_window(subject, self.window))
+        scores = [float(v) for v in subject.score(BLOCK_SCORES[self.score], "prune_blocks")]
+        present = [block.parents[0] for block in subject.spec.blocks]
+        return PruneBlocks(layers=lowest(scores, present, self.count or 0, "prune_blocks"))
+
+    @staticmethod
+    def _nearest_window(subject: Subject, size: int) -> tuple[int, ...]:
+        # distances[n - 1][l] is the angular distance between the inputs of blocks l and l + n.
+        distances = subject.score("angular_distance", "prune_blocks")
+        if size > len(distances):
+            raise subject.refuse(f"prune_blocks: window {size} is longer than the model ({len(distances)} blocks)")
+        candidates = [float(distances[size - 1][start]) for start in range(len(distances) - size + 1)]
+        start = candidates.index(min(candidates))
+        return tuple(range(start, start + size))
+
+    def plan(self, subject: Subject) -> Plan:
+        gone = {subject.position(layer, "prune_blocks: layer") for layer in self.layers or ()}
+        return assemble(subject, [block for index, block in enumerate(all_kept(subject)) if index not in gone])
