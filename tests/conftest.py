@@ -55,7 +55,7 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in name or "ln_" in name and name.endswith("weight") else noise)
+            parameter.copy_(1 + 0.2 * noise if "norm" in name or ("ln_" in name and name.endswith("weight")) else noise)
             if parameter.dim() > 1:
                 parameter.mul_(0.6 / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()

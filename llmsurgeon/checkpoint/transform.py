@@ -10,17 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
 
-TensorFunction = Callable[..., "Tensor | tuple[Tensor, ...]"]
+TensorFunction = Callable[..., "Tensor | tuple[Tensor, ...] | Iterator[Tensor]"]
 
 
 @dataclass(frozen=True)
 class WeightTransform:
     """`targets = fn(*sources)`; names in, names out. `fn` is pure: tensors to a tensor, or to one per target.
 
+    A `fn` with one target may be a generator of blocks that follow one another along dimension 0. They are
+    written as they come, so that a tensor larger than memory can be made.
     Without `fn` the edit is a rename (one source, one target) or a removal (no target).
     """
 
@@ -103,12 +106,35 @@ class TransformedWeights(Mapping[str, Tensor]):
             return self.base[transform.sources[0]]
         # Several targets of one transform are asked for one after the other: the last result is kept.
         if self._last is None or self._last[0] is not transform:
-            made = transform.fn(*(self.base[source] for source in transform.sources))
-            made = made if isinstance(made, tuple) else (made,)
-            if len(made) != len(transform.targets):
-                raise AssertionError(f"{transform.targets}: {len(made)} tensors made")
+            made = self._make(transform)
+            if isinstance(made, Iterator):
+                made = (torch.cat(list(made)),)
             self._last = (transform, dict(zip(transform.targets, made, strict=True)))
         return self._last[1][name]
+
+    def _make(self, transform: WeightTransform) -> tuple[Tensor, ...] | Iterator[Tensor]:
+        assert transform.fn is not None
+        made = transform.fn(*(self.base[source] for source in transform.sources))
+        count = len(made) if isinstance(made, tuple) else 1
+        if count != len(transform.targets):
+            raise AssertionError(f"{transform.targets}: {count} tensors made")
+        return (made,) if isinstance(made, Tensor) else made
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The tensor `name` as blocks along dimension 0, one at a time where its edit makes it so."""
+        transform = self._maker.get(name)
+        if transform is not None and transform.fn is not None:
+            made = None if self._last and self._last[0] is transform else self._make(transform)
+            if isinstance(made, Iterator):
+                yield from made
+                return
+            if made is not None:
+                self._last = (transform, dict(zip(transform.targets, made, strict=True)))
+            yield self[name]
+            return
+        if transform is None and name not in self._passing:
+            raise KeyError(name)
+        yield from blocks(self.base, name if transform is None else transform.sources[0])
 
     def release(self) -> None:
         """Forget the tensors of the last edit, so that memory stays bounded by one edit."""
@@ -133,7 +159,11 @@ class TransformedWeights(Mapping[str, Tensor]):
     def group(self, name: str) -> tuple[str, ...]:
         """The names that are computed together with `name`, itself included."""
         transform = self._maker.get(name)
-        return (name,) if transform is None else transform.targets
+        if transform is not None:
+            return transform.targets
+        if isinstance(self.base, TransformedWeights):
+            return tuple(other for other in self.base.group(name) if other in self._passing)
+        return (name,)
 
 
 def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -141,3 +171,17 @@ def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping
     if isinstance(weights, TransformedWeights):
         return TransformedWeights(rebase(weights.base, base), weights.transforms)
     return base
+
+
+def blocks(weights: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """`weights[name]` as blocks along dimension 0, in order: one block, unless an edit yields several."""
+    if isinstance(weights, TransformedWeights):
+        yield from weights.blocks(name)
+    else:
+        yield weights[name]
+
+
+def row_blocks(tensor: Tensor, numbers: int = 2**17) -> Iterator[Tensor]:
+    """Views of `tensor` along dimension 0, about `numbers` numbers each: small enough to stay in the CPU's cache."""
+    rows = max(1, numbers * len(tensor) // max(tensor.numel(), 1))
+    yield from tensor.split(rows)

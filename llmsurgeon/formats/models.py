@@ -56,7 +56,9 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
             return surgeon_classes(family)[0](**values)
         return AutoConfig.for_model(raw["model_type"], **values)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise SurgeryError(f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}") from error
+        raise SurgeryError(
+            f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}"
+        ) from error
     except Exception as error:
         # Validators of config classes raise their own types; all of them mean "these values cannot be".
         if type(error).__module__.startswith("huggingface_hub"):

@@ -1,17 +1,17 @@
 """From a ModelSpec to config.json and the files beside it.
 
-    native     every block has one shape: the family's own model_type, loads everywhere
-    surgeon    anything else: own model_type, block_configs, modeling files in the checkpoint
+native     every block has one shape: the family's own model_type, loads everywhere
+surgeon    anything else: own model_type, block_configs, modeling files in the checkpoint
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import llmsurgeon.modeling
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
 from llmsurgeon.formats.models import surgeon_classes
@@ -60,7 +60,7 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
         "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
     }
     config["block_configs"] = to_block_configs(spec)
-    here = Path(llmsurgeon.modeling.__file__).parent
+    here = Path(str(files("llmsurgeon"))) / "modeling"
     code = (here / "surgeon_blocks.py", here / f"{module}.py")
     return Written("surgeon", config, code, odd or "asked for")
 

@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralForCausalLM, MistralDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.layers import parse_layers, parse_runs
 from llmsurgeon.spec import BlockSpec, ModelSpec
-
-LayerList = Annotated[tuple[int, ...], BeforeValidator(parse_layers)]
-RunList = Annotated[tuple[tuple[int, ...], ...], BeforeValidator(parse_runs)]
 
 
 @dataclass(frozen=True)
@@ -30,7 +26,6 @@ class Subject:
     family: Family
     names: frozenset[str]
     scores: Mapping[str, Any] = field(default_factory=dict)
-    parallel_residual: bool = False
 
     def position(self, layer: int, what: str = "layer") -> int:
         """Where parent layer `layer` is now.

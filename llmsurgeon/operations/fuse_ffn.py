@@ -16,17 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-
-from llmsurgeon.operations.base import (
-    Computed,
-    NewBlock,
-    Plan,
-    RunList,
-    Step,
-    Subject,
-    all_kept,
-    assemble,
-)
+from llmsurgeon.layers import RunList
+from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 from llmsurgeon.spec import BlockSpec, FFNSpec
 

@@ -10,8 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-
-from llmsurgeon.operations.base import NewBlock, Plan, RunList, Step, Subject, all_kept, assemble
+from llmsurgeon.layers import RunList
+from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_windows
 from llmsurgeon.spec import BlockSpec
 

@@ -11,18 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-
-from llmsurgeon.operations.base import (
-    LayerList,
-    NewBlock,
-    Plan,
-    Step,
-    Subject,
-    all_kept,
-    assemble,
-    exactly_one,
-    lowest,
-)
+from llmsurgeon.layers import LayerList
+from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 # Score name and whether a high value means "can go".
 SUBLAYER_SCORES = {"kl": ("kl", False), "similarity": ("similarity", True)}
@@ -32,17 +22,25 @@ def choose_sublayers(subject: Subject, part: str, count: int, score: str, what: 
     """The `count` parent layers whose attention or FFN (`part`) can go first by `score`."""
     name, highest = SUBLAYER_SCORES[score]
     values = [float(v) for v in subject.score(f"{part}_{name}", what)]
-    present = [b.parents[0] for b in subject.spec.blocks if getattr(b, part) is not None and not b.branches]
-    return lowest([-v for v in values] if highest else values, present, count, what)
+    return lowest([-v for v in values] if highest else values, with_part(subject, part), count, what)
+
+
+def with_part(subject: Subject, part: str) -> list[int]:
+    """Parent layers of the blocks that have attention or an FFN (`part`)."""
+    return [b.parents[0] for b in subject.spec.blocks if getattr(b, part) is not None and not b.branches]
 
 
 class PruneAttention(Step):
-    """Drop attention in `layers`, or in the `count` layers that matter least by `score`."""
+    """Drop attention in `layers`, or in the `count` layers that matter least by `score`.
+
+    score: `joint` re-scores after each removal, with the runs that form fused; `kl` and `similarity` score single
+    removals on the intact model.
+    """
 
     op: Literal["prune_attention"] = "prune_attention"
     layers: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
-    score: Literal["kl", "similarity"] = "kl"
+    score: Literal["joint", "kl", "similarity"] = "joint"
 
     @model_validator(mode="after")
     def _one_of(self) -> PruneAttention:
@@ -50,13 +48,26 @@ class PruneAttention(Step):
         return self
 
     def needs(self) -> frozenset[str]:
-        return frozenset() if self.layers is not None else frozenset({f"attention_{SUBLAYER_SCORES[self.score][0]}"})
+        if self.layers is not None:
+            return frozenset()
+        return frozenset(
+            {"attention_order" if self.score == "joint" else f"attention_{SUBLAYER_SCORES[self.score][0]}"}
+        )
 
     def resolve(self, subject: Subject) -> PruneAttention:
         if self.count is None:
             return self
-        layers = choose_sublayers(subject, "attention", self.count, self.score, "prune_attention")
-        return PruneAttention(layers=layers)
+        if self.score != "joint":
+            layers = choose_sublayers(subject, "attention", self.count, self.score, "prune_attention")
+            return PruneAttention(layers=layers)
+        present = set(with_part(subject, "attention"))
+        order = [layer for layer in subject.score("attention_order", "prune_attention") if layer in present]
+        if len(order) < self.count:
+            raise subject.refuse(
+                f"prune_attention: {self.count} attentions asked for, only {len(order)} can go with runs of this length; "
+                "lower count or raise fuse_ffn's max_run"
+            )
+        return PruneAttention(layers=tuple(sorted(order[: self.count])))
 
     def plan(self, subject: Subject) -> Plan:
         return drop_part(subject, "attention", self.layers or ())

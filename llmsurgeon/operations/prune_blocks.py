@@ -8,17 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-
-from llmsurgeon.operations.base import (
-    LayerList,
-    Plan,
-    Step,
-    Subject,
-    all_kept,
-    assemble,
-    exactly_one,
-    lowest,
-)
+from llmsurgeon.layers import LayerList
+from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 BLOCK_SCORES = {"influence": "block_influence", "kl": "block_kl"}
 

@@ -8,17 +8,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-
-from llmsurgeon.operations.base import (
-    Computed,
-    LayerList,
-    NewBlock,
-    Plan,
-    Step,
-    Subject,
-    all_kept,
-    assemble,
-)
+from llmsurgeon.layers import LayerList
+from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 
 
 def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:

@@ -15,18 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-
-from llmsurgeon.operations.base import (
-    Computed,
-    LayerList,
-    NewBlock,
-    Plan,
-    Step,
-    Subject,
-    all_kept,
-    assemble,
-    exactly_one,
-)
+from llmsurgeon.layers import LayerList
+from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one
 from llmsurgeon.spec import FFNSpec
 
 

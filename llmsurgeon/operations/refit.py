@@ -10,16 +10,24 @@ from llmsurgeon.operations.base import Plan, Step, Subject
 
 
 class Refit(Step):
-    """Fit the output projection of every changed block to the parent's hidden states by ridge regression.
+    """Fit the changed blocks, and what later blocks read, to the parent's hidden states by ridge regression.
 
-    ridge: multiple of mean(diag(A^T A)); a list is tried per block on held-out tokens, and the best is kept.
+    ridge: multiples of mean(diag(A^T A)); each block takes the one that errs least on held-out tokens.
+    align: also map the inputs of changed and later blocks back to what the parent's projections read.
     """
 
     op: Literal["refit"] = "refit"
     heals: ClassVar[bool] = True
     tokens: Annotated[int, Field(ge=1)] | None = None
-    ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (1e-3, 1e-2, 1e-1, 1.0)
+    ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.01, 0.1, 1.0)
+    align: bool = True
+    align_ridge: Annotated[float, Field(gt=0)] = 0.01
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        """The candidates as a tuple."""
+        return self.ridge if isinstance(self.ridge, tuple) else (self.ridge,)
 
     def plan(self, subject: Subject) -> Plan:
         return Plan(subject.spec, ())

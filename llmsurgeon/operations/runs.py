@@ -39,9 +39,7 @@ def choose_runs(
     return tuple(runs + _cut(stretch, dependency, max_run, max_dependency))
 
 
-def _cut(
-    stretch: list[int], dependency: Any, max_run: int, max_dependency: float | None
-) -> list[tuple[int, ...]]:
+def _cut(stretch: list[int], dependency: Any, max_run: int, max_dependency: float | None) -> list[tuple[int, ...]]:
     # best[k]: (blocks left, summed cost, runs) for the first k layers of the stretch
     best: list[tuple[int, float, list[tuple[int, ...]]]] = [(0, 0.0, [])]
     for end in range(1, len(stretch) + 1):

@@ -1,0 +1,5 @@
+"""`python -m llmsurgeon`."""
+
+from llmsurgeon.cli.main import main
+
+main()

@@ -1,0 +1,285 @@
+"""Calibration tokens: from a text file, a hub dataset, or the model itself. S sequences of L tokens."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.analysis.self_text import Sampling, cached_self_text, model_fingerprint, sample_self_text
+from llmsurgeon.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Texts beyond this many characters a token of the budget are read in passages spread over them, not in full.
+FULL_READ = 32
+# Characters of a passage for each token wanted of it; doubled where they turn out too few.
+PASSAGE = 8
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How calibration tokens are made. At most one of `text` (a file) and `dataset` (NAME[:CONFIG][:SPLIT]);
+    with neither, text is sampled from the model itself."""
+
+    text: str | None = None
+    dataset: str | None = None
+    tokens: int = 65536
+    sequence_length: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.text and self.dataset:
+            raise SurgeryError("calibration: give text or dataset, not both")
+        if self.sequence_length < 2:
+            raise SurgeryError(f"calibration: sequence_length is {self.sequence_length}, expected 2 or more")
+        if self.tokens < self.sequence_length:
+            raise SurgeryError(
+                f"calibration: {self.tokens} tokens are less than one sequence of {self.sequence_length}; "
+                "raise --tokens or lower --seq-len"
+            )
+
+    def describe(self, windows_SL: Tensor, purpose: str = "calibration", sampled_from: str = "the model itself") -> str:
+        """One line for the reader: how many tokens there are and where they come from."""
+        line = f"{purpose}: {windows_SL.numel():,} tokens "
+        if self.text:
+            line += f"of {self.text}"
+        elif self.dataset:
+            line += f"of dataset {self.dataset}"
+        else:
+            line += f"sampled from {sampled_from} (no --text given)"
+        wanted = self.tokens // self.sequence_length
+        return line if len(windows_SL) >= wanted else f"{line}; {self.tokens:,} were asked for"
+
+
+def calibration_tokens(
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    text: str | None = None,
+    dataset: str | None = None,
+    tokens: int = 65536,
+    sequence_length: int = 512,
+    seed: int = 0,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    fingerprint: str | None = None,
+    sampling: Sampling | None = None,
+) -> Tensor:
+    """At most `tokens` tokens as non-overlapping windows, int64 [S, L]; the same arguments give the same windows.
+
+    Args:
+        model_name: for messages.
+        text: a .txt, .jsonl (key "text") or .parquet (column "text") file; windows are spread over all of it.
+        dataset: a hub dataset, NAME[:CONFIG][:SPLIT], streamed.
+        model: the model to sample from where neither is given, or a function that loads it, called only where the
+            text is not in the cache yet; with a function, `fingerprint` (of the weights) must be given.
+        sampling: how to sample, the default recipe otherwise.
+
+    Raises:
+        SurgeryError: no such file, not UTF-8, empty, shorter than one window, dataset out of reach, no model.
+    """
+    wanted = Calibration(text, dataset, tokens, sequence_length, seed)
+    count = tokens // sequence_length
+    if text:
+        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed)
+    if dataset:
+        # Documents differ in length and cannot be counted in a stream, so enough text is taken for the whole budget.
+        passages = _stream_text(dataset, seed, characters=tokens * PASSAGE)
+        return _cut(passages, dataset, tokenizer, count, sequence_length, seed)
+    return _sample(wanted, model_name, tokenizer, model, fingerprint, sampling)
+
+
+def split(windows_SL: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
+    """(train, held out): about `fraction` of the windows, evenly spread, are held out; at least one of each."""
+    count = len(windows_SL)
+    if count < 2:
+        raise SurgeryError(
+            f"{count} calibration sequence cannot be split into training and held-out ones; "
+            "raise calibration tokens or lower sequence_length"
+        )
+    held = min(count - 1, max(1, round(count * fraction)))
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[[int((i + 0.5) * count / held) for i in range(held)]] = True
+    return windows_SL[~mask], windows_SL[mask]
+
+
+def _sample(
+    wanted: Calibration,
+    model_name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | Callable[[], PreTrainedModel] | None,
+    fingerprint: str | None,
+    sampling: Sampling | None,
+) -> Tensor:
+    """Self text, from the cache where it is there."""
+    from transformers import PreTrainedModel
+
+    if model is None:
+        raise SurgeryError(f"{model_name}: no calibration text; give --text FILE or --dataset NAME")
+    if isinstance(model, PreTrainedModel):
+        loaded = model
+        fingerprint = fingerprint or model_fingerprint(loaded)
+        load: Callable[[], PreTrainedModel] = lambda: loaded  # noqa: E731
+    else:
+        load = model
+    size = dict(tokens=wanted.tokens, sequence_length=wanted.sequence_length)
+    if fingerprint is None:
+        return sample_self_text(load(), tokenizer, **size, seed=wanted.seed, sampling=sampling)
+    return cached_self_text(load, tokenizer, fingerprint, **size, seed=wanted.seed, sampling=sampling)
+
+
+def _read_text(path: Path) -> str:
+    """The file's text; documents of .jsonl and .parquet are joined by blank lines."""
+    if not path.is_file():
+        raise SurgeryError(f"{path}: no such text file")
+    try:
+        if path.suffix == ".jsonl":
+            return "\n\n".join(_json_lines(path))
+        if path.suffix == ".parquet":
+            return "\n\n".join(_parquet(path))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SurgeryError(
+            f"{path}: not UTF-8 text (byte {error.start}); expected .txt, .jsonl or .parquet, convert it first"
+        ) from error
+    except OSError as error:
+        raise SurgeryError(f"{path}: cannot be read: {error}") from error
+
+
+def _json_lines(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _text_of(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                if isinstance(error, UnicodeDecodeError):
+                    raise
+                raise SurgeryError(
+                    f'{path}, line {number}: expected a JSON object with a string under "text"'
+                ) from error
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    rows = _load_dataset("parquet", data_files=str(path), split="train", name=str(path))
+    return _texts(rows, str(path))
+
+
+def _stream_text(dataset: str, seed: int, characters: int) -> str:
+    """`characters` characters or a little more from a shuffled stream of the dataset's documents."""
+    name, _, rest = dataset.partition(":")
+    config, _, part = rest.partition(":")
+    rows = _load_dataset(name, config or None, split=part or "train", name=dataset)
+    texts: list[str] = []
+    size = 0
+    for text in _texts(rows.shuffle(seed=seed, buffer_size=1000), dataset):
+        texts.append(text)
+        size += len(text)
+        if size >= characters:
+            break
+    return "\n\n".join(texts)
+
+
+def _load_dataset(*args: str | None, name: str, **kwargs: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise SurgeryError(f"{name}: reading it needs the datasets library: pip install datasets") from error
+    try:
+        return datasets.load_dataset(*args, **kwargs, streaming=True)
+    except Exception as error:
+        raise _unreachable(name, error) from error
+
+
+def _texts(rows: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
+    """The text of each row that has any."""
+    try:
+        for row in rows:
+            try:
+                text = _text_of(row)
+            except (KeyError, TypeError) as error:
+                raise SurgeryError(f'{name}: no text column "text"; it has {", ".join(row)}') from error
+            if text.strip():
+                yield text
+    except SurgeryError:
+        raise
+    except Exception as error:  # a stream can fail in any of its layers: network, archive, parser
+        raise _unreachable(name, error) from error
+
+
+def _unreachable(name: str, error: Exception) -> SurgeryError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SurgeryError(
+        f"dataset {name} cannot be read: {reason}; check the name (NAME:CONFIG:SPLIT) and the network, "
+        "unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE where they are set, or give a local file with --text"
+    )
+
+
+def _text_of(row: dict[str, Any]) -> str:
+    text = row["text"]
+    if not isinstance(text, str):
+        raise TypeError("text is not a string")
+    return text
+
+
+def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+    """`count` windows (fewer where the text is short) spread evenly over the text: int64 [S, L]."""
+    if not text.strip():
+        raise SurgeryError(f"{name}: the text is empty")
+    bos = window_start(tokenizer)
+    inner = length - len(bos)
+    if len(text) > FULL_READ * count * inner:
+        windows = _passages(text, tokenizer, count, inner, seed)
+    else:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < inner:
+            raise SurgeryError(
+                f"{name}: {len(ids)} tokens are fewer than one window of {inner}; give a longer text or lower --seq-len"
+            )
+        whole = [ids[i : i + inner] for i in range(0, len(ids) - inner + 1, inner)]
+        windows = [whole[i] for i in _spread(len(whole), min(count, len(whole)), seed)]
+    if not windows:
+        raise SurgeryError(f"{name}: no passage of it makes a window of {inner} tokens")
+    return torch.tensor([bos + window for window in windows], dtype=torch.long)
+
+
+def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:
+    """One window from each of `count` equal shares of the text; each starts after a white space."""
+    share = len(text) // count
+    shift = random.Random(seed).randrange(max(1, share - PASSAGE * inner))
+    windows = []
+    for index in range(count):
+        begin, end = index * share, (index + 1) * share
+        start = min(begin + shift, end)
+        start += next((i + 1 for i, c in enumerate(islice(text[start:end], 200)) if c.isspace()), 0)
+        size = PASSAGE * inner
+        while True:
+            stop = min(start + size, end)
+            ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) > inner or stop == end:
+                break
+            size *= 2
+        if len(ids) >= inner:
+            windows.append(ids[:inner])
+    return windows
+
+
+def _spread(available: int, count: int, seed: int) -> list[int]:
+    """`count` indices of `available`, evenly spaced, shifted by the seed."""
+    shift = random.Random(seed).random()
+    return [int((i + shift) * available / count) for i in range(count)]
+
+
+def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] where the tokenizer puts one before every text (Llama does, Qwen and GPT-2 do not), else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -1,0 +1,251 @@
+"""What can go: every score of the analysis, from as few passes over the layers as possible.
+
+Shapes: N layers, S sequences, T tokens, D model width, H FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.analysis.similarity import angular_distance, cosine
+from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.evaluation.agreement import kl_divergence
+from llmsurgeon.evaluation.perplexity import mean_interval
+from llmsurgeon.progress import Progress
+
+# Logits are compared at every KL_STRIDE-th position: neighbours say much the same, and the head is dear.
+KL_STRIDE = 4
+# Share of the sequences on which single attentions and FFNs are removed.
+SUBLAYER_SHARE = 4
+
+
+@dataclass
+class Score:
+    """One number per layer with its 95 % interval over sequences (NaN where the layer has no such part)."""
+
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+    @classmethod
+    def of(cls, values_NS: Tensor) -> Score:
+        """From per-layer, per-sequence values."""
+        mean = values_NS.double().mean(1).tolist()
+        bounds = [mean_interval(row) or (float("nan"), float("nan")) for row in values_NS]
+        return cls(mean, [b[0] for b in bounds], [b[1] for b in bounds])
+
+
+@dataclass
+class Measurements:
+    """The scores by name. Arrays are indexed by layer.
+
+    block_dependency, ffn_dependency: M [N, N], M[i, j] = mean over tokens of 1 - cos(h_j, h_j without i)
+        for j > i (FFN Fusion, arXiv 2503.18908, section 3); NaN elsewhere.
+    angular_distance: [N, N]; row n - 1, column l: distance over the last token between the inputs of layers l and
+        l + n (arXiv 2403.17887, eq. 2); NaN where l + n is beyond the model.
+    ffn_channel: [N, H] mean |activation| * ||down column||.
+    scores: attention_similarity, ffn_similarity (LLM-Drop, arXiv 2406.15786), block_influence (ShortGPT,
+        arXiv 2403.03853), attention_kl, ffn_kl, block_kl (KL to the parent when it is removed; Puzzle, arXiv 2411.19146).
+    """
+
+    scores: dict[str, Score] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+
+    def for_recipes(self) -> dict[str, Any]:
+        """What operations look up: name -> list or tensor indexed by layer."""
+        return {**{name: score.mean for name, score in self.scores.items()}, **self.arrays}
+
+
+def parts_removed(spec_layers: int, part: str) -> list[Variant]:
+    """One variant per layer with its attention, its FFN or its whole block removed."""
+    return [
+        Variant(
+            no_attention=frozenset({layer} if part != "ffn" else ()),
+            no_ffn=frozenset({layer} if part != "attention" else ()),
+        )
+        for layer in range(spec_layers)
+    ]
+
+
+def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements:
+    """All scores of the unchanged model, in one walk.
+
+    The dependency matrix and similarities use all sequences; removing single attentions and FFNs a quarter of them.
+
+    Args:
+        tokens: [S, T].
+    """
+    layers, sequences = len(runner.layers), len(tokens)
+    few = max(1, sequences // SUBLAYER_SHARE)
+    batch = min(batch, few)  # a batch runs whole or not at all
+    groups = {"block": sequences, "attention": few, "ffn": few}
+    variants = [Variant()]
+    rows = [sequences]
+    for part, count in groups.items():
+        variants += parts_removed(layers, part)
+        rows += [count] * layers
+    observer = _Observer(layers, tokens, runner)
+    work = _evaluations(layers, rows) * tokens.shape[1]
+    with Progress("measure dependencies and scores", work, "token-layers") as progress:
+        streams = walk(
+            runner, tokens, variants, observer, batch=batch, rows=rows, enter=observer.enter, progress=progress.advance
+        )
+    result = Measurements(arrays=observer.arrays(), scores=observer.scores())
+    divergence = divergences(runner, streams, rows)
+    for place, part in enumerate(groups):
+        own = slice(1 + place * layers, 1 + (place + 1) * layers)
+        result.scores[f"{part}_kl"] = Score.of(torch.stack([row[: rows[own][0]] for row in divergence[own]]))
+    return result
+
+
+def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int], batch: int = 4) -> Tensor:
+    """M for FFNs alone, with the attentions of `dropped` already gone. [N, N], NaN outside j > i."""
+    layers = len(runner.layers)
+    base = Variant(no_attention=dropped)
+    variants = [base, *(Variant(no_attention=dropped, no_ffn=frozenset({layer})) for layer in range(layers))]
+    sums, counts = torch.zeros(layers, layers, dtype=torch.float64), torch.zeros(layers, layers)
+
+    def observe(layer: int, part: slice, variant: int, mine: Parts, parent: Parts) -> None:
+        if variant and variant - 1 < layer and mine.ffn is not None and parent.ffn is not None:
+            distance = 1 - cosine(mine.ffn, parent.ffn)
+            sums[variant - 1, layer] += distance.sum().item()
+            counts[variant - 1, layer] += distance.numel()
+
+    work = _evaluations(layers, [len(tokens)] * len(variants)) * tokens.shape[1]
+    with Progress("measure FFN dependencies", work, "token-layers") as progress:
+        walk(runner, tokens, variants, observe, batch=batch, progress=progress.advance)
+    return _mean_or_nan(sums, counts)
+
+
+def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], parent: Tensor | None = None) -> Tensor:
+    """KL(parent || variant) per sequence from what left the last layer, at every KL_STRIDE-th position.
+
+    Args:
+        streams: [variants, S, T, D]; `parent` [S, T, D] is streams[0] unless given.
+
+    Returns:
+        [variants, S] in nats, NaN beyond a variant's rows.
+    """
+    parent = streams[0] if parent is None else parent
+    result = torch.full(streams.shape[:2], float("nan"))
+    # From the end: the first positions see next to no context.
+    positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
+    with torch.no_grad(), Progress("compare logits", float(sum(rows)), "sequences") as progress:
+        for sequence in range(streams.shape[1]):
+            reference = runner.final(parent[sequence, positions].to(runner.device))
+            for variant, count in enumerate(rows):
+                if sequence < count:
+                    logits = runner.final(streams[variant, sequence, positions].to(runner.device))
+                    result[variant, sequence] = kl_divergence(reference, logits).mean().item()
+                    progress.advance()
+    return result
+
+
+def _evaluations(layers: int, rows: Sequence[int]) -> int:
+    """Sequence-layer evaluations of a walk that removes each layer in turn for every group of `layers` variants."""
+    return rows[0] * layers + sum(count * (layers - place % layers) for place, count in enumerate(rows[1:]))
+
+
+def _mean_or_nan(sums: Tensor, counts: Tensor) -> Tensor:
+    return torch.where(counts > 0, sums / counts.clamp_min(1), torch.nan).float()
+
+
+class _Observer:
+    """Accumulates what `measure` needs while the walk passes."""
+
+    def __init__(self, layers: int, tokens: Tensor, runner: LayerRunner) -> None:
+        self.layers, self.runner = layers, runner
+        sequences = len(tokens)
+        nan = float("nan")
+        self.attention = torch.full((layers, sequences), nan)
+        self.ffn = torch.full((layers, sequences), nan)
+        self.influence = torch.full((layers, sequences), nan)
+        self.last = torch.zeros(layers + 1, sequences, 0)
+        self.dependency = torch.zeros(layers, layers, dtype=torch.float64)
+        self.counts = torch.zeros(layers, layers)
+        self.channels: list[Tensor] = []
+        self._activation: Tensor | None = None
+        self._hook: Any = None
+        self._expected = True
+        self._tokens = tokens.numel()
+
+    def enter(self, layer: int, module: Any) -> None:
+        """A new layer's weights are there: watch what enters its FFN's output projection."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        family = self.runner.family
+        ffn = getattr(module, family.ffn, None)
+        if ffn is None:
+            self.channels.append(torch.zeros(0))
+            return
+        projection = getattr(ffn, family.ffn_out)
+        weight = projection.weight.T if family.transposed else projection.weight
+        self._norms = weight.detach().float().norm(dim=0).cpu()
+        self.channels.append(torch.zeros(len(self._norms)))
+        self._expected = True
+
+        def hook(_: Any, inputs: tuple[Tensor, ...]) -> None:
+            # Variant 0 runs first on every batch: only its activations count.
+            if self._expected:
+                self._expected = False
+                activation = inputs[0].detach().float().abs()
+                self._activation = activation.flatten(0, -2).sum(0).cpu()
+
+        self._hook = projection.register_forward_pre_hook(hook)
+
+    def __call__(self, layer: int, part: slice, variant: int, mine: Parts, parent: Parts) -> None:
+        if variant == 0:
+            self._parent(layer, part, parent)
+        elif variant <= self.layers and variant - 1 < layer:
+            distance = 1 - cosine(mine.left - mine.entered, parent.left - parent.entered)
+            self.dependency[variant - 1, layer] += distance.sum().item()
+            self.counts[variant - 1, layer] += distance.numel()
+
+    def _parent(self, layer: int, part: slice, parts: Parts) -> None:
+        if parts.attention is not None:
+            self.attention[layer, part] = cosine(parts.entered, parts.entered + parts.attention).mean(-1).cpu()
+        if parts.ffn is not None:
+            self.ffn[layer, part] = cosine(parts.ffn_input, parts.ffn_input + parts.ffn).mean(-1).cpu()
+        self.influence[layer, part] = 1 - cosine(parts.entered, parts.left).mean(-1).cpu()
+        if not self.last.shape[-1]:
+            self.last = torch.zeros(self.layers + 1, self.last.shape[1], parts.left.shape[-1])
+        self.last[layer, part] = parts.entered[:, -1].float().cpu()
+        self.last[layer + 1, part] = parts.left[:, -1].float().cpu()
+        if self._activation is not None and len(self.channels[layer]):
+            self.channels[layer] += self._activation * self._norms
+            self._activation = None
+        self._expected = True
+
+    def scores(self) -> dict[str, Score]:
+        """Similarities and block influence."""
+        return {
+            "attention_similarity": Score.of(self.attention),
+            "ffn_similarity": Score.of(self.ffn),
+            "block_influence": Score.of(self.influence),
+        }
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Dependency matrix, angular distances, channel scores."""
+        layers = self.layers
+        distances = torch.full((layers, layers), float("nan"))
+        for size in range(1, layers + 1):
+            for start in range(layers - size + 1):
+                distances[size - 1, start] = angular_distance(self.last[start], self.last[start + size]).mean()
+        arrays = {"block_dependency": _mean_or_nan(self.dependency, self.counts), "angular_distance": distances}
+        widths = {len(channel) for channel in self.channels}
+        if len(widths) == 1:
+            arrays["ffn_channel"] = torch.stack(self.channels) / self._tokens
+        return arrays
+
+
+def ranked(scores: Mapping[str, Score], name: str, highest: bool = False) -> list[int]:
+    """Layers in the order in which they would go by a score."""
+    values = scores[name].mean
+    known = [layer for layer, value in enumerate(values) if value == value]
+    return sorted(known, key=lambda layer: -values[layer] if highest else values[layer])

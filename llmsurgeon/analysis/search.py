@@ -1,0 +1,101 @@
+"""Which attentions go, chosen together with the FFN runs that their going makes.
+
+Dropping the attention of block i lets FFN i join the run of FFN i - 1. Single removals, scored on the intact model, say
+little about the eighth removal: every choice here is made by what dropping and fusing does to the logits, and scored anew
+after each step (greedy removal as in SLEB, arXiv 2402.09025, with the replace-one score of Puzzle, arXiv 2411.19146).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.analysis.measure import divergences
+from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.progress import Progress
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One step of the search: the layer whose attention went, the KL afterwards, and what the others would have cost."""
+
+    layer: int
+    kl: float
+    candidates: dict[int, float]
+
+
+def runs_of(dropped: frozenset[int], layers: int) -> tuple[tuple[int, ...], ...]:
+    """Runs that form when the attentions of `dropped` go: a block and the attention-free blocks behind it."""
+    runs, start = [], 0
+    for layer in range(1, layers + 1):
+        if layer == layers or layer not in dropped:
+            if layer - start > 1:
+                runs.append(tuple(range(start, layer)))
+            start = layer
+    return tuple(runs)
+
+
+def variant_without(dropped: frozenset[int], layers: int, fuse: bool = True) -> Variant:
+    """The parent without these attentions, its runs fused (or left in sequence)."""
+    return Variant(no_attention=dropped, runs=runs_of(dropped, layers) if fuse else ())
+
+
+def search_attentions(
+    runner: LayerRunner, tokens: Tensor, count: int, max_run: int, *, fuse: bool = True, width: int = 8, batch: int = 4
+) -> list[Choice]:
+    """Greedy joint choice of `count` attentions by KL(parent || dropped and fused).
+
+    After the first step only the `width` candidates that last raised the KL least are scored again (a layer's increase
+    changes slowly). The first block keeps its attention, and the last FFN is never fused, which hurts most (FFN Fusion,
+    arXiv 2503.18908, section 4). Weights are read once per step.
+
+    Args:
+        tokens: [S, T]; a few thousand are enough to rank layers.
+        fuse: score with the runs fused; without, attentions just go.
+    """
+    layers = len(runner.layers)
+    parent = walk(runner, tokens, [Variant()], batch=batch)[0].clone()
+    dropped: frozenset[int] = frozenset()
+    choices: list[Choice] = []
+    increase = {layer: 0.0 for layer in range(1, layers - 1 if fuse else layers)}
+    current = 0.0
+    with Progress("choose attentions and runs", count, "steps") as progress:
+        for step in range(count):
+            allowed = [
+                layer
+                for layer in sorted(increase, key=lambda c: (increase[c], c))
+                if layer not in dropped and max(map(len, runs_of(dropped | {layer}, layers)), default=0) <= max_run
+            ]
+            candidates = sorted(allowed if step == 0 else allowed[:width])
+            if not candidates:
+                break
+            trials = [variant_without(dropped | {layer}, layers, fuse) for layer in candidates]
+            variants = [variant_without(dropped, layers, fuse), *trials]
+            streams = walk(runner, tokens, variants, batch=batch)
+            kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()
+            scored = dict(zip(candidates, kl[1:], strict=True))
+            for layer, value in scored.items():
+                increase[layer] = value - current
+            best = min(scored, key=lambda layer: (scored[layer], layer))
+            dropped, current = dropped | {best}, scored[best]
+            choices.append(Choice(best, current, scored))
+            progress.advance()
+    return choices
+
+
+def order_of(choices: list[Choice]) -> list[int]:
+    """Layers in the order in which their attentions go."""
+    return [choice.layer for choice in choices]
+
+
+def default_count(layers: int) -> int:
+    """How many attentions to drop when nobody says: about a quarter of them."""
+    return max(1, round(layers * 0.27))
+
+
+def few(tokens: Tensor, wanted: int) -> Tensor:
+    """About `wanted` tokens: whole sequences, spread evenly."""
+    count = max(1, min(len(tokens), wanted // tokens.shape[1]))
+    return tokens[torch.linspace(0, len(tokens) - 1, count).round().long()]

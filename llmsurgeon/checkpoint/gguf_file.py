@@ -1,0 +1,145 @@
+"""One GGUF file: a strict reader of its metadata and tensor table (version 2 and 3, little-endian)."""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmsurgeon.errors import CheckpointError
+
+STRING, ARRAY = 8, 9
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+MAX_DIMENSIONS = 4
+
+
+@dataclass(frozen=True)
+class GGUFEntry:
+    """One tensor: `shape` in torch's order, `kind` the GGML type, bytes counted from the beginning of the file."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    start: int
+    end: int
+
+
+class GGUFFile:
+    """Metadata and tensor table of a GGUF file; tensors stay on disk.
+
+    Raises:
+        CheckpointError: truncated, not GGUF, or its lengths and offsets do not fit the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.size = path.stat().st_size
+        try:
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be read ({error})") from error
+        self._at = 0
+        self.metadata: dict[str, Any] = {}
+        try:
+            tensor_count, pair_count = self._read_preamble()
+            for _ in range(pair_count):
+                key = self._string()
+                self.metadata[key] = self._value(*self._take("I"))
+            table = [self._table_row() for _ in range(tensor_count)]
+        except (struct.error, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{path}: truncated or damaged at byte {self._at:,} of {self.size:,} ({error}); download it again"
+            ) from error
+        alignment = self.metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise CheckpointError(f"{path}: general.alignment {alignment!r} is not a power of two")
+        self.data_start = -(-self._at // alignment) * alignment
+        self.entries = {row[0]: self._entry(*row) for row in table}
+        if len(self.entries) != len(table):
+            raise CheckpointError(f"{path}: two tensors have the same name")
+
+    def head(self) -> bytes:
+        """Everything before the tensors' data."""
+        return self._map[: self.data_start]
+
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Rows `first` to `last` (of the last dimension) in float32."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        entry = self.entries[name]
+        kind = GGMLQuantizationType(entry.kind)
+        block, block_bytes = GGML_QUANT_SIZES[kind]
+        row_bytes = entry.shape[-1] // block * block_bytes
+        raw = np.frombuffer(self._map, np.uint8, (last - first) * row_bytes, entry.start + first * row_bytes)
+        return dequantize(raw.reshape(last - first, row_bytes), kind).astype(np.float32, copy=False)
+
+    def _take(self, fields: str) -> tuple[Any, ...]:
+        values = struct.unpack_from("<" + fields, self._map, self._at)
+        self._at += struct.calcsize("<" + fields)
+        return values
+
+    def _string(self) -> str:
+        (length,) = self._take("Q")
+        if length > self.size - self._at:
+            raise struct.error(f"a string of {length:,} bytes is announced")
+        start, self._at = self._at, self._at + length
+        return self._map[start : self._at].decode("utf-8")
+
+    def _value(self, kind: int) -> Any:
+        if kind == STRING:
+            return self._string()
+        if kind == ARRAY:
+            inner, count = self._take("IQ")
+            if count > self.size - self._at:  # every element takes a byte at least
+                raise struct.error(f"an array of {count:,} values is announced")
+            if inner in SCALARS:
+                return list(self._take(f"{count}{SCALARS[inner]}"))
+            if inner == STRING:
+                return [self._string() for _ in range(count)]
+            raise struct.error(f"array of unknown type {inner}")
+        if kind not in SCALARS:
+            raise struct.error(f"value of unknown type {kind}")
+        return self._take(SCALARS[kind])[0]
+
+    def _read_preamble(self) -> tuple[int, int]:
+        magic, version = self._take("4sI")
+        if magic != b"GGUF":
+            raise CheckpointError(f"{self.path}: not a GGUF file")
+        if version not in (2, 3):
+            raise CheckpointError(f"{self.path}: GGUF version {version} is not supported, 2 and 3 are")
+        tensor_count, pair_count = self._take("QQ")
+        return tensor_count, pair_count
+
+    def _table_row(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._string()
+        (dimensions,) = self._take("I")
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise struct.error(f"tensor {name!r} with {dimensions} dimensions")
+        shape = tuple(reversed(self._take(f"{dimensions}Q")))
+        kind, offset = self._take("IQ")
+        return name, shape, kind, offset
+
+    def _entry(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GGUFEntry:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        where = f"{self.path}: tensor {name!r}"
+        try:
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{where}: unknown quantisation type {kind}; a newer `gguf` may know it") from error
+        if shape[-1] % block:
+            raise CheckpointError(f"{where}: rows of {shape[-1]} are not whole blocks of {block}")
+        start = self.data_start + offset
+        end = start + prod(shape) // block * block_bytes
+        if end > self.size:
+            raise CheckpointError(
+                f"{where}: truncated: it should end at byte {end:,}, the file has {self.size:,}; download it again"
+            )
+        return GGUFEntry(name, shape, kind, start, end)

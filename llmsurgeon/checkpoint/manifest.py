@@ -1,0 +1,167 @@
+"""SHA-256 of a checkpoint's files: computed behind the writer, kept in `checksums.sha256`, checked afterwards."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import threading
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
+from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, read_index
+from llmsurgeon.errors import CheckpointError
+
+MANIFEST = "checksums.sha256"  # `sha256sum -c checksums.sha256` reads it too
+STEP = 1 << 24
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = sha256()
+    buffer = memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+class FollowingHash(threading.Thread):
+    """Hashes a file while it is being written, reading behind the writer from the page cache.
+
+    `size` is the file's final size, which it must already have; `key` is the caller's.
+    """
+
+    def __init__(self, path: Path, size: int, key: str) -> None:
+        super().__init__(name=f"sha256 {path.name}", daemon=True)
+        self.path, self.size, self.key = path, size, key
+        self._written = 0
+        self._abandoned = False
+        self._changed = threading.Condition()
+        self._digest = sha256()
+        self._error: Exception | None = None
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
+        self.start()
+
+    def advance(self, written: int) -> None:
+        """The file's first `written` bytes are final."""
+        with self._changed:
+            self._written = written
+            self._changed.notify()
+
+    def abandon(self) -> None:
+        """Stop; the file is not going to be finished."""
+        with self._changed:
+            self._abandoned = True
+            self._changed.notify()
+        self.join()
+
+    def result(self) -> str:
+        """Wait for the end, and the hash in hexadecimal."""
+        self.join()
+        if self._error:
+            raise self._error
+        return self._digest.hexdigest()
+
+    def run(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # handed to the thread that asks for the result
+            self._error = error
+
+    def _follow(self) -> None:
+        at = 0
+        with self._map, memoryview(self._map) as view:
+            while at < self.size:
+                end = min(at + STEP, self.size)
+                with self._changed:
+                    while self._written < end and not self._abandoned:
+                        self._changed.wait()
+                    if self._abandoned:
+                        return
+                with view[at:end] as part:
+                    self._digest.update(part)
+                at = end
+
+
+def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
+    """Write `checksums.sha256` over every visible file of `folder`; `known` holds the sums that need no reading."""
+    lines = [f"{known.get(path.name) or file_sha256(path)}  {path.name}\n" for path in _files(folder)]
+    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, str]:
+    """File name -> SHA-256.
+
+    Raises:
+        CheckpointError: missing or malformed.
+    """
+    path = folder / MANIFEST
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    sums: dict[str, str] = {}
+    for number, line in enumerate(lines, start=1):
+        match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
+        if not match or Path(match[2]).name != match[2]:
+            raise CheckpointError(f"{path}: line {number} is not a SHA-256 and a file name")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def verify_files(folder: Path) -> list[str]:
+    """Every problem with the files of a checkpoint folder; an empty list where all is well.
+
+    Checks the hashes, that nothing is missing or extra, the headers of the weight files, and the index against them.
+    A checkpoint without a manifest (not written by this tool) is checked for the rest.
+    """
+    if not folder.is_dir():
+        return [f"{folder}: no such folder"]
+    problems = _manifest_problems(folder) if (folder / MANIFEST).exists() else []
+    weights: dict[str, set[str]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            weights[path.name] = set(SafetensorsFile(path).entries)
+        except CheckpointError as error:
+            problems.append(str(error))
+    if (folder / INDEX).exists() and not (folder / WEIGHTS).exists():
+        problems += _index_problems(folder, weights)
+    return problems
+
+
+def _manifest_problems(folder: Path) -> list[str]:
+    try:
+        sums = read_manifest(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    present = {path.name: path for path in _files(folder)}
+    problems = [f"{folder / name}: missing, the manifest lists it" for name in sums if name not in present]
+    problems += [f"{path}: not in the manifest" for name, path in present.items() if name not in sums]
+    for name, path in present.items():
+        if name in sums and file_sha256(path) != sums[name]:
+            problems.append(f"{path}: its content is not what was written (SHA-256 differs)")
+    return problems
+
+
+def _index_problems(folder: Path, weights: Mapping[str, set[str]]) -> list[str]:
+    try:
+        index = read_index(folder)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = [
+        f"{folder / INDEX}: tensor {name!r} should be in {shard}, which does not have it"
+        for name, shard in index.items()
+        if shard in weights and name not in weights[shard]
+    ]
+    for shard, names in weights.items():
+        problems += [
+            f"{folder / INDEX}: does not list tensor {name!r} of {shard}" for name in sorted(names - set(index))
+        ]
+    return problems
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))

@@ -1,0 +1,614 @@
+"""Write a checkpoint: staged in OUT.partial, resumed after a kill, renamed to OUT when all of it is there.
+
+A journal in the staging folder names the job and every finished weight file. Tensors that no edit touches
+go from file to file inside the kernel; only edited ones pass through memory, a block at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.manifest import MANIFEST, FollowingHash, file_sha256, write_manifest
+from llmsurgeon.checkpoint.safetensors_file import encode_header
+from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, Checkpoint
+from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, rebase
+from llmsurgeon.errors import CheckpointError, SurgeryError
+
+JOURNAL = ".journal.json"
+JOURNAL_NEW = ".journal.json.new"
+SCRATCH = ".scratch"
+COPY_STEP = 1 << 26
+MAX_HASHES = 2  # SHA-256 runs at about half the speed of a copy, so two keep up with one writer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file to be: its tensors in file order, its header, its whole size in bytes."""
+
+    file: str
+    names: tuple[str, ...]
+    header: bytes
+    size: int
+
+    @property
+    def key(self) -> str:
+        """Tells a finished file of this plan from one of another plan."""
+        return sha256(self.header).hexdigest()
+
+
+class Stage:
+    """The staging folder of one output. Use as a context manager; `commit()` makes OUT appear.
+
+    Leaving without `commit()` keeps the folder, and the same job opened again goes on from there.
+    """
+
+    def __init__(self, out: Path, partial: Path, lock: int, overwrite: bool) -> None:
+        self.out = out
+        self.path = partial
+        self.committed = False
+        self._lock: int | None = lock
+        self._overwrite = overwrite
+        self._journal: dict = {}
+        self._sums: dict[str, str] = {}
+        self._weights_written = False
+
+    @classmethod
+    def open(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        fingerprint: str,
+        overwrite: bool = False,
+        sources: tuple[Path, ...] = (),
+        needed_bytes: int = 0,
+    ) -> Stage:
+        """Open OUT.partial, where the job `fingerprint` names goes on if it was there before.
+
+        `sources` are folders that are read and must survive; `needed_bytes` is what will be written.
+
+        Raises:
+            SurgeryError: OUT exists and `overwrite` is off, is a source, cannot be written, lacks space, or
+                another run is writing it. Nothing has been written then.
+        """
+        target = Path(out).expanduser().resolve()
+        partial = target.with_name(target.name + ".partial")
+        _check_sources(target, partial, sources)
+        _check_parent(target.parent)
+        with _explained(partial, needed_bytes, staged=False):
+            partial.mkdir(exist_ok=True)
+            stage = cls(target, partial, _lock_folder(partial, target), overwrite)
+            try:
+                _recover_replaced(target)
+                _check_existing(target, overwrite)
+                stage._resume_or_clear(fingerprint)
+                stage._check_space(needed_bytes)
+            except BaseException:
+                stage.close()
+                raise
+        return stage
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock. What was staged stays; a folder with nothing in it to resume does not."""
+        if self._lock is None:
+            return
+        if not self.committed and all(path.name in (JOURNAL, JOURNAL_NEW) for path in self.path.iterdir()):
+            shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+        self._lock = None
+
+    def _resume_or_clear(self, fingerprint: str) -> None:
+        journal = self.path / JOURNAL
+        if any(path.name != JOURNAL_NEW for path in self.path.iterdir()) and not journal.exists():
+            raise SurgeryError(f"{self.path}: exists and was not written by this tool; move it away or delete it")
+        old: dict = {}
+        with suppress(FileNotFoundError, ValueError):  # a damaged journal means starting afresh
+            old = json.loads(journal.read_text())
+        resumed = old.get("fingerprint") == fingerprint
+        self._journal = {"fingerprint": fingerprint, "files": old["files"] if resumed else {}}
+        self._save_journal()  # first, so that a kill while clearing cannot mix two jobs
+        keep = {JOURNAL, *self._journal["files"], *([SCRATCH] if resumed else [])}
+        for path in list(self.path.iterdir()):
+            if path.name not in keep:
+                _remove(path)
+
+    def _save_journal(self) -> None:
+        temporary = self.path / JOURNAL_NEW
+        temporary.write_text(json.dumps(self._journal))
+        temporary.replace(self.path / JOURNAL)
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.path).free + sum(
+            (self.path / file).stat().st_size for file in self._journal["files"] if (self.path / file).exists()
+        )
+        if needed > free:
+            raise SurgeryError(
+                f"{self.path.parent}: {needed:,} bytes are needed and {free:,} are free; free some space or choose "
+                "another output folder"
+            )
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for intermediate results of this job: survives a kill, is gone after `commit()`."""
+        folder = self.path / SCRATCH
+        with _explained(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    def write_file(self, name: str, content: str | bytes) -> None:
+        """Write one small file."""
+        path = self._inside(name)
+        with _explained(path, len(content)):
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    def copy_file(self, source: Path, name: str | None = None) -> None:
+        """Copy one small file (links followed), under `name` if given."""
+        path = self._inside(name or source.name)
+        with _explained(path):
+            shutil.copyfile(source, path)
+
+    def _inside(self, name: str) -> Path:
+        if Path(name).name != name or name in (JOURNAL, SCRATCH, MANIFEST):
+            raise AssertionError(f"{name!r} is not a file name for a checkpoint")
+        return self.path / name
+
+    def write_weights(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        max_shard_size: int | str = "5GB",
+        progress: Progress | None = None,
+        check_finite: bool = True,
+    ) -> int:
+        """Write every tensor of `weights`, and the index where there is more than one file; return the bytes written.
+
+        Bytes that no edit touches are copied from file to file. Files that a killed run of the same job finished
+        are kept once their SHA-256 has been checked. `progress` is called with (bytes done, bytes in total).
+
+        Raises:
+            SurgeryError: a computed tensor holds NaN or infinity, or the disk fails or is full.
+        """
+        if self._weights_written:
+            raise AssertionError("write_weights was called twice on one stage")
+        meta = meta_weights(weights)
+        shards = plan_shards(weights, meta, parse_size(max_shard_size))
+        total = sum(shard.size for shard in shards)
+        done = {shard.file: total_sum for shard in shards if (total_sum := self._finished(shard)) is not None}
+        self._drop_unplanned(set(done))
+        self._check_space(total)
+        report = _Reporter(progress, total)
+        hashes: list[FollowingHash] = []
+        try:
+            for shard in shards:
+                if shard.file in done:
+                    report(shard.size)
+                    continue
+                while len(hashes) >= MAX_HASHES:
+                    self._record(hashes.pop(0))
+                with _explained(self.path / shard.file, shard.size):
+                    hashes.append(_write_shard(self.path, shard, weights, meta, check_finite, report))
+            for following in hashes:
+                self._record(following)
+        except BaseException:
+            for following in hashes:
+                following.abandon()
+            raise
+        self._sums.update({file: entry["sha256"] for file, entry in self._journal["files"].items()})
+        if len(shards) > 1:
+            self.write_file(INDEX, _index(shards, meta))
+        self._weights_written = True
+        return total
+
+    def _finished(self, shard: Shard) -> str | None:
+        """The SHA-256 of a file that an earlier run finished, if it is still what the journal says."""
+        entry = self._journal["files"].get(shard.file)
+        path = self.path / shard.file
+        if not entry or entry["key"] != shard.key or not path.is_file() or path.stat().st_size != shard.size:
+            return None
+        return entry["sha256"] if file_sha256(path) == entry["sha256"] else None
+
+    def _drop_unplanned(self, keep: set[str]) -> None:
+        self._journal["files"] = {file: entry for file, entry in self._journal["files"].items() if file in keep}
+        self._save_journal()
+        for path in [*self.path.glob("*.safetensors"), self.path / INDEX]:
+            if path.name not in keep:
+                path.unlink(missing_ok=True)
+
+    def _record(self, following: FollowingHash) -> None:
+        with _explained(following.path):
+            digest = following.result()
+            self._journal["files"][following.path.name] = {"sha256": digest, "key": following.key}
+            self._save_journal()
+
+    def commit(self) -> Path:
+        """Write the manifest, flush everything to disk and rename OUT.partial to OUT. Returns OUT.
+
+        With `overwrite` the old OUT is moved aside first and removed last: whenever this is killed, the old or the
+        new one is complete, under OUT or (for an instant) OUT.replaced, which the next run puts back.
+        """
+        with _explained(self.path):
+            _remove(self.path / SCRATCH)
+            write_manifest(self.path, self._sums)
+            for path in sorted(self.path.iterdir()):
+                _fsync(path)
+            replaced = _replaced(self.out)
+            if self.out.exists() and any(self.out.iterdir()):
+                _check_existing(self.out, self._overwrite)  # it may have appeared meanwhile
+                _remove(replaced)  # the rest of a replaced checkpoint whose removal was interrupted
+                self.out.rename(replaced)
+            self.path.rename(self.out)
+            (self.out / JOURNAL).unlink()
+            _fsync(self.out.parent)
+            _remove(replaced)
+        self.committed = True
+        self.close()
+        return self.out
+
+
+def meta_weights(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Names, shapes and dtypes of `weights`, found without reading or computing any."""
+    root = weights.root if isinstance(weights, TransformedWeights) else weights
+    meta = root.meta() if isinstance(root, Checkpoint) else {name: tensor.to("meta") for name, tensor in root.items()}
+    made = rebase(weights, meta)
+    return {name: made[name] for name in made}
+
+
+def plan_shards(weights: Mapping[str, Tensor], meta: Mapping[str, Tensor], max_shard_bytes: int) -> list[Shard]:
+    """Which tensors go into which file: layers in order, files of about one size, at most `max_shard_bytes` of tensors.
+
+    A single tensor larger than the limit gets a file of its own.
+    """
+    sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in meta.items()}
+    total = sum(sizes.values())
+    # Files of one size finish together, and hashing one can overlap with writing the next.
+    aim = total / max(1, -(-total // max_shard_bytes))
+    contents: list[list[str]] = [[]]
+    filled = 0
+    placed = 0
+    for name in file_order(weights):
+        full = filled + sizes[name] > max_shard_bytes or placed + sizes[name] / 2 > aim * len(contents)
+        if contents[-1] and full:
+            contents.append([])
+            filled = 0
+        contents[-1].append(name)
+        filled += sizes[name]
+        placed += sizes[name]
+    shards = []
+    for number, names in enumerate(contents, start=1):
+        file = WEIGHTS if len(contents) == 1 else f"model-{number:05}-of-{len(contents):05}.safetensors"
+        # Wide dtypes first keeps every tensor aligned, whatever its number of elements.
+        names.sort(key=lambda name: -meta[name].dtype.itemsize)
+        header = encode_header([(n, meta[n].dtype, tuple(meta[n].shape)) for n in names], {"format": "pt"})
+        shards.append(Shard(file, tuple(names), header, len(header) + sum(sizes[n] for n in names)))
+    return shards
+
+
+def file_order(weights: Mapping[str, Tensor]) -> list[str]:
+    """Layers in numeric order, and names that one edit computes side by side."""
+
+    def natural(name: str) -> list[tuple[int, str]]:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+    ordered: dict[str, None] = {}
+    for name in sorted(weights, key=natural):
+        group = weights.group(name) if isinstance(weights, TransformedWeights) else (name,)
+        ordered.update(dict.fromkeys((name, *group)))
+    return list(ordered)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a plain number.
+
+    Raises:
+        SurgeryError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    if match:
+        number, prefix, binary = match.groups()
+        made = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
+        if made > 0:
+            return made
+    raise SurgeryError(f"{size!r} is not a file size; write it like 5GB, 500MB or 2GiB")
+
+
+def _index(shards: list[Shard], meta: Mapping[str, Tensor]) -> str:
+    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in meta.values())
+    index = {
+        "metadata": {"total_parameters": sum(tensor.numel() for tensor in meta.values()), "total_size": total},
+        "weight_map": dict(sorted((name, shard.file) for shard in shards for name in shard.names)),
+    }
+    return json.dumps(index, indent=2) + "\n"
+
+
+class _Reporter:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress, self.total, self.done = progress, total, 0
+
+    def __call__(self, count: int) -> None:
+        self.done += count
+        if self.progress:
+            self.progress(self.done, self.total)
+
+
+def _write_shard(
+    folder: Path,
+    shard: Shard,
+    weights: Mapping[str, Tensor],
+    meta: Mapping[str, Tensor],
+    check_finite: bool,
+    report: _Reporter,
+) -> FollowingHash:
+    """Write one file; return the hash that follows it."""
+    path = folder / shard.file
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), shard.size)
+        following = FollowingHash(path, shard.size, shard.key)
+        try:
+            out = _Output(file.fileno(), following, report)
+            out.write(shard.header)
+            for source in _steps(shard, weights):
+                if isinstance(source, _Range):
+                    out.copy(source)
+                else:
+                    _write_computed(out, source, weights, meta[source], check_finite)
+        except BaseException:
+            following.abandon()
+            raise
+    if out.at != shard.size:
+        raise AssertionError(f"{path}: wrote {out.at} bytes of {shard.size}")
+    return following
+
+
+@dataclass(frozen=True)
+class _Range:
+    path: Path
+    start: int
+    end: int
+
+
+def _steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[_Range | str]:
+    """The shard's tensors in order: names to compute and byte ranges to copy, neighbours merged."""
+    pending: _Range | None = None
+    for name in shard.names:
+        found = _location(weights, name)
+        if found and pending and found.path == pending.path and found.start == pending.end:
+            pending = _Range(found.path, pending.start, found.end)
+            continue
+        if pending:
+            yield pending
+        pending = found
+        if not found:
+            yield name
+    if pending:
+        yield pending
+
+
+def _location(weights: Mapping[str, Tensor], name: str) -> _Range | None:
+    root = weights.root if isinstance(weights, TransformedWeights) else weights
+    origin = weights.origin(name) if isinstance(weights, TransformedWeights) else name
+    if origin is None or not isinstance(root, Checkpoint):
+        return None
+    location = root.location(origin)
+    return _Range(*location) if location else None
+
+
+def _write_computed(
+    out: _Output, name: str, weights: Mapping[str, Tensor], planned: Tensor, check_finite: bool
+) -> None:
+    before = out.at
+    for block in blocks(weights, name):
+        if block.dtype != planned.dtype or block.shape[1:] != planned.shape[1:]:
+            raise AssertionError(f"{name}: made {block.dtype} {tuple(block.shape)}, planned {planned.dtype}")
+        if check_finite:
+            raise_unless_finite(name, block)
+        raw = block.detach().cpu().contiguous().flatten().view(torch.uint8)
+        out.write(raw.numpy().data)
+    if out.at - before != planned.numel() * planned.dtype.itemsize:
+        raise AssertionError(f"{name}: wrote {out.at - before} bytes, planned {tuple(planned.shape)}")
+    if isinstance(weights, TransformedWeights) and name == weights.group(name)[-1]:
+        weights.release()
+
+
+def raise_unless_finite(name: str, tensor: Tensor) -> None:
+    """Raise SurgeryError naming `name` where `tensor` holds NaN or infinity."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()  # passes NaN on
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise SurgeryError(
+            f"tensor {name!r}: the result holds NaN or infinity. Run `llmsurgeon verify` on the source; if it is "
+            "sound, the edit overflows the dtype"
+        )
+
+
+class _Output:
+    """A file being written from its beginning on."""
+
+    def __init__(self, fd: int, following: FollowingHash, report: _Reporter) -> None:
+        self.fd, self.following, self.report, self.at = fd, following, report, 0
+
+    def _advance(self, count: int) -> None:
+        self.at += count
+        self.following.advance(self.at)
+        self.report(count)
+
+    def write(self, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.write(self.fd, view[:COPY_STEP])
+            self._advance(count)
+            view = view[count:]
+
+    def copy(self, source: _Range) -> None:
+        fd = os.open(source.path, os.O_RDONLY)
+        try:
+            at = source.start
+            while at < source.end:
+                count = copy_bytes(fd, self.fd, at, self.at, min(COPY_STEP, source.end - at))
+                if not count:
+                    raise CheckpointError(
+                        f"{source.path}: the file became shorter while it was being read; start again"
+                    )
+                at += count
+                self._advance(count)
+        finally:
+            os.close(fd)
+
+
+UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
+
+def copy_bytes(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    """Copy up to `count` bytes between open files, inside the kernel where it can. Returns the bytes copied.
+
+    Advances `target`'s own position to the end of what was copied.
+    """
+    for copy in (_copy_file_range, _sendfile, _copy_through_memory):
+        try:
+            copied = copy(source, target, source_at, target_at, count)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED or copy is _copy_through_memory:
+                raise
+            continue
+        os.lseek(target, target_at + copied, os.SEEK_SET)
+        return copied
+    raise AssertionError("unreachable")
+
+
+def _copy_file_range(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "no copy_file_range on this system")
+    return os.copy_file_range(source, target, count, source_at, target_at)
+
+
+def _sendfile(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    if not hasattr(os, "sendfile"):
+        raise OSError(errno.ENOSYS, "no sendfile on this system")
+    os.lseek(target, target_at, os.SEEK_SET)
+    return os.sendfile(target, source, source_at, count)
+
+
+def _copy_through_memory(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
+    return os.pwrite(target, os.pread(source, min(count, 1 << 22), source_at), target_at)
+
+
+def _check_sources(target: Path, partial: Path, sources: tuple[Path, ...]) -> None:
+    for source in sources:
+        real = source.resolve()
+        if real.is_relative_to(target) or real.is_relative_to(partial):
+            raise SurgeryError(f"{target}: is where the model is read from; choose another output folder")
+
+
+def _check_existing(target: Path, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise SurgeryError(f"{target}: exists and is not a folder; choose another output folder")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise SurgeryError(f"{target}: exists already; choose another output folder or pass --overwrite")
+    if not (target / "config.json").exists() and not (target / MANIFEST).exists():
+        raise SurgeryError(
+            f"{target}: holds files but is not a checkpoint, so it is not overwritten; delete it yourself"
+        )
+
+
+def _check_parent(parent: Path) -> None:
+    ancestor = next(path for path in (parent, *parent.parents) if path.exists())
+    if not ancestor.is_dir():
+        raise SurgeryError(f"{parent}: cannot be created, because {ancestor} is a file")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        raise SurgeryError(f"{ancestor}: no permission to write here; choose another output folder")
+    with _explained(parent, staged=False):
+        parent.mkdir(parents=True, exist_ok=True)
+
+
+def _lock_folder(folder: Path, target: Path) -> int:
+    """Lock the staging folder itself, so that no lock file is left behind; returns the descriptor that holds it."""
+    while True:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(folder)):
+                return fd
+        except FileNotFoundError:
+            folder.mkdir(exist_ok=True)  # renamed or removed between open and lock, by a run that just ended
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                os.close(fd)
+                raise SurgeryError(f"{target}: another run is writing it now; wait for it or stop it") from error
+            if error.errno in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return fd  # a network file system without locks on folders
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(target.name + ".replaced")
+
+
+def _recover_replaced(target: Path) -> None:
+    """A kill between the two renames of an overwrite leaves the old checkpoint under its other name: put it back."""
+    if not target.exists() and _replaced(target).exists():
+        _replaced(target).rename(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _explained(path: Path, needed: int = 0, staged: bool = True) -> Iterator[None]:
+    """Turn errors of the disk into a SurgeryError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = {
+            errno.ENOSPC: "the disk is full",
+            errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "the file would exceed the size that the system allows",
+            errno.EACCES: "no permission to write",
+            errno.EPERM: "not permitted to write",
+            errno.EROFS: "the file system is read-only",
+        }.get(error.errno or 0, error.strerror or str(error))
+        need = f" ({needed:,} bytes needed)" if needed else ""
+        after = (
+            "What is finished stays in the .partial folder; the same command started again goes on from there"
+            if staged
+            else "Choose another output folder"
+        )
+        raise SurgeryError(f"{error.filename or path}: {what}{need}. {after}") from error

@@ -1,0 +1,93 @@
+"""`llmsurgeon analyze`: what can go, measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmsurgeon.cli import say
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("analyze")(analyze_command)
+
+
+def analyze_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder for the report; default: MODEL-analysis.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 8192,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
+    drop: Annotated[
+        int | None, typer.Option(help="Attentions to drop; default: about a quarter of the layers.")
+    ] = None,
+    max_run: Annotated[int, typer.Option(help="Longest run of FFNs to fuse.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of sampled calibration text.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences that go through a layer together.")] = 8,
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout as well.")] = False,
+) -> None:
+    """Find attentions, FFN runs and blocks that can go; write a report and a recipe that runs as it is.
+
+    Layers are read one at a time, so the model may be larger than memory. Without --text or --dataset the
+    calibration text is sampled from the model itself.
+    """
+    from llmsurgeon.analysis.analyze import analyze, write_analysis
+    from llmsurgeon.analysis.search import default_count
+    from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.memory import keep_freed_memory
+    from llmsurgeon.recipe import Calibration
+    from llmsurgeon.run import Options, Texts, open_patient
+
+    keep_freed_memory()
+    patient = open_patient(model, revision)
+    calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
+    options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
+    texts = Texts(patient, calibration, tokens, options)
+    windows = texts.windows
+    count = default_count(len(patient.spec.blocks)) if drop is None else drop
+    result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
+    source = Path(model)
+    folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
+    # The refit of the suggested recipe wants more text than the scores do.
+    fit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, 65_536), "sequence_length": 512}
+    files = write_analysis(folder, result, fit_on)
+    if as_json:
+        print(json.dumps(result.report(), allow_nan=False))
+        return
+    print_analysis(result, files)
+
+
+def print_analysis(result, files) -> None:  # type: ignore[no-untyped-def]
+    """The suggestion and the scores behind it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    scores = result.measurements.scores
+    table = Table(title=f"{result.model}: {result.layers} layers, {result.text}", title_justify="left")
+    columns = ("layer", "attention KL", "FFN KL", "block KL", "attention similarity", "block influence", "suggestion")
+    for column in columns:
+        table.add_column(column, justify="right" if column != "suggestion" else "left")
+    order = {layer: place + 1 for place, layer in enumerate(result.dropped)}
+    run_of = {layer: run for run in result.runs for layer in run}
+    for layer in range(result.layers):
+        notes = [f"drop attention (#{order[layer]})"] if layer in order else []
+        if layer in run_of:
+            notes.append(f"FFN in run {run_of[layer][0]}-{run_of[layer][-1]}")
+        names = ("attention_kl", "ffn_kl", "block_kl", "attention_similarity", "block_influence")
+        table.add_row(str(layer), *(f"{scores[name].mean[layer]:.4f}" for name in names), ", ".join(notes))
+    console = Console()
+    console.print(table)
+    for file in files:
+        console.print(f"wrote {file}", highlight=False)
+    suggested = next(file for file in files if file.name == "suggested.yaml")
+    console.print(f"next: llmsurgeon run {suggested} -o OUT", highlight=False)

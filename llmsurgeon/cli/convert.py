@@ -1,0 +1,304 @@
+"""`llmsurgeon run`, `fuse` and `prune`: checkpoint in, recipe or flags, checkpoint out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsurgeon.cli import say
+from llmsurgeon.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from llmsurgeon.recipe import Recipe
+    from llmsurgeon.run import Outcome, Planned
+
+Out = Annotated[
+    str | None, typer.Option("--out", "-o", help="Folder to write; default: MODEL's name with the recipe's.")
+]
+Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step.key=value, calibration.tokens=8192 ...")]
+Text = Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.")]
+Dataset = Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; config.json alone is enough.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
+Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda ...")]
+Dtype = Annotated[str | None, typer.Option(help="Dtype of calibration: float32, bfloat16; default: the checkpoint's.")]
+Revision = Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; default: the recipe's model.")]
+RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
+
+FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
+PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("run")(run_command)
+    app.command("fuse")(fuse_command)
+    app.command("prune")(prune_command)
+
+
+def run_command(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a built-in recipe.", show_default=False)],
+    model: Model = None,
+    out: Out = None,
+    sets: Sets = None,
+    text: Text = None,
+    dataset: Dataset = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe on a checkpoint and write the result as a new one."""
+    loaded = _load(recipe, sets, text, dataset)
+    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
+    _go(loaded, Path(recipe).stem, model, out, options, dtype, revision, dry_run, as_json)
+
+
+def fuse_command(
+    model: Model = None,
+    recipe: RecipeFile = None,
+    out: Out = None,
+    drop_attention: Annotated[
+        str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8 or 66-115.")
+    ] = None,
+    drop_count: Annotated[int | None, typer.Option(help="Or how many; the analysis chooses which.")] = None,
+    runs: Annotated[str | None, typer.Option(help="FFN runs to fuse, e.g. 66-73,74-85; default: chosen.")] = None,
+    max_run: Annotated[int, typer.Option(help="Longest run when runs are chosen.")] = 4,
+    norm: Annotated[str, typer.Option(help="fold (exact) or last (the paper's).")] = "fold",
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
+    sets: Sets = None,
+    text: Text = None,
+    dataset: Dataset = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fuse runs of FFNs into wide ones (FFN Fusion), by a recipe that fuses or by flags.
+
+    Example: llmsurgeon fuse --recipe ultra.yaml -o OUT; llmsurgeon fuse MODEL --drop-count 8 -o OUT.
+    """
+    if recipe:
+        loaded = _load(recipe, sets, text, dataset)
+        _must_have(loaded, FUSE_OPS, "fuse")
+    else:
+        steps: list[dict[str, Any]] = []
+        if drop_attention and drop_count:
+            raise SurgeryError("give --drop-attention or --drop-count, not both")
+        if drop_attention:
+            steps.append({"op": "prune_attention", "layers": _split(drop_attention)})
+        elif drop_count:
+            steps.append({"op": "prune_attention", "count": drop_count})
+        chosen: Any = _split(runs) if runs else "auto"
+        steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
+        if refit:
+            steps.append({"op": "refit"})
+        loaded = _built(steps, sets, text, dataset)
+    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
+    _go(loaded, Path(recipe or "fused").stem, model, out, options, dtype, revision, dry_run, as_json)
+
+
+def prune_command(
+    model: Model = None,
+    recipe: RecipeFile = None,
+    out: Out = None,
+    attention: Annotated[str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8.")] = None,
+    ffn: Annotated[str | None, typer.Option(help="Layers whose FFN goes.")] = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks that go, e.g. 20-24.")] = None,
+    block_count: Annotated[int | None, typer.Option(help="How many blocks go, by block influence.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
+    width: Annotated[int | None, typer.Option(help="FFN width to cut to.")] = None,
+    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
+    sets: Sets = None,
+    text: Text = None,
+    dataset: Dataset = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove attentions, FFNs, blocks, key/value heads or FFN channels, by a recipe that prunes or by flags."""
+    if recipe:
+        loaded = _load(recipe, sets, text, dataset)
+        _must_have(loaded, PRUNE_OPS, "prune")
+    else:
+        steps: list[dict[str, Any]] = []
+        for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
+            if layers:
+                steps.append({"op": op, "layers": _split(layers)})
+        if block_count:
+            steps.append({"op": "prune_blocks", "count": block_count})
+        if kv_heads:
+            steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
+        if width:
+            steps.append({"op": "prune_width", "width": width})
+        if not steps:
+            raise SurgeryError(
+                "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --kv-heads or --width"
+            )
+        if refit:
+            steps.append({"op": "refit"})
+        loaded = _built(steps, sets, text, dataset)
+    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
+    _go(loaded, Path(recipe or "pruned").stem, model, out, options, dtype, revision, dry_run, as_json)
+
+
+def _split(text: str) -> list[Any]:
+    return [int(part) if part.strip().isdigit() else part.strip() for part in text.split(",")]
+
+
+def _load(recipe: str, sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+    from llmsurgeon.recipe import load
+
+    return _with_text(load(recipe, sets or ()), text, dataset)
+
+
+def _built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+    import yaml
+
+    from llmsurgeon.recipe import loads
+
+    return _with_text(loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ()), text, dataset)
+
+
+def _with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
+    if text and dataset:
+        raise SurgeryError("give --text or --dataset, not both")
+    if not (text or dataset):
+        return recipe
+    calibration = recipe.calibration.model_copy(update={"text": text, "dataset": dataset})
+    return recipe.model_copy(update={"calibration": calibration})
+
+
+def _must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
+    if not any(step.op in ops for step in recipe.steps):
+        found = ", ".join(step.op for step in recipe.steps)
+        raise SurgeryError(
+            f"this recipe does not {verb}: its steps are {found}, {verb} wants one of {', '.join(sorted(ops))}; "
+            "`llmsurgeon run` runs any recipe"
+        )
+
+
+def _go(
+    recipe: Recipe,
+    label: str,
+    model: str | None,
+    out: str | None,
+    options: dict[str, Any],
+    dtype: str | None,
+    revision: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    name = model or recipe.model
+    if not name:
+        raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
+    if dry_run:
+        from llmsurgeon.run import open_config, plan
+
+        planned = plan(open_config(name, revision), recipe, {})
+        print(json.dumps(plan_report(planned))) if as_json else print_plan(planned)
+        return
+    from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.memory import keep_freed_memory
+    from llmsurgeon.run import Options, run
+
+    keep_freed_memory()
+    target = out or f"{Path(name).stem if name.endswith('.gguf') else Path(name).name}-{label}"
+    outcome = run(recipe, name, target, Options(**options, dtype=dtype_of(dtype), say=say), revision)
+    print(json.dumps(outcome_report(outcome))) if as_json else print_outcome(outcome)
+
+
+def plan_report(planned: Planned) -> dict[str, Any]:
+    """The plan as JSON."""
+    return {
+        "model": planned.patient.name,
+        "format": planned.written.format,
+        "why": planned.written.why,
+        "before": planned.before.to_dict(),
+        "after": planned.after.to_dict(),
+        "peak_edit_bytes": planned.peak_bytes,
+        "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
+        "blocks": [list(block.parents) for block in planned.spec.blocks],
+    }
+
+
+def outcome_report(outcome: Outcome) -> dict[str, Any]:
+    """What a run made, as JSON."""
+    return {
+        "out": str(outcome.out),
+        **plan_report(outcome.planned),
+        "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
+        "gate_missed": list(outcome.gate),
+    }
+
+
+def print_plan(planned: Planned) -> None:
+    """The plan as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from llmsurgeon.summary import human
+
+    console = Console()
+    table = Table(title=f"Plan for {planned.patient.name}", title_justify="left")
+    for column in ("", "parent", "result", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    labels = {
+        "blocks": "blocks",
+        "attentions": "attentions",
+        "ffns": "FFNs",
+        "parameters": "parameters",
+        "flops_per_token": "FLOPs a token",
+        "kv_bytes_per_token": "KV bytes a token",
+        "disk_bytes": "disk bytes",
+    }
+    for key, label in labels.items():
+        before, after = getattr(planned.before, key), getattr(planned.after, key)
+        change = f"{100 * (after / before - 1):+.1f} %" if before else ""
+        table.add_row(label, human(before), human(after), change)
+    console.print(table)
+    for step in planned.recipe.steps:
+        shown = ", ".join(
+            f"{k}={_short(v)}" for k, v in step.model_dump(mode="json").items() if k != "op" and v is not None
+        )
+        console.print(f"  {step.op}: {shown}", highlight=False)
+    console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
+    loads = {
+        "native": f"loads in transformers, vLLM and wherever else {planned.patient.family.model_type} does",
+        "surgeon": "loads in transformers with trust_remote_code=True (the modeling file is in the checkpoint)",
+    }
+    console.print(loads[planned.written.format], highlight=False)
+    console.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """The result as tables."""
+    print_plan(outcome.planned)
+    if outcome.evaluation:
+        e = outcome.evaluation
+        print(
+            f"held-out calibration text: perplexity {e.parent_perplexity:.2f} -> {e.perplexity:.2f} "
+            f"(ratio {e.perplexity_ratio:.3f}), KL {e.kl:.3f}, same top token {100 * (e.top1_agreement or 0):.1f} %"
+        )
+    print(f"wrote {outcome.out}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."

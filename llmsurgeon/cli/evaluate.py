@@ -1,0 +1,110 @@
+"""`llmsurgeon eval`: is the model still good?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmsurgeon.cli import say
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llmsurgeon.evaluation.evaluate import Evaluation
+
+# Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
+SEED = 1
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("eval")(evaluate_command)
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
+    against: Annotated[str | None, typer.Option(help="The parent: adds KL, top-1 agreement and the ratio.")] = None,
+    text: Annotated[str | None, typer.Option(help="Text to measure on: .txt, .jsonl or .parquet.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset to measure on, NAME[:CONFIG][:SPLIT].")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens.")] = 32768,
+    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated (needs the eval extra).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure perplexity, and against a parent KL divergence and top-1 agreement, with 95 % confidence intervals.
+
+    Without --text or --dataset the text is sampled from the parent (from MODEL where no parent is given).
+    """
+    from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
+    from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.evaluation.evaluate import check_same_vocabulary, evaluate
+    from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
+    from llmsurgeon.formats.loading import load_model, load_tokenizer
+
+    if tasks:
+        check_tasks_available()
+    source = Calibration(text, dataset, tokens, seq_len, seed=SEED)
+    student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
+    parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
+    if parent is not None:
+        check_same_vocabulary(student, parent)
+    tokenizer = load_tokenizer(against) if against else load_tokenizer(model, revision)
+    sampled = student if parent is None else parent
+    windows = calibration_tokens(against or model, tokenizer, **asdict(source), model=sampled)
+    described = source.describe(windows, "text", "the parent" if against else "the model itself")
+    say(described)
+    result = evaluate(student, windows, parent)
+    report = {"model": model, "parent": against, "text": described.removeprefix("text: "), **result.to_dict()}
+    if tasks:
+        names = [name.strip() for name in tasks.split(",")]
+        report["tasks"] = run_tasks(student, tokenizer, names)
+        report["parent_tasks"] = run_tasks(parent, tokenizer, names) if parent is not None else None
+    if as_json:
+        print(json.dumps(report))
+        return
+    from rich.console import Console
+
+    Console().print(_table(result))
+    if tasks:
+        Console().print(_task_table(report["tasks"], report["parent_tasks"]))
+
+
+def _table(result: Evaluation) -> Table:
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result.tokens:,} predicted tokens, windows of {result.sequence_length}", title_justify="left"
+    )
+    for column in ("", "value", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
+    rows = {
+        "perplexity": "perplexity",
+        "parent's perplexity": "parent_perplexity",
+        "perplexity ratio": "perplexity_ratio",
+        "KL(parent || model), nats a token": "kl",
+        "top-1 agreement": "top1_agreement",
+    }
+    for label, field in rows.items():
+        value, interval = getattr(result, field), getattr(result, f"{field}_interval")
+        if value is not None:
+            table.add_row(label, f"{value:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
+    return table
+
+
+def _task_table(tasks: dict[str, dict], parent: dict[str, dict] | None) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    for column in ("task", "metric", "model", *(["parent"] if parent else [])):
+        table.add_column(column, justify="right" if column in ("model", "parent") else "left")
+    for task, metrics in tasks.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(task, metric, f"{value:.4f}", *([f"{parent[task][metric]:.4f}"] if parent else []))
+    return table

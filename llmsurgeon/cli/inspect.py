@@ -1,0 +1,96 @@
+"""`llmsurgeon inspect` and `verify`: what is in a checkpoint, and is it whole?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from llmsurgeon.errors import CheckpointError, SurgeryError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("inspect")(inspect_command)
+    app.command("verify")(verify_command)
+
+
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder, config.json or GGUF file.", show_default=False)],
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """List the blocks of a model: attention, FFN and parameters of each. A config.json is enough."""
+    from llmsurgeon.run import open_config, shapes_of
+    from llmsurgeon.summary import block_rows, costs, human
+
+    patient = open_config(model, revision)
+    shapes = shapes_of(patient.weights)
+    total = costs(patient.spec, patient.family, shapes, patient.dtype.itemsize)
+    rows = block_rows(patient.spec, patient.family, shapes)
+    if as_json:
+        report: dict[str, Any] = {"model": model, "model_type": patient.config["model_type"], **total.to_dict()}
+        print(json.dumps({**report, "layers": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    title = (
+        f"{model}: {patient.config['model_type']}, {human(total.parameters)} parameters, "
+        f"{total.kv_bytes_per_token:,} KV bytes a token"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("block", "attention", "FFN", "parameters"):
+        table.add_column(column, justify="left" if column in ("attention", "FFN") else "right")
+    for row in rows:
+        heads = [
+            f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
+            + (f", window {a['window']}" if a["window"] else "")
+            for a in row["attention"]
+        ]
+        widths = [f"{f['kind']} {f['width']}" for f in row["ffn"]]
+        joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
+        table.add_row(str(row["block"]), *joined, human(row["parameters"]))
+    Console().print(table)
+
+
+def verify_command(
+    folder: Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check a checkpoint: hashes, index, names and shapes against the config, tied weights, one tiny forward pass."""
+    from llmsurgeon.checkpoint.manifest import verify_files
+    from llmsurgeon.formats.loading import load_model
+
+    if not Path(folder).is_dir():
+        raise SurgeryError(f"{folder}: no such folder; verify takes the folder of a checkpoint")
+    problems = verify_files(Path(folder))
+    if not problems:
+        problems += _model_problems(load_model, folder)
+    if as_json:
+        print(json.dumps({"folder": folder, "ok": not problems, "problems": problems}))
+    if problems:
+        raise CheckpointError(f"{folder}: " + "; ".join(problems))
+    if not as_json:
+        print(f"{folder}: files, tensors and a forward pass are in order")
+
+
+def _model_problems(load_model: Any, folder: str) -> list[str]:
+    import torch
+
+    try:
+        model = load_model(folder)
+    except SurgeryError as error:
+        return [str(error)]
+    problems = []
+    if model.config.tie_word_embeddings:
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if head.weight.data_ptr() != embedding.weight.data_ptr():
+            problems.append("the config ties head and embedding, the loaded weights are apart")
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(4)[None] % model.config.vocab_size).logits
+    if not torch.isfinite(logits).all():
+        problems.append("a forward pass gives NaN or infinite logits: the weights are damaged")
+    return problems

@@ -1,0 +1,71 @@
+"""The `llmsurgeon` command: global options, every verb, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from llmsurgeon import __version__
+from llmsurgeon.cli import analyze, bench, convert, evaluate, inspect, output, recipes
+from llmsurgeon.errors import GateFailed, SurgeryError
+from llmsurgeon.progress import set_quiet
+
+EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED = 2, 3, 130
+
+# Plain help: importing rich's formatter alone would take longer than everything else that --help does.
+app = typer.Typer(
+    name="llmsurgeon",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"llmsurgeon {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Exit codes: 0 done, 2 error, 3 finished but the gate was missed, 130 interrupted.")
+def _global_options(
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Surgery on pretrained Hugging Face checkpoints: measure, cut, heal, prove, ship."""
+    output.quiet = quiet
+    set_quiet(quiet)
+
+
+for _module in (analyze, convert, evaluate, bench, inspect, recipes):
+    _module.register(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit. Expected errors are one message on stderr; bugs keep their traceback."""
+    try:
+        app(args=_quiet_first(sys.argv[1:] if arguments is None else arguments), prog_name="llmsurgeon")
+    except GateFailed as error:
+        _fail(str(error), EXIT_GATE)
+    except SurgeryError as error:
+        _fail(str(error), EXIT_ERROR)
+    except KeyboardInterrupt:
+        _fail("interrupted", EXIT_INTERRUPTED)
+
+
+def _quiet_first(arguments: Sequence[str]) -> list[str]:
+    """`llmsurgeon analyze MODEL --quiet` means the same as `llmsurgeon --quiet analyze MODEL`."""
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    rest = [a for a in own if a != "--quiet"] + list(arguments[len(own) :])
+    return ["--quiet", *rest] if "--quiet" in own else rest
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

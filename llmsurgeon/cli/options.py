@@ -1,0 +1,21 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmsurgeon.errors import SurgeryError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The torch dtype that --dtype names; None keeps the checkpoint's own."""
+    from llmsurgeon.formats.loading import DTYPES
+
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise SurgeryError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]

@@ -1,0 +1,370 @@
+"""Closed-form healing: after a cut, fit projections of the student to the parent's hidden states by ridge regression.
+
+No gradients: parent and student walk side by side, layer by layer, over calibration text. Two fits for a block:
+
+    align   what a projection reads has drifted from what it read in the parent. The linear map I + M that brings the
+            student's normed inputs nearest to the parent's is folded into the weights that read them: W <- W (I + M).
+    refit   the output projection W_o is moved to W_o + dW so that the block's output meets the parent's hidden state
+            after the same span: dW = argmin ||A (W_o + dW)^T - Y||^2 + ridge * mean(diag(A^T A)) ||dW||^2.
+
+Inputs are always the student's own, so errors of earlier blocks are corrected by later ones. Part of the calibration
+sequences is held out: it chooses the ridge, and an update that does not lower its error there is not made.
+
+Shapes: S sequences, T tokens, D model width, F features (FFN width, or heads * head_dim), O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
+from llmsurgeon.progress import Progress
+from llmsurgeon.spec import BlockSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """ridges: candidates, as multiples of the mean diagonal of the Gram matrix; align_ridge likewise for I + M."""
+
+    ridges: tuple[float, ...] = (1e-2, 1e-1, 1.0)
+    align: bool = True
+    align_ridge: float = 1e-2
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What happened to one projection. Errors are mean squared errors on the held-out sequences, relative to before."""
+
+    block: int
+    parents: tuple[int, ...]
+    projection: str
+    ridge: float | None
+    error_ratio: float
+
+    @property
+    def accepted(self) -> bool:
+        """True where the update was made."""
+        return self.ridge is not None
+
+
+@dataclass
+class Moments:
+    """Sums that ridge regression needs, in float32, for the tokens that fit and those held out.
+
+    gram [F, F] = A^T A; cross [F, O] = A^T R; square = ||R||^2; index 0 fits, index 1 judges.
+    """
+
+    gram: list[Tensor] = field(default_factory=list)
+    cross: list[Tensor] = field(default_factory=list)
+    square: list[float] = field(default_factory=lambda: [0.0, 0.0])
+
+    def add(self, features: Tensor, residual: Tensor, held_out: bool) -> None:
+        """Add tokens: features [n, F], residual [n, O]."""
+        if not self.gram:
+            f, o = features.shape[-1], residual.shape[-1]
+            self.gram = [features.new_zeros(f, f, dtype=torch.float32) for _ in range(2)]
+            self.cross = [features.new_zeros(f, o, dtype=torch.float32) for _ in range(2)]
+        a, r = features.float(), residual.float()
+        self.gram[held_out].addmm_(a.T, a)
+        self.cross[held_out].addmm_(a.T, r)
+        self.square[held_out] += r.square().sum().item()
+
+    def held_out_error(self, update: Tensor) -> float:
+        """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
+        before = self.square[1]
+        change = (update * (self.gram[1] @ update)).sum() - 2 * (update * self.cross[1]).sum()
+        return (before + change.item()) / before if before > 0 else 1.0
+
+
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, from A^T A [F, F] and A^T R [F, O]. [F, O]."""
+    damped = gram.clone()
+    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if info.item():
+        # Numerically singular in float32: the same system in float64.
+        factor = torch.linalg.cholesky(damped.double())
+        return torch.cholesky_solve(cross.double(), factor).float()
+    return torch.cholesky_solve(cross, factor)
+
+
+def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
+    """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
+
+    The ridge is chosen on the held-out tokens; the update then uses all tokens.
+    """
+    errors = {r: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], r)) for r in ridges}
+    ridge = min(errors, key=lambda r: errors[r])
+    if not errors[ridge] < 1:
+        return None, None, 1.0
+    update = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
+    return update, ridge, errors[ridge]
+
+
+def spans(spec: ModelSpec, parent_layers: int) -> list[tuple[int, ...]]:
+    """The parent layers whose joint work each block of the student does: removed layers go to the block before them."""
+    first = [min(block.parents) for block in spec.blocks]
+    ends = [*first[1:], parent_layers]
+    starts = [0, *first[1:]]
+    return [tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)]
+
+
+def changed(block: BlockSpec, span: tuple[int, ...], parent: ModelSpec) -> bool:
+    """True where the block is not simply the parent's layer."""
+    return len(span) != 1 or (block.attention, block.ffn, block.branches) != (
+        parent.blocks[span[0]].attention,
+        parent.blocks[span[0]].ffn,
+        (),
+    )
+
+
+class Refit:
+    """Parent and student side by side over one calibration batch.
+
+    Args:
+        parent, student: runners over their weights (canonical names).
+        spec: the student's; its blocks name the parent layers they stand for.
+        tokens: [S, T]; `held_out` [S] marks the sequences that only judge.
+        store: folder in which each block's new tensors are kept as soon as they are found: a killed run goes on there.
+    """
+
+    def __init__(
+        self,
+        parent: LayerRunner,
+        student: LayerRunner,
+        parent_spec: ModelSpec,
+        spec: ModelSpec,
+        tokens: Tensor,
+        held_out: Tensor,
+        options: RefitOptions,
+        store: Path,
+    ) -> None:
+        self.parent, self.student, self.spec, self.parent_spec = parent, student, spec, parent_spec
+        self.options, self.store, self.family = options, store, student.family
+        # Batches hold either fitting or judging sequences, never both.
+        order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
+        self.tokens = tokens[order]
+        fitting = int((~held_out).sum())
+        edges = [*range(0, fitting, options.batch), *range(fitting, len(tokens), options.batch), len(tokens)]
+        self.parts = [(slice(a, b), a >= fitting) for a, b in zip(edges, edges[1:], strict=False)]
+        self.fits: list[Fit] = []
+
+    def run(self) -> dict[str, Path]:
+        """Fit block after block. Returns name -> safetensors file of every tensor that changed."""
+        for part, _ in self.parts:
+            self.parent.embed(self.tokens[part])
+        self.x = torch.cat([self.student.embed(self.tokens[part]).cpu() for part, _ in self.parts])
+        self.p = self.x.clone()
+        found: dict[str, Path] = {}
+        drifted = False
+        todo = spans(self.spec, len(self.parent.layers))
+        with torch.no_grad(), Progress("refit", len(todo), "blocks") as progress:
+            for index, (block, span) in enumerate(zip(self.spec.blocks, todo, strict=True)):
+                is_changed = changed(block, span, self.parent_spec)
+                with self.student.loaded(index) as layer:
+                    if is_changed or drifted:
+                        file = self._fitted(index, block, span, layer, is_changed, drifted)
+                        found.update({self.family.layer(index) + name: file for name in _names(file)})
+                    else:
+                        self._walk_parent(span)
+                    for part, _ in self.parts:
+                        self.x[part] = self.student.whole(index, self.x[part].to(self.student.device)).cpu()
+                drifted = drifted or is_changed
+                progress.advance()
+        return found
+
+    def _fitted(
+        self, index: int, block: BlockSpec, span: tuple[int, ...], layer: nn.Module, is_changed: bool, drifted: bool
+    ) -> Path:
+        """Fit one loaded layer, or take the fit that an earlier run stored. Returns the file of its new tensors."""
+        from safetensors.torch import load_file, save_file
+
+        file = self.store / f"block-{index:04d}.safetensors"
+        if file.exists():
+            self._walk_parent(span)
+            layer.load_state_dict({**layer.state_dict(), **load_file(file)}, assign=True)
+            return file
+        before = layer.state_dict()
+        # The loaded tensors may be views of the checkpoint on disk: work on copies.
+        layer.load_state_dict({name: tensor.clone() for name, tensor in before.items()}, assign=True)
+        if block.branches:
+            self._walk_parent(span)
+        else:
+            self._fit(index, block, span, layer, is_changed, drifted)
+        new = {name: t.contiguous() for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
+        save_file(new, file.with_suffix(".partial"))
+        file.with_suffix(".partial").rename(file)
+        return file
+
+    def _walk_parent(
+        self, span: tuple[int, ...], see_ffn_input: Callable[[int, slice, bool, Tensor], None] | None = None
+    ) -> None:
+        """Take the parent's stream over a span, showing what each FFN reads: (layer, sequences, held out, [s, T, D])."""
+        for layer in span:
+            with self.parent.loaded(layer):
+                for part, held in self.parts:
+                    hidden = self.p[part].to(self.parent.device)
+                    attention = self.parent.attend(layer, hidden)
+                    attended = hidden if attention is None else hidden + attention
+                    read = hidden if self.parent.parallel_residual else attended
+                    if see_ffn_input:
+                        see_ffn_input(layer, part, held, read)
+                    ffn = self.parent.feed_forward(layer, read)
+                    self.p[part] = (attended if ffn is None else attended + ffn).cpu()
+
+    def _fit(
+        self,
+        index: int,
+        block: BlockSpec,
+        span: tuple[int, ...],
+        layer: nn.Module,
+        is_changed: bool,
+        drifted: bool,
+    ) -> None:
+        if self.options.align and block.attention is not None and drifted:
+            moments = Moments()
+            for part, held in self.parts:
+                self._add_drift(moments, getattr(layer, self.family.attention_norm), part, held, self.x, self.p[part])
+            self._align(index, block, "attention input", moments, self._attention_readers(layer))
+        attended = self._attended(index)
+        read = self.x if self.student.parallel_residual else attended
+        aligned = [
+            parent
+            for parent in (block.parents if self.options.align and block.ffn is not None else ())
+            if drifted or parent != block.parents[0]
+        ]
+        drifts = {parent: Moments() for parent in aligned}
+
+        def see(parent: int, part: slice, held: bool, theirs: Tensor) -> None:
+            if parent in drifts:
+                norm = getattr(layer, self.family.ffn_norm)
+                self._add_drift(drifts[parent], norm, part, held, read, theirs)
+
+        self._walk_parent(span, see)
+        for parent, moments in drifts.items():
+            readers = self._ffn_readers(layer, self._rows(block, parent))
+            self._align(index, block, f"ffn input of layer {parent}", moments, readers)
+        if is_changed:
+            self._refit_output(index, block, layer, attended)
+
+    def _rows(self, block: BlockSpec, parent: int) -> slice:
+        """The rows of a fused FFN that came from one parent: each read its own input there."""
+        if len(block.parents) == 1:
+            return slice(None)
+        widths = [ffn.width if (ffn := self.parent_spec.blocks[p].ffn) else 0 for p in block.parents]
+        assert block.ffn is not None and sum(widths) == block.ffn.width
+        start = sum(widths[: block.parents.index(parent)])
+        return slice(start, start + widths[block.parents.index(parent)])
+
+    def _attended(self, index: int) -> Tensor:
+        """The student's stream behind the block's attention, [S, T, D]."""
+        attended = self.x.clone()
+        for part, _ in self.parts:
+            contribution = self.student.attend(index, self.x[part].to(self.student.device))
+            if contribution is not None:
+                attended[part] += contribution.cpu()
+        return attended
+
+    def _attention_readers(self, layer: nn.Module) -> list[Tensor]:
+        """Weights [O, D] that read the attention norm's output, as views."""
+        attention = getattr(layer, self.family.attention)
+        return [
+            module.weight.data.T if self.family.transposed else module.weight.data
+            for name, module in attention.named_children()
+            if name != self.family.attention_out and getattr(module, "weight", torch.empty(0)).dim() == 2
+        ]
+
+    def _ffn_readers(self, layer: nn.Module, rows: slice) -> list[Tensor]:
+        """Rows [rows, D] of the weights that read the FFN norm's output, as views."""
+        ffn = getattr(layer, self.family.ffn)
+        weights = [getattr(ffn, name).weight.data for name in self.family.ffn_in]
+        return [(weight.T if self.family.transposed else weight)[rows] for weight in weights]
+
+    def _add_drift(
+        self, moments: Moments, norm: nn.Module, part: slice, held: bool, mine: Tensor, theirs: Tensor
+    ) -> None:
+        """What the student reads, against what the parent read, both behind the student's norm."""
+        own = norm(mine[part].to(self.student.device)).float()
+        wanted = norm(theirs.to(self.student.device)).float()
+        moments.add(own.flatten(0, 1), (wanted - own).flatten(0, 1), held)
+
+    def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
+        update, ridge, error = best_update(moments, (self.options.align_ridge,))
+        self.fits.append(Fit(index, block.parents, what, ridge, error))
+        if update is not None:
+            for weight in readers:
+                wide = weight.float()
+                weight.copy_((wide + wide @ update.T).to(weight.dtype))
+
+    def _refit_output(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
+        """Move the block's last projection so that the block ends where the parent's span ended."""
+        family = self.family
+        if block.ffn is not None:
+            projection = getattr(getattr(layer, family.ffn), family.ffn_out)
+            read = self.x if self.student.parallel_residual else attended
+            compute: Callable[[Tensor], Any] = lambda hidden: self.student.feed_forward(index, hidden)  # noqa: E731
+            start, name = attended, f"{family.ffn}.{family.ffn_out}"
+        else:
+            projection = getattr(getattr(layer, family.attention), family.attention_out)
+            read = start = self.x
+            compute = lambda hidden: self.student.attend(index, hidden)  # noqa: E731
+            name = f"{family.attention}.{family.attention_out}"
+        seen: list[Tensor] = []
+        hook = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        moments = Moments()
+        has_bias = getattr(projection, "bias", None) is not None
+        for part, held in self.parts:
+            contribution = compute(read[part].to(self.student.device)).float()
+            features = seen.pop().float().flatten(0, 1)
+            if has_bias:
+                features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+            reached = start[part].to(self.student.device).float() + contribution
+            residual = self.p[part].to(self.student.device).float() - reached
+            moments.add(features, residual.flatten(0, 1), held)
+        hook.remove()
+        update, ridge, error = best_update(moments, self.options.ridges)
+        self.fits.append(Fit(index, block.parents, name, ridge, error))
+        if update is None:
+            return
+        if has_bias:
+            projection.bias.data.copy_((projection.bias.float() + update[-1]).to(projection.bias.dtype))
+            update = update[:-1]
+        weight = projection.weight.data
+        change = update if family.transposed else update.T
+        weight.copy_((weight.float() + change).to(weight.dtype))
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def overlay(weights: Mapping[str, Tensor], found: Mapping[str, Path]) -> TransformedWeights:
+    """The student's weights with the fitted tensors, read from their files when asked for."""
+
+    def read(name: str, file: Path) -> Callable[[Tensor], Tensor]:
+        def fitted(old: Tensor) -> Tensor:
+            from safetensors import safe_open
+
+            if old.is_meta:
+                return old
+            with safe_open(file, framework="pt") as opened:
+                key = next(key for key in opened.keys() if name.endswith(key))  # noqa: SIM118
+                tensor: Tensor = opened.get_tensor(key)
+            return tensor.to(old.dtype)
+
+        return fitted
+
+    return TransformedWeights(
+        weights, [WeightTransform((name,), (name,), read(name, file)) for name, file in found.items()]
+    )

@@ -1,0 +1,108 @@
+"""Progress of long work, on stderr: a bar with rate and estimate on a terminal, plain lines otherwise.
+
+Nothing is shown after `set_quiet(True)`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+LINE_SECONDS = 10.0  # between two plain lines, where stderr is a file or a pipe
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Switch progress output off (or on again) for the whole process."""
+    global _quiet
+    _quiet = quiet
+
+
+def track(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "steps") -> Iterator[T]:
+    """Yield from `iterable`, showing how far it is. `total` defaults to its length where it has one."""
+    if total is None and isinstance(iterable, Sized):
+        total = len(iterable)
+    with Progress(description, total, unit) as progress:
+        for item in iterable:
+            yield item
+            progress.advance()
+
+
+class Progress:
+    """Counts up to `total` units (None: unknown): `with Progress("refit", 22, "blocks") as p: p.advance()`."""
+
+    def __init__(self, description: str, total: float | None = None, unit: str = "steps") -> None:
+        self.description, self.total, self.unit = description, total, unit
+        self.done = 0.0
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = time.monotonic()
+        if not _quiet and sys.stderr.isatty():
+            self._bar = _rich_bar(self.unit)
+            self._bar.start()
+            self._task = self._bar.add_task(self.description, total=self.total)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._last_line > self._start:  # short work stays silent
+            self._line()
+
+    def advance(self, n: float = 1) -> None:
+        """Count `n` more units as done."""
+        self.done += n
+        if self._bar is not None:
+            self._bar.advance(self._task, n)
+        elif time.monotonic() - self._last_line >= LINE_SECONDS:
+            self._last_line = time.monotonic()
+            self._line()
+
+    def _line(self) -> None:
+        if _quiet:
+            return
+        rate = self.done / max(time.monotonic() - self._start, 1e-9)
+        line = f"{self.description}: {self.done:,.0f}"
+        line += f"/{self.total:,.0f} {self.unit}" if self.total else f" {self.unit}"
+        line += f", {_number(rate)} {self.unit}/s"
+        if self.total and 0 < self.done < self.total:
+            line += f", {_clock((self.total - self.done) / rate)} left"
+        print(line, file=sys.stderr, flush=True)
+
+
+def _rich_bar(unit: str) -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text(f"{_number(speed)} {unit}/s" if speed else "")
+
+    return RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,  # stdout belongs to the report
+    )
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,51 @@
+"""The scores that a recipe's steps ask for, computed by the analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from llmsurgeon.analysis.measure import ffn_dependency, measure
+from llmsurgeon.analysis.search import few, order_of, search_attentions
+from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.operations import Step, Subject
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.prune_attention import PruneAttention
+
+MEASURE_TOKENS = 8192
+SEARCH_TOKENS = 2048
+BY_MEASURE = frozenset(
+    f"{part}_{score}" for part in ("attention", "ffn", "block") for score in ("kl", "similarity")
+) | {"block_influence", "angular_distance", "block_dependency", "ffn_channel"}
+
+
+def compute_scores(
+    needed: frozenset[str],
+    runner: LayerRunner,
+    tokens: Tensor,
+    steps: Sequence[Step],
+    subject: Callable[[Mapping[str, Any]], Subject],
+    batch: int = 4,
+) -> Mapping[str, Any]:
+    """Score name -> values by layer, for the names in `needed`.
+
+    Args:
+        subject: the parent as a subject that knows the given scores.
+        tokens: [S, T]; a few thousand of them are used.
+    """
+    scores: dict[str, Any] = {}
+    prunes = [step for step in steps if isinstance(step, PruneAttention)]
+    if needed & BY_MEASURE:
+        scores.update(measure(runner, few(tokens, MEASURE_TOKENS), batch).for_recipes())
+    if "attention_order" in needed:
+        count = max(step.count or 0 for step in prunes)
+        fused = [step.max_run for step in steps if isinstance(step, FuseFFN)]
+        sample = few(tokens, SEARCH_TOKENS)
+        choices = search_attentions(runner, sample, count, max(fused or [0]), fuse=bool(fused), batch=batch)
+        scores["attention_order"] = order_of(choices)
+    if "ffn_dependency" in needed:
+        dropped = frozenset(layer for step in prunes for layer in step.resolve(subject(scores)).layers or ())
+        scores["ffn_dependency"] = ffn_dependency(runner, few(tokens, SEARCH_TOKENS), dropped, batch)
+    return scores

@@ -1,0 +1,86 @@
+"""What a model costs: parameters, multiplications, cache and disk, from its description and tensor shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+from llmsurgeon.families import Family
+from llmsurgeon.spec import BlockSpec, ModelSpec
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of one model.
+
+    flops_per_token: 2 per weight that multiplies an activation (head included, embedding lookup and the
+        context-dependent part of attention not).
+    kv_bytes_per_token: growth of the KV cache for each token, sliding windows not counted off.
+    """
+
+    blocks: int
+    attentions: int
+    ffns: int
+    parameters: int
+    flops_per_token: int
+    kv_bytes_per_token: int
+    disk_bytes: int
+
+    def to_dict(self) -> dict[str, int]:
+        """The fields under their own names."""
+        return asdict(self)
+
+
+def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]], bytes_per_number: int) -> Costs:
+    """Costs of a model whose tensors have these canonical names and shapes."""
+    parameters = sum(prod(shape) for shape in shapes.values())
+    embeddings = {name: shape for name, shape in shapes.items() if name == f"{family.embedding}.weight"}
+    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+    positions = sum(prod(shape) for name, shape in shapes.items() if name.endswith("wpe.weight"))
+    # A tied embedding multiplies once, as the head.
+    lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
+    return Costs(
+        blocks=len(spec.blocks),
+        attentions=len(spec.attentions),
+        ffns=sum(_ffns(block) for block in spec.blocks),
+        parameters=parameters,
+        flops_per_token=2 * (matrices - lookup - positions),
+        kv_bytes_per_token=spec.kv_numbers_per_token() * bytes_per_number,
+        disk_bytes=parameters * bytes_per_number,
+    )
+
+
+def _ffns(block: BlockSpec) -> int:
+    return int(block.ffn is not None) + sum(_ffns(branch) for branch in block.branches)
+
+
+def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+    """One row per block for `inspect`: attention (heads, KV heads, head width, window), FFN width, parameters."""
+    rows = []
+    for index, block in enumerate(spec.blocks):
+        prefix = family.layer(index)
+        rows.append(
+            {
+                "block": index,
+                "attention": [asdict(a) for a in block.attentions],
+                "ffn": [{"kind": "dense", "width": width} for width in _widths(block)],
+                "parallel": len(block.branches) or None,
+                "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
+            }
+        )
+    return rows
+
+
+def _widths(block: BlockSpec) -> list[int]:
+    own = [block.ffn.width] if block.ffn else []
+    return own + [width for branch in block.branches for width in _widths(branch)]
+
+
+def human(number: float, unit: str = "") -> str:
+    """1234567 -> '1.23 M'; three significant digits."""
+    for factor, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= factor:
+            return f"{number / factor:.3g} {sign}{unit}"
+    return f"{number:.3g} {unit}".strip()

@@ -1,0 +1,100 @@
+"""The structure of a benchmark; its times are the machine's."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+from rich.console import Console
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation import latency
+from llmsurgeon.evaluation.latency import Spread, bench_table, benchmark, cache_bytes, parameter_bytes
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_measures_model_and_parent(family):
+    model, parent = tiny_model(family, num_hidden_layers=3), tiny_model(family)
+    bench = benchmark(model, parent, batch=2, prompt=10, new_tokens=3, rounds=3)
+    width = 2 * (16 if family == "llama" else 32)  # keys and values; llama has 2 KV heads of 8
+    assert bench.model.kv_bytes_per_token == 3 * width * 4
+    assert bench.parent.kv_bytes_per_token == 6 * width * 4
+    assert bench.model.kv_cache_bytes == 3 * width * 4 * 2 * 13
+    assert bench.model.memory_bytes == bench.model.parameter_bytes + bench.model.kv_cache_bytes
+    assert bench.model.peak_memory_bytes is None
+    for spread in (bench.prefill_speedup, bench.decode_speedup, bench.model.decode_tokens_per_second):
+        assert 0 < spread.min <= spread.lower_quartile <= spread.median <= spread.upper_quartile <= spread.max
+    rate = bench.model.prefill_tokens_per_second.median
+    assert rate == pytest.approx(20 / bench.model.prefill_seconds.median)
+    assert json.loads(json.dumps(bench.to_dict()))["model"]["parameter_bytes"] == parameter_bytes(model)
+
+
+def test_rounds_alternate_and_speedups_are_paired(monkeypatch):
+    model, parent = tiny_model("llama", num_hidden_layers=1), tiny_model("llama")
+    order, times = [], {"parent": iter([9, 4, 6, 20]), "model": iter([9, 2, 2, 10])}
+
+    def run(each, ids, new_tokens):
+        name = "parent" if each is parent else "model"
+        order.append(name)
+        seconds = next(times[name])
+        return latency._Round(seconds, seconds * 2, 64, 64, None)
+
+    monkeypatch.setattr(latency, "_run", run)
+    bench = benchmark(model, parent, prompt=4, new_tokens=2, rounds=3)
+    assert order == ["parent", "model"] * 4
+    # Ratios 2, 3 and 2 of the pairs; the warm-up's 1 does not count.
+    assert (bench.prefill_speedup.median, bench.prefill_speedup.max) == (2, 3)
+    assert bench.model.prefill_seconds.max == 10
+
+
+def test_decoding_is_greedy_generation_without_a_stop(monkeypatch):
+    model = tiny_model("llama")
+    seen = []
+    forward = model.forward
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    spy.__signature__ = latency.inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", spy)
+    prompt = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(0))
+    latency._run(model, prompt, 6)
+    monkeypatch.undo()
+    model.generation_config.eos_token_id = None
+    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.cat(seen, 1), expected)
+
+
+def test_sliding_windows_count_what_they_hold():
+    model = tiny_model("mistral")  # a window of 8
+    with torch.no_grad():
+        cache = model(torch.zeros(1, 40, dtype=torch.long), use_cache=True).past_key_values
+    assert cache_bytes(cache) == 6 * 32 * 4 * 7
+
+
+def test_spread_of_one_value():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
+
+
+def test_table_shows_both():
+    bench = benchmark(tiny_model("llama"), tiny_model("llama"), prompt=4, new_tokens=2, rounds=2)
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(bench_table(bench))
+    text = console.export_text()
+    for word in ("parent", "speedup", "decode, tokens/s", "KV cache, bytes a token", "1.00 of parent"):
+        assert word in text
+    alone = Console(width=160, record=True, file=io.StringIO())
+    alone.print(bench_table(benchmark(tiny_model("llama"), prompt=4, new_tokens=2, rounds=1)))
+    assert "parent" not in alone.export_text()
+
+
+def test_sizes_that_do_not_fit():
+    model = tiny_model("llama")
+    with pytest.raises(SurgeryError, match="new_tokens is 0, expected 1 or more"):
+        benchmark(model, new_tokens=0, prompt=4)
+    with pytest.raises(SurgeryError, match="make 129 positions, its limit is 128; lower --prompt or --new-tokens"):
+        benchmark(model, prompt=100, new_tokens=29)

@@ -1,0 +1,54 @@
+"""The documentation says what the program does."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmsurgeon.cli.main import main
+from llmsurgeon.operations import OPERATIONS
+from llmsurgeon.recipe import Calibration, Gate, Recipe, loads
+
+ROOT = Path(__file__).parents[1]
+RECIPES = (ROOT / "docs" / "recipes.md").read_text()
+
+
+def test_the_cli_reference_is_up_to_date():
+    command = [sys.executable, ROOT / "scripts" / "gen_cli_docs.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_example_recipe_loads():
+    (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
+    assert len(loads(example).steps) == 3
+
+
+@pytest.mark.parametrize(
+    "line", re.findall(r"^    llmsurgeon (recipes (?:ls|show|check ultra).*)$", RECIPES, re.MULTILINE)
+)
+def test_the_commands_run(line):
+    arguments = shlex.split(line.split("   ")[0])
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert not exit_.value.code
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_step_and_key_is_described(name):
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", RECIPES, re.MULTILINE)
+    for key in OPERATIONS[name].model_fields:
+        assert key == "op" or f"`{key}`" in row, key
+
+
+@pytest.mark.parametrize("part", [Recipe, Calibration, Gate])
+def test_every_recipe_key_is_described(part):
+    for key in part.model_fields:
+        assert f"`{key}`" in RECIPES, key
