@@ -1,4 +1,4 @@
-"""The whole analysis of a model, and the files it leaves: report.json, scores.safetensors, suggested.yaml, report.html."""
+"""The whole analysis of a model, and the files that it leaves."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ class Measurements:
         l + n (arXiv 2403.17887, eq. 2); NaN where l + n is beyond the model.
     ffn_channel: [N, H] mean |activation| * ||down column||.
     scores: attention_similarity, ffn_similarity (LLM-Drop, arXiv 2406.15786), block_influence (ShortGPT,
-        arXiv 2403.03853), attention_kl, ffn_kl, block_kl (KL to the parent when it is removed; Puzzle, arXiv 2411.19146).
+        arXiv 2403.03853), attention_kl, ffn_kl, block_kl (KL to the parent when it is removed; Puzzle,
+        arXiv 2411.19146).
     """
 
     scores: dict[str, Score] = field(default_factory=dict)

@@ -62,6 +62,70 @@ OPENERS = (
     "Before you buy a house,",
     "In the second half, the home side",
     "Our review of the new phone",
+    "The president met with",
+    "A new report has found that",
+    "Thousands of people gathered",
+    "The defence minister has rejected",
+    "Rescue teams are searching for",
+    "The airline says",
+    "Two men have been charged with",
+    "Police believe the suspect",
+    "The treasurer said the budget",
+    "Emergency services were called to",
+    "The coach was pleased with",
+    "She won the final in",
+    "The visitors scored twice before",
+    "The bank announced a profit of",
+    "Oil prices rose on",
+    "The army said its troops",
+    "Negotiations between the two sides",
+    "The foreign minister will travel to",
+    "Residents have been warned",
+    "A fire broke out at",
+    "The mayor of the city",
+    "Health authorities are concerned about",
+    "The inquiry heard that",
+    "Farmers are facing",
+    "The jury was told",
+    "Tickets for the match",
+    "Unemployment rose to",
+    "The senator said she",
+    "The strike is expected to",
+    "Aid workers in the camp",
+    "A spokeswoman for the company said",
+    "The high court will decide",
+    "The village is situated in",
+    "He was appointed governor",
+    "The series follows",
+    "The ship was launched in",
+    "The song received",
+    "The team finished the year",
+    "The mountain rises to",
+    "The game was developed by",
+    "The building was designed by",
+    "The king's eldest son",
+    "The storm formed on",
+    "After the war, he returned to",
+    "The island has a population of",
+    "The road continues north",
+    "The play opened in",
+    "The painting shows",
+    "My father worked at",
+    "We walked along the beach until",
+    "Nobody in the house spoke",
+    "The letter arrived on a Monday",
+    "I have always thought that",
+    "The old man looked at",
+    "There is a growing debate about",
+    "Critics of the plan argue",
+    "What makes a good",
+    "The problem with this idea is",
+    "For most of the last century,",
+    "Economists have long argued",
+    "Children who read at home",
+    "The study followed more than",
+    "Visitors to the park can",
+    "In this interview, we talk to",
 )
 
 
@@ -98,16 +162,16 @@ def _empty_cache(model: PreTrainedModel, length: int) -> DynamicCache:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn: every `plain`-th sequence begins with the document start alone, the others add an opener.
+    """How text is drawn: a sequence is the document start, an opener, and what the model makes of it.
 
-    A token is drawn from softmax(logits / temperature) among the `top_k` likeliest that are at least `min_p` times as
-    likely as the first of them.
+    `plain`: every so many-th sequence has no opener (0: none). A token is drawn from softmax(logits / temperature)
+    among the `top_k` likeliest that are at least `min_p` times as likely as the first of them.
     """
 
-    temperature: float = 0.8
-    min_p: float = 0.02
+    temperature: float = 1.0
+    min_p: float = 0.0
     top_k: int = 64
-    plain: int = 2
+    plain: int = 0
     openers: tuple[str, ...] = OPENERS
 
 
@@ -189,7 +253,7 @@ def _prompts(
     else:
         forced[:, 0] = start
     openers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sampling.openers]
-    opened = [row for row in range(count) if openers and row % sampling.plain]
+    opened = [row for row in range(count) if openers and (not sampling.plain or row % sampling.plain)]
     for number, row in enumerate(opened):
         ids = openers[number % len(openers)][: length - 1]
         forced[row, 1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.long)

@@ -44,11 +44,9 @@ def analyze_command(
     from llmsurgeon.analysis.analyze import analyze, write_analysis
     from llmsurgeon.analysis.search import default_count
     from llmsurgeon.cli.options import dtype_of
-    from llmsurgeon.memory import keep_freed_memory
     from llmsurgeon.recipe import Calibration
     from llmsurgeon.run import Options, Texts, open_patient
 
-    keep_freed_memory()
     patient = open_patient(model, revision)
     calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
     options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)

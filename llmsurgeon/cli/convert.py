@@ -215,10 +215,8 @@ def _go(
         print(json.dumps(plan_report(planned))) if as_json else print_plan(planned)
         return
     from llmsurgeon.cli.options import dtype_of
-    from llmsurgeon.memory import keep_freed_memory
     from llmsurgeon.run import Options, run
 
-    keep_freed_memory()
     target = out or f"{Path(name).stem if name.endswith('.gguf') else Path(name).name}-{label}"
     outcome = run(recipe, name, target, Options(**options, dtype=dtype_of(dtype), say=say), revision)
     print(json.dumps(outcome_report(outcome))) if as_json else print_outcome(outcome)

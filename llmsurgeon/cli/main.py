@@ -39,8 +39,11 @@ def _global_options(
     ] = False,
 ) -> None:
     """Surgery on pretrained Hugging Face checkpoints: measure, cut, heal, prove, ship."""
+    from llmsurgeon.memory import keep_freed_memory
+
     output.quiet = quiet
     set_quiet(quiet)
+    keep_freed_memory()
 
 
 for _module in (analyze, convert, evaluate, bench, inspect, recipes):

@@ -78,11 +78,12 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a config with parameters on the meta device and real buffers (rotary frequencies)."""
     import transformers
     from accelerate import init_empty_weights
+    from transformers.initialization import no_init_weights
 
     config = load_config(raw)
     family = family_of(raw)
     model_class = surgeon_classes(family)[1] if is_surgeon(raw) else getattr(transformers, family.model_class)
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), no_init_weights():
         try:
             return model_class(config).eval()
         except (ValueError, RuntimeError, AssertionError) as error:

@@ -9,25 +9,37 @@ FFN's input is then what the whole run reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from llmsurgeon.checkpoint.transform import row_blocks
 from llmsurgeon.layers import RunList
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 from llmsurgeon.spec import BlockSpec, FFNSpec
 
-# Rows folded at a time: bounds the float32 copy to a few megabytes.
-FOLD_ROWS = 1024
+
+# Numbers computed at a time when rows are joined: a block stays in the CPU's cache.
+BLOCK_NUMBERS = 2**17
 
 
-def concatenate(dim: int) -> Callable[..., Tensor]:
-    """Weights of the run's FFNs side by side along their inner width."""
-    return lambda *weights: torch.cat(weights, dim=dim)
+def concatenate(dim: int) -> Callable[..., Iterator[Tensor]]:
+    """Weights of the run's FFNs side by side along their inner width, a block of rows at a time."""
+
+    def stack(*weights: Tensor) -> Iterator[Tensor]:
+        if dim == 0:
+            for weight in weights:
+                yield from row_blocks(weight)
+            return
+        rows = max(1, BLOCK_NUMBERS // sum(weight.shape[1] for weight in weights))
+        for blocks in zip(*(weight.split(rows) for weight in weights), strict=True):
+            yield torch.cat(blocks, dim=1)
+
+    return stack
 
 
 def add_biases(*biases: Tensor) -> Tensor:
@@ -46,26 +58,23 @@ def fold_shift(weight_HD: Tensor, bias_H: Tensor, shift_D: Tensor) -> Tensor:
     return (bias_H.to(wide) + weight_HD.to(wide) @ shift_D.to(wide)).to(bias_H.dtype)
 
 
-def stack_folded(transposed: bool) -> Callable[..., Tensor]:
+def stack_folded(transposed: bool) -> Callable[..., Iterator[Tensor]]:
     """fn(W_1 .. W_n, g_1 .. g_n) -> the run's projection with each gain folded into its own rows [sum H, D].
 
-    One shared input has one RMS, so each block's gain can move into its own rows. Written row chunk by row
-    chunk: the float32 copy never exists whole.
+    One shared input has one RMS, so each block's gain can move into its own rows. Made a block of rows at a time:
+    the float32 copy never exists whole.
     """
 
-    def stack(*tensors: Tensor) -> Tensor:
+    def stack(*tensors: Tensor) -> Iterator[Tensor]:
         weights, gains = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
-        dim = 1 if transposed else 0
-        shape = list(weights[0].shape)
-        shape[dim] = sum(weight.shape[dim] for weight in weights)
-        fused = weights[0].new_empty(shape)
-        row = 0
-        for weight, gain in zip(weights, gains, strict=True):
-            for chunk in weight.split(FOLD_ROWS, dim=dim):
-                folded = fold_gain(chunk.T, gain).T if transposed else fold_gain(chunk, gain)
-                fused.narrow(dim, row, chunk.shape[dim]).copy_(folded)
-                row += chunk.shape[dim]
-        return fused
+        if not transposed:
+            for weight, gain in zip(weights, gains, strict=True):
+                for block in row_blocks(weight):
+                    yield fold_gain(block, gain)
+            return
+        # Conv1D stores [D, H]: the run's widths lie side by side, and a gain scales rows.
+        folded = [fold_gain(weight.T, gain).T for weight, gain in zip(weights, gains, strict=True)]
+        yield from concatenate(1)(*folded)
 
     return stack
 
