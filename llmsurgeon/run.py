@@ -401,3 +401,23 @@ def _transformers_version() -> str:
     from importlib.metadata import version
 
     return version("transformers")
+
+
+def copy_checkpoint(model: str, out: str, overwrite: bool = False) -> Path:
+    """Write a checkpoint as it is as a folder of safetensors: what a GGUF needs before other tools read it.
+
+    Raises:
+        SurgeryError: as `run`.
+    """
+    patient = open_patient(model)
+    checkpoint = patient.checkpoint
+    assert checkpoint is not None
+    size = sum(t.numel() * t.dtype.itemsize for t in patient.meta().values())
+    with Stage.open(
+        out, fingerprint=checkpoint.fingerprint, overwrite=overwrite, sources=(checkpoint.path,), needed_bytes=size
+    ) as stage:
+        stage.write_weights(patient.weights)
+        stage.write_file("config.json", json.dumps(_plain(checkpoint.config), indent=2) + "\n")
+        for path in checkpoint.tokenizer_files():
+            stage.copy_file(path)
+        return stage.commit()

@@ -1,8 +1,9 @@
 """Which attentions go, chosen together with the FFN runs that their going makes.
 
-Dropping the attention of block i lets FFN i join the run of FFN i - 1. Single removals, scored on the intact model, say
-little about the eighth removal: every choice here is made by what dropping and fusing does to the logits, and scored anew
-after each step (greedy removal as in SLEB, arXiv 2402.09025, with the replace-one score of Puzzle, arXiv 2411.19146).
+Dropping the attention of block i lets FFN i join the run of FFN i - 1. Single removals, scored on the intact model,
+say little about the eighth removal: every choice here is made by what dropping and fusing does to the logits, and
+scored anew after each step (greedy removal as in SLEB, arXiv 2402.09025, with the replace-one score of Puzzle,
+arXiv 2411.19146).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmsurgeon.progress import Progress
 
 @dataclass(frozen=True)
 class Choice:
-    """One step of the search: the layer whose attention went, the KL afterwards, and what the others would have cost."""
+    """One step of the search: the layer whose attention went, the KL afterwards, what the others would have cost."""
 
     layer: int
     kl: float

@@ -33,9 +33,9 @@ from llmsurgeon.spec import BlockSpec, ModelSpec
 class RefitOptions:
     """ridges: candidates, as multiples of the mean diagonal of the Gram matrix; align_ridge likewise for I + M."""
 
-    ridges: tuple[float, ...] = (1e-2, 1e-1, 1.0)
+    ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     align: bool = True
-    align_ridge: float = 1e-2
+    align_ridge: float = 0.03
     batch: int = 8
 
 

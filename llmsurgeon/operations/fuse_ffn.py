@@ -22,7 +22,6 @@ from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, 
 from llmsurgeon.operations.runs import choose_runs
 from llmsurgeon.spec import BlockSpec, FFNSpec
 
-
 # Numbers computed at a time when rows are joined: a block stays in the CPU's cache.
 BLOCK_NUMBERS = 2**17
 

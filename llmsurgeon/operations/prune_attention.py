@@ -64,8 +64,8 @@ class PruneAttention(Step):
         order = [layer for layer in subject.score("attention_order", "prune_attention") if layer in present]
         if len(order) < self.count:
             raise subject.refuse(
-                f"prune_attention: {self.count} attentions asked for, only {len(order)} can go with runs of this length; "
-                "lower count or raise fuse_ffn's max_run"
+                f"prune_attention: {self.count} attentions asked for, only {len(order)} can go with runs of this "
+                "length; lower count or raise fuse_ffn's max_run"
             )
         return PruneAttention(layers=tuple(sorted(order[: self.count])))
 

@@ -1,5 +1,6 @@
 """Remove whole blocks: by block influence (ShortGPT, arXiv 2403.03853), by the logits' divergence, or the
-contiguous window with the least angular distance (The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887).
+contiguous window with the least angular distance (The Unreasonable Ineffectiveness of the Deeper Layers,
+arXiv 2403.17887).
 """
 
 from __future__ import annotations

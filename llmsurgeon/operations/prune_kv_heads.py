@@ -1,4 +1,4 @@
-"""Fewer key/value heads: each new head is the mean of the heads that it replaces (GQA, arXiv 2305.13245, section 2.1)."""
+"""Fewer key/value heads: each new head is the mean of those that it replaces (GQA, arXiv 2305.13245, section 2.1)."""
 
 from __future__ import annotations
 

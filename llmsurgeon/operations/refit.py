@@ -19,9 +19,9 @@ class Refit(Step):
     op: Literal["refit"] = "refit"
     heals: ClassVar[bool] = True
     tokens: Annotated[int, Field(ge=1)] | None = None
-    ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.01, 0.1, 1.0)
+    ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
     align: bool = True
-    align_ridge: Annotated[float, Field(gt=0)] = 0.01
+    align_ridge: Annotated[float, Field(gt=0)] = 0.03
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
 
     @property
