@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import LAYERS, tiny_config, tiny_model
-from operations.helpers import logits, naive, some_tokens
+from operations.helpers import VARIANTS, logits, naive, some_tokens
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import FAMILIES, family_of
@@ -33,20 +33,17 @@ def test_every_tensor_of_a_layer_is_attention_or_ffn_and_not_both(family_name):
         assert family.is_attention(name) != family.is_ffn(name), name
 
 
-@pytest.mark.parametrize("parallel", [True, False])
-def test_a_layer_is_its_attention_and_its_ffn(family_name, parallel):
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_a_layer_is_its_attention_and_its_ffn(family_name, changes):
     """The declared modules and the residual order reproduce transformers' own layer."""
-    changes = {"use_parallel_residual": parallel} if family_name == "gpt_neox" else {}
-    if not changes and parallel:
-        pytest.skip("no parallel residual")
     model = tiny_model(family_name, **changes)
-    family = FAMILIES[family_name]
-    assert family.parallel_residual(model.config.to_dict()) is (parallel and bool(changes))
+    side_by_side = FAMILIES[family_name].parallel_residual(model.config.to_dict())
+    assert side_by_side is (family_name == "gpt_neox" and not changes)
 
     def layer(index):
         def compute(x, parts):
             attended = x + parts.attention(index, x)
-            return attended + parts.ffn(index, x if family.parallel_residual(model.config.to_dict()) else attended)
+            return attended + parts.ffn(index, x if side_by_side else attended)
 
         return compute
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import torch
+from conftest import FAMILY_NAMES
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
@@ -13,6 +14,13 @@ from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, fill, normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.operations import Step, Subject
+
+# Every family, and the variants whose maths differs: (family, changes of its tiny config).
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((name, {}) for name in FAMILY_NAMES),
+    ("llama", {"mlp_bias": True, "attention_bias": True}),
+    ("gpt_neox", {"use_parallel_residual": False}),
+)
 
 
 def subject_of(model: Any, scores: dict[str, Any] | None = None) -> tuple[Subject, TransformedWeights, dict[str, Any]]:

@@ -1,0 +1,181 @@
+"""FFN Fusion against the parallel sum, computed with the parent's own modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+from operations.helpers import VARIANTS, cut_plan, logits, naive, operate, skip, some_tokens, subject_of
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import FAMILIES
+from llmsurgeon.operations.fuse_ffn import FuseFFN, fold_gain, fold_shift
+from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_width import PruneWidth
+
+DROP = PruneAttention(layers=(2, 3, 4))
+
+
+def parallel_sum(run, family, parallel_residual, first_attends, last_norm=False):
+    """x + attn_first(x) + sum_j FFN_j(norm_j(.)), and the other layers of the run skipped."""
+
+    def compute(x, parts):
+        attended = x + parts.attention(run[0], x) if first_attends else x
+        read = x if parallel_residual else attended
+        return attended + sum(parts.ffn(j, read, run[-1] if last_norm else None) for j in run)
+
+    return {run[0]: compute, **dict.fromkeys(run[1:], skip)}
+
+
+def reference(model, run, dropped, last_norm=False):
+    family = FAMILIES[model.config.model_type]
+    parallel_residual = family.parallel_residual(model.config.to_dict())
+
+    def without_attention(j):
+        return lambda x, parts: x + parts.ffn(j, x)
+
+    stages = {j: without_attention(j) for j in dropped}
+    stages |= parallel_sum(run, family, parallel_residual, run[0] not in dropped, last_norm)
+    return naive(model, stages)
+
+
+@pytest.mark.parametrize("run", [(1, 2, 3, 4), (2, 3), (3, 4)], ids=str)
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_fold_is_the_parallel_sum(family_name, changes, run):
+    """Runs whose first block keeps its attention, and runs without any."""
+    model, tokens = tiny_model(family_name, **changes), some_tokens()
+    fused, written, spec = operate(model, DROP, FuseFFN(runs=(run,)))
+    expected = logits(reference(model, run, DROP.layers), tokens)
+    scale = expected.abs().max()
+    torch.testing.assert_close(logits(fused, tokens) / scale, expected / scale, atol=1e-5, rtol=0)
+    assert (logits(model, tokens) - expected).abs().max() > 1e-2 * scale, "the cut must matter for the test to mean anything"
+    assert written.format == "surgeon"
+    assert run in cut_plan(spec) and len(spec.blocks) == 6 - len(run) + 1
+
+
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_fold_is_exact_in_float64(family_name, changes):
+    """The fused block alone on the same input: norms of Llama's kind round to float32 inside, for both alike."""
+    model = tiny_model(family_name, dtype=torch.float64, **changes)
+    fused, _, spec = operate(model, DROP, FuseFFN(runs=((2, 3, 4),)))
+    family = FAMILIES[family_name]
+    block = fused.get_submodule(family.layers)[2]
+    layers = model.get_submodule(family.layers)
+    x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = x + sum(getattr(layers[j], family.ffn)(getattr(layers[j], family.ffn_norm)(x)) for j in (2, 3, 4))
+        torch.testing.assert_close(block(x), expected, atol=1e-10, rtol=0)
+    assert spec.blocks[2].attention is None
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt2"])
+def test_bfloat16_is_one_cast_away(family_name):
+    """Every fused weight is the exact product, rounded once."""
+    model = tiny_model(family_name, dtype=torch.bfloat16)
+    family = FAMILIES[family_name]
+    fused, _, _ = operate(model, DROP, FuseFFN(runs=((2, 3, 4),)))
+    parent, student = model.state_dict(), fused.state_dict()
+    for projection in family.ffn_in:
+        parts = []
+        for layer in (2, 3, 4):
+            weight = parent[family.layer(layer) + family.ffn_tensor(projection)].double()
+            gain = parent[family.layer(layer) + f"{family.ffn_norm}.weight"].double()
+            parts.append(gain[:, None] * weight if family.transposed else weight * gain)
+        exact = torch.cat(parts, dim=1 if family.transposed else 0)
+        found = student[family.layer(2) + family.ffn_tensor(projection)]
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, exact.float().bfloat16())
+    tokens = some_tokens()
+    expected = logits(reference(model.float(), (2, 3, 4), DROP.layers), tokens)
+    error = (logits(fused, tokens).float() - expected).norm() / expected.norm()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_norm_last_uses_the_last_norm_for_all(family_name, changes):
+    model, tokens, run = tiny_model(family_name, **changes), some_tokens(), (1, 2, 3)
+    fused, _, _ = operate(model, DROP, FuseFFN(runs=(run,), norm="last"))
+    expected = logits(reference(model, run, DROP.layers, last_norm=True), tokens)
+    torch.testing.assert_close(logits(fused, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(reference(model, run, DROP.layers), tokens), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_widths_may_differ(family_name, norm):
+    """One layer of the run was narrowed before: its channels beyond the width are gone, the others count."""
+    model, tokens, run = tiny_model(family_name), some_tokens(), (2, 3, 4)
+    narrow = PruneWidth(width=40, layers=(3,), score="magnitude")
+    narrowed, _, _ = operate(model, DROP, narrow)
+    fused, _, spec = operate(model, DROP, narrow, FuseFFN(runs=(run,), norm=norm))
+    family = FAMILIES[family_name]
+    layers = narrowed.get_submodule(family.layers)
+    block = fused.get_submodule(family.layers)[2]
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = x.clone()
+        for j in run:
+            normed = getattr(layers[run[-1] if norm == "last" else j], family.ffn_norm)(x)
+            expected += getattr(layers[j], family.ffn)(normed)
+        torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
+    full = 128 if family_name == "gpt2" else 96
+    assert spec.blocks[2].ffn.width == 2 * full + 40
+    assert logits(fused, tokens).isfinite().all()
+
+
+def test_several_runs_and_a_run_of_fused_blocks():
+    model, tokens = tiny_model("llama"), some_tokens()
+    drop = PruneAttention(layers=(1, 2, 3, 4, 5))
+    twice, _, spec = operate(model, drop, FuseFFN(runs=((1, 2), (4, 5))))
+    assert cut_plan(spec) == [(0,), (1, 2), (3,), (4, 5)]
+    again, _, spec = operate(model, drop, FuseFFN(runs=((1, 2), (4, 5))), FuseFFN(runs=((1, 2, 3, 4, 5),)))
+    assert cut_plan(spec) == [(0,), (1, 2, 3, 4, 5)]
+    expected = logits(reference(model, (1, 2, 3, 4, 5), drop.layers), tokens)
+    torch.testing.assert_close(logits(again, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(twice, tokens), expected, atol=1e-3)
+
+
+def test_auto_takes_the_runs_of_least_dependency():
+    subject, _, _ = subject_of(tiny_model("llama"), {"ffn_dependency": torch.ones(6, 6)})
+    step = FuseFFN(max_run=3)
+    assert step.needs() == {"ffn_dependency"}
+    with pytest.raises(SurgeryError, match="put a prune_attention step before"):
+        step.resolve(subject)
+    dropped = subject.after(DROP.plan(subject))
+    assert step.resolve(dropped).runs == ((1, 2), (3, 4))
+    assert step.plan(dropped).spec == FuseFFN(runs=((1, 2), (3, 4))).plan(dropped).spec
+    bare, _, _ = subject_of(tiny_model("llama"))
+    with pytest.raises(SurgeryError, match="needs the score 'ffn_dependency'"):
+        step.resolve(bare)
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (((4, 5),), r"run \[4-5\] goes across the attention of layer 5; drop it first"),
+        (((2, 4),), r"run \[2-4\] is not contiguous"),
+        (((5, 6),), r"run \[5-6\]: layer 6 is not in the model: it has layers 0 to 5"),
+        (((2, 3), (3, 4)), r"runs overlap|overlap"),
+    ],
+)
+def test_runs_that_do_not_fit(runs, message):
+    subject, _, _ = subject_of(tiny_model("llama"))
+    dropped = subject.after(DROP.plan(subject))
+    with pytest.raises(SurgeryError, match=message):
+        FuseFFN.model_construct(runs=runs).plan(dropped)
+
+
+def test_a_run_needs_an_ffn_everywhere():
+    subject, _, _ = subject_of(tiny_model("llama"))
+    for step in (DROP, PruneFFN(layers=(1,))):
+        subject = subject.after(step.plan(subject))
+    with pytest.raises(SurgeryError, match="layer 1 has no dense FFN"):
+        FuseFFN(runs=((1, 2),)).plan(subject)
+
+
+def test_folds_are_the_linear_maps_they_stand_for():
+    generator = torch.Generator().manual_seed(0)
+    weight, gain, shift, bias, x = (torch.randn(s, generator=generator) for s in ((7, 5), 5, 5, 7, (3, 5)))
+    expected = torch.nn.functional.linear(x * gain + shift, weight, bias)
+    found = torch.nn.functional.linear(x, fold_gain(weight, gain), fold_shift(weight, bias, shift))
+    torch.testing.assert_close(found, expected)
