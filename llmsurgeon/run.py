@@ -177,6 +177,9 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
     patient = open_patient(model, revision)
+    assert patient.checkpoint is not None
+    source = patient.checkpoint.path
+    Stage.check(out, overwrite=options.overwrite, sources=(source,))
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
     texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
@@ -186,12 +189,10 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         else {}
     )
     planned = plan(patient, recipe, scores)
-    assert patient.checkpoint is not None
     resolved = dump(planned.recipe.model_copy(update={"model": model}))
     fingerprint = hashlib.sha256(
         json.dumps([__version__, resolved, patient.checkpoint.fingerprint, str(options.dtype)]).encode()
     ).hexdigest()
-    source = patient.checkpoint.path
     with Stage.open(
         out,
         fingerprint=fingerprint,
@@ -278,7 +279,7 @@ def _heal_and_prove(
             planned.spec,
             texts.windows,
             held_out,
-            RefitOptions(refit.ridges, refit.align, refit.align_ridge, options.batch),
+            RefitOptions(refit.ridges, refit.align, refit.align_ridge, refit.join, refit.join_ridge, options.batch),
             store,
         )
         weights = overlay(weights, fit.run())

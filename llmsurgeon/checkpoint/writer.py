@@ -103,6 +103,14 @@ class Stage:
                 raise
         return stage
 
+    @staticmethod
+    def check(out: str | os.PathLike[str], *, overwrite: bool = False, sources: tuple[Path, ...] = ()) -> None:
+        """Raise what `open` would raise for this place, without touching it: before the work that leads there."""
+        target = Path(out).expanduser().resolve()
+        _check_sources(target, target.with_name(target.name + ".partial"), sources)
+        _check_parent(target.parent)
+        _check_existing(target, overwrite)
+
     def __enter__(self) -> Stage:
         return self
 

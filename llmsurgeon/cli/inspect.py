@@ -80,7 +80,13 @@ def verify_command(
 def _model_problems(load_model: Any, folder: str) -> list[str]:
     import torch
 
+    from llmsurgeon.checkpoint.source import open_checkpoint
+    from llmsurgeon.checkpoint.writer import raise_unless_finite
+
     try:
+        checkpoint = open_checkpoint(folder)
+        for name in checkpoint:
+            raise_unless_finite(name, checkpoint[name])
         model = load_model(folder)
     except SurgeryError as error:
         return [str(error)]

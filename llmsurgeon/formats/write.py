@@ -95,7 +95,7 @@ def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) ->
         if not isinstance(value, list) or len(value) != layers:
             continue
         if key in family.per_layer_lists:
-            config[key] = [value[block.parents[0]] for block in spec.blocks]
+            config[key] = [value[_attending_parent(block)] for block in spec.blocks]
         elif "layer" in key:
             raise SurgeryError(
                 f"config.json: {key} looks like a list with one entry per layer, which {family.model_type} does not "
@@ -108,3 +108,9 @@ def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) ->
         config["max_window_layers"] = full
         if config.get("use_sliding_window") and "full_attention" in types[full:]:
             raise SurgeryError("config.json: layer_types mixes windows in a way that max_window_layers cannot express")
+
+
+def _attending_parent(block: BlockSpec) -> int:
+    """The parent layer whose attention, and so whose mask, the block has; its first parent where it has none."""
+    branch = next((branch for branch in block.branches if branch.attention), block)
+    return branch.parents[0]

@@ -1,7 +1,10 @@
 """Closed-form healing: after a cut, fit projections of the student to the parent's hidden states by ridge regression.
 
-No gradients: parent and student walk side by side, layer by layer, over calibration text. Two fits for a block:
+No gradients: parent and student walk side by side, layer by layer, over calibration text. Three fits for a block:
 
+    join    the attention that a changed block keeps takes over what it can of the work of those that went: its output
+            projection is regressed on what is missing to the parent's state, next to the outputs of the block's FFNs
+            (which are refitted on their own, later).
     align   what a projection reads has drifted from what it read in the parent. The linear map I + M that brings the
             student's normed inputs nearest to the parent's is folded into the weights that read them: W <- W (I + M).
     refit   the output projection W_o is moved to W_o + dW so that the block's output meets the parent's hidden state
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +35,13 @@ from llmsurgeon.spec import BlockSpec, ModelSpec
 
 @dataclass(frozen=True)
 class RefitOptions:
-    """ridges: candidates, as multiples of the mean diagonal of the Gram matrix; align_ridge likewise for I + M."""
+    """ridges: candidates, as multiples of the mean diagonal of the Gram matrix; the other ridges likewise."""
 
     ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
     align: bool = True
     align_ridge: float = 0.03
+    join: bool = True
+    join_ridge: float = 0.3
     batch: int = 8
 
 
@@ -84,10 +90,14 @@ class Moments:
         return (before + change.item()) / before if before > 0 else 1.0
 
 
-def ridge_solution(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, from A^T A [F, F] and A^T R [F, O]. [F, O]."""
+def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[int] = ()) -> Tensor:
+    """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, from A^T A [F, F] and A^T R [F, O]. [F, O].
+
+    groups: sizes of feature groups that differ in scale; each is damped by its own mean.
+    """
     damped = gram.clone()
-    damped.diagonal().add_(ridge * gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+    for diagonal in damped.diagonal().split(list(groups) or len(gram)):
+        diagonal.add_(ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny))
     factor, info = torch.linalg.cholesky_ex(damped)
     if info.item():
         # Numerically singular in float32: the same system in float64.
@@ -107,6 +117,22 @@ def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | Non
         return None, None, 1.0
     update = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
     return update, ridge, errors[ridge]
+
+
+def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
+    """(the first group's part of the joint update [groups[0], O], held-out error relative to leaving that group out).
+
+    No update where the first group does not lower the held-out error.
+    """
+    own = groups[0]
+    joint = ridge_solution(moments.gram[0], moments.cross[0], ridge, groups)
+    others = torch.zeros_like(joint)
+    others[own:] = ridge_solution(moments.gram[0][own:, own:], moments.cross[0][own:], ridge, groups[1:])
+    error = moments.held_out_error(joint) / moments.held_out_error(others)
+    if not error < 1:
+        return None, 1.0
+    gram, cross = moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1]
+    return ridge_solution(gram, cross, ridge, groups)[:own], error
 
 
 def spans(spec: ModelSpec, parent_layers: int) -> list[tuple[int, ...]]:
@@ -154,7 +180,7 @@ class Refit:
         self.tokens = tokens[order]
         fitting = int((~held_out).sum())
         edges = [*range(0, fitting, options.batch), *range(fitting, len(tokens), options.batch), len(tokens)]
-        self.parts = [(slice(a, b), a >= fitting) for a, b in zip(edges, edges[1:], strict=False)]
+        self.parts = [(slice(a, b), a >= fitting) for a, b in pairwise(edges)]
         self.fits: list[Fit] = []
 
     def run(self) -> dict[str, Path]:
@@ -170,44 +196,59 @@ class Refit:
             for index, (block, span) in enumerate(zip(self.spec.blocks, todo, strict=True)):
                 is_changed = changed(block, span, self.parent_spec)
                 with self.student.loaded(index) as layer:
+                    attended = None
                     if is_changed or drifted:
-                        file = self._fitted(index, block, span, layer, is_changed, drifted)
+                        file, attended = self._fitted(index, block, span, layer, is_changed, drifted)
                         found.update({self.family.layer(index) + name: file for name in _names(file)})
                     else:
                         self._walk_parent(span)
-                    for part, _ in self.parts:
-                        self.x[part] = self.student.whole(index, self.x[part].to(self.student.device)).cpu()
+                    self._advance(index, attended)
                 drifted = drifted or is_changed
                 progress.advance()
         return found
 
     def _fitted(
         self, index: int, block: BlockSpec, span: tuple[int, ...], layer: nn.Module, is_changed: bool, drifted: bool
-    ) -> Path:
-        """Fit one loaded layer, or take the fit that an earlier run stored. Returns the file of its new tensors."""
+    ) -> tuple[Path, Tensor | None]:
+        """Fit one loaded layer, or take the fit that an earlier run stored.
+
+        Returns the file of its new tensors, and the stream behind its attention where that is known.
+        """
         from safetensors.torch import load_file, save_file
 
         file = self.store / f"block-{index:04d}.safetensors"
         if file.exists():
             self._walk_parent(span)
             layer.load_state_dict({**layer.state_dict(), **load_file(file)}, assign=True)
-            return file
+            return file, None
         before = layer.state_dict()
         # The loaded tensors may be views of the checkpoint on disk: work on copies.
         layer.load_state_dict({name: tensor.clone() for name, tensor in before.items()}, assign=True)
+        attended = None
         if block.branches:
             self._walk_parent(span)
         else:
-            self._fit(index, block, span, layer, is_changed, drifted)
+            attended = self._fit(index, block, span, layer, is_changed, drifted)
         new = {name: t.contiguous() for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
         save_file(new, file.with_suffix(".partial"))
         file.with_suffix(".partial").rename(file)
-        return file
+        return file, attended
+
+    def _advance(self, index: int, attended: Tensor | None) -> None:
+        """Take the student's stream through the loaded layer; behind its attention already where `attended` is given."""
+        for part, _ in self.parts:
+            entered = self.x[part].to(self.student.device)
+            if attended is None:
+                self.x[part] = self.student.whole(index, entered).cpu()
+                continue
+            middle = attended[part].to(self.student.device)
+            ffn = self.student.feed_forward(index, entered if self.student.parallel_residual else middle)
+            self.x[part] = (middle if ffn is None else middle + ffn).cpu()
 
     def _walk_parent(
         self, span: tuple[int, ...], see_ffn_input: Callable[[int, slice, bool, Tensor], None] | None = None
     ) -> None:
-        """Take the parent's stream over a span, showing what each FFN reads: (layer, sequences, held out, [s, T, D])."""
+        """Take the parent's stream over a span, showing what each FFN reads: layer, sequences, held out, [s, T, D]."""
         for layer in span:
             with self.parent.loaded(layer):
                 for part, held in self.parts:
@@ -228,12 +269,18 @@ class Refit:
         layer: nn.Module,
         is_changed: bool,
         drifted: bool,
-    ) -> None:
+    ) -> Tensor | None:
         if self.options.align and block.attention is not None and drifted:
             moments = Moments()
             for part, held in self.parts:
                 self._add_drift(moments, getattr(layer, self.family.attention_norm), part, held, self.x, self.p[part])
             self._align(index, block, "attention input", moments, self._attention_readers(layer))
+        if self.options.join and is_changed and block.attention is not None and block.ffn is not None:
+            # The parent's state behind the span is the target, and the span is walked again for the alignment.
+            before = self.p.clone()
+            self._walk_parent(span)
+            self._join(index, block, layer)
+            self.p = before
         attended = self._attended(index)
         read = self.x if self.student.parallel_residual else attended
         aligned = [
@@ -254,6 +301,43 @@ class Refit:
             self._align(index, block, f"ffn input of layer {parent}", moments, readers)
         if is_changed:
             self._refit_output(index, block, layer, attended)
+        # Without an FFN it was attention's own output that moved.
+        return None if is_changed and block.ffn is None else attended
+
+    def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> None:
+        """Move the attention's output projection towards what the whole span did in the parent."""
+        family, device = self.family, self.student.device
+        projection = getattr(getattr(layer, family.attention), family.attention_out)
+        down = getattr(getattr(layer, family.ffn), family.ffn_out)
+        columns = down.weight.data.float() if not family.transposed else down.weight.data.float().T
+        rows = [self._rows(block, parent) for parent in block.parents]
+        has_bias = getattr(projection, "bias", None) is not None
+        seen: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for m in (projection, down)]
+        moments = Moments()
+        groups: list[int] = []
+        for part, held in self.parts:
+            entered = self.x[part].to(device)
+            contribution = self.student.attend(index, entered)
+            assert contribution is not None
+            attended = entered + contribution
+            ffn = self.student.feed_forward(index, entered if self.student.parallel_residual else attended)
+            heads, inner = (tensor.float().flatten(0, 1) for tensor in seen)
+            seen.clear()
+            if has_bias:
+                heads = torch.cat([heads, heads.new_ones(len(heads), 1)], dim=1)
+            outputs = [inner[:, r] @ columns[:, r].T for r in rows]
+            groups = [heads.shape[1], *(output.shape[1] for output in outputs)]
+            assert ffn is not None
+            missing = self.p[part].to(device).float() - attended.float() - ffn.float()
+            moments.add(torch.cat([heads, *outputs], dim=1), missing.flatten(0, 1), held)
+        for hook in hooks:
+            hook.remove()
+        update, error = joint_update(moments, self.options.join_ridge, groups)
+        name = f"{family.attention}.{family.attention_out}"
+        self.fits.append(Fit(index, block.parents, name, None if update is None else self.options.join_ridge, error))
+        if update is not None:
+            self._move(projection, update)
 
     def _rows(self, block: BlockSpec, parent: int) -> slice:
         """The rows of a fused FFN that came from one parent: each read its own input there."""
@@ -332,13 +416,17 @@ class Refit:
         hook.remove()
         update, ridge, error = best_update(moments, self.options.ridges)
         self.fits.append(Fit(index, block.parents, name, ridge, error))
-        if update is None:
-            return
-        if has_bias:
-            projection.bias.data.copy_((projection.bias.float() + update[-1]).to(projection.bias.dtype))
+        if update is not None:
+            self._move(projection, update)
+
+    def _move(self, projection: nn.Module, update: Tensor) -> None:
+        """Add an update [F, O] to an output projection; a last row beyond its inputs goes to its bias."""
+        if getattr(projection, "bias", None) is not None:
+            bias: Tensor = projection.bias.data  # type: ignore[assignment]
+            bias.copy_((bias.float() + update[-1]).to(bias.dtype))
             update = update[:-1]
-        weight = projection.weight.data
-        change = update if family.transposed else update.T
+        weight: Tensor = projection.weight.data  # type: ignore[assignment]
+        change = update if self.family.transposed else update.T
         weight.copy_((weight.float() + change).to(weight.dtype))
 
 

@@ -14,6 +14,7 @@ class Refit(Step):
 
     ridge: multiples of mean(diag(A^T A)); each block takes the one that errs least on held-out tokens.
     align: also map the inputs of changed and later blocks back to what the parent's projections read.
+    join: also fit the output projection of the attention that a changed block keeps.
     """
 
     op: Literal["refit"] = "refit"
@@ -22,6 +23,8 @@ class Refit(Step):
     ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
     align: bool = True
     align_ridge: Annotated[float, Field(gt=0)] = 0.03
+    join: bool = True
+    join_ridge: Annotated[float, Field(gt=0)] = 0.3
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
 
     @property

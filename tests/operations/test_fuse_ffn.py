@@ -136,7 +136,8 @@ def test_several_runs_and_a_run_of_fused_blocks():
 
 
 def test_auto_takes_the_runs_of_least_dependency():
-    subject, _, _ = subject_of(tiny_model("llama"), {"ffn_dependency": torch.ones(6, 6)})
+    far = (torch.arange(6.0)[None, :] - torch.arange(6.0)[:, None]).square()  # near neighbours depend least
+    subject, _, _ = subject_of(tiny_model("llama"), {"ffn_dependency": far})
     step = FuseFFN(max_run=3)
     assert step.needs() == {"ffn_dependency"}
     with pytest.raises(SurgeryError, match="put a prune_attention step before"):

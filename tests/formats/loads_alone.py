@@ -1,0 +1,108 @@
+"""Run by test_loads_alone.py in a process that has no llmsurgeon: loads converted checkpoints and reports on each.
+
+    python -I loads_alone.py FOLDER ...      one JSON object on stdout: folder -> what was found
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.modules["llmsurgeon"] = None  # any import of it fails
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+
+def load(folder, **kwargs):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
+
+
+def difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def full(model, tokens, **kwargs):
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False, **kwargs).logits
+
+
+def examine(folder):
+    found = {}
+    model, info = load(folder, output_loading_info=True)
+    found["class"] = type(model).__name__
+    found["loading"] = {key: [str(v) for v in info[key]] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    whole = full(model, tokens)
+    found["logits"] = whole[0, -1].tolist()
+
+    # Prefill, then one token at a time, further than any window.
+    with torch.no_grad():
+        out = model(input_ids=tokens[:, :11], use_cache=True)
+        pieces, cache = [out.logits], out.past_key_values
+        for at in range(11, 24):
+            pieces.append(model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    found["cached"] = difference(torch.cat(pieces, 1), whole)
+    found["slots"] = len(cache.layers)
+    found["filled"] = [layer.get_seq_length() for layer in cache.layers]
+
+    greedy = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    generated = model.generate(tokens[:1, :10], attention_mask=torch.ones(1, 10), use_cache=True, **greedy)
+    uncached = model.generate(tokens[:1, :10], attention_mask=torch.ones(1, 10), use_cache=False, **greedy)
+    found["generate"] = torch.equal(generated, uncached)
+
+    padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens[:1, :10]], 1)
+    mask = torch.cat([torch.zeros(1, 4), torch.ones(1, 10)], 1).long()
+    batch = torch.cat([padded, tokens[1:, :14]])
+    batched = model.generate(batch, attention_mask=torch.cat([mask, torch.ones(1, 14).long()]), **greedy)
+    found["left_padding"] = torch.equal(batched[0, 4:], generated[0])
+
+    found["eager"] = difference(full(load(folder, attn_implementation="eager"), tokens), whole)
+    found["sdpa"] = difference(full(load(folder, attn_implementation="sdpa"), tokens), whole)
+
+    model.train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    found["without_gradient"] = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    found["checkpointed"] = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+    with tempfile.TemporaryDirectory() as again:
+        model.eval().save_pretrained(again)
+        found["saved"] = sorted(path.name for path in Path(again).glob("*.py"))
+        second = load(again)
+        found["again"] = difference(full(second, tokens), whole)
+        found["same_tensors"] = all(torch.equal(t, model.state_dict()[n]) for n, t in second.state_dict().items())
+
+    found["refusals"] = [refusal(folder, **arguments) for arguments in ({}, {"trust_remote_code": False})]
+    return found
+
+
+def refusal(folder, **arguments):
+    try:
+        AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def native(folder):
+    """A plain checkpoint: no remote code, nothing missing."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
+    tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return {
+        "class": type(model).__name__,
+        "loading": {key: [str(v) for v in info[key]] for key in keys},
+        "logits": full(model.eval(), tokens)[0, -1].tolist(),
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps({f: native(f) if Path(f).name.startswith("native") else examine(f) for f in sys.argv[1:]}))

@@ -1,0 +1,113 @@
+"""Converted checkpoints load, generate and train where this package does not exist; without trust they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FAMILY_NAMES, save_tiny
+from operations.helpers import logits
+
+from llmsurgeon.formats.loading import load_model
+from llmsurgeon.recipe import loads
+from llmsurgeon.run import Options, run
+
+# Every kind of block: no attention in the first, no FFN, fused, narrow, two in parallel. Four attentions stay.
+STEPS = """
+  - {op: prune_attention, layers: [0, 3]}
+  - {op: prune_ffn, layers: [1]}
+  - {op: prune_width, width: 40, layers: [5], score: magnitude}
+  - {op: fuse_ffn, runs: [2-3]}
+  - {op: parallel_blocks, windows: [4-5]}
+"""
+SURGEON = {
+    **{name: (name, {}) for name in FAMILY_NAMES},
+    "llama-biases-tied": ("llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "qwen3-sliding": ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}),
+}
+CLOSE = 2e-5
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """name -> converted checkpoint; native-FAMILY has two blocks fewer and nothing else."""
+    base = tmp_path_factory.mktemp("alone")
+    made = {}
+    for name, (family, changes) in SURGEON.items():
+        parent = save_tiny(base / f"parent-{name}", family, **changes)
+        made[name] = run(loads(f"version: 1\nsteps:{STEPS}"), str(parent), str(base / name), Options()).out
+    for family in FAMILY_NAMES:
+        recipe = loads("version: 1\nsteps:\n  - {op: prune_blocks, layers: [1, 4]}\n")
+        made[f"native-{family}"] = run(
+            recipe, str(base / f"parent-{family}"), str(base / f"native-{family}"), Options()
+        ).out
+    return made
+
+
+@pytest.fixture(scope="module")
+def reports(folders, tmp_path_factory):
+    """What loads_alone.py says about each: one process for all, as starting one takes seconds."""
+    empty = tmp_path_factory.mktemp("elsewhere")
+    environment = {
+        key: value for key, value in os.environ.items() if not key.startswith("PYTHON") and key != "TRANSFORMERS_CACHE"
+    }
+    environment |= {"HF_HOME": str(empty / "hf"), "HF_MODULES_CACHE": str(empty / "modules"), "HF_HUB_OFFLINE": "1"}
+    script = Path(__file__).with_name("loads_alone.py")
+    result = subprocess.run(
+        [sys.executable, "-I", str(script), *map(str, folders.values())],
+        cwd=empty,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    by_folder = json.loads(result.stdout.splitlines()[-1])
+    return {name: by_folder[str(folder)] for name, folder in folders.items()}
+
+
+def here(folder):
+    """The same model through this package."""
+    tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
+    return logits(load_model(str(folder)), tokens)[0, -1]
+
+
+NOTHING = {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
+
+
+@pytest.mark.parametrize("name", SURGEON)
+def test_surgeon_checkpoints_work_alone(reports, folders, name):
+    found = reports[name]
+    assert found["class"].startswith("Surgeon")
+    assert found["loading"] == NOTHING
+    torch.testing.assert_close(torch.tensor(found["logits"]), here(folders[name]), atol=CLOSE, rtol=0)
+    assert found["slots"] == 4
+    assert found["filled"] == [24] * 4
+    assert found["cached"] < CLOSE
+    assert found["generate"] and found["left_padding"]
+    assert found["eager"] < CLOSE and found["sdpa"] < CLOSE
+    assert found["without_gradient"] == found["checkpointed"] == []
+    assert "surgeon_blocks.py" in found["saved"]
+    assert found["again"] == 0 and found["same_tensors"]
+
+
+@pytest.mark.parametrize("name", SURGEON)
+def test_without_trust_the_load_refuses(reports, name):
+    for refusal in reports[name]["refusals"]:
+        assert refusal is not None, "weights would be filled in at random"
+        assert "trust_remote_code" in refusal
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_native_checkpoints_are_plain(reports, folders, family):
+    found, folder = reports[f"native-{family}"], folders[f"native-{family}"]
+    assert not found["class"].startswith("Surgeon")
+    assert found["loading"] == NOTHING
+    torch.testing.assert_close(torch.tensor(found["logits"]), here(folder), atol=CLOSE, rtol=0)
+    assert not list(folder.glob("*.py"))

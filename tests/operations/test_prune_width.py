@@ -1,0 +1,119 @@
+"""Narrower FFNs against the parent with the lost channels forced to zero."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_model
+from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import FAMILIES
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_width import PruneWidth, top_channels
+
+
+def masked(model, kept):
+    """The parent with every inner channel but `kept[layer]` zero where the output projection reads it."""
+    family = FAMILIES[model.config.model_type]
+    model = copy.deepcopy(model)
+    layers = model.get_submodule(family.layers)
+    for layer, channels in kept.items():
+        projection = getattr(getattr(layers[layer], family.ffn), family.ffn_out)
+
+        def mask(_, inputs, channels=channels):
+            return (inputs[0] * torch.zeros(inputs[0].shape[-1]).index_fill(0, torch.tensor(channels), 1),)
+
+        projection.register_forward_pre_hook(mask)
+    return model
+
+
+def by_magnitude(model, layer, width):
+    """Channels by the product of their weights' norms, one at a time."""
+    family = FAMILIES[model.config.model_type]
+    ffn = getattr(model.get_submodule(family.layers)[layer], family.ffn)
+
+    def rows(name):
+        weight = getattr(ffn, name).weight
+        return weight.T if family.transposed else weight
+
+    out = rows(family.ffn_out)
+    scores = []
+    for channel in range(out.shape[1]):
+        score = out[:, channel].norm()
+        for name in family.ffn_in:
+            score = score * rows(name)[channel].norm()
+        scores.append(score.item())
+    return sorted(sorted(range(len(scores)), key=lambda c: -scores[c])[:width])
+
+
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_magnitude(family_name, changes):
+    model, tokens = tiny_model(family_name, **changes), some_tokens()
+    narrow, written, spec = operate(model, PruneWidth(width=40, score="magnitude"))
+    expected = logits(masked(model, {i: by_magnitude(model, i, 40) for i in range(6)}), tokens)
+    torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
+    assert {block.ffn.width for block in spec.blocks} == {40}
+    assert (written.format, written.config[FAMILIES[family_name].width_key]) == ("native", 40)
+
+
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_activation_in_some_layers(family_name, changes):
+    model, tokens = tiny_model(family_name, **changes), some_tokens()
+    width = 128 if family_name == "gpt2" else 96
+    scores = torch.rand(6, width, generator=torch.Generator().manual_seed(3))
+    step = PruneWidth(width=32, layers=(1, 4))
+    assert step.needs() == {"ffn_channel"}
+    narrow, written, spec = operate(model, step, scores={"ffn_channel": scores})
+    kept = {i: sorted(scores[i].argsort(descending=True)[:32].tolist()) for i in (1, 4)}
+    expected = logits(masked(model, kept), tokens)
+    torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
+    assert [block.ffn.width for block in spec.blocks] == [width, 32, width, width, 32, width]
+    assert written.format == "surgeon"
+
+
+def test_ties_go_to_the_lower_index():
+    assert top_channels(torch.tensor([1.0, 2.0, 2.0, 2.0, 0.0]), 2).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("keep", "multiple_of", "width"), [(0.5, 16, 48), (0.5, 64, 64), (0.9, 16, 80), (1.0, 64, 96), (0.01, 16, 16)]
+)
+def test_a_fraction_is_rounded(keep, multiple_of, width):
+    subject, _, _ = subject_of(tiny_model("llama"))
+    plan = PruneWidth(keep=keep, multiple_of=multiple_of, score="magnitude").plan(subject)
+    assert {block.ffn.width for block in plan.spec.blocks} == {width}
+
+
+def test_steps_that_do_not_fit():
+    subject, _, _ = subject_of(tiny_model("llama"), {"ffn_channel": torch.ones(6, 96)})
+    with pytest.raises(SurgeryError, match="layer 0 has 96 channels, 97 asked for"):
+        PruneWidth(width=97).plan(subject)
+    dropped = subject.after(PruneFFN(layers=(2,)).plan(subject))
+    with pytest.raises(SurgeryError, match="layer 2 has no FFN"):
+        PruneWidth(width=40, layers=(2,)).plan(dropped)
+    bare, _, _ = subject_of(tiny_model("llama"))
+    with pytest.raises(SurgeryError, match="needs the score 'ffn_channel'"):
+        PruneWidth(width=40).plan(bare)
+    dropped = subject.after(PruneAttention(layers=(2,)).plan(subject))
+    fused = dropped.after(FuseFFN(runs=((1, 2),)).plan(dropped))
+    with pytest.raises(SurgeryError, match="cut widths before fusing"):
+        PruneWidth(width=40).plan(fused)
+    with pytest.raises(ValueError, match="takes exactly one of width, keep"):
+        PruneWidth(width=40, keep=0.5)
+
+
+def test_a_fused_ffn_can_be_narrowed_by_magnitude():
+    model, tokens = tiny_model("llama"), some_tokens()
+    steps = (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
+    fused, _, _ = operate(model, *steps)
+    narrow, _, spec = operate(model, *steps, PruneWidth(width=100, layers=(2,), score="magnitude"))
+    assert [block.ffn.width for block in spec.blocks] == [96, 100, 96, 96]
+    fused.config.model_type = "llama"
+    expected = logits(masked(fused, {1: by_magnitude(fused, 1, 100)}), tokens)
+    torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
