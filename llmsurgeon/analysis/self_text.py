@@ -70,7 +70,7 @@ OPENERS = (
     "The airline says",
     "Two men have been charged with",
     "Police believe the suspect",
-    "The treasurer said the budget",
+    "The finance minister said the budget",
     "Emergency services were called to",
     "The coach was pleased with",
     "She won the final in",

@@ -226,6 +226,9 @@ def walk(
                 for variant, start in enumerate(starts):
                     if start == index and variant:
                         streams[variant] = streams[0]
+                        if variants[variant].run_start(index) not in (None, index):
+                            # It only differs inside a run that variant 0 began too: what the run reads is variant 0's.
+                            anchors[variant].copy_(anchors[0])
                 for part in slices:
                     base_parts = _step(runner, index, base, streams[0], anchors.get(0), part, None)
                     progress(base_parts.left[..., 0].numel())

@@ -28,7 +28,7 @@ def analyze_command(
     drop: Annotated[
         int | None, typer.Option(help="Attentions to drop; default: about a quarter of the layers.")
     ] = None,
-    max_run: Annotated[int, typer.Option(help="Longest run of FFNs to fuse.")] = 4,
+    max_run: Annotated[int, typer.Option(help="Longest run of FFNs to fuse.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of sampled calibration text.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,

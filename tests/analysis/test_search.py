@@ -1,0 +1,100 @@
+"""The joint choice of attentions and runs against trying everything, one model at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from analysis.test_walk import CountingReads, runner_of
+from conftest import LAYERS, tiny_model
+from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
+
+from llmsurgeon.analysis.search import default_count, few, order_of, runs_of, search_attentions, variant_without
+from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.prune_attention import PruneAttention
+
+
+def cost_of(model, parent, tokens, dropped, fuse):
+    """KL(parent || model without these attentions, runs fused), on the model that the operations write."""
+    runs = runs_of(frozenset(dropped), LAYERS)
+    steps = [PruneAttention(layers=tuple(sorted(dropped)))]
+    if fuse and runs:
+        steps.append(FuseFFN(runs=runs))
+    student = logits(operate(model, *steps)[0], tokens)
+    at = list(range(parent.shape[1] - 1, -1, -4))
+    p, q = (F.log_softmax(x[:, at].double(), -1) for x in (parent, student))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize(("family_name", "changes"), [v for v in VARIANTS if v[0] in ("llama", "gpt2", "gpt_neox")])
+def test_greedy_over_everything(family_name, changes, fuse):
+    """Every allowed candidate, scored as a converted model after each step; the same layers in the same order."""
+    model, tokens, max_run, count = tiny_model(family_name, **changes), some_tokens(length=12), 3, 3
+    choices = search_attentions(runner_of(model), tokens, count, max_run, fuse=fuse, width=LAYERS, batch=2)
+    parent = logits(model, tokens)
+    dropped: set[int] = set()
+    for choice in choices:
+        candidates = [
+            layer
+            for layer in range(1, LAYERS - 1 if fuse else LAYERS)
+            if layer not in dropped
+            and all(len(run) <= max_run for run in runs_of(frozenset(dropped | {layer}), LAYERS))
+        ]
+        costs = {layer: cost_of(model, parent, tokens, dropped | {layer}, fuse) for layer in candidates}
+        assert choice.candidates == pytest.approx(costs, rel=1e-3, abs=1e-6)
+        best = min(costs, key=costs.get)
+        assert (choice.layer, choice.kl) == (best, pytest.approx(costs[best], rel=1e-3, abs=1e-6))
+        dropped.add(best)
+    assert order_of(choices) == [choice.layer for choice in choices]
+    assert len(choices) == count
+
+
+def test_a_narrow_search_scores_few_candidates():
+    choices = search_attentions(runner_of(tiny_model("llama")), some_tokens(length=8), 3, 6, width=2)
+    assert [len(choice.candidates) for choice in choices] == [4, 2, 2]
+
+
+def test_it_stops_where_no_run_may_grow():
+    choices = search_attentions(runner_of(tiny_model("llama")), some_tokens(length=8), 5, 2)
+    dropped = frozenset(order_of(choices))
+    assert len(dropped) == 2, "six layers, the last kept, in runs of two"
+    assert max(map(len, runs_of(dropped, LAYERS))) == 2
+
+
+def test_weights_are_read_once_a_step():
+    _, weights, config = subject_of(tiny_model("llama"))
+    counted = CountingReads(weights)
+    search_attentions(LayerRunner(config, counted, torch.float32), some_tokens(length=8), 3, 4)
+    inside = {name: reads for name, reads in counted.reads.items() if ".layers." in name}
+    assert set(inside.values()) == {1 + 3}
+
+
+@pytest.mark.parametrize(
+    ("dropped", "runs"),
+    [
+        ((), ()),
+        ((0,), ()),
+        ((3,), ((2, 3),)),
+        ((1, 2, 4), ((0, 1, 2), (3, 4))),
+        ((0, 1), ((0, 1),)),
+        ((5,), ((4, 5),)),
+        ((1, 2, 3, 4, 5), ((0, 1, 2, 3, 4, 5),)),
+    ],
+)
+def test_runs_of(dropped, runs):
+    assert runs_of(frozenset(dropped), 6) == runs
+    assert variant_without(frozenset(dropped), 6).runs == runs
+    assert variant_without(frozenset(dropped), 6, fuse=False).runs == ()
+
+
+def test_few_takes_whole_sequences_from_all_over():
+    tokens = torch.arange(100)[:, None].expand(100, 8)
+    assert few(tokens, 40)[:, 0].tolist() == [0, 25, 50, 74, 99]
+    assert few(tokens, 1).shape == (1, 8)
+    assert few(tokens, 10_000).shape == (100, 8)
+
+
+def test_default_count():
+    assert [default_count(layers) for layers in (1, 12, 30, 126)] == [1, 3, 8, 34]
