@@ -60,7 +60,8 @@ def search_attentions(
     parent = walk(runner, tokens, [Variant()], batch=batch)[0].clone()
     dropped: frozenset[int] = frozenset()
     choices: list[Choice] = []
-    increase = {layer: 0.0 for layer in range(1, layers - 1 if fuse else layers)}
+    attends = [hasattr(layer, runner.family.attention) for layer in runner.layers]
+    increase = {layer: 0.0 for layer in range(1, layers - 1 if fuse else layers) if attends[layer]}
     current = 0.0
     with Progress("choose attentions and runs", count, "steps") as progress:
         for step in range(count):

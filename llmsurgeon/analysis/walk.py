@@ -141,8 +141,13 @@ class LayerRunner:
         return contribution
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor | None:
-        """The FFN's contribution at the loaded layer, norm included; None where there is none."""
+        """The FFN's contribution at the loaded layer, norm included; None where there is none.
+
+        A parallel block's contribution, its attentions included, counts as its FFN's: all of it reads one input.
+        """
         layer, family = self.layers[index], self.family
+        if hasattr(layer, "branches"):
+            return self.whole(index, hidden) - hidden
         ffn = getattr(layer, family.ffn, None)
         if ffn is None:
             return None

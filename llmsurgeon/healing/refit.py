@@ -18,6 +18,8 @@ Shapes: S sequences, T tokens, D model width, F features (FFN width, or heads * 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,8 +31,12 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import BlockSpec, ModelSpec
+
+
+GRAM_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Fit:
 class Moments:
     """Sums that ridge regression needs, in float32, for the tokens that fit and those held out.
 
-    gram [F, F] = A^T A; cross [F, O] = A^T R; square = ||R||^2; index 0 fits, index 1 judges.
+    gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R; square = ||R||^2; index 0 fits, index 1 judges.
     """
 
     gram: list[Tensor] = field(default_factory=list)
@@ -79,9 +85,24 @@ class Moments:
             self.gram = [features.new_zeros(f, f, dtype=torch.float32) for _ in range(2)]
             self.cross = [features.new_zeros(f, o, dtype=torch.float32) for _ in range(2)]
         a, r = features.float(), residual.float()
-        self.gram[held_out].addmm_(a.T, a)
+        for start in range(0, a.shape[1], GRAM_COLUMNS):
+            # The Gram matrix is symmetric: only blocks on and above the diagonal are computed.
+            columns = a[:, start : start + GRAM_COLUMNS]
+            self.gram[held_out][start : start + GRAM_COLUMNS, start:].addmm_(columns.T, a[:, start:])
         self.cross[held_out].addmm_(a.T, r)
-        self.square[held_out] += r.square().sum().item()
+        square = r.square().sum().item()
+        if not math.isfinite(square):
+            raise SurgeryError(
+                "refit: hidden states are not finite; run `llmsurgeon verify` on the source, and if it is sound, "
+                "calibrate in a wider dtype (--dtype float32)"
+            )
+        self.square[held_out] += square
+
+    def complete(self) -> Moments:
+        """Mirror the Gram matrices once everything is added."""
+        for gram in self.gram:
+            gram.copy_(gram.triu() + gram.triu(1).T)
+        return self
 
     def held_out_error(self, update: Tensor) -> float:
         """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
@@ -100,9 +121,10 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
         diagonal.add_(ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny))
     factor, info = torch.linalg.cholesky_ex(damped)
     if info.item():
-        # Numerically singular in float32: the same system in float64.
-        factor = torch.linalg.cholesky(damped.double())
-        return torch.cholesky_solve(cross.double(), factor).float()
+        # Rounding in the float32 sums can outweigh a small ridge and leave eigenvalues below it, even below zero.
+        values, vectors = torch.linalg.eigh(damped.double())
+        floor = (damped.diagonal() - gram.diagonal()).min().clamp_min(torch.finfo(torch.float32).tiny)
+        return (vectors @ ((vectors.T @ cross.double()) / values.clamp_min(floor.double())[:, None])).float()
     return torch.cholesky_solve(cross, factor)
 
 
@@ -220,8 +242,11 @@ class Refit:
         if file.exists():
             self._walk_parent(span)
             layer.load_state_dict({**layer.state_dict(), **load_file(file)}, assign=True)
-            return file, None
-        before = layer.state_dict()
+            self.fits += _stored_fits(file)
+            # The same sums in the same order as the run that stored it.
+            moved = block.branches or (is_changed and block.ffn is None)
+            return file, None if moved else self._attended(index)
+        known, before = len(self.fits), layer.state_dict()
         # The loaded tensors may be views of the checkpoint on disk: work on copies.
         layer.load_state_dict({name: tensor.clone() for name, tensor in before.items()}, assign=True)
         attended = None
@@ -230,7 +255,8 @@ class Refit:
         else:
             attended = self._fit(index, block, span, layer, is_changed, drifted)
         new = {name: t.contiguous() for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
-        save_file(new, file.with_suffix(".partial"))
+        fits = json.dumps([vars(fit) for fit in self.fits[known:]])
+        save_file(new, file.with_suffix(".partial"), metadata={"fits": fits})
         file.with_suffix(".partial").rename(file)
         return file, attended
 
@@ -286,7 +312,7 @@ class Refit:
         aligned = [
             parent
             for parent in (block.parents if self.options.align and block.ffn is not None else ())
-            if drifted or parent != block.parents[0]
+            if (drifted or parent != block.parents[0]) and self._rows(block, parent)
         ]
         drifts = {parent: Moments() for parent in aligned}
 
@@ -297,7 +323,7 @@ class Refit:
 
         self._walk_parent(span, see)
         for parent, moments in drifts.items():
-            readers = self._ffn_readers(layer, self._rows(block, parent))
+            readers = self._ffn_readers(layer, self._rows(block, parent) or slice(None))
             self._align(index, block, f"ffn input of layer {parent}", moments, readers)
         if is_changed:
             self._refit_output(index, block, layer, attended)
@@ -310,7 +336,8 @@ class Refit:
         projection = getattr(getattr(layer, family.attention), family.attention_out)
         down = getattr(getattr(layer, family.ffn), family.ffn_out)
         columns = down.weight.data.float() if not family.transposed else down.weight.data.float().T
-        rows = [self._rows(block, parent) for parent in block.parents]
+        # Channels that no parent can be told to own count as one FFN.
+        rows = [r for parent in block.parents if (r := self._rows(block, parent))] or [slice(None)]
         has_bias = getattr(projection, "bias", None) is not None
         seen: list[Tensor] = []
         hooks = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for m in (projection, down)]
@@ -333,18 +360,22 @@ class Refit:
             moments.add(torch.cat([heads, *outputs], dim=1), missing.flatten(0, 1), held)
         for hook in hooks:
             hook.remove()
-        update, error = joint_update(moments, self.options.join_ridge, groups)
+        update, error = joint_update(moments.complete(), self.options.join_ridge, groups)
         name = f"{family.attention}.{family.attention_out}"
         self.fits.append(Fit(index, block.parents, name, None if update is None else self.options.join_ridge, error))
         if update is not None:
             self._move(projection, update)
 
-    def _rows(self, block: BlockSpec, parent: int) -> slice:
-        """The rows of a fused FFN that came from one parent: each read its own input there."""
+    def _rows(self, block: BlockSpec, parent: int) -> slice | None:
+        """The rows of a fused FFN that came from one parent: each read its own input there.
+
+        None where they cannot be told, because widths were cut before or after fusing.
+        """
         if len(block.parents) == 1:
             return slice(None)
         widths = [ffn.width if (ffn := self.parent_spec.blocks[p].ffn) else 0 for p in block.parents]
-        assert block.ffn is not None and sum(widths) == block.ffn.width
+        if block.ffn is None or sum(widths) != block.ffn.width:
+            return None
         start = sum(widths[: block.parents.index(parent)])
         return slice(start, start + widths[block.parents.index(parent)])
 
@@ -381,7 +412,7 @@ class Refit:
         moments.add(own.flatten(0, 1), (wanted - own).flatten(0, 1), held)
 
     def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
-        update, ridge, error = best_update(moments, (self.options.align_ridge,))
+        update, ridge, error = best_update(moments.complete(), (self.options.align_ridge,))
         self.fits.append(Fit(index, block.parents, what, ridge, error))
         if update is not None:
             for weight in readers:
@@ -414,7 +445,7 @@ class Refit:
             residual = self.p[part].to(self.student.device).float() - reached
             moments.add(features, residual.flatten(0, 1), held)
         hook.remove()
-        update, ridge, error = best_update(moments, self.options.ridges)
+        update, ridge, error = best_update(moments.complete(), self.options.ridges)
         self.fits.append(Fit(index, block.parents, name, ridge, error))
         if update is not None:
             self._move(projection, update)
@@ -435,6 +466,14 @@ def _names(file: Path) -> list[str]:
 
     with safe_open(file, framework="pt") as opened:
         return list(opened.keys())
+
+
+def _stored_fits(file: Path) -> list[Fit]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        stored = json.loads(opened.metadata()["fits"])
+    return [Fit(**{**fit, "parents": tuple(fit["parents"])}) for fit in stored]
 
 
 def overlay(weights: Mapping[str, Tensor], found: Mapping[str, Path]) -> TransformedWeights:

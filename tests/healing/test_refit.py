@@ -1,0 +1,283 @@
+"""The closed-form refit: its maths against least squares, its effect against the parent on fresh tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILY_NAMES, tiny_model
+from operations.helpers import logits, operate, some_tokens, subject_of
+from safetensors import safe_open
+
+from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.refit import Moments, Refit, RefitOptions, best_update, changed, overlay, ridge_solution, spans
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
+from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
+from llmsurgeon.operations.prune_width import PruneWidth
+
+DROP, FUSE = PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))
+
+
+def rows(tokens, features, outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(tokens, features, generator=generator)
+    x = torch.randn(features, outputs, generator=generator)
+    return a, a @ x + 0.1 * torch.randn(tokens, outputs, generator=generator)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
+def test_ridge_solution_is_least_squares_on_augmented_rows(ridge):
+    a, r = rows(50, 8, 3)
+    penalty = ridge * (a.T @ a).diagonal().mean()
+    augmented = torch.cat([a, penalty.sqrt() * torch.eye(8)])
+    expected = torch.linalg.lstsq(augmented, torch.cat([r, torch.zeros(8, 3)])).solution
+    torch.testing.assert_close(ridge_solution(a.T @ a, a.T @ r, ridge), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_are_damped_by_their_own_mean():
+    a, r = rows(50, 8, 3)
+    a[:, :3] *= 100
+    gram = a.T @ a
+    means = torch.cat([gram.diagonal()[:3].mean().expand(3), gram.diagonal()[3:].mean().expand(5)])
+    augmented = torch.cat([a, (0.1 * means).sqrt().diag()])
+    expected = torch.linalg.lstsq(augmented.double(), torch.cat([r, torch.zeros(8, 3)]).double()).solution.float()
+    torch.testing.assert_close(ridge_solution(gram, a.T @ r, 0.1, (3, 5)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_singular_system_still_has_a_solution():
+    a, r = rows(4, 8, 3)
+    a = torch.cat([a, a], dim=1)
+    found = ridge_solution(a.T @ a, a.T @ r, 1e-9)
+    torch.testing.assert_close(a @ found, r, atol=1e-2, rtol=1e-2)
+
+
+def test_gram_matrices_are_summed_in_blocks(monkeypatch):
+    monkeypatch.setattr("llmsurgeon.healing.refit.GRAM_COLUMNS", 3)
+    (a, r), (b, s) = rows(20, 8, 2), rows(9, 8, 2, seed=1)
+    moments = Moments()
+    for features, residual in ((a, r), (b, s)):
+        moments.add(features, residual, False)
+    moments.add(b, s, True)
+    both = torch.cat([a, b])
+    moments.complete()
+    torch.testing.assert_close(moments.gram[0], both.T @ both)
+    torch.testing.assert_close(moments.gram[1], b.T @ b)
+    torch.testing.assert_close(moments.cross[0], both.T @ torch.cat([r, s]))
+
+
+def test_held_out_error_is_the_error_on_the_held_out_rows():
+    fit, judge = rows(40, 6, 2), rows(15, 6, 2, seed=1)
+    moments = Moments()
+    moments.add(*(t[:17] for t in fit), False)
+    moments.add(*(t[17:] for t in fit), False)
+    moments.add(*judge, True)
+    update = ridge_solution(moments.gram[0], moments.cross[0], 0.1)
+    a, r = judge
+    assert moments.held_out_error(update) == pytest.approx(((r - a @ update).square().sum() / r.square().sum()).item(), rel=1e-4)
+    assert moments.held_out_error(torch.zeros_like(update)) == pytest.approx(1)
+
+
+def test_the_ridge_that_errs_least_on_held_out_rows():
+    a, r = rows(30, 6, 2)
+    moments = Moments()
+    moments.add(a, r, False)
+    moments.add(*rows(30, 6, 2)[:2], True)
+    update, ridge, error = best_update(moments, (1e-3, 1.0, 100.0))
+    errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in (1e-3, 1.0, 100.0)}
+    assert ridge == min(errors, key=errors.get) and error == errors[ridge] < 1
+    both = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
+    assert torch.equal(update, both)
+
+
+def test_an_update_that_does_not_help_on_held_out_rows_is_not_made():
+    """What fits is the opposite of what judges."""
+    a, r = rows(30, 6, 2)
+    moments = Moments()
+    moments.add(a, r, False)
+    moments.add(a, -r, True)
+    assert best_update(moments, (1e-3, 0.1)) == (None, None, 1.0)
+
+
+def test_states_that_are_not_finite_are_refused():
+    a, r = rows(5, 6, 2)
+    r[0, 0] = float("nan")
+    with pytest.raises(SurgeryError, match="hidden states are not finite; run `llmsurgeon verify`"):
+        Moments().add(a, r, False)
+
+
+def prepared(model, *steps, tokens, store, held_out=4, scores=None, **options):
+    """A Refit of the operated model, and the student's config and weights."""
+    subject, base, config = subject_of(model, scores)
+    parent_spec, weights = subject.spec, base
+    for step in steps:
+        plan = step.plan(subject)
+        weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
+    written = normalised(write_config(subject.spec, subject.family, config).config)
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask[::held_out] = True
+    store.mkdir(exist_ok=True)
+    refit = Refit(
+        LayerRunner(config, base, model.dtype),
+        LayerRunner(written, weights, model.dtype),
+        parent_spec,
+        subject.spec,
+        tokens,
+        mask,
+        RefitOptions(**options),
+        store,
+    )
+    return refit, written, weights
+
+
+def kl_to(model, config, weights, tokens):
+    """KL(parent || student) of the student with these weights, a nat a token."""
+    runner = LayerRunner(config, weights, model.dtype)
+    with torch.no_grad():
+        student = runner.final(walk(runner, tokens, [Variant()])[0])
+    p, q = (F.log_softmax(x.double(), -1) for x in (logits(model, tokens), student))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def fresh(batch, length=16):
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(99))
+
+
+STEPS = {
+    "attention and fusing": (DROP, FUSE),
+    "blocks": (PruneBlocks(layers=(2,)),),
+    "an ffn": (PruneFFN(layers=(2,)),),
+    "width": (PruneWidth(width=32, score="magnitude", layers=(2, 3)),),
+    "width, then fusing": (PruneWidth(width=32, score="magnitude", layers=(2,)), DROP, FUSE),
+    "parallel": (PruneBlocks(layers=(1,)), ParallelBlocks(windows=((3, 4),))),
+}
+
+
+@pytest.mark.parametrize("what", STEPS)
+@pytest.mark.parametrize("family_name", FAMILY_NAMES)
+def test_it_lowers_the_divergence_on_fresh_tokens(family_name, what, tmp_path):
+    model, tokens = tiny_model(family_name), some_tokens(batch=48, length=16)
+    refit, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
+    before = kl_to(model, config, weights, fresh(16))
+    files = refit.run()
+    after = kl_to(model, config, overlay(weights, files), fresh(16))
+    assert after < 0.99 * before, (before, after)
+    assert any(fit.accepted for fit in refit.fits)
+    assert all(fit.error_ratio <= 1 for fit in refit.fits)
+
+
+def test_merged_kv_heads_are_refitted_too(tmp_path):
+    model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16)
+    refit, config, weights = prepared(model, PruneKVHeads(kv_heads=1), tokens=tokens, store=tmp_path / "store")
+    before = kl_to(model, config, weights, fresh(16))
+    assert kl_to(model, config, overlay(weights, refit.run()), fresh(16)) < before
+
+
+def test_the_parent_is_left_as_it_was(tmp_path):
+    model = tiny_model("llama")
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refit, _, _ = prepared(model, DROP, FUSE, tokens=some_tokens(batch=8, length=8), store=tmp_path / "store")
+    refit.run()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_changed_tensors_are_stored_and_layers_before_the_cut_stay(family_name, tmp_path):
+    model, tokens = tiny_model(family_name), some_tokens(batch=16, length=16)
+    refit, _, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store")
+    files = refit.run()
+    healed = overlay(weights, files)
+    family = refit.family
+    assert files and not any(name.startswith(family.layer(0)) for name in files)
+    for name in weights:
+        assert torch.equal(healed[name], weights[name]) == (name not in files), name
+        assert healed[name].dtype == weights[name].dtype
+    stored = []
+    for file in sorted((tmp_path / "store").iterdir()):
+        with safe_open(file, framework="pt") as opened:
+            stored += list(opened.keys())
+    assert len(stored) == len(files)
+
+
+def test_nothing_is_fitted_where_nothing_changed(tmp_path):
+    model = tiny_model("llama")
+    refit, _, _ = prepared(model, PruneBlocks(layers=(5,)), tokens=some_tokens(batch=8), store=tmp_path / "store")
+    assert {name.split(".")[2] for name in refit.run()} == {"4"}
+    assert {fit.block for fit in refit.fits} == {4}
+
+
+def test_without_align_and_join_only_the_changed_blocks_output_moves(tmp_path):
+    model = tiny_model("llama")
+    options = dict(tokens=some_tokens(batch=16), store=tmp_path / "store", align=False, join=False)
+    refit, _, _ = prepared(model, DROP, FUSE, **options)
+    assert set(refit.run()) == {"model.layers.1.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("steps", [(DROP, FUSE), (PruneBlocks(layers=(2,)),), (PruneFFN(layers=(1,)),)], ids=lambda s: s[0].op)
+def test_a_killed_refit_goes_on(family_name, steps, tmp_path):
+    """Some blocks stored, the rest not: the outcome is bit for bit that of an uninterrupted one."""
+    model, tokens = tiny_model(family_name), some_tokens(batch=16)
+    whole, _, weights = prepared(model, *steps, tokens=tokens, store=tmp_path / "whole")
+    expected = overlay(weights, whole.run())
+    for kept in (1, 2):
+        store = tmp_path / f"kept-{kept}"
+        store.mkdir()
+        for file in sorted((tmp_path / "whole").iterdir())[:kept]:
+            (store / file.name).write_bytes(file.read_bytes())
+        (store / "block-0004.partial").write_bytes(b"half")
+        resumed, _, _ = prepared(model, *steps, tokens=tokens, store=store)
+        found = overlay(weights, resumed.run())
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert resumed.fits == whole.fits
+
+
+def test_harmful_updates_are_refused(tmp_path):
+    """One short sequence to fit on and many to judge, hardly damped: overfitting shows on the held-out ones."""
+    model, tokens = tiny_model("llama"), some_tokens(batch=24, length=4)
+    options = dict(ridges=(1e-7,), align_ridge=1e-7, join_ridge=1e-7, held_out=1)
+    refit, config, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
+    refit.parts = [(slice(0, 1), False), *((slice(i, i + 4), True) for i in range(1, 24, 4))]
+    files = refit.run()
+    refused = [fit for fit in refit.fits if not fit.accepted]
+    assert refused and all(fit.ridge is None and fit.error_ratio == 1 for fit in refused)
+    if len(refused) == len(refit.fits):
+        assert not files
+
+
+def test_spans_and_changed():
+    subject, _, _ = subject_of(tiny_model("llama"))
+    parent = subject.spec
+    for step in (PruneBlocks(layers=(0, 4)), DROP, FUSE):
+        subject = subject.after(step.plan(subject))
+    spec = subject.spec
+    assert [block.parents for block in spec.blocks] == [(1, 2, 3), (5,)]
+    assert spans(spec, 6) == [(0, 1, 2, 3, 4), (5,)]
+    assert [changed(b, s, parent) for b, s in zip(spec.blocks, spans(spec, 6), strict=True)] == [True, False]
+    block = parent.blocks[2]
+    assert not changed(block, (2,), parent)
+    assert changed(block, (2, 3), parent)
+    assert changed(replace(block, attention=None), (2,), parent)
+    assert changed(replace(block, attention=replace(block.attention, kv_heads=1)), (2,), parent)
+
+
+def test_operated_models_of_the_tests_are_those_of_the_runner():
+    """`prepared` and `operate` build the same student."""
+    model, tokens = tiny_model("llama"), some_tokens()
+    student, _, _ = operate(model, DROP, FUSE)
+    subject, weights, config = subject_of(model)
+    for step in (DROP, FUSE):
+        plan = step.plan(subject)
+        weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
+    runner = LayerRunner(normalised(write_config(subject.spec, subject.family, config).config), weights, model.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(runner.final(walk(runner, tokens, [Variant()])[0]), logits(student, tokens))
