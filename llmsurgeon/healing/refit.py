@@ -121,10 +121,10 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
         diagonal.add_(ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny))
     factor, info = torch.linalg.cholesky_ex(damped)
     if info.item():
-        # Rounding in the float32 sums can outweigh a small ridge and leave eigenvalues below it, even below zero.
+        # Rounding in the float32 sums can outweigh a small ridge and push eigenvalues below zero: raise them to it.
         values, vectors = torch.linalg.eigh(damped.double())
-        floor = (damped.diagonal() - gram.diagonal()).min().clamp_min(torch.finfo(torch.float32).tiny)
-        return (vectors @ ((vectors.T @ cross.double()) / values.clamp_min(floor.double())[:, None])).float()
+        rounding = values[-1] * torch.finfo(torch.float32).eps
+        return (vectors @ ((vectors.T @ cross.double()) / values.clamp_min(rounding)[:, None])).float()
     return torch.cholesky_solve(cross, factor)
 
 
