@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from llmsurgeon.spec import ModelSpec
 from llmsurgeon.summary import Costs, costs
 
 Say = Callable[[str], None]
+
+# What an edit that is computed a block of rows at a time holds, in float32 with its inputs.
+STREAMED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -386,6 +390,8 @@ def _group_bytes(meta: Mapping[str, Tensor], name: str) -> int:
     if transform is None:
         inner = next((t.sources[0] for t in meta.transforms if name in t.targets), name)
         return _group_bytes(meta.base, inner)
+    if inspect.isgeneratorfunction(transform.fn):
+        return STREAMED_BYTES
     tensors = [meta[name], *(meta.base[source] for source in transform.sources)]
     return sum(t.numel() * t.dtype.itemsize for t in tensors)
 

@@ -169,7 +169,7 @@ def _sentence(layers: int, dropped: list[int], runs: list[list[int]], after: int
 
 def _strip(layers: int, dropped: list[int], runs: list[list[int]]) -> str:
     """The layers before and after: attention above FFN, one column a layer."""
-    left, height = 118, 20
+    left, height = 130, 20
     slot = min(52.0, (PAGE - left) / layers)
     gap = 1 if slot < 14 else 3
     step = _every(layers, slot, 26)
@@ -220,7 +220,7 @@ def _steps(report: dict[str, Any]) -> str:
     if not steps:
         return ""
     values = [kl for step in steps for kl in step["candidates"].values() if _known(kl)]
-    scale = Scale.over(values, 8, DOTS - 8)
+    scale = Scale.over(values, 18, DOTS - 18)
     rows, before = [], 0.0
     for place, step in enumerate(steps, start=1):
         others = sorted((kl, int(layer)) for layer, kl in step["candidates"].items() if _known(kl))
@@ -489,13 +489,14 @@ def _heat(
 ) -> str:
     """A heat map of (row, column, value, tooltip) with its legend.
 
-    Colours run from 0 to the maximum, or to the 98th percentile where a few values stand far above the rest.
+    Colours run from 0 to the maximum, or to the 90th percentile where the rest stand far above it: what the first
+    layers do to all others would otherwise hide every difference among the low values, which are the ones that matter.
     """
     cells = list(cells)
     known = sorted(value for _, _, value, _ in cells if _known(value))
     top = known[-1] if known else 1.0
-    if known and (usual := known[min(len(known) - 1, int(len(known) * 0.98))]) * 1.5 < top:
-        top = usual
+    if known and (usual := known[int(len(known) * 0.9)]) * 1.5 < top:
+        top = usual or top
     size = max(3, min(40, room // layers))
     gap = 1 if size > 7 else 0
     left, head = 40, 34
@@ -514,14 +515,10 @@ def _heat(
     parts += [_text(left + k * size + centre, head - 6, k, "mid") for k in range(0, layers, step)]
     marks = [k for k in range(layers) if (k + first_row) % step == 0 or (first_row and k == 0)]
     parts += [_text(left - 6, head + k * size + centre + 4, k + first_row, "end") for k in marks]
-    parts.append(f'<text x="{left}" y="11">{names[1]} →</text>')
-    parts.append(
-        f'<text x="0" y="{head - 6}">↓</text><text class="rot" transform="translate(10 {head + 4}) rotate(90)">{names[0]}</text>'
-    )
-    width = max(left + layers * size + 2, 220)
-    return _svg(width, max(head + layers * size + 2, 110), title, parts) + _legend(
-        top, clipped=bool(known) and top < known[-1]
-    )
+    turned = f'transform="translate(2 {head + 2}) rotate(90)"'
+    parts.append(f'<text x="{left}" y="11">{names[1]} →</text><text {turned}>{names[0]} →</text>')
+    width, height = max(left + layers * size + 2, 220), max(head + layers * size + 2, 110)
+    return _svg(width, height, title, parts) + _legend(top, clipped=bool(known) and top < known[-1])
 
 
 def _legend(top: float, clipped: bool) -> str:
@@ -610,8 +607,9 @@ def _ramp_css() -> str:
     for k in range(LEVELS):
         t = k / (LEVELS - 1)
         bulge = math.sin(math.pi * t)
-        light.append(f".c{k}{{fill:{_oklch_hex(0.965 - 0.665 * t, 0.035 + 0.075 * bulge + 0.045 * t, 100 + 165 * t)}}}")
-        dark.append(f".c{k}{{fill:{_oklch_hex(0.27 + 0.65 * t, 0.045 + 0.075 * bulge + 0.03 * t, 265 - 165 * t)}}}")
+        # The chroma stays inside sRGB all along: clipping would make the steps uneven.
+        light.append(f".c{k}{{fill:{_oklch_hex(0.965 - 0.665 * t, 0.04 + 0.042 * bulge + 0.02 * t, 100 + 165 * t)}}}")
+        dark.append(f".c{k}{{fill:{_oklch_hex(0.27 + 0.65 * t, 0.045 + 0.025 * bulge + 0.04 * t, 265 - 165 * t)}}}")
     return "".join(light) + "@media screen and (prefers-color-scheme:dark){" + "".join(dark) + "}"
 
 
@@ -642,7 +640,7 @@ b{font-weight:620}
 b.cut,td.cut{color:var(--cut);font-weight:620}
 .two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:32px}
 figure{margin:0;break-inside:avoid}
-figcaption{font-size:13px;color:var(--soft);margin-bottom:10px;min-height:40px;text-wrap:pretty}
+figcaption{font-size:13px;color:var(--soft);margin-bottom:10px;min-height:64px;text-wrap:pretty}
 figcaption b{display:block;color:var(--ink);font-size:15px}
 .scroll{overflow-x:auto}
 svg{display:block;max-width:100%;height:auto}

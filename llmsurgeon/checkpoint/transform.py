@@ -183,5 +183,6 @@ def blocks(weights: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
 
 def row_blocks(tensor: Tensor, numbers: int = 2**17) -> Iterator[Tensor]:
     """Views of `tensor` along dimension 0, about `numbers` numbers each: small enough to stay in the CPU's cache."""
-    rows = max(1, numbers * len(tensor) // max(tensor.numel(), 1))
+    # Without data there is nothing to keep small.
+    rows = len(tensor) if tensor.is_meta else max(1, numbers * len(tensor) // max(tensor.numel(), 1))
     yield from tensor.split(rows)

@@ -273,7 +273,7 @@ def print_plan(planned: Planned) -> None:
     console.print(table)
     for step in planned.recipe.steps:
         shown = ", ".join(
-            f"{k}={_short(v)}" for k, v in step.model_dump(mode="json").items() if k != "op" and v is not None
+            f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
         )
         console.print(f"  {step.op}: {shown}", highlight=False)
     console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)

@@ -77,19 +77,24 @@ def normalised(raw: Mapping[str, Any]) -> dict[str, Any]:
 def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
     """The model of a config with parameters on the meta device and real buffers (rotary frequencies)."""
     import transformers
-    from accelerate import init_empty_weights
     from transformers.initialization import no_init_weights
 
     config = load_config(raw)
     family = family_of(raw)
     model_class = surgeon_classes(family)[1] if is_surgeon(raw) else getattr(transformers, family.model_class)
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        try:
-            return model_class(config).eval()
-        except (ValueError, RuntimeError, AssertionError) as error:
-            raise SurgeryError(
-                f"config.json: transformers cannot build this {raw['model_type']} model: {_first_line(error)}"
-            ) from error
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = model_class(config).eval()
+    except (ValueError, RuntimeError, AssertionError) as error:
+        raise SurgeryError(
+            f"config.json: transformers cannot build this {raw['model_type']} model: {_first_line(error)}"
+        ) from error
+    # No checkpoint holds these buffers: modules that have them compute them from the config.
+    for name, module in list(model.named_modules()):
+        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
+            holder, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(holder), attribute, type(module)(module.config))
+    return model
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:

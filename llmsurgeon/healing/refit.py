@@ -29,12 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import BlockSpec, ModelSpec
-
 
 GRAM_COLUMNS = 512
 
@@ -71,7 +70,8 @@ class Fit:
 class Moments:
     """Sums that ridge regression needs, in float32, for the tokens that fit and those held out.
 
-    gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R; square = ||R||^2; index 0 fits, index 1 judges.
+    gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R; square = ||R||^2. Index 0 fits,
+    index 1 judges.
     """
 
     gram: list[Tensor] = field(default_factory=list)
@@ -261,7 +261,7 @@ class Refit:
         return file, attended
 
     def _advance(self, index: int, attended: Tensor | None) -> None:
-        """Take the student's stream through the loaded layer; behind its attention already where `attended` is given."""
+        """Take the student's stream through the loaded layer; `attended`, where given, is behind its attention."""
         for part, _ in self.parts:
             entered = self.x[part].to(self.student.device)
             if attended is None:
@@ -271,21 +271,20 @@ class Refit:
             ffn = self.student.feed_forward(index, entered if self.student.parallel_residual else middle)
             self.x[part] = (middle if ffn is None else middle + ffn).cpu()
 
-    def _walk_parent(
-        self, span: tuple[int, ...], see_ffn_input: Callable[[int, slice, bool, Tensor], None] | None = None
-    ) -> None:
-        """Take the parent's stream over a span, showing what each FFN reads: layer, sequences, held out, [s, T, D]."""
-        for layer in span:
+    def _walk_parent(self, span: tuple[int, ...]) -> Tensor:
+        """Take the parent's stream over a span. Returns what each of its FFNs read, [layers of the span, S, T, D]."""
+        read = Streams(len(span), tuple(self.p.shape), self.p.dtype).data
+        for place, layer in enumerate(span):
             with self.parent.loaded(layer):
-                for part, held in self.parts:
+                for part, _ in self.parts:
                     hidden = self.p[part].to(self.parent.device)
                     attention = self.parent.attend(layer, hidden)
                     attended = hidden if attention is None else hidden + attention
-                    read = hidden if self.parent.parallel_residual else attended
-                    if see_ffn_input:
-                        see_ffn_input(layer, part, held, read)
-                    ffn = self.parent.feed_forward(layer, read)
+                    ffn_input = hidden if self.parent.parallel_residual else attended
+                    read[place, part] = ffn_input.cpu()
+                    ffn = self.parent.feed_forward(layer, ffn_input)
                     self.p[part] = (attended if ffn is None else attended + ffn).cpu()
+        return read
 
     def _fit(
         self,
@@ -299,39 +298,33 @@ class Refit:
         if self.options.align and block.attention is not None and drifted:
             moments = Moments()
             for part, held in self.parts:
-                self._add_drift(moments, getattr(layer, self.family.attention_norm), part, held, self.x, self.p[part])
+                self._add_drift(moments, getattr(layer, self.family.attention_norm), part, held, self.x, self.p)
             self._align(index, block, "attention input", moments, self._attention_readers(layer))
+        parent_read = self._walk_parent(span)
         if self.options.join and is_changed and block.attention is not None and block.ffn is not None:
-            # The parent's state behind the span is the target, and the span is walked again for the alignment.
-            before = self.p.clone()
-            self._walk_parent(span)
-            self._join(index, block, layer)
-            self.p = before
-        attended = self._attended(index)
-        read = self.x if self.student.parallel_residual else attended
-        aligned = [
-            parent
-            for parent in (block.parents if self.options.align and block.ffn is not None else ())
-            if (drifted or parent != block.parents[0]) and self._rows(block, parent)
-        ]
-        drifts = {parent: Moments() for parent in aligned}
-
-        def see(parent: int, part: slice, held: bool, theirs: Tensor) -> None:
-            if parent in drifts:
-                norm = getattr(layer, self.family.ffn_norm)
-                self._add_drift(drifts[parent], norm, part, held, read, theirs)
-
-        self._walk_parent(span, see)
-        for parent, moments in drifts.items():
-            readers = self._ffn_readers(layer, self._rows(block, parent) or slice(None))
-            self._align(index, block, f"ffn input of layer {parent}", moments, readers)
+            attended = self._join(index, block, layer)
+        else:
+            attended = self._attended(index)
+        if self.options.align and block.ffn is not None:
+            read = self.x if self.student.parallel_residual else attended
+            norm = getattr(layer, self.family.ffn_norm)
+            for parent in block.parents:
+                if drifted or parent != block.parents[0]:
+                    moments = Moments()
+                    for part, held in self.parts:
+                        self._add_drift(moments, norm, part, held, read, parent_read[span.index(parent)])
+                    readers = self._ffn_readers(layer, self._rows(block, parent))
+                    self._align(index, block, f"ffn input of layer {parent}", moments, readers)
         if is_changed:
             self._refit_output(index, block, layer, attended)
         # Without an FFN it was attention's own output that moved.
         return None if is_changed and block.ffn is None else attended
 
-    def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> None:
-        """Move the attention's output projection towards what the whole span did in the parent."""
+    def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> Tensor:
+        """Move the attention's output projection towards what the whole span did in the parent.
+
+        Returns the student's stream behind the moved attention, [S, T, D].
+        """
         family, device = self.family, self.student.device
         projection = getattr(getattr(layer, family.attention), family.attention_out)
         down = getattr(getattr(layer, family.ffn), family.ffn_out)
@@ -343,12 +336,16 @@ class Refit:
         hooks = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for m in (projection, down)]
         moments = Moments()
         groups: list[int] = []
+        stream = torch.empty_like(self.x)
+        heads_read: list[Tensor] = []
         for part, held in self.parts:
             entered = self.x[part].to(device)
             contribution = self.student.attend(index, entered)
             assert contribution is not None
             attended = entered + contribution
             ffn = self.student.feed_forward(index, entered if self.student.parallel_residual else attended)
+            stream[part] = attended.cpu()
+            heads_read.append(seen[0].cpu())
             heads, inner = (tensor.float().flatten(0, 1) for tensor in seen)
             seen.clear()
             if has_bias:
@@ -365,6 +362,13 @@ class Refit:
         self.fits.append(Fit(index, block.parents, name, None if update is None else self.options.join_ridge, error))
         if update is not None:
             self._move(projection, update)
+            # The output is linear in what moved: no second pass through attention.
+            for (part, _), heads in zip(self.parts, heads_read, strict=True):
+                moved = heads.to(device).float() @ update[: heads.shape[-1]]
+                if has_bias:
+                    moved += update[-1]
+                stream[part] = (stream[part].to(device).float() + moved).to(stream.dtype).cpu()
+        return stream
 
     def _rows(self, block: BlockSpec, parent: int) -> slice | None:
         """The rows of a fused FFN that came from one parent: each read its own input there.
@@ -408,7 +412,7 @@ class Refit:
     ) -> None:
         """What the student reads, against what the parent read, both behind the student's norm."""
         own = norm(mine[part].to(self.student.device)).float()
-        wanted = norm(theirs.to(self.student.device)).float()
+        wanted = norm(theirs[part].to(self.student.device)).float()
         moments.add(own.flatten(0, 1), (wanted - own).flatten(0, 1), held)
 
     def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:

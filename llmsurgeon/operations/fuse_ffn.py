@@ -34,7 +34,8 @@ def concatenate(dim: int) -> Callable[..., Iterator[Tensor]]:
             for weight in weights:
                 yield from row_blocks(weight)
             return
-        rows = max(1, BLOCK_NUMBERS // sum(weight.shape[1] for weight in weights))
+        whole = weights[0].is_meta
+        rows = len(weights[0]) if whole else max(1, BLOCK_NUMBERS // sum(weight.shape[1] for weight in weights))
         for blocks in zip(*(weight.split(rows) for weight in weights), strict=True):
             yield torch.cat(blocks, dim=1)
 

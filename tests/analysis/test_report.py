@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import re
+from collections import Counter
 from html.parser import HTMLParser
 from typing import Any
 
@@ -143,9 +145,8 @@ class Page(HTMLParser):
 @pytest.mark.parametrize("layers", [2, 3, 30, 126])
 def test_tags_balance_and_nothing_is_undefined(layers, missing):
     page = Page(html_report(fake_report(layers, missing=missing), RECIPE))
-    for _, attrs in page.tags:
-        for value in attrs.values():
-            assert not re.search(r"\b(nan|inf|None)\b", value or ""), attrs
+    values = "\n".join(value or "" for _, attrs in page.tags for value in attrs.values())
+    assert not re.search(r"\b(nan|inf|None)\b", values)
     # "none" in prose is fine, a Python None or NaN is not.
     assert not re.search(r"\b(nan|None|inf)\b", page.text.split("How to read this")[0].split("</style>")[-1])
 
@@ -172,9 +173,8 @@ def test_every_layer_and_pair_is_there(layers):
     assert page.count("path", "outline") == 2 * len(runs)
     assert page.count("g", "bar") == len(SCORES) * layers
     assert page.count("path", "whisker") == len(SCORES) * layers
-    for i in range(layers):
-        for j in range(i + 1, layers):
-            assert html.count(f"<title>i {i}, j {j}: ") == 2
+    pairs = Counter(re.findall(r"<title>i (\d+), j (\d+): ", html))
+    assert pairs == {(str(i), str(j)): 2 for i in range(layers) for j in range(i + 1, layers)}
     rows = re.findall(r'<tr><td class="n">(\d+)</td>(.*?)</tr>', html.split("Every score")[1])
     assert [int(layer) for layer, _ in rows] == list(range(layers))
     assert [layer for layer, (_, row) in enumerate(rows) if "attention out" in row] == dropped
@@ -269,8 +269,9 @@ def test_colours_are_even_steps_of_lightness():
         return 0.2104542553 * l_ + 0.7936177850 * m_ - 0.0040720468 * s_
 
     values = [lightness(channels) for channels in light]
-    steps = [a - b for a, b in zip(values, values[1:], strict=False)]
-    assert min(steps) > 0 and max(steps) < 1.6 * min(steps)
+    steps = [a - b for a, b in itertools.pairwise(values)]
+    # 8-bit channels round each step a little.
+    assert min(steps) > 0 and max(steps) < 1.5 * min(steps)
 
 
 def test_levels_and_ranges():

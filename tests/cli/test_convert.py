@@ -1,0 +1,256 @@
+"""run, fuse, prune, inspect, verify and analyze as commands: JSON on stdout, messages, exit codes, nothing half-done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_tiny, tiny_model
+
+from llmsurgeon.cli import main as cli
+
+TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
+SMALL = ("--set", "calibration.tokens=512", "--set", "calibration.sequence_length=16")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with a parent, a text and nothing else."""
+    save_tiny(tmp_path / "parent", "llama", tokenizer=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path.parent / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def invoke(*arguments):
+        code = 0
+        try:
+            cli.main([str(a) for a in arguments])
+        except SystemExit as exit_:
+            code = exit_.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return invoke
+
+
+def test_fuse(run, folder):
+    code, out, _ = run(
+        *("fuse", "parent", "-o", "out", "--drop-attention", "2-4", "--runs", "1-2,3-4"),
+        *("--text", "text.txt", *SMALL, "--json"),
+    )
+    report = json.loads(out)
+    assert code == 0 and report["out"] == "out" and report["format"] == "surgeon"
+    assert report["blocks"] == [[0], [1, 2], [3, 4], [5]]
+    assert report["evaluation"]["kl"] > 0 and report["gate_missed"] == []
+    assert [step["op"] for step in report["steps"]] == ["prune_attention", "fuse_ffn", "refit"]
+    assert run("verify", "out")[0] == 0
+
+
+def test_fuse_chooses(run, folder):
+    code, out, _ = run("fuse", "parent", "-o", "out", "--drop-count", 2, "--text", "text.txt", *SMALL, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["after"]["attentions"] == 4 and report["after"]["blocks"] < 6
+
+
+def test_prune(run, folder):
+    code, out, _ = run(
+        *("prune", "parent", "-o", "out", "--attention", "1", "--ffn", "2", "--blocks", "0,4", "--no-refit"),
+        *("--set", "prune_attention.layers=[3]", "--json"),
+    )
+    report = json.loads(out)
+    assert code == 0, "flags and --set"
+    assert report["steps"][0]["layers"] == [3]
+    assert report["blocks"] == [[1], [2], [3], [5]]
+    assert report["evaluation"] is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (("--kv-heads", "1"), {"num_key_value_heads": 1}),
+        (("--width", "48", "--text", "text.txt", *SMALL), {"intermediate_size": 48}),
+        (("--block-count", "2", "--text", "text.txt", *SMALL), {"num_hidden_layers": 4}),
+    ],
+)
+def test_prune_stays_native(run, folder, flags, kept):
+    assert run("prune", "parent", "-o", "out", *flags, "--no-refit")[0] == 0
+    config = json.loads((folder / "out" / "config.json").read_text())
+    assert config["model_type"] == "llama" and kept.items() <= config.items()
+
+
+def test_run_a_recipe_file(run, folder):
+    (folder / "mine.yaml").write_text(
+        "version: 1\nmodel: parent\nsteps:\n  - {op: prune_blocks, layers: 4}\n  - {op: refit}\n"
+    )
+    code, out, _ = run("run", "mine.yaml", "--text", "text.txt", *SMALL)
+    assert code == 0 and "wrote parent-mine" in out
+    assert "perplexity" in out and "loads in transformers, vLLM" in out
+    code, out, _ = run("run", "mine.yaml", "parent-mine", "--dry-run", "--json")
+    assert json.loads(out)["before"]["blocks"] == 5
+    assert run("prune", "-r", "mine.yaml", "--text", "text.txt", *SMALL, "-o", "again")[0] == 0
+    code, _, err = run("fuse", "-r", "mine.yaml", "-o", "other")
+    assert code == 2 and "this recipe does not fuse: its steps are prune_blocks, refit" in err
+
+
+def test_a_missed_gate_is_exit_code_3(run, folder):
+    (folder / "mine.yaml").write_text(
+        "version: 1\nsteps:\n  - {op: prune_blocks, layers: 1-4}\ngate: {max_perplexity_ratio: 0.01}\n"
+    )
+    code, _, err = run("run", "mine.yaml", "parent", "-o", "out", "--text", "text.txt", *SMALL)
+    assert code == 3 and "out is written, but it misses the recipe's gate: perplexity ratio" in err
+    assert (folder / "out" / "config.json").exists()
+
+
+def test_dry_run_writes_nothing(run, folder):
+    before = sorted(folder.iterdir())
+    code, out, _ = run("fuse", "parent", "--drop-attention", "2,3", "--runs", "1-3", "--dry-run")
+    assert code == 0 and "format: surgeon (block 1 (FFN 288, 2 KV heads) differs" in out
+    code, out, _ = run("fuse", "parent", "--drop-attention", "2,3", "--runs", "1-3", "--dry-run", "--json")
+    assert json.loads(out)["after"]["blocks"] == 4
+    assert sorted(folder.iterdir()) == before
+
+
+def test_inspect(run, folder):
+    code, out, _ = run("inspect", "parent", "--json")
+    report = json.loads(out)
+    assert code == 0 and len(report["layers"]) == 6
+    assert report["parameters"] == sum(p.numel() for p in tiny_model("llama").parameters())
+    assert run("fuse", "parent", "-o", "out", "--drop-attention", "2,3", "--runs", "2-3", "--no-refit")[0] == 0
+    layers = json.loads(run("inspect", "out", "--json")[1])["layers"]
+    assert [len(layer["attention"]) for layer in layers] == [1, 1, 0, 1, 1]
+    assert [layer["ffn"][0]["width"] for layer in layers] == [96, 96, 192, 96, 96]
+    _, out, _ = run("inspect", "out")
+    assert "dense 192" in out and "4 heads, 2 KV, width 8" in out
+
+
+def test_verify(run, folder):
+    assert run("prune", "parent", "-o", "out", "--blocks", "2", "--no-refit")[0] == 0
+    assert json.loads(run("verify", "out", "--json")[1]) == {"folder": "out", "ok": True, "problems": []}
+    config = folder / "out" / "config.json"
+    config.write_text(config.read_text().replace('"rms_norm_eps"', '"rms_norm_eps" '))
+    code, _, err = run("verify", "out")
+    assert code == 2 and "config.json" in err
+    code, _, err = run("verify", "nowhere")
+    assert code == 2 and "no such folder" in err
+
+
+def test_verify_finds_nan(run, folder):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[5].self_attn.q_proj.weight[0, 0] = float("nan")
+    model.save_pretrained(folder / "bad")
+    code, _, err = run("verify", "bad")
+    assert code == 2 and "layers.5.self_attn.q_proj.weight" in err and "NaN" in err
+
+
+def test_analyze_and_run_what_it_suggests(run, folder):
+    arguments = ("--text", "text.txt", "--tokens", "512", "--seq-len", "16", "--drop", "2", "--max-run", "3")
+    code, out, _ = run("analyze", "parent", "-o", "report", *arguments, "--json")
+    report = json.loads(out)
+    assert code == 0 and report["layers"] == 6 and len(report["suggestion"]["drop_attention"]) == 2
+    files = ("report.json", "scores.safetensors", "suggested.yaml", "report.html")
+    assert all((folder / "report" / name).stat().st_size for name in files)
+    assert json.loads((folder / "report" / "report.json").read_text()) == report
+    assert run("run", "report/suggested.yaml", "-o", "out", *SMALL)[0] == 0
+    spec = json.loads(run("inspect", "out", "--json")[1])
+    assert spec["blocks"] == report["suggestion"]["blocks_after"] and spec["attentions"] == 4
+
+
+def test_analyze_tables(run, folder):
+    code, out, _ = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16")
+    assert code == 0 and "next: llmsurgeon run parent-analysis/suggested.yaml" in out
+    code, _, err = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16", "--drop", "9")
+    assert code == 2 and "expected 1 to 5" in err
+
+
+BAD = {
+    "layer out of range": (("prune", "parent", "--attention", "6"), "layer 6 is not in the model: it has layers 0 to 5"),
+    "overlapping runs": (("fuse", "parent", "--drop-attention", "2-4", "--runs", "1-3,3-4"), "overlap"),
+    "run across attention": (
+        ("fuse", "parent", "--drop-attention", "2", "--runs", "1-3"),
+        "run [1-3] goes across the attention of layer 3",
+    ),
+    "native": (
+        ("prune", "parent", "--attention", "2", "--set", "format=native"),
+        "format native cannot hold this model: block 2 has no attention",
+    ),
+    "nothing to fuse": (("fuse", "parent", "--runs", "1-2"), "goes across the attention of layer 2"),
+    "nothing to prune": (("prune", "parent"), "nothing to prune"),
+    "two choices": (("fuse", "parent", "--drop-attention", "2", "--drop-count", "2"), "not both"),
+    "no model": (("prune", "--attention", "2"), "no model"),
+    "no such model": (("prune", "./nowhere", "--attention", "2"), "nowhere"),
+    "bad layers": (("prune", "parent", "--attention", "two"), "two"),
+    "all attention": (("prune", "parent", "--attention", "0-5"), "no attention would be left"),
+    "kv heads": (("prune", "parent", "--kv-heads", "3"), "which 3 does not divide"),
+    "width": (("prune", "parent", "--width", "97", "--set", "prune_width.score=magnitude"), "97 asked for"),
+    "size": (("prune", "parent", "--blocks", "2", "--max-shard-size", "huge"), "is not a file size"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(run, folder, what):
+    arguments, message = BAD[what]
+    before = sorted(folder.iterdir())
+    code, out, err = run(*arguments, "--no-refit", "-o", "out")
+    assert code == 2 and out == ""
+    assert err.splitlines()[-1].strip() and message in err and "Traceback" not in err
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the text is empty"),
+        (" \n\n", "the text is empty"),
+        ("short", "5 tokens are fewer than one window of 16"),
+        (None, "no such text file"),
+        ("just one window of text", "cannot be split into training and held-out"),
+    ],
+)
+def test_bad_text(run, folder, text, message):
+    if text is None:
+        (folder / "text.txt").unlink()
+    else:
+        (folder / "text.txt").write_text(text)
+    before = sorted(folder.iterdir())
+    code, _, err = run("prune", "parent", "--blocks", "2", "-o", "out", "--text", "text.txt", *SMALL)
+    assert code == 2 and message in err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_cuts_after_healing(run, folder):
+    (folder / "mine.yaml").write_text("version: 1\nsteps:\n  - {op: refit}\n  - {op: prune_blocks, layers: 2}\n")
+    before = sorted(folder.iterdir())
+    code, _, err = run("run", "mine.yaml", "parent", "-o", "out", "--text", "text.txt", *SMALL)
+    assert code == 2 and "prune_blocks comes after refit: cuts come first, healing last" in err
+    assert sorted(folder.iterdir()) == before
+
+
+def test_out_exists(run, folder):
+    arguments = ("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out")
+    assert run(*arguments)[0] == 0
+    before = {path.name: path.read_bytes() for path in (folder / "out").iterdir()}
+    code, _, err = run(*arguments[:3], "1,2", *arguments[4:])
+    assert code == 2 and "exists already" in err and "--overwrite" in err
+    assert {path.name: path.read_bytes() for path in (folder / "out").iterdir()} == before
+    assert run(*arguments[:3], "1,2", *arguments[4:], "--overwrite")[0] == 0
+    assert json.loads((folder / "out" / "config.json").read_text())["num_hidden_layers"] == 4
+    code, _, err = run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "parent", "--overwrite")
+    assert code == 2 and "is where the model is read from" in err
+    (folder / "notes").mkdir()
+    (folder / "notes" / "diary.txt").write_text("dear diary")
+    code, _, err = run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "notes", "--overwrite")
+    assert code == 2 and (folder / "notes" / "diary.txt").read_text() == "dear diary"
+    assert sorted(path.name for path in folder.iterdir()) == ["notes", "out", "parent", "text.txt"]
+
+
+def test_calibration_sampled_from_the_model_itself(run, folder):
+    code, out, err = run("prune", "parent", "--blocks", "2", "-o", "out", *SMALL, "--json")
+    assert code == 0 and json.loads(out)["evaluation"]["perplexity"] > 1
+    assert "sampled from" in err
