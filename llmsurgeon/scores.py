@@ -8,14 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from llmsurgeon.analysis.measure import ffn_dependency, measure
-from llmsurgeon.analysis.search import few, order_of, search_attentions
+from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 
 MEASURE_TOKENS = 8192
-SEARCH_TOKENS = 2048
 BY_MEASURE = frozenset(
     f"{part}_{score}" for part in ("attention", "ffn", "block") for score in ("kl", "similarity")
 ) | {"block_influence", "angular_distance", "block_dependency", "ffn_channel"}

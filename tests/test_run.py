@@ -276,8 +276,9 @@ def test_a_dry_run_needs_config_json_alone(tmp_path):
         assert planned.before.kv_bytes_per_token == 126 * 2 * 8 * 128 * 2
         assert planned.after.kv_bytes_per_token == 76 * 2 * 8 * 128 * 2
         assert planned.after.disk_bytes == 2 * planned.after.parameters
-        longest = 15 * 53248 * 16384 * 2
-        assert 2 * longest <= planned.peak_bytes < 2.01 * longest
+        # Fused a block of rows at a time: the widest FFN of 26 GB never exists whole.
+        peak = planned.peak_bytes
+        assert 0 < peak < 2**28
     with pytest.raises(SurgeryError, match="needs the score 'attention_order'"):
         plan(open_config(str(tmp_path)), loads(recipe_of("{op: prune_attention, count: 4}")), {})
 

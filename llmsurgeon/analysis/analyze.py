@@ -17,11 +17,9 @@ from torch import Tensor
 from llmsurgeon import __version__
 from llmsurgeon.analysis.measure import Measurements, ffn_dependency, measure
 from llmsurgeon.analysis.report import html_report
-from llmsurgeon.analysis.search import Choice, few, runs_of, search_attentions
+from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, search_attentions
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.errors import SurgeryError
-
-SEARCH_TOKENS = 2048
 
 
 @dataclass(frozen=True)

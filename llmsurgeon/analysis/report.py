@@ -23,11 +23,11 @@ DASH = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class About:
-    """What a score is: its title, what it means, which end can go, and who defined it."""
+    """What a score is: its title, what it means, how to read it, and who defined it."""
 
     title: str
     meaning: str
-    cut: str
+    reading: str
     source: str
 
 
@@ -35,37 +35,37 @@ SCORES = {
     "attention_kl": About(
         "Attention KL",
         "KL(parent || parent without this attention) on the logits, in nats a token, on a quarter of the sequences.",
-        "low: the model hardly notices",
+        "Low can go: the model hardly notices.",
         "replace-one-block score of Puzzle, arXiv 2411.19146",
     ),
     "ffn_kl": About(
         "FFN KL",
         "The same for the FFN alone.",
-        "low: the model hardly notices",
+        "Low can go: the model hardly notices.",
         "Puzzle, arXiv 2411.19146",
     ),
     "block_kl": About(
         "Block KL",
         "The same for attention and FFN together, on all sequences.",
-        "low: the model hardly notices",
+        "Low can go: the model hardly notices.",
         "Puzzle, arXiv 2411.19146",
     ),
     "attention_similarity": About(
         "Attention similarity",
         "cos(x, x + attention(norm(x))): how little the attention turns the hidden state.",
-        "high: it changes little",
+        "High can go: it changes little.",
         "LLM-Drop, arXiv 2406.15786",
     ),
     "ffn_similarity": About(
         "FFN similarity",
         "cos(x, x + FFN(norm(x))): how little the FFN turns the hidden state.",
-        "high: it changes little",
+        "High can go: it changes little.",
         "LLM-Drop, arXiv 2406.15786",
     ),
     "block_influence": About(
         "Block influence",
         "1 - cos(what enters the block, what leaves it).",
-        "low: it changes little",
+        "Low can go: it changes little.",
         "ShortGPT, arXiv 2403.03853",
     ),
 }
@@ -73,19 +73,19 @@ MATRICES = {
     "block_dependency": About(
         "M, blocks",
         "M[i, j] = 1 - cos(contribution of block j, the same with block i removed), averaged over tokens.",
-        "low for all pairs of a run: its blocks can work side by side",
+        "Low for all pairs of a run: its blocks can work side by side.",
         "FFN Fusion, arXiv 2503.18908, section 3",
     ),
     "ffn_dependency": About(
         "M, FFNs",
         "The same between FFNs alone, with the suggested attentions already dropped.",
-        "low for all pairs of a run: its FFNs can be fused",
+        "Low for all pairs of a run: its FFNs can be fused.",
         "FFN Fusion, arXiv 2503.18908, section 3",
     ),
     "angular_distance": About(
         "Angular distance",
         "arccos(cos(input of layer l, input of layer l + n)) / pi over the last token of each sequence.",
-        "low: the n blocks from l on change little",
+        "Low can go: the n blocks from l on change little.",
         "The Unreasonable Ineffectiveness of the Deeper Layers, arXiv 2403.17887, eq. 2",
     ),
 }
@@ -150,27 +150,27 @@ def _suggestion(report: dict[str, Any]) -> str:
         '<p class="legend"><span><i class="attention"></i>attention</span><span><i class="ffn"></i>FFN</span>'
         '<span><i class="gone"></i>dropped attention</span><span><i class="fused"></i>FFNs fused into one</span></p>'
     )
-    lead = f'<p class="lead">{_sentence(layers, dropped, runs, after, kl)}</p>\n<dl class="figures">{cards}</dl>'
+    kind = "lead" if len(dropped) <= 12 else "lead long"
+    lead = f'<p class="{kind}">{_sentence(layers, dropped, runs, after, kl)}</p>\n<dl class="figures">{cards}</dl>'
     return f"<section>\n{lead}\n{_strip(layers, dropped, runs)}\n{legend}\n</section>"
 
 
 def _sentence(layers: int, dropped: list[int], runs: list[list[int]], after: int, kl: Number) -> str:
     if not dropped:
         return "No attention can go under the given limits, so nothing is suggested."
-    what = f"Drop the attention of {_plural(len(dropped), 'layer')} ({_ranges(dropped)})"
+    what = f"Drop the attention of {_named('layer', len(dropped), _ranges(dropped))}"
     if runs:
-        named = ", ".join(_span(run[0], run[-1]) for run in runs)
-        what += f" and fuse the FFNs of {_plural(len(runs), 'run')} ({named})"
-    return (
-        f"{what}: {_plural(layers, 'block')} become {after}. After cutting, before the refit, the KL to the parent is "
-        f"{_fixed(kl, 3)} nats a token."
-    )
+        names = (f'<span class="whole">{_span(run[0], run[-1])}</span>' for run in runs)
+        what += f" and fuse the FFNs of {_named('run', len(runs), ', '.join(names))}"
+    measured = f"is {_fixed(kl, 3)} nats a token" if _known(kl) else "is not known"
+    blocks = f"{layers} blocks become {after}"
+    return f"{what}: {blocks}. After cutting, before the refit, the KL to the parent {measured}."
 
 
 def _strip(layers: int, dropped: list[int], runs: list[list[int]]) -> str:
     """The layers before and after: attention above FFN, one column a layer."""
     left, height = 130, 20
-    slot = min(52.0, (PAGE - left) / layers)
+    slot = min(52.0, (PAGE - left - 10) / layers)
     gap = 1 if slot < 14 else 3
     step = _every(layers, slot, 26)
     parts = []
@@ -235,9 +235,9 @@ def _steps(report: dict[str, Any]) -> str:
     heads = (("Step", "n"), ("Layer", "n"), ("KL", "n"), ("Added", "n"), ("Runners-up (KL)", ""))
     return _section(
         "How the choice went",
-        "One attention goes at each step, and the runs that this makes are fused at once. The layer with the least KL to "
-        "the parent is taken; each hollow dot is a layer that would have cost more. After the first step only the most "
-        "promising layers are scored again.",
+        "One attention goes at each step, and the runs that this makes are fused at once. The layer with the least KL "
+        "to the parent is taken; each hollow dot is a layer that would have cost more. After the first step only the "
+        "most promising layers are scored again.",
         _html_table("steps", (*heads, (_dots_axis(scale), "plot")), rows),
     )
 
@@ -257,7 +257,7 @@ def _dots(scale: Scale, chosen: int, kl: Number, others: Sequence[tuple[float, i
 
 def _dots_axis(scale: Scale) -> str:
     parts = [_text(scale.at(tick), 14, f"{tick:g}", "mid") for tick in scale.ticks]
-    return _svg(DOTS, 18, f"KL, {scale.kind}", parts)
+    return _svg(DOTS, 18, f"KL {scale.kind}", parts)
 
 
 def _dependencies(report: dict[str, Any]) -> str:
@@ -268,7 +268,8 @@ def _dependencies(report: dict[str, Any]) -> str:
     )
     return _section(
         "Who depends on whom",
-        "Row i is removed, column j feels it. Runs are sought where M is low for every pair; the suggested ones are outlined.",
+        "Row i is removed, column j feels it. Runs are sought where M is low for every pair; the suggested ones are "
+        "outlined.",
         f'<div class="two">{figures}</div>',
     )
 
@@ -282,16 +283,14 @@ def _dependency_map(matrix: list[list[Number]], runs: list[list[int]], title: st
 def _score_charts(report: dict[str, Any]) -> str:
     dropped = set(report["suggestion"]["drop_attention"])
     charts = "".join(
-        _figure(
-            about.title, f"{about.meaning} Can go: {about.cut}.", _bars(report["scores"][name], dropped, about.title)
-        )
+        _figure(about.title, f"{about.meaning} {about.reading}", _bars(report["scores"][name], dropped, about.title))
         for name, about in SCORES.items()
         if name in report["scores"]
     )
     return _section(
         "Scores by layer",
-        "Each part removed, or looked at, by itself in the unchanged model. Whiskers are 95 % intervals over the calibration "
-        'sequences. Layers whose attention is suggested to go are <b class="cut">highlighted</b>.',
+        "Each part removed, or looked at, by itself in the unchanged model. Whiskers are 95 % intervals over the "
+        'calibration sequences. Layers whose attention is suggested to go are <b class="cut">highlighted</b>.',
         f'<div class="two">{charts}</div>',
     )
 
@@ -310,12 +309,12 @@ def _bars(score: dict[str, list[Number]], dropped: set[int], title: str) -> str:
     for layer, mean in enumerate(means):
         x = left + (layer + 0.5) * slot
         if layer % step == 0:
-            parts.append(_text(x, top + height + 16, layer, "mid"))
+            parts.append(_text(x, top + height + 19, layer, "mid"))
         if not _known(mean):
             continue
         low, high = score["low"][layer], score["high"][layer]
         interval = f" ({low:.4g} to {high:.4g})" if _known(low) and _known(high) else ""
-        kind = "bar cut" if layer in dropped else "bar"
+        kind = ("bar" if scale.from_zero else "bar dot") + (" cut" if layer in dropped else "")
         parts.append(f'<g class="{kind}"><title>layer {layer}: {mean:.4g}{interval}</title>')
         y, base = scale.at(mean), scale.at(max(scale.low, 0.0))
         upper, size = min(y, base), abs(base - y)
@@ -323,13 +322,14 @@ def _bars(score: dict[str, list[Number]], dropped: set[int], title: str) -> str:
             parts.append(f'<rect x="{x - thick / 2:.2f}" y="{upper:.1f}" width="{thick:.2f}" height="{size:.1f}"/>')
         else:
             parts.append(f'<path class="stem" d="M{x:.2f} {base:.1f}V{y:.1f}"/>')
-            parts.append(f'<circle cx="{x:.2f}" cy="{y:.1f}" r="{min(4.0, max(1.6, slot * 0.3)):.1f}"/>')
+            parts.append(f'<circle cx="{x:.2f}" cy="{y:.1f}" r="{min(4.0, max(2.0, slot * 0.3)):.1f}"/>')
         if interval:
             parts.append(f'<path class="whisker" d="M{x:.2f} {scale.at(low):.1f}V{scale.at(high):.1f}"/>')
         parts.append("</g>")
-    parts.append(f'<text class="end" x="{left - 6}" y="{top + height + 16}">layer</text>')
-    note = "" if scale.from_zero else f'<p class="note">{scale.kind}</p>'
-    return _svg(COLUMN, top + height + 22, title, parts) + note
+    parts.append(f'<text class="end" x="{left - 6}" y="{top + height + 19}">layer</text>')
+    note = scale.kind if any(map(_known, means)) else "nothing was measured"
+    note = f'<p class="note">{note}</p>' if note else ""
+    return _svg(COLUMN, top + height + 25, title, parts) + note
 
 
 def _angular(report: dict[str, Any]) -> str:
@@ -391,15 +391,15 @@ def _recipe(recipe: str) -> str:
 
 def _reading() -> str:
     items = "".join(
-        f"<div><dt>{about.title}</dt><dd>{escape(about.meaning)} Can go: {about.cut}. "
-        f"<cite>{about.source}</cite></dd></div>"
+        f"<div><dt>{about.title}</dt><dd>{escape(about.meaning)} {about.reading} <cite>{about.source}</cite></dd></div>"
         for about in (*SCORES.values(), *MATRICES.values())
     )
     return _section(
         "How to read this",
-        "Layers are counted from 0. The cheap scores (similarity, influence, angular distance) look at hidden states; KL looks "
-        "at what the model says and is the one to trust. Scores of single removals do not add up: that is why the suggestion "
-        "is searched step by step, measured after fusing each time. The refit in the recipe then takes back part of the KL.",
+        "Layers are counted from 0. The cheap scores (similarity, influence, angular distance) look at hidden states; "
+        "KL looks at what the model says and is the one to trust. Scores of single removals do not add up: that is why "
+        "the suggestion is searched step by step, measured after fusing each time. The refit in the recipe then takes "
+        "back part of the KL.",
         f'<dl class="reading">{items}</dl>',
     )
 
@@ -411,7 +411,8 @@ def _section(title: str, intro: str, content: str) -> str:
 def _html_table(kind: str, heads: Iterable[tuple[str, str]], rows: Iterable[str]) -> str:
     head = "".join(f'<th class="{align}">{title}</th>' for title, align in heads)
     body = "\n".join(rows)
-    return f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
+    return f'<div class="scroll">{table}</div>'
 
 
 # Drawing.
@@ -457,8 +458,8 @@ class Scale:
 
     @property
     def kind(self) -> str:
-        """For the caption."""
-        return "log scale" if self.log else f"axis begins at {self.low:g}"
+        """What a reader should know about the axis; nothing where it begins at zero."""
+        return "log scale" if self.log else "" if self.from_zero else f"axis begins at {self.low:g}"
 
 
 def _linear_ticks(low: float, high: float, wanted: int = 4) -> tuple[float, ...]:
@@ -568,8 +569,8 @@ def _span(first: int, last: int) -> str:
     return f"{first}{DASH}{last}"
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+def _named(noun: str, count: int, names: str) -> str:
+    return f"{noun} {names}" if count == 1 else f"{count} {noun}s ({names})"
 
 
 def _ranges(layers: Sequence[int]) -> str:
@@ -619,14 +620,18 @@ CSS = """
 @media screen and (prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e4e7ea;--soft:#98a1ab;--rule:#2b3037;
 --panel:#1c2025;--attention:#8c9db3;--ffn:#4a5666;--fused:#4c8df5;--cut:#f0883e;--bar:#64748a;--on:#fff}}
 *{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",
-Arial,sans-serif;font-variant-numeric:tabular-nums;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
+"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;
+print-color-adjust:exact;-webkit-print-color-adjust:exact}
 main{max-width:1208px;margin:0 auto;padding:44px 24px 72px}
 section{margin-top:52px}
 h1{font-size:30px;line-height:1.2;font-weight:620;letter-spacing:-.015em;margin:2px 0 20px;overflow-wrap:anywhere}
-h2{font-size:19px;font-weight:620;letter-spacing:-.005em;margin:0 0 6px;padding-top:14px;border-top:1px solid var(--rule)}
+h2{font-size:19px;font-weight:620;letter-spacing:-.005em;margin:0 0 6px;padding-top:14px;
+border-top:1px solid var(--rule)}
 section>p{margin:0 0 18px;max-width:82ch;color:var(--soft)}
 section>p.lead{font-size:20px;line-height:1.45;color:var(--ink);max-width:66ch;margin-bottom:24px;text-wrap:pretty}
+section>p.long{font-size:16px;max-width:98ch}
+.whole{white-space:nowrap}
 .eyebrow{margin:0;color:var(--soft);font-size:13px}
 dl{margin:0;display:flex;flex-wrap:wrap;gap:12px 40px}
 dt{color:var(--soft);font-size:13px}
@@ -658,7 +663,8 @@ svg text.on{fill:var(--on)}
 .bar{fill:var(--bar);stroke:var(--bar)}.bar rect,.bar circle{stroke:none}
 .bar.cut{fill:var(--cut);stroke:var(--cut)}
 .stem{fill:none;stroke-width:1.2;opacity:.35}
-.whisker{fill:none;stroke:var(--ink);stroke-width:1;opacity:.75}
+.whisker{fill:none;stroke:var(--ink);opacity:.75}
+.dot .whisker{stroke:inherit;stroke-width:1.2;opacity:1}
 .other{fill:var(--paper);stroke:var(--bar)}circle.cut{fill:var(--cut)}
 .none{fill:var(--rule)}
 .outline{fill:none;stroke:var(--cut);stroke-width:2}

@@ -17,6 +17,9 @@ from llmsurgeon.analysis.measure import divergences
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.progress import Progress
 
+# Tokens that rank the candidates: layers differ far more than these few tokens' means are unsure.
+SEARCH_TOKENS = 1536
+
 
 @dataclass(frozen=True)
 class Choice:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llmsurgeon.cli import say
+
+if TYPE_CHECKING:
+    from llmsurgeon.analysis.analyze import Analysis
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +60,7 @@ def analyze_command(
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.
-    fit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, 65_536), "sequence_length": 512}
+    fit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, 65_536), "sequence_length": seq_len}
     files = write_analysis(folder, result, fit_on)
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))
@@ -65,7 +68,7 @@ def analyze_command(
     print_analysis(result, files)
 
 
-def print_analysis(result, files) -> None:  # type: ignore[no-untyped-def]
+def print_analysis(result: Analysis, files: list[Path]) -> None:
     """The suggestion and the scores behind it."""
     from rich.console import Console
     from rich.table import Table

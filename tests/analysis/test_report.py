@@ -9,12 +9,18 @@ import random
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from llmsurgeon.analysis.analyze import Analysis
+from llmsurgeon.analysis.measure import Measurements, Score
 from llmsurgeon.analysis.report import MATRICES, SCORES, Scale, _level, _ramp_css, _ranges, html_report
+from llmsurgeon.analysis.search import Choice
 
+DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 RECIPE = "# Suggested\nversion: 1\nsteps:\n- {op: refit}\n"
 
@@ -28,6 +34,13 @@ def runs_of(dropped: list[int], layers: int) -> list[list[int]]:
         else:
             runs.append([layer])
     return [run for run in runs if len(run) > 1]
+
+
+def keys_of(part: Any) -> set[str]:
+    """Every key of nested dicts, but for layers as keys."""
+    if isinstance(part, dict):
+        return {k for k in part if not k.isdigit()} | {k for v in part.values() for k in keys_of(v)}
+    return {k for v in part for k in keys_of(v)} if isinstance(part, list) else set()
 
 
 def fake_report(layers: int, model: str = "lab/model", missing: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -190,7 +203,7 @@ def test_the_suggestion_is_said_in_words():
         "steps": [{"layer": 3, "kl_after": 0.5, "candidates": {"3": 0.5, "5": 0.75, "1": 0.625}}],
     }
     text = Page(html_report(report, RECIPE)).text
-    assert "Drop the attention of 3 layers (2–4) and fuse the FFNs of 1 run (1–4): 6 blocks become 3." in text  # noqa: RUF001
+    assert "Drop the attention of 3 layers (2–4) and fuse the FFNs of run 1–4: 6 blocks become 3." in text  # noqa: RUF001
     assert "the KL to the parent is 0.500 nats a token" in text
     assert "1 (0.625), 5 (0.750)" in text
     report["suggestion"] = {"drop_attention": [], "fuse_runs": [], "blocks_after": 6, "steps": []}
@@ -213,7 +226,7 @@ def test_missing_values_are_dashes_and_empty_cells():
     assert page.count("path", "none") == 3 + 6
     assert page.count("g", "bar") == 4 * (len(SCORES) - 2) + 3
     assert page.count("path", "whisker") == 4 * (len(SCORES) - 2)
-    assert "the KL to the parent is – nats" in page.text  # noqa: RUF001
+    assert "the KL to the parent is not known" in page.text and "nothing was measured" in page.text
 
 
 def test_a_score_that_is_not_there_is_left_out():
@@ -228,6 +241,35 @@ def test_every_score_has_its_source():
     for about in (*SCORES.values(), *MATRICES.values()):
         assert about.source in text and "arXiv" in about.source
     assert set(SCORES) == set(fake_report(3)["scores"])
+
+
+def test_the_report_of_an_analysis_can_be_shown():
+    def nan(*shape):
+        return torch.full(shape, float("nan"))
+
+    scores = {name: Score.of(torch.rand(4, 1 if name == "ffn_kl" else 3)) for name in SCORES}
+    arrays = {"block_dependency": nan(4, 4), "angular_distance": nan(4, 4), "ffn_channel": torch.rand(4, 8)}
+    analysis = Analysis(
+        model="lab/model",
+        family="llama",
+        layers=4,
+        tokens=64,
+        sequence_length=16,
+        text="prose",
+        measurements=Measurements(scores, arrays),
+        choices=(Choice(2, 0.25, {1: 0.5, 2: 0.25, 3: 1.0}),),
+        dropped=(2,),
+        runs=((1, 2),),
+        ffn_dependency=torch.rand(4, 4).triu(1),
+    )
+    report = analysis.report()
+    page = Page(html_report(report, analysis.recipe({"tokens": 64})))
+    assert page.count("path", "whisker") == 4 * (len(SCORES) - 1)
+    assert page.count("path", "none") == 6 + 10
+    assert keys_of(report) == keys_of(fake_report(4))
+    for name in keys_of(report) | {"ffn_channel", *(f"{name}.mean" for name in scores)}:
+        assert f"`{name}`" in DOCS, name
+    assert {name for name in analysis.tensors() if f"`{name}`" not in DOCS} == set()
 
 
 @pytest.mark.parametrize(
