@@ -313,19 +313,20 @@ def _bars(score: dict[str, list[Number]], dropped: set[int], title: str) -> str:
         if not _known(mean):
             continue
         low, high = score["low"][layer], score["high"][layer]
-        interval = f" ({low:.4g} to {high:.4g})" if _known(low) and _known(high) else ""
+        interval = whisker = ""
+        if _known(low) and _known(high):
+            interval = f" ({low:.4g} to {high:.4g})"
+            whisker = f'<path class="whisker" d="M{x:.2f} {scale.at(low):.1f}V{scale.at(high):.1f}"/>'
         kind = ("bar" if scale.from_zero else "bar dot") + (" cut" if layer in dropped else "")
         parts.append(f'<g class="{kind}"><title>layer {layer}: {mean:.4g}{interval}</title>')
-        y, base = scale.at(mean), scale.at(max(scale.low, 0.0))
+        y, base = scale.at(mean), scale.at(0.0 if scale.from_zero else scale.low)
         upper, size = min(y, base), abs(base - y)
         if scale.from_zero:
             parts.append(f'<rect x="{x - thick / 2:.2f}" y="{upper:.1f}" width="{thick:.2f}" height="{size:.1f}"/>')
         else:
             parts.append(f'<path class="stem" d="M{x:.2f} {base:.1f}V{y:.1f}"/>')
-            parts.append(f'<circle cx="{x:.2f}" cy="{y:.1f}" r="{min(4.0, max(2.0, slot * 0.3)):.1f}"/>')
-        if interval:
-            parts.append(f'<path class="whisker" d="M{x:.2f} {scale.at(low):.1f}V{scale.at(high):.1f}"/>')
-        parts.append("</g>")
+            parts.append(f'<circle cx="{x:.2f}" cy="{y:.1f}" r="{min(3.0, max(2.0, slot * 0.3)):.1f}"/>')
+        parts.append(f"{whisker}</g>")
     parts.append(f'<text class="end" x="{left - 6}" y="{top + height + 19}">layer</text>')
     note = scale.kind if any(map(_known, means)) else "nothing was measured"
     note = f'<p class="note">{note}</p>' if note else ""
@@ -454,7 +455,7 @@ class Scale:
     @property
     def from_zero(self) -> bool:
         """Whether a bar's length is its value."""
-        return not self.log and self.low <= 0
+        return not self.log and self.low <= 0 <= self.high
 
     @property
     def kind(self) -> str:
@@ -683,7 +684,11 @@ pre.command{margin-bottom:12px;font-weight:600}
 .reading dt{color:var(--ink);font-weight:620;font-size:14px}
 .reading dd{font-size:13px;color:var(--soft)}
 cite{display:block;font-style:italic}
-@media(max-width:860px){.two,.reading{grid-template-columns:minmax(0,1fr)}h1{font-size:24px}section>p.lead{font-size:18px}
+@media screen and (max-width:860px){.two,.reading{grid-template-columns:minmax(0,1fr)}h1{font-size:24px}
+section>p.lead{font-size:18px}
 .scroll>svg{max-width:none}}
-@media print{main{padding:0;max-width:none}.scroll{overflow:visible}section{margin-top:32px}h2{break-after:avoid}}
+@page{margin:12mm}
+@media print{main{padding:0;max-width:none}.scroll{overflow:visible}section{margin-top:32px}h2{break-after:avoid}
+section>p.lead{font-size:16px}table{font-size:9.5px}table small{font-size:8.5px}th,td,.n{padding:2px 6px 2px 0}
+th{white-space:normal}.plot,.plot svg{width:290px}pre{white-space:pre-wrap}.note{margin-left:26px}}
 """

@@ -309,11 +309,12 @@ class Refit:
             read = self.x if self.student.parallel_residual else attended
             norm = getattr(layer, self.family.ffn_norm)
             for parent in block.parents:
-                if drifted or parent != block.parents[0]:
+                rows = self._rows(block, parent)
+                if rows and (drifted or parent != block.parents[0]):
                     moments = Moments()
                     for part, held in self.parts:
                         self._add_drift(moments, norm, part, held, read, parent_read[span.index(parent)])
-                    readers = self._ffn_readers(layer, self._rows(block, parent))
+                    readers = self._ffn_readers(layer, rows)
                     self._align(index, block, f"ffn input of layer {parent}", moments, readers)
         if is_changed:
             self._refit_output(index, block, layer, attended)
@@ -362,12 +363,9 @@ class Refit:
         self.fits.append(Fit(index, block.parents, name, None if update is None else self.options.join_ridge, error))
         if update is not None:
             self._move(projection, update)
-            # The output is linear in what moved: no second pass through attention.
+            # Only the projection moved: no second pass through attention. Bit for bit what a resumed run computes.
             for (part, _), heads in zip(self.parts, heads_read, strict=True):
-                moved = heads.to(device).float() @ update[: heads.shape[-1]]
-                if has_bias:
-                    moved += update[-1]
-                stream[part] = (stream[part].to(device).float() + moved).to(stream.dtype).cpu()
+                stream[part] = (self.x[part].to(device) + projection(heads.to(device))).cpu()
         return stream
 
     def _rows(self, block: BlockSpec, parent: int) -> slice | None:

@@ -84,9 +84,7 @@ def test_every_score_is_the_slow_one(model):
             _, logits = states(without(model, i, part), tokens[:few])
             expected = kl(parent[:few], logits).mean().item()
             assert found.scores[f"{part}_kl"].mean[i] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-    torch.testing.assert_close(
-        found.arrays["block_dependency"], dependency, atol=1e-4, rtol=1e-3, equal_nan=True
-    )
+    torch.testing.assert_close(found.arrays["block_dependency"], dependency, atol=1e-4, rtol=1e-3, equal_nan=True)
 
     family, side_by_side = FAMILIES[model.config.model_type], reads_of(model)
     layers = list(model.get_submodule(family.layers))

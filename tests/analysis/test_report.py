@@ -282,6 +282,7 @@ def test_the_report_of_an_analysis_can_be_shown():
         ([0.0, 0.0], False, True),
         ([0.5], False, True),
         ([-0.3, -0.3], False, True),
+        ([-0.3, -0.29], False, False),
         ([0.0, 5.0], False, True),
         ([], False, True),
     ],

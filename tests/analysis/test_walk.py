@@ -44,14 +44,17 @@ CUTS = [
     (Variant(), ()),
     (Variant(no_attention=frozenset({2})), (PruneAttention(layers=(2,)),)),
     (Variant(no_ffn=frozenset({5})), (PruneFFN(layers=(5,)),)),
-    (Variant(no_attention=frozenset({1, 3}), no_ffn=frozenset({0})), (PruneAttention(layers=(1, 3)), PruneFFN(layers=(0,)))),
+    (
+        Variant(no_attention=frozenset({1, 3}), no_ffn=frozenset({0})),
+        (PruneAttention(layers=(1, 3)), PruneFFN(layers=(0,))),
+    ),
     (Variant(no_attention=frozenset({4}), no_ffn=frozenset({4})), (PruneBlocks(layers=(4,)),)),
     (
         Variant(no_attention=frozenset({1, 2, 4, 5}), runs=((0, 1, 2), (4, 5))),
         (PruneAttention(layers=(1, 2, 4, 5)), FuseFFN(runs=((0, 1, 2), (4, 5)))),
     ),
     (Variant(no_attention=frozenset({3}), runs=((2, 3),)), (PruneAttention(layers=(3,)), FuseFFN(runs=((2, 3),)))),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family_name", "changes"), VARIANTS)

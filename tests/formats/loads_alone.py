@@ -1,6 +1,6 @@
 """Run by test_loads_alone.py in a process that has no llmsurgeon: loads converted checkpoints and reports on each.
 
-    python -I loads_alone.py FOLDER ...      one JSON object on stdout: folder -> what was found
+python -I loads_alone.py FOLDER ...      one JSON object on stdout: folder -> what was found
 """
 
 import json
@@ -22,6 +22,10 @@ def load(folder, **kwargs):
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs)
 
 
+def problems(info):
+    return {key: [str(v) for v in info[key]] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
 def difference(a, b):
     return (a - b).abs().max().item()
 
@@ -35,7 +39,7 @@ def examine(folder):
     found = {}
     model, info = load(folder, output_loading_info=True)
     found["class"] = type(model).__name__
-    found["loading"] = {key: [str(v) for v in info[key]] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found["loading"] = problems(info)
     tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
     whole = full(model, tokens)
     found["logits"] = whole[0, -1].tolist()
@@ -95,10 +99,9 @@ def native(folder):
     """A plain checkpoint: no remote code, nothing missing."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, output_loading_info=True)
     tokens = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))
-    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return {
         "class": type(model).__name__,
-        "loading": {key: [str(v) for v in info[key]] for key in keys},
+        "loading": problems(info),
         "logits": full(model.eval(), tokens)[0, -1].tolist(),
     }
 

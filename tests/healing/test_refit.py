@@ -83,7 +83,8 @@ def test_held_out_error_is_the_error_on_the_held_out_rows():
     moments.add(*judge, True)
     update = ridge_solution(moments.gram[0], moments.cross[0], 0.1)
     a, r = judge
-    assert moments.held_out_error(update) == pytest.approx(((r - a @ update).square().sum() / r.square().sum()).item(), rel=1e-4)
+    direct = (r - a @ update).square().sum() / r.square().sum()
+    assert moments.held_out_error(update) == pytest.approx(direct.item(), rel=1e-4)
     assert moments.held_out_error(torch.zeros_like(update)) == pytest.approx(1)
 
 
@@ -92,8 +93,9 @@ def test_the_ridge_that_errs_least_on_held_out_rows():
     moments = Moments()
     moments.add(a, r, False)
     moments.add(*rows(30, 6, 2)[:2], True)
-    update, ridge, error = best_update(moments, (1e-3, 1.0, 100.0))
-    errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in (1e-3, 1.0, 100.0)}
+    candidates = (1e-3, 1.0, 100.0)
+    update, ridge, error = best_update(moments, candidates)
+    errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in candidates}
     assert ridge == min(errors, key=errors.get) and error == errors[ridge] < 1
     both = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
     assert torch.equal(update, both)
@@ -222,7 +224,9 @@ def test_without_align_and_join_only_the_changed_blocks_output_moves(tmp_path):
 
 
 @pytest.mark.parametrize("family_name", ["llama", "gpt_neox"])
-@pytest.mark.parametrize("steps", [(DROP, FUSE), (PruneBlocks(layers=(2,)),), (PruneFFN(layers=(1,)),)], ids=lambda s: s[0].op)
+@pytest.mark.parametrize(
+    "steps", [(DROP, FUSE), (PruneBlocks(layers=(2,)),), (PruneFFN(layers=(1,)),)], ids=lambda s: s[0].op
+)
 def test_a_killed_refit_goes_on(family_name, steps, tmp_path):
     """Some blocks stored, the rest not: the outcome is bit for bit that of an uninterrupted one."""
     model, tokens = tiny_model(family_name), some_tokens(batch=16)
@@ -245,7 +249,7 @@ def test_harmful_updates_are_refused(tmp_path):
     """One short sequence to fit on and many to judge, hardly damped: overfitting shows on the held-out ones."""
     model, tokens = tiny_model("llama"), some_tokens(batch=24, length=4)
     options = dict(ridges=(1e-7,), align_ridge=1e-7, join_ridge=1e-7, held_out=1)
-    refit, config, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
+    refit, _, _ = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
     refit.parts = [(slice(0, 1), False), *((slice(i, i + 4), True) for i in range(1, 24, 4))]
     files = refit.run()
     refused = [fit for fit in refit.fits if not fit.accepted]

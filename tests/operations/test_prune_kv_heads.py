@@ -17,7 +17,7 @@ WITH_KV = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def averaged(model, groups, layers):
-    """The parent with every key/value head replaced by the mean of its group; same shapes, so the same class runs it."""
+    """The parent with every key/value head replaced by the mean of its group: the same shapes in the same class."""
     merged = copy.deepcopy(model)
     heads = model.config.num_key_value_heads
     with torch.no_grad():

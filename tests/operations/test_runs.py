@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def cuttings(layers: list[int]):
     for count in range(len(layers)):
         for cuts in combinations(range(1, len(layers)), count):
             edges = [0, *cuts, len(layers)]
-            yield [tuple(layers[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+            yield [tuple(layers[a:b]) for a, b in pairwise(edges)]
 
 
 def worst_pair(dependency, run):
