@@ -14,8 +14,8 @@ LOADS = {
     "native": "It is a plain `{model_type}` checkpoint and loads wherever the original does: transformers, vLLM, "
     "llama.cpp's converter.",
     "surgeon": "Its blocks differ in shape, so its forward pass ships in the checkpoint: read `{code}`, then load with "
-    "`trust_remote_code=True`. A load without it refuses; weights are never filled in at random. It runs in "
-    "transformers.",
+    "`trust_remote_code=True`. AutoModelForCausalLM refuses to load it without; do not name a stock class such as "
+    "LlamaForCausalLM by hand, which would fill what is gone at random. It runs in transformers.",
 }
 
 

@@ -90,12 +90,12 @@ def main() -> None:
     print("Unpacking SmolLM2-135M-Instruct from its GGUF file", flush=True)
     copy_checkpoint(str(find_model()), str(parent))
     text = ["--text", options.text] if options.text else []
-    llmsurgeon("analyze", str(parent), "--tokens", "4096", "--drop", str(options.drop), "-o", str(analysis), *text)
+    llmsurgeon("analyze", str(parent), "--tokens", "2048", "--drop", str(options.drop), "-o", str(analysis), *text)
     recipe = str(analysis / "suggested.yaml")
-    llmsurgeon("run", recipe, "--set", "calibration.tokens=32768", "-o", str(student))
+    llmsurgeon("run", recipe, "--set", "calibration.tokens=24576", "-o", str(student))
     against = [str(student), "--against", str(parent), "--json"]
     measured_on = ["--text", options.eval_text] if options.eval_text else []
-    evaluation = llmsurgeon("eval", *against, "--tokens", "8192", "--seq-len", "256", *measured_on, capture=True)
+    evaluation = llmsurgeon("eval", *against, "--tokens", "4096", "--seq-len", "256", *measured_on, capture=True)
     bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "5", capture=True)
     print()
     table(evaluation, bench, json.loads((student / "surgery.json").read_text()))

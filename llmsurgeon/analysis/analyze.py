@@ -117,7 +117,7 @@ def analyze(
         tokens: [S, T].
 
     Raises:
-        SurgeryError: more attentions wanted than can go, or the model is no plain parent.
+        SurgeryError: more attentions wanted than the model has, or none can go.
     """
     layers = len(runner.layers)
     if not 1 <= count < layers:
@@ -125,6 +125,8 @@ def analyze(
     measurements = measure(runner, tokens, batch)
     sample = few(tokens, SEARCH_TOKENS)
     choices = search_attentions(runner, sample, count, max_run, batch=batch)
+    if not choices:
+        raise SurgeryError(f"no attention can go with runs of at most {max_run} blocks; raise --max-run (2 or more)")
     if len(choices) < count:
         say(f"only {len(choices)} of {count} attentions can go with runs of at most {max_run} blocks")
     dropped = frozenset(choice.layer for choice in choices)
