@@ -75,15 +75,15 @@ def print_analysis(result: Analysis, files: list[Path]) -> None:
 
     scores = result.measurements.scores
     table = Table(title=f"{result.model}: {result.layers} layers, {result.text}", title_justify="left")
-    columns = ("layer", "attention KL", "FFN KL", "block KL", "attention similarity", "block influence", "suggestion")
+    columns = ("layer", "attn KL", "FFN KL", "block KL", "attn sim", "influence", "suggestion")
     for column in columns:
-        table.add_column(column, justify="right" if column != "suggestion" else "left")
+        table.add_column(column, justify="right" if column != "suggestion" else "left", no_wrap=True)
     order = {layer: place + 1 for place, layer in enumerate(result.dropped)}
     run_of = {layer: run for run in result.runs for layer in run}
     for layer in range(result.layers):
-        notes = [f"drop attention (#{order[layer]})"] if layer in order else []
+        notes = [f"drop (#{order[layer]})"] if layer in order else []
         if layer in run_of:
-            notes.append(f"FFN in run {run_of[layer][0]}-{run_of[layer][-1]}")
+            notes.append(f"run {run_of[layer][0]}-{run_of[layer][-1]}")
         names = ("attention_kl", "ffn_kl", "block_kl", "attention_similarity", "block_influence")
         table.add_row(str(layer), *(f"{scores[name].mean[layer]:.4f}" for name in names), ", ".join(notes))
     console = Console()
