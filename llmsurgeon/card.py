@@ -72,7 +72,7 @@ def model_card(
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
-        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
         "```",
         "",
         f"Format: {written.format} ({written.why}).",

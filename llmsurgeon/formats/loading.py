@@ -7,9 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint
+from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
 from llmsurgeon.families import family_of
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, fill, normalised
+from llmsurgeon.formats.models import (
+    canonical,
+    check_shapes,
+    empty_model,
+    expected_shapes,
+    fill,
+    is_surgeon,
+    load_config,
+    normalised,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,7 +59,10 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
         return _quietly(AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
-    return _quietly(AutoTokenizer.from_pretrained, model, revision=revision)
+    raw = read_config(model, revision)
+    # transformers asks for the config's class: ours comes from this package, not from code inside the checkpoint.
+    config = load_config(raw) if is_surgeon(raw) else None
+    return _quietly(AutoTokenizer.from_pretrained, model, revision=revision, config=config)
 
 
 def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:
