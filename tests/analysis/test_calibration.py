@@ -171,7 +171,7 @@ def test_one_window_cannot_be_split():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])  # mistral slides over a window shorter than the text
 def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
     model = tiny_model(family)
-    text = sample_self_text(model, tokenizer, 60, 20, sampling=Sampling(top_k=1, openers=("ab", "cdefg")))
+    text = sample_self_text(model, tokenizer, 60, 20, sampling=Sampling(top_k=1, plain=2, openers=("ab", "cdefg")))
     assert text.shape == (3, 20)
     banned = torch.tensor(tokenizer.all_special_ids)
     for row, opener in zip(text, ("", "ab", ""), strict=True):
@@ -186,7 +186,7 @@ def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
 def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(tokenizer):
     model = tiny_model("llama")
     state = torch.random.get_rng_state()
-    first, again, other = (sample_self_text(model, tokenizer, 160, 16, seed=s, batch=4) for s in (0, 0, 1))
+    first, again, other = (sample_self_text(model, tokenizer, 640, 64, seed=s, batch=4) for s in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
