@@ -190,7 +190,7 @@ def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(tokenize
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert first.shape == (10, 16)
+    assert first.shape == (10, 64)
     assert not torch.isin(first[:, 1:], torch.tensor([1, 2])).any(), "special tokens were drawn"
     assert not first.is_inference()
 
