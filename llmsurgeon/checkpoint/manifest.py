@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import re
 import threading
 from collections.abc import Mapping
@@ -68,6 +69,10 @@ class FollowingHash(threading.Thread):
     def run(self) -> None:
         try:
             self._follow()
+            # Flushed here, the disk works while the next file is being made.
+            if not self._abandoned:
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
         except Exception as error:  # handed to the thread that asks for the result
             self._error = error
 

@@ -32,7 +32,7 @@ JOURNAL = ".journal.json"
 JOURNAL_NEW = ".journal.json.new"
 SCRATCH = ".scratch"
 COPY_STEP = 1 << 26
-MAX_HASHES = 2  # SHA-256 runs at about half the speed of a copy, so two keep up with one writer
+MAX_HASHES = 3  # SHA-256 and the flush behind it run at about a third of the speed of a copy
 
 Progress = Callable[[int, int], None]
 
