@@ -221,8 +221,10 @@ class Stage:
             for following in hashes:
                 self._record(following)
         except BaseException:
+            # These files are whole: kept, they need not be made again.
             for following in hashes:
-                following.abandon()
+                with suppress(Exception):
+                    self._record(following)
             raise
         self._sums.update({file: entry["sha256"] for file, entry in self._journal["files"].items()})
         if len(shards) > 1:
