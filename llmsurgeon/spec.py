@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from llmsurgeon.errors import SurgeryError
 
@@ -18,13 +18,20 @@ from llmsurgeon.errors import SurgeryError
 class AttentionSpec:
     """Softmax attention: `heads` query heads and `kv_heads` key/value heads of `head_dim` each.
 
-    `window` is the sliding window in tokens, None for full attention.
+    `window` is the sliding window in tokens, None for full attention; `rope` is False where a family leaves rotary
+    positions out of some layers.
     """
 
     heads: int
     kv_heads: int
     head_dim: int
     window: int | None = None
+    rope: bool = True
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """What the sizes of its tensors follow from: heads, key/value heads, head width."""
+        return self.heads, self.kv_heads, self.head_dim
 
     @property
     def kv_width(self) -> int:
@@ -34,9 +41,62 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class FFNSpec:
-    """A dense feed-forward network with `width` inner channels."""
+    """A dense feed-forward network with `width` inner channels.
+
+    A fused FFN may need what its family's class lacks: a norm that it does not share with attention (`own_norm`), or
+    biases on the projections that read it (`bias`).
+    """
 
     width: int
+    own_norm: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class MoESpec(FFNSpec):
+    """A mixture of `experts` FFNs of `width` channels each, of which a router chooses `per_token` for each token."""
+
+    experts: int = 0
+    per_token: int = 0
+
+
+@dataclass(frozen=True)
+class FFFSpec(FFNSpec):
+    """A fast feedforward network: neurons in trees of `depth` levels of decisions. `width` counts all that are stored.
+
+    leaf: a tree of hyperplanes chooses one of 2^depth leaves of `leaf_width` neurons; `shared` neurons always work
+        (arXiv 2308.14711).
+    node: each node of `trees` trees is a neuron whose pre-activation also decides (arXiv 2311.10770).
+    """
+
+    form: Literal["leaf", "node"] = "leaf"
+    depth: int = 0
+    leaf_width: int = 0
+    shared: int = 0
+    trees: int = 0
+    gated: bool = False
+    in_bias: bool = False
+
+    @classmethod
+    def of_leaves(cls, depth: int, leaf_width: int, shared: int = 0, **neurons: bool) -> FFFSpec:
+        """The leaf form of these sizes; `neurons` says whether they are gated and have biases on what they read."""
+        width = shared + 2**depth * leaf_width
+        return cls(width, form="leaf", depth=depth, leaf_width=leaf_width, shared=shared, **neurons)
+
+    @classmethod
+    def of_nodes(cls, depth: int, trees: int, **neurons: bool) -> FFFSpec:
+        """The node form of these sizes."""
+        return cls(trees * (2 ** (depth + 1) - 1), form="node", depth=depth, trees=trees, **neurons)
+
+    @property
+    def active(self) -> int:
+        """Neurons that a token visits."""
+        return self.shared + self.leaf_width if self.form == "leaf" else self.trees * (self.depth + 1)
+
+    @property
+    def rows(self) -> int:
+        """Weight rows of the model's width that a token multiplies; a dense FFN of n neurons has 2 n, gated 3 n."""
+        return self.active * (3 if self.gated else 2) + (self.depth if self.form == "leaf" else 0)
 
 
 @dataclass(frozen=True)
@@ -79,10 +139,6 @@ class ModelSpec:
         """The same model with other blocks."""
         return replace(self, blocks=tuple(blocks))
 
-    def with_block(self, index: int, block: BlockSpec) -> ModelSpec:
-        """The same model with block `index` replaced."""
-        return self.with_blocks([block if i == index else old for i, old in enumerate(self.blocks)])
-
     def check_layer(self, index: int, what: str = "layer") -> None:
         """Raise SurgeryError unless `index` names a block."""
         if not 0 <= index < len(self.blocks):
@@ -94,7 +150,7 @@ class ModelSpec:
     @property
     def uniform(self) -> bool:
         """True where every block has attention and FFN of one shape (window aside): the family's own form."""
-        shapes = {(b.attention and replace(b.attention, window=None), b.ffn, bool(b.branches)) for b in self.blocks}
+        shapes = {(b.attention and b.attention.shape, b.ffn, bool(b.branches)) for b in self.blocks}
         return (
             len(shapes) == 1
             and not self.blocks[0].branches
@@ -135,6 +191,14 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
             "replace_with_linear": False,
             "ffn_mult": ffn and 3 * ffn.width / (2 * hidden),
             "intermediate_size": ffn and ffn.width,
+            **({"own_norm": True} if ffn and ffn.own_norm else {}),
+            **({"bias": True} if ffn and ffn.bias else {}),
+            **(_fff_config(ffn) if isinstance(ffn, FFFSpec) else {}),
+            **(
+                {"kind": "moe", "num_experts": ffn.experts, "num_experts_per_tok": ffn.per_token}
+                if isinstance(ffn, MoESpec)
+                else {}
+            ),
         },
         "parents": list(block.parents),
     }
@@ -143,20 +207,42 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
     return config
 
 
+def _fff_config(ffn: FFFSpec) -> dict[str, Any]:
+    keys = ("form", "depth", "leaf_width", "shared", "trees", "gated", "in_bias")
+    return {"kind": "fff", **{key: getattr(ffn, key) for key in keys}}
+
+
+def _ffn_from(config: Mapping[str, Any]) -> FFNSpec:
+    if config.get("kind", "dense") == "fff":
+        neurons = {"gated": config["gated"], "in_bias": config["in_bias"]}
+        if config["form"] == "leaf":
+            return FFFSpec.of_leaves(config["depth"], config["leaf_width"], config["shared"], **neurons)
+        return FFFSpec.of_nodes(config["depth"], config["trees"], **neurons)
+    if config.get("kind") == "moe":
+        return MoESpec(
+            config["intermediate_size"], experts=config["num_experts"], per_token=config["num_experts_per_tok"]
+        )
+    return FFNSpec(config["intermediate_size"], config.get("own_norm", False), config.get("bias", False))
+
+
 def from_block_configs(
-    configs: Sequence[Mapping[str, Any]], head_dim: int, windows: Sequence[int | None]
+    configs: Sequence[Mapping[str, Any]],
+    head_dim: int,
+    windows: Sequence[int | None],
+    ropes: Sequence[bool] | None = None,
 ) -> tuple[BlockSpec, ...]:
-    """The inverse of `to_block_configs`; `windows` gives each block's sliding window."""
-    return tuple(_block_from(c, head_dim, w) for c, w in zip(configs, windows, strict=True))
+    """The inverse of `to_block_configs`; `windows` and `ropes` give each block's window and rotary positions."""
+    ropes = ropes or [True] * len(configs)
+    return tuple(_block_from(c, head_dim, w, r) for c, w, r in zip(configs, windows, ropes, strict=True))
 
 
-def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None) -> BlockSpec:
+def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None, rope: bool) -> BlockSpec:
     attention, ffn = config["attention"], config["ffn"]
     return BlockSpec(
         attention=None
         if attention["no_op"]
-        else AttentionSpec(attention["num_attention_heads"], attention["num_key_value_heads"], head_dim, window),
-        ffn=None if ffn["no_op"] else FFNSpec(ffn["intermediate_size"]),
+        else AttentionSpec(attention["num_attention_heads"], attention["num_key_value_heads"], head_dim, window, rope),
+        ffn=None if ffn["no_op"] else _ffn_from(ffn),
         parents=tuple(config.get("parents", ())),
-        branches=tuple(_block_from(branch, head_dim, window) for branch in config.get("parallel", ())),
+        branches=tuple(_block_from(branch, head_dim, window, rope) for branch in config.get("parallel", ())),
     )

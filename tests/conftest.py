@@ -11,6 +11,15 @@ import pytest
 import torch
 
 LAYERS = 6
+# Alike within the windows of blocks that tests run in parallel.
+MIXED = [
+    "sliding_attention",
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+    "sliding_attention",
+]
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 96},
     "mistral": {"num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": 8},
@@ -24,8 +33,89 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 16},
     "gpt2": {},
     "gpt_neox": {"intermediate_size": 96},
+    "phi3": {"num_key_value_heads": 2, "intermediate_size": 96, "pad_token_id": 0},
+    "gemma2": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": MIXED,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3_text": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": MIXED,
+    },
+    "olmo2": {"num_key_value_heads": 2, "intermediate_size": 96},
+    "granite": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "embedding_multiplier": 2.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.4,
+        "logits_scaling": 0.5,
+    },
+    "smollm3": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "pad_token_id": 0,
+        "no_rope_layers": [1, 1, 0, 1, 1, 1],
+    },
+    "stablelm": {"num_key_value_heads": 2, "intermediate_size": 96, "use_qkv_bias": True},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2, "ffn_hidden_size": 96, "bias": True},
+    "bloom": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 16, "pad_token_id": 0},
 }
 FAMILY_NAMES = tuple(TINY)
+# Mixtures of experts have tests of their own: operations on dense FFNs do not apply.
+TINY_MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+MIXTURE_NAMES = tuple(TINY_MIXTURES)
+# Encoders have tests of their own: no next token, no cache, a class for each task.
+TINY_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {"intermediate_size": 96, "pad_token_id": 0},
+    "roberta": {"intermediate_size": 96, "pad_token_id": 0},
+    "distilbert": {"hidden_dim": 96, "pad_token_id": 0},
+    "modernbert": {
+        "intermediate_size": 96,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+        "local_attention": 8,
+        "layer_types": MIXED,
+    },
+}
+ENCODER_NAMES = tuple(TINY_ENCODERS)
+
+
+def masked_head(family: str) -> str:
+    """The class of an encoder with a masked-LM head."""
+    from llmsurgeon.families import FAMILIES
+
+    return next(head for head, auto in FAMILIES[family].heads if auto == "AutoModelForMaskedLM")
 
 
 def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
@@ -41,7 +131,7 @@ def tiny_config(family: str, **changes: Any) -> dict[str, Any]:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    config = AutoConfig.for_model(family, **{**sizes, **TINY[family], **changes})
+    config = AutoConfig.for_model(family, **{**sizes, **{**TINY, **TINY_MIXTURES}[family], **changes})
     return {**config.to_dict(), "model_type": family}
 
 
@@ -59,6 +149,54 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
             if parameter.dim() > 1:
                 parameter.mul_(0.6 / parameter.shape[-1] ** 0.5)
     return model.to(dtype).eval()
+
+
+def tiny_encoder(family: str, head: str | None = None, seed: int = 0, **changes: Any) -> Any:
+    """A random encoder of 6 layers whose parts all matter; `head` is its class, the one without head by default."""
+    import transformers
+
+    from llmsurgeon.families import FAMILIES
+
+    head = head or FAMILIES[family].heads[0][0]
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **TINY_ENCODERS[family], **changes})
+    config.architectures = [head]
+    torch.manual_seed(seed)
+    model = getattr(transformers, head)(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.25)
+    return model
+
+
+def encoder_tokenizer() -> Any:
+    """The tokenizer of 64 tokens with [CLS], [SEP] and [MASK], as BERT's frames a text."""
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    inner = byte_tokenizer()._tokenizer
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        cls_token="<s>",
+        sep_token="</s>",
+        mask_token="\n",
+        model_max_length=64,
+    )
+
+
+def save_encoder(folder: Path, family: str, head: str | None = None, **changes: Any) -> Path:
+    """A tiny encoder on disk, as transformers writes it, with its tokenizer."""
+    tiny_encoder(family, head, **changes).save_pretrained(folder)
+    encoder_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def save_tiny(folder: Path, family: str, tokenizer: bool = False, **changes: Any) -> Path:

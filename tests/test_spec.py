@@ -81,5 +81,5 @@ def test_check_layer():
             spec.check_layer(index)
 
 
-def test_with_block_replaces_one():
-    assert model(FULL, FULL).with_block(1, ONLY_FFN).blocks == (FULL, ONLY_FFN)
+def test_with_blocks_replaces_them():
+    assert model(FULL, FULL).with_blocks([FULL, ONLY_FFN]).blocks == (FULL, ONLY_FFN)

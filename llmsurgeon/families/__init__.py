@@ -7,14 +7,50 @@ from typing import Any
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families.base import Family
+from llmsurgeon.families.bert import BERT
+from llmsurgeon.families.bloom import BLOOM
+from llmsurgeon.families.distilbert import DISTILBERT
+from llmsurgeon.families.falcon import FALCON
+from llmsurgeon.families.gemma2 import GEMMA2
+from llmsurgeon.families.gemma3 import GEMMA3_TEXT
 from llmsurgeon.families.gpt2 import GPT2
 from llmsurgeon.families.gpt_neox import GPT_NEOX
+from llmsurgeon.families.granite import GRANITE
 from llmsurgeon.families.llama import LLAMA
 from llmsurgeon.families.mistral import MISTRAL
+from llmsurgeon.families.mixtral import MIXTRAL
+from llmsurgeon.families.modernbert import MODERNBERT
+from llmsurgeon.families.olmo2 import OLMO2
+from llmsurgeon.families.opt import OPT
+from llmsurgeon.families.phi3 import PHI3
 from llmsurgeon.families.qwen2 import QWEN2
 from llmsurgeon.families.qwen3 import QWEN3
+from llmsurgeon.families.qwen3_moe import QWEN3_MOE
+from llmsurgeon.families.roberta import ROBERTA
+from llmsurgeon.families.smollm3 import SMOLLM3
+from llmsurgeon.families.stablelm import STABLELM
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3, GPT2, GPT_NEOX)}
+DECODERS = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GPT2,
+    GPT_NEOX,
+    PHI3,
+    GEMMA2,
+    GEMMA3_TEXT,
+    OLMO2,
+    GRANITE,
+    SMOLLM3,
+    STABLELM,
+    FALCON,
+    BLOOM,
+    OPT,
+)
+MIXTURES = (MIXTRAL, QWEN3_MOE)
+ENCODERS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (*DECODERS, *MIXTURES, *ENCODERS)}
 
 SURGEON_PREFIX = "surgeon_"
 
@@ -31,7 +67,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"model_type {config.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}. "
             "Adding a family is one file: see docs/adding-a-family.md"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[model_type].with_head(config.get("architectures")).laid_out(config)
 
 
 __all__ = ["FAMILIES", "SURGEON_PREFIX", "Family", "family_of"]

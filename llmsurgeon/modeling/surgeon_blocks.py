@@ -4,20 +4,48 @@ This file ships inside converted checkpoints next to `modeling_surgeon_<family>.
 but torch and transformers. `config.block_configs` holds one entry per layer:
 
     attention: {no_op, num_attention_heads, num_key_value_heads, ...}
-    ffn:       {no_op, intermediate_size, ...}
+    ffn:       {no_op, intermediate_size, ...}     # kind: fff, with sizes of its own: see surgeon_fff.py
     parallel:  [entries]     # blocks that read the same input; their contributions add up
 
 Shapes: B batch, T tokens, D model width.
 """
 
 import copy
+import json
+from typing import ClassVar
 
+import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .surgeon_fff import install_fast_feed_forward
+
 
 class SurgeonConfigMixin:
-    """Gives a family's config `block_configs`, and a KV cache with one entry per attention that exists."""
+    """Gives a family's config `block_configs`, and a KV cache with one entry per attention that exists.
+
+    In config.json the number of layers is spelled `layers_in_file`. A stock config class refuses a text there, so a
+    stock model class named by hand raises before it makes a weight; left alone it would fill what is gone at random.
+    """
+
+    layers_in_file: ClassVar[str] = "see block_configs; load with trust_remote_code=True through an Auto class"
+
+    @classmethod
+    def layers_key(cls):
+        """The family's own name for num_hidden_layers."""
+        return cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if config_dict.get(cls.layers_key()) == cls.layers_in_file:
+            config_dict = {**config_dict, cls.layers_key(): len(config_dict["block_configs"])}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_json_string(self, use_diff=True):
+        text = super().to_json_string(use_diff)
+        if not self.block_configs:
+            return text
+        return json.dumps({**json.loads(text), self.layers_key(): self.layers_in_file}, indent=2, sort_keys=True) + "\n"
 
     def get_text_config(self, decoder=None, encoder=None):
         # Caches are built from this view. Attentions that are gone must not hold a slot: an empty
@@ -43,32 +71,98 @@ def attention_layers(block_configs):
 class SurgeonBlock(GradientCheckpointingLayer):
     """A decoder layer whose attention or FFN may be absent.
 
-    Mixed in before a family's own decoder layer, which builds the parts. Subclasses name them.
+    Mixed in before a family's own decoder layer, which builds the parts. Subclasses name them; a part's contribution is
+    residual_multiplier * post_norm(part(norm(x))), where a norm named None is not there.
     """
 
     attention_name = "self_attn"
     attention_norm_name = "input_layernorm"
     ffn_name = "mlp"
     ffn_norm_name = "post_attention_layernorm"
+    # Paths of the modules that go with attention or FFN, where these are not the two named above.
+    attention_parts = ()
+    ffn_parts = ()
+    # Of an FFN that has no module of its own: what a fast feedforward network at `ffn_name` leaves without work.
+    ffn_idle = ()
+    attention_post_norm_name = None
+    ffn_post_norm_name = None
+    residual_multiplier = 1.0
     parallel_residual = False
+    # The FFN reads through attention's norm, unless the block's config gives it one of its own.
+    shares_norm = False
+    # Paths of the projections that read the FFN's input, where the block's config may give them biases.
+    ffn_in_names = ()
+    # The family's own layer returns (stream, attention weights).
+    returns_tuple = False
+
+    def normed(self, name, hidden_BTD):
+        """What one of the layer's norms gives, the input itself where the family has no such norm."""
+        return hidden_BTD if name is None else getattr(self, name)(hidden_BTD)
+
+    def attention_input(self, hidden_BTD):
+        """What attention's projections read."""
+        return self.normed(self.attention_norm_name, hidden_BTD)
+
+    def ffn_input(self, hidden_BTD):
+        """What the FFN's projections read."""
+        own = not self.shares_norm or getattr(self, self.ffn_norm_name, None) is not None
+        return self.normed(self.ffn_norm_name if own else self.attention_norm_name, hidden_BTD)
+
+    def added(self, post_norm_name, output_BTD):
+        """What a part's output adds to the stream."""
+        output_BTD = self.normed(post_norm_name, output_BTD)
+        return output_BTD if self.residual_multiplier == 1 else output_BTD * self.residual_multiplier
 
     def attend(self, hidden_BTD, *args, **kwargs):
         """Attention's contribution [B, T, D], None where there is no attention."""
         attention = getattr(self, self.attention_name, None)
         if attention is None:
             return None
-        return attention(getattr(self, self.attention_norm_name)(hidden_BTD), *args, **kwargs)[0]
+        output = attention(self.attention_input(hidden_BTD), *args, **kwargs)[0]
+        return self.added(self.attention_post_norm_name, output)
 
     def feed_forward(self, hidden_BTD):
         """The FFN's contribution [B, T, D], None where there is no FFN."""
         ffn = getattr(self, self.ffn_name, None)
-        return None if ffn is None else ffn(getattr(self, self.ffn_norm_name)(hidden_BTD))
+        if ffn is None:
+            return None
+        return self.added(self.ffn_post_norm_name, ffn(self.ffn_input(hidden_BTD)))
 
     def forward(self, hidden_states, *args, **kwargs):
         contribution = self.attend(hidden_states, *args, **kwargs)
         attended = hidden_states if contribution is None else hidden_states + contribution
         contribution = self.feed_forward(hidden_states if self.parallel_residual else attended)
-        return attended if contribution is None else attended + contribution
+        output = attended if contribution is None else attended + contribution
+        return (output, None) if self.returns_tuple else output
+
+
+class PostNormBlock(SurgeonBlock):
+    """A layer whose norms follow the residual sums: y = LN(x + Attn(x)), z = LN(y + FFN(y)).
+
+    A part that is absent leaves its norm behind: y = LN(x). Subclasses say what the parts are.
+    """
+
+    # Nothing is normed before a part reads it.
+    attention_norm_name = None
+    ffn_norm_name = None
+
+    def attended(self, hidden_BTD, *args, **kwargs):
+        """LN(x + Attn(x)) [B, T, D]."""
+        raise NotImplementedError
+
+    def fed_forward(self, hidden_BTD):
+        """LN(x + FFN(x)) [B, T, D]."""
+        raise NotImplementedError
+
+    def attend(self, hidden_BTD, *args, **kwargs):
+        return self.attended(hidden_BTD, *args, **kwargs) - hidden_BTD
+
+    def feed_forward(self, hidden_BTD):
+        return self.fed_forward(hidden_BTD) - hidden_BTD
+
+    def forward(self, hidden_states, *args, **kwargs):
+        # Not as a sum of contributions: subtracting and adding again would round.
+        return self.fed_forward(self.attended(hidden_states, *args, **kwargs))
 
 
 class ParallelBlock(GradientCheckpointingLayer):
@@ -77,15 +171,36 @@ class ParallelBlock(GradientCheckpointingLayer):
     def __init__(self, branches):
         super().__init__()
         self.branches = nn.ModuleList(branches)
+        self.returns_tuple = branches[0].returns_tuple
+        if hasattr(branches[0], "attention_type"):  # some models choose the mask by it
+            self.attention_type = branches[0].attention_type
 
     def forward(self, hidden_states, *args, **kwargs):
         output = hidden_states
         for branch in self.branches:
-            output = output + (branch(hidden_states, *args, **kwargs) - hidden_states)
-        return output
+            made = branch(hidden_states, *args, **kwargs)
+            output = output + ((made[0] if self.returns_tuple else made) - hidden_states)
+        return (output, None) if self.returns_tuple else output
 
 
-def swap_blocks(layers, config, block_class, width_key="intermediate_size"):
+def remove_parts(block, paths):
+    """Delete the modules at `paths`."""
+    for path in paths:
+        holder, _, name = path.rpartition(".")
+        delattr(block.get_submodule(holder), name)
+
+
+def complete_ffn(block, ffn):
+    """Give a fused FFN what its family's class lacks: a norm of its own, biases on what reads it."""
+    if ffn.get("own_norm"):
+        setattr(block, block.ffn_norm_name, copy.deepcopy(getattr(block, block.attention_norm_name)))
+    if ffn.get("bias"):
+        for name in block.ffn_in_names:
+            projection = block.get_submodule(name)
+            projection.bias = nn.Parameter(torch.zeros_like(projection.weight[:, 0]))
+
+
+def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
     """Replace each entry of `layers` (an nn.ModuleList) by the block that `config.block_configs` describes."""
     slot = 0
 
@@ -96,20 +211,27 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size"):
         shape.block_configs = None
         if not attention["no_op"]:
             shape.num_attention_heads = attention["num_attention_heads"]
-            if hasattr(shape, "num_key_value_heads"):
-                shape.num_key_value_heads = attention["num_key_value_heads"]
+            if hasattr(shape, kv_heads_key):
+                setattr(shape, kv_heads_key, attention["num_key_value_heads"])
         if not ffn["no_op"]:
-            setattr(shape, width_key, ffn["intermediate_size"])
+            fast = ffn.get("kind") == "fff"
+            # What is about to be replaced need not take memory.
+            setattr(shape, width_key, 1 if fast else ffn["intermediate_size"])
         block = block_class(shape, index)
+        complete_ffn(block, ffn)
+        # A norm that both parts read stays for the one that is there.
+        shared = block.shares_norm and not ffn.get("own_norm")
         if attention["no_op"]:
-            delattr(block, block.attention_name)
-            delattr(block, block.attention_norm_name)
+            norm = () if shared else (block.attention_norm_name,)
+            remove_parts(block, block.attention_parts or (block.attention_name, *norm))
         else:
             getattr(block, block.attention_name).layer_idx = slot
             slot += 1
         if ffn["no_op"]:
-            delattr(block, block.ffn_name)
-            delattr(block, block.ffn_norm_name)
+            norm = () if shared else (block.ffn_norm_name,)
+            remove_parts(block, block.ffn_parts or (block.ffn_name, *norm))
+        elif fast:
+            install_fast_feed_forward(block, ffn, config)
         return block
 
     for index, entry in enumerate(config.block_configs):

@@ -1,6 +1,8 @@
 """The operations that a recipe can name."""
 
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.distill import Distill
+from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -18,7 +20,9 @@ OPERATIONS: dict[str, type[Step]] = {
     "prune_width": PruneWidth,
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
+    "fff": FFF,
     "refit": Refit,
+    "distill": Distill,
 }
 
 __all__ = ["OPERATIONS", "Plan", "Step", "Subject"]

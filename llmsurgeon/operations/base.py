@@ -11,7 +11,10 @@ from pydantic import BaseModel, ConfigDict
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.spec import BlockSpec, ModelSpec
+from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
+
+# Operations that leave fast feedforward networks alone.
+AFTER_TREES = ("fff", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,18 @@ class Subject:
         """Tensors of block `index`: name inside the block -> full name, in checkpoint order of names."""
         prefix = self.family.layer(index)
         return {name.removeprefix(prefix): name for name in sorted(self.names) if name.startswith(prefix)}
+
+    def check(self, operation: str) -> None:
+        """Raise SurgeryError if the family declares that it cannot take `operation`."""
+        if reason := self.family.refusal(operation):
+            raise self.refuse(f"{operation}: {reason}")
+        if operation in AFTER_TREES:
+            return
+        for block in self.spec.blocks:
+            if isinstance(block.ffn, FFFSpec):
+                raise self.refuse(
+                    f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"
+                )
 
     def refuse(self, message: str) -> SurgeryError:
         """The error for a step that does not fit, with the family named."""
@@ -108,6 +123,10 @@ class Step(BaseModel):
         """The same step with every `auto` and `count` replaced by layers."""
         return self
 
+    def job(self) -> Step:
+        """The step without what a run that goes on from a kill may change, such as how long it lasts."""
+        return self
+
     def plan(self, subject: Subject) -> Plan:
         """The new description and the edits.
 
@@ -135,6 +154,10 @@ def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] 
     """
     blocks = [block for block in blocks if not block.spec.empty]
     spec = subject.spec.with_blocks([block.spec for block in blocks])
+    if subject.family.first_stays and (
+        not blocks or blocks[0].spec.branches or blocks[0].spec.parents[:1] != subject.spec.blocks[0].parents[:1]
+    ):
+        raise subject.refuse(f"block 0 must stay as it is: {subject.family.first_stays}")
     if not spec.attentions:
         raise SurgeryError("no attention would be left: a model needs at least one to see its context")
     wanted = {

@@ -9,29 +9,31 @@ FFN's input is then what the whole run reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmsurgeon.checkpoint.transform import row_blocks
+from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, row_blocks
 from llmsurgeon.layers import RunList
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 from llmsurgeon.spec import BlockSpec, FFNSpec
 
-# Numbers computed at a time when rows are joined: a block stays in the CPU's cache.
-BLOCK_NUMBERS = 2**17
+
+def by_part(tensors: Sequence[Tensor], stacked: int) -> list[Tensor]:
+    """Rows of tensors that each stack projections [gate; up], in the order in which the fused one stacks them."""
+    return [tensor.chunk(stacked)[part] for part in range(stacked) for tensor in tensors]
 
 
-def concatenate(dim: int) -> Callable[..., Iterator[Tensor]]:
+def concatenate(dim: int, stacked: int = 1) -> Callable[..., Iterator[Tensor]]:
     """Weights of the run's FFNs side by side along their inner width, a block of rows at a time."""
 
     def stack(*weights: Tensor) -> Iterator[Tensor]:
         if dim == 0:
-            for weight in weights:
+            for weight in by_part(weights, stacked):
                 yield from row_blocks(weight)
             return
         whole = weights[0].is_meta
@@ -49,6 +51,9 @@ def add_biases(*biases: Tensor) -> Tensor:
 
 def fold_gain(weight_HD: Tensor, gain_D: Tensor) -> Tensor:
     """W diag(g): a norm's gain moved into the projection that reads it. Exact but for one cast. [H, D]."""
+    if weight_HD.dtype == gain_D.dtype and weight_HD.dtype.itemsize > 1:
+        # torch multiplies 16-bit numbers in float32, which holds the product: the same bits in one pass.
+        return weight_HD * gain_D
     return (weight_HD.to(_wide(weight_HD)) * gain_D.to(_wide(weight_HD))).to(weight_HD.dtype)
 
 
@@ -58,7 +63,7 @@ def fold_shift(weight_HD: Tensor, bias_H: Tensor, shift_D: Tensor) -> Tensor:
     return (bias_H.to(wide) + weight_HD.to(wide) @ shift_D.to(wide)).to(bias_H.dtype)
 
 
-def stack_folded(transposed: bool) -> Callable[..., Iterator[Tensor]]:
+def stack_folded(transposed: bool, stacked: int = 1) -> Callable[..., Iterator[Tensor]]:
     """fn(W_1 .. W_n, g_1 .. g_n) -> the run's projection with each gain folded into its own rows [sum H, D].
 
     One shared input has one RMS, so each block's gain can move into its own rows. Made a block of rows at a time:
@@ -68,7 +73,7 @@ def stack_folded(transposed: bool) -> Callable[..., Iterator[Tensor]]:
     def stack(*tensors: Tensor) -> Iterator[Tensor]:
         weights, gains = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         if not transposed:
-            for weight, gain in zip(weights, gains, strict=True):
+            for weight, gain in zip(by_part(weights, stacked), gains * stacked, strict=True):
                 for block in row_blocks(weight):
                     yield fold_gain(block, gain)
             return
@@ -79,14 +84,20 @@ def stack_folded(transposed: bool) -> Callable[..., Iterator[Tensor]]:
     return stack
 
 
-def stack_shifted(transposed: bool) -> Callable[..., Tensor]:
-    """fn(W_1 .., b_1 .., s_1 ..) -> the run's input bias with each LayerNorm's shift folded in [sum H]."""
+def stack_biases(transposed: bool, biased: Sequence[bool], shifted: bool, stacked: int = 1) -> Callable[..., Tensor]:
+    """fn(W_1 .. W_n, b .. of those that are `biased`, s_1 .. s_n if `shifted`) -> the run's input bias [sum H].
+
+    Each LayerNorm's shift s is folded in; a missing bias counts as zero.
+    """
 
     def stack(*tensors: Tensor) -> Tensor:
-        n = len(tensors) // 3
-        weights, biases, shifts = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
-        oriented = [weight.T if transposed else weight for weight in weights]
-        return torch.cat([fold_shift(w, b, s) for w, b, s in zip(oriented, biases, shifts, strict=True)])
+        n = len(biased)
+        weights = [weight.T if transposed else weight for weight in tensors[:n]]
+        given = iter(tensors[n : n + sum(biased)])
+        biases = [next(given) if has else w.new_zeros(len(w)) for w, has in zip(weights, biased, strict=True)]
+        if shifted:
+            biases = [fold_shift(w, b, s) for w, b, s in zip(weights, biases, tensors[-n:], strict=True)]
+        return torch.cat(by_part(biases, stacked))
 
     return stack
 
@@ -112,6 +123,7 @@ class FuseFFN(Step):
         return frozenset({"ffn_dependency"} if self.runs == "auto" else ())
 
     def resolve(self, subject: Subject) -> FuseFFN:
+        subject.check(self.op)
         if self.runs != "auto":
             return self
         dependency = subject.score("ffn_dependency", "fuse_ffn with runs: auto")
@@ -126,6 +138,7 @@ class FuseFFN(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.runs == "auto":
             return self.resolve(subject).plan(subject)
+        subject.check(self.op)
         positions = [self._positions(subject, run) for run in self.runs]
         seen: set[int] = set()
         for run, indices in zip(self.runs, positions, strict=True):
@@ -157,42 +170,48 @@ class FuseFFN(Step):
     def _fused(self, subject: Subject, blocks: list[NewBlock]) -> NewBlock:
         family, first = subject.family, blocks[0]
         names = [{suffix: str(name) for suffix, name in block.tensors.items()} for block in blocks]
+        ffns = [block.spec.ffn for block in blocks if block.spec.ffn]
+        # A norm that attention reads, too, stays as it is: the fused FFN gets its own.
+        own = [not family.shares_norm or ffn.own_norm for ffn in ffns]
+        norms = [family.ffn_norm if mine else family.attention_norm for mine in own]
 
         def each(suffix: str) -> tuple[str, ...]:
             return tuple(block[suffix] for block in names)
 
-        gain, shift = f"{family.ffn_norm}.weight", f"{family.ffn_norm}.bias"
-        in_dim = 1 if family.transposed else 0
+        def each_norm(kind: str) -> tuple[str, ...]:
+            return tuple(block[f"{norm}.{kind}"] for block, norm in zip(names, norms, strict=True))
+
+        gained, shifted = (f"{norms[0]}.{kind}" in names[0] for kind in ("weight", "bias"))
         fold = self.norm == "fold"
-        tensors: dict[str, str | Computed] = {s: n for s, n in first.tensors.items() if family.is_attention(s)}
+        in_dim, stacked = 1 if family.transposed else 0, family.ffn_stacked
+        tensors: dict[str, str | Computed] = {}
+        if first.spec.attention:
+            tensors |= {suffix: name for suffix, name in first.tensors.items() if family.is_attention(suffix)}
+        added_bias = False
         for projection in family.ffn_in:
             weight, bias = family.ffn_tensor(projection), family.ffn_tensor(projection, "bias")
             tensors[weight] = (
-                Computed(each(weight) + each(gain), stack_folded(family.transposed))
-                if fold
-                else Computed(each(weight), concatenate(in_dim))
+                Computed(each(weight) + each_norm("weight"), stack_folded(family.transposed, stacked))
+                if fold and gained
+                else Computed(each(weight), concatenate(in_dim, stacked))
             )
-            if bias in names[0]:
-                tensors[bias] = (
-                    Computed(each(weight) + each(bias) + each(shift), stack_shifted(family.transposed))
-                    if fold and shift in names[0]
-                    else Computed(each(bias), concatenate(0))
-                )
-            elif fold and shift in names[0]:
-                raise subject.refuse(
-                    f"fuse_ffn: {family.model_type}'s norm has a shift but {projection} no bias to fold it into; "
-                    "use norm: last"
-                )
+            biased = [bias in block for block in names]
+            if any(biased) or (fold and shifted):
+                sources = each(weight) + tuple(block[bias] for block in names if bias in block)
+                sources += each_norm("bias") if fold and shifted else ()
+                tensors[bias] = Computed(sources, stack_biases(family.transposed, biased, fold and shifted, stacked))
+                added_bias = not all(biased) or any(ffn.bias for ffn in ffns)
         down, down_bias = family.ffn_tensor(family.ffn_out), family.ffn_tensor(family.ffn_out, "bias")
         tensors[down] = Computed(each(down), concatenate(1 - in_dim))
         if down_bias in names[0]:
             tensors[down_bias] = Computed(each(down_bias), add_biases)
-        tensors[gain] = Computed((names[0][gain],), torch.ones_like) if fold else names[-1][gain]
-        if shift in names[0]:
-            tensors[shift] = Computed((names[0][shift],), torch.zeros_like) if fold else names[-1][shift]
+        for kind, present, neutral in (("weight", gained, torch.ones_like), ("bias", shifted, torch.zeros_like)):
+            if present:
+                last = each_norm(kind)[-1]
+                tensors[f"{family.ffn_norm}.{kind}"] = Computed((last,), neutral) if fold else last
         spec = BlockSpec(
             attention=first.spec.attention,
-            ffn=FFNSpec(sum(block.spec.ffn.width for block in blocks if block.spec.ffn)),
+            ffn=FFNSpec(sum(ffn.width for ffn in ffns), own_norm=family.shares_norm, bias=added_bias),
             parents=tuple(p for block in blocks for p in block.spec.parents),
         )
         return NewBlock(spec, tensors)

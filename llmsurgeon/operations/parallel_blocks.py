@@ -43,6 +43,7 @@ class ParallelBlocks(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.windows == "auto":
             return self.resolve(subject).plan(subject)
+        subject.check(self.op)
         blocks = all_kept(subject)
         merged: dict[int, NewBlock] = {}
         gone: set[int] = set()
@@ -60,10 +61,14 @@ class ParallelBlocks(Step):
     def _window(subject: Subject, blocks: list[NewBlock]) -> NewBlock:
         if any(block.spec.branches for block in blocks):
             raise subject.refuse("parallel_blocks: a block of the window is parallel already")
-        windows = {block.spec.attention.window for block in blocks if block.spec.attention}
-        if len(windows) > 1:
+        attentions = [attention for block in blocks for attention in block.spec.attentions]
+        if len({attention.window for attention in attentions}) > 1:
             raise subject.refuse(
                 "parallel_blocks: the window mixes full and sliding attention; one block has one attention mask"
+            )
+        if len({attention.rope for attention in attentions}) > 1:
+            raise subject.refuse(
+                "parallel_blocks: the window mixes attention with and without rotary positions; one block has one kind"
             )
         spec = BlockSpec(
             attention=None,

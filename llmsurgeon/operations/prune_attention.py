@@ -79,14 +79,24 @@ def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple
     Raises:
         SurgeryError: a layer does not exist or has no such part.
     """
-    belongs = subject.family.is_attention if part == "attention" else subject.family.is_ffn
+    subject.check(f"prune_{part}")
+    family = subject.family
+    belongs = family.is_attention if part == "attention" else family.is_ffn
+    norm = f"{family.attention_norm if part == 'attention' else family.ffn_norm}."
     blocks = all_kept(subject)
     for layer in layers:
         index = subject.position(layer, f"prune_{part}: layer")
         block = blocks[index]
         if getattr(block.spec, part) is None:
             raise subject.refuse(f"prune_{part}: layer {layer} has no {part} to drop")
-        tensors = {suffix: name for suffix, name in block.tensors.items() if not belongs(suffix)}
+        # A norm behind the residual sum stays, and one that the FFN reads, too.
+        shared = family.shares_norm and part == "attention" and block.spec.ffn and not block.spec.ffn.own_norm
+        stays = norm if family.post_norm or shared else None
+        tensors = {
+            suffix: name
+            for suffix, name in block.tensors.items()
+            if not belongs(suffix) or (stays and suffix.startswith(stays))
+        }
         spec = replace(block.spec, attention=None) if part == "attention" else replace(block.spec, ffn=None)
         blocks[index] = NewBlock(spec, tensors)
     return assemble(subject, blocks)

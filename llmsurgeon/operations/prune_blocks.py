@@ -54,5 +54,6 @@ class PruneBlocks(Step):
         return tuple(range(start, start + size))
 
     def plan(self, subject: Subject) -> Plan:
+        subject.check(self.op)
         gone = {subject.position(layer, "prune_blocks: layer") for layer in self.layers or ()}
         return assemble(subject, [block for index, block in enumerate(all_kept(subject)) if index not in gone])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.layers import LayerList
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.spec import AttentionSpec
 
 
 def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:
@@ -22,6 +24,26 @@ def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:
     return grouped.mean(dim=1).flatten(0, 1).to(weight.dtype)
 
 
+def merge_fused_heads(weight: Tensor, attention: AttentionSpec, new_heads: int, rows: str) -> Tensor:
+    """The same on one matrix [Q + 2 K, D] (or bias [Q + 2 K]) of queries, keys and values.
+
+    Args:
+        rows: "by kind" (all queries, all keys, all values) or "by head" (for each key/value head its queries, its key,
+            its value).
+    """
+    heads, old_heads, width = attention.shape
+    if rows == "by kind":
+        queries, *others = weight.split([heads * width, old_heads * width, old_heads * width])
+        return torch.cat([queries, *(merge_heads(other, old_heads, new_heads) for other in others)])
+    by_head = weight.unflatten(0, (old_heads, heads // old_heads + 2, width))
+    queries = by_head[:, :-2].flatten(0, 1).unflatten(0, (new_heads, heads // new_heads))
+    merged = [
+        merge_heads(by_head[:, place].flatten(0, 1), old_heads, new_heads).unflatten(0, (new_heads, 1, width))
+        for place in (-2, -1)
+    ]
+    return torch.cat([queries, *merged], dim=1).flatten(0, 2)
+
+
 class PruneKVHeads(Step):
     """Merge the key/value heads of `layers` (all, when not given) down to `kv_heads`."""
 
@@ -30,11 +52,7 @@ class PruneKVHeads(Step):
     layers: LayerList | None = None
 
     def plan(self, subject: Subject) -> Plan:
-        if not subject.family.kv:
-            raise subject.refuse(
-                f"prune_kv_heads: {subject.family.model_type} stores queries, keys and values as one matrix "
-                "with as many key/value heads as query heads; its classes cannot hold fewer"
-            )
+        subject.check(self.op)
         blocks = all_kept(subject)
         if self.layers is None:
             indices = [i for i, block in enumerate(subject.spec.blocks) if block.attention is not None]
@@ -45,7 +63,7 @@ class PruneKVHeads(Step):
         return assemble(subject, blocks)
 
     def _merged(self, subject: Subject, block: NewBlock) -> NewBlock:
-        attention, layer = block.spec.attention, block.spec.parents[0]
+        family, attention, layer = subject.family, block.spec.attention, block.spec.parents[0]
         if attention is None:
             raise subject.refuse(f"prune_kv_heads: layer {layer} has no attention")
         if attention.kv_heads % self.kv_heads:
@@ -55,9 +73,12 @@ class PruneKVHeads(Step):
             )
 
         def merge(weight: Tensor) -> Tensor:
+            if family.fused_qkv:
+                return merge_fused_heads(weight, attention, self.kv_heads, family.fused_qkv[1])
             return merge_heads(weight, attention.kv_heads, self.kv_heads)
 
-        merged = tuple(f"{subject.family.attention}.{name}." for name in subject.family.kv)
+        modules = family.fused_qkv[:1] if family.fused_qkv else family.kv
+        merged = tuple(f"{family.attention}.{name}." for name in modules)
         tensors = {
             suffix: Computed((str(name),), merge) if suffix.startswith(merged) else name
             for suffix, name in block.tensors.items()

@@ -57,6 +57,7 @@ class PruneWidth(Step):
         return frozenset({"ffn_channel"} if self.score == "activation" else ())
 
     def plan(self, subject: Subject) -> Plan:
+        subject.check(self.op)
         blocks = all_kept(subject)
         if self.layers is None:
             indices = [i for i, block in enumerate(subject.spec.blocks) if block.ffn is not None]
@@ -89,10 +90,16 @@ class PruneWidth(Step):
             chosen = top_channels(torch.as_tensor(subject.score("ffn_channel", "prune_width")[layer]), width)
             score_sources, choose = (), _constant(chosen)
         else:
-            score_sources, choose = (*in_weights, out_weight), _by_magnitude(width, family.transposed)
+            score_sources = (*in_weights, out_weight)
+            choose = _by_magnitude(width, family.transposed, family.ffn_stacked)
 
-        def select(dim: int) -> Callable[..., Tensor]:
-            return lambda weight, *scored: weight.index_select(dim, choose(*scored).to(weight.device)).contiguous()
+        def select(dim: int, stacked: int = 1) -> Callable[..., Tensor]:
+            def selected(weight: Tensor, *scored: Tensor) -> Tensor:
+                kept = choose(*scored).to(weight.device)
+                parts = [part.index_select(dim, kept) for part in weight.chunk(stacked)]
+                return parts[0] if stacked == 1 else torch.cat(parts)
+
+            return selected
 
         channel_dim = 1 if family.transposed else 0
         tensors: dict[str, str | Computed] = dict(block.tensors)
@@ -100,20 +107,20 @@ class PruneWidth(Step):
             for kind, dim in (("weight", channel_dim), ("bias", 0)):
                 suffix = family.ffn_tensor(projection, kind)
                 if suffix in names:
-                    tensors[suffix] = Computed((names[suffix], *score_sources), select(dim))
+                    tensors[suffix] = Computed((names[suffix], *score_sources), select(dim, family.ffn_stacked))
         tensors[family.ffn_tensor(family.ffn_out)] = Computed((out_weight, *score_sources), select(1 - channel_dim))
-        return NewBlock(replace(block.spec, ffn=FFNSpec(width)), tensors)
+        return NewBlock(replace(block.spec, ffn=replace(ffn, width=width)), tensors)
 
 
 def _constant(indices: Tensor) -> Callable[..., Tensor]:
     return lambda: indices
 
 
-def _by_magnitude(width: int, transposed: bool) -> Callable[..., Tensor]:
+def _by_magnitude(width: int, transposed: bool, stacked: int) -> Callable[..., Tensor]:
     def choose(*weights: Tensor) -> Tensor:
         if weights[0].is_meta:
             return torch.arange(width)
-        oriented = [w.T for w in weights] if transposed else list(weights)
-        return top_channels(channel_magnitudes(tuple(oriented[:-1]), oriented[-1]), width)
+        *readers, out = [w.T for w in weights] if transposed else list(weights)
+        return top_channels(channel_magnitudes(tuple(p for w in readers for p in w.chunk(stacked)), out), width)
 
     return choose

@@ -33,4 +33,5 @@ class Refit(Step):
         return self.ridge if isinstance(self.ridge, tuple) else (self.ridge,)
 
     def plan(self, subject: Subject) -> Plan:
+        subject.check(self.op)
         return Plan(subject.spec, ())

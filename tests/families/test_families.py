@@ -2,18 +2,57 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from conftest import LAYERS, tiny_config, tiny_model
-from operations.helpers import VARIANTS, logits, naive, some_tokens
+from operations.helpers import (
+    FALCON_2,
+    FALCON_7B,
+    VARIANTS,
+    declared,
+    logits,
+    naive,
+    norm_of_ffn,
+    operate,
+    some_tokens,
+    subject_of,
+)
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import FAMILIES, family_of
 from llmsurgeon.formats.models import normalised
+from llmsurgeon.operations import OPERATIONS
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
+from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
+
+# Attention and FFN read one input.
+SIDE_BY_SIDE: list[tuple[str, dict]] = [
+    ("gpt_neox", {}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("falcon", {}),
+    ("falcon", FALCON_7B),
+    ("falcon", FALCON_2),
+]
+# Steps that some families decline.
+STEPS = {
+    "fuse_ffn": FuseFFN(runs=((2, 3),)),
+    "parallel_blocks": ParallelBlocks(windows=((1, 2),)),
+    "prune_kv_heads": PruneKVHeads(kv_heads=1),
+}
+DECLINED = [
+    (name, changes, operation)
+    for name, changes in VARIANTS
+    for operation in OPERATIONS
+    if declared(name, changes).refusal(operation)
+]
 
 
-def test_declared_paths_name_the_modules_of_the_model(family_name):
-    family, model = FAMILIES[family_name], tiny_model(family_name)
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_declared_paths_name_the_modules_of_the_model(family_name, changes):
+    family, model = declared(family_name, changes), tiny_model(family_name, **changes)
     assert type(model).__name__ == family.model_class
     assert model.get_submodule(family.embedding) is model.get_input_embeddings()
     assert model.get_submodule(family.head) is model.get_output_embeddings()
@@ -22,23 +61,28 @@ def test_declared_paths_name_the_modules_of_the_model(family_name):
     assert len(layers) == LAYERS
     for name in (*family.ffn_in, family.ffn_out):
         assert family.layer(0) + family.ffn_tensor(name) in model.state_dict()
-    layers[0].get_submodule(f"{family.attention}.{family.attention_out}")
-    for name in family.kv:
-        layers[0].get_submodule(f"{family.attention}.{name}")
+    attention = getattr(layers[0], family.attention)
+    for name in (family.attention_out, *family.kv, *(family.fused_qkv or ())[:1]):
+        attention.get_submodule(name)
+    for norm in (family.attention_norm, norm_of_ffn(family), family.attention_post_norm, family.ffn_post_norm):
+        assert not norm or isinstance(getattr(layers[0], norm), torch.nn.Module)
 
 
-def test_every_tensor_of_a_layer_is_attention_or_ffn_and_not_both(family_name):
-    family, model = FAMILIES[family_name], tiny_model(family_name)
+@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+def test_every_tensor_of_a_layer_is_attention_or_ffn_and_not_both(family_name, changes):
+    family, model = declared(family_name, changes), tiny_model(family_name, **changes)
     for name in model.get_submodule(family.layers)[0].state_dict():
         assert family.is_attention(name) != family.is_ffn(name), name
+        # A norm that both read counts as attention's.
+        assert not (family.shares_norm and family.is_ffn(name) and "norm" in name)
 
 
 @pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
 def test_a_layer_is_its_attention_and_its_ffn(family_name, changes):
     """The declared modules and the residual order reproduce transformers' own layer."""
     model = tiny_model(family_name, **changes)
-    side_by_side = FAMILIES[family_name].parallel_residual(model.config.to_dict())
-    assert side_by_side is (family_name == "gpt_neox" and not changes)
+    side_by_side = declared(family_name, changes).parallel_residual(model.config.to_dict())
+    assert side_by_side is ((family_name, changes) in SIDE_BY_SIDE)
 
     def layer(index):
         def compute(x, parts):
@@ -52,17 +96,27 @@ def test_a_layer_is_its_attention_and_its_ffn(family_name, changes):
     torch.testing.assert_close(logits(naive(model, {i: layer(i) for i in range(LAYERS)}), tokens), expected)
 
 
+# (FFN width, key/value heads, head width) of the tiny families, where they are not those of most.
+SIZES = {
+    "gpt2": (128, 4, 8),
+    "gpt_neox": (96, 4, 8),
+    "bloom": (128, 4, 8),
+    "opt": (96, 4, 8),
+    "qwen3": (96, 2, 16),
+    "gemma2": (96, 2, 16),
+    "gemma3_text": (96, 2, 16),
+}
+
+
 def test_describe(family_name):
     config = normalised(tiny_config(family_name))
-    spec = FAMILIES[family_name].describe(config)
+    spec = family_of(config).describe(config)
     assert (spec.family, spec.hidden, spec.vocab, len(spec.blocks)) == (family_name, 32, 64, LAYERS)
     assert spec.uniform
     assert [block.parents for block in spec.blocks] == [(i,) for i in range(LAYERS)]
-    block = spec.blocks[0]
-    assert block.ffn.width == (128 if family_name == "gpt2" else 96)
-    assert block.attention.heads == 4
-    assert block.attention.kv_heads == (4 if family_name in ("gpt2", "gpt_neox") else 2)
-    assert block.attention.head_dim == (16 if family_name == "qwen3" else 8)
+    attention, ffn = spec.blocks[0].attention, spec.blocks[0].ffn
+    assert attention.heads == 4
+    assert (ffn.width, attention.kv_heads, attention.head_dim) == SIZES.get(family_name, (96, 2, 8))
 
 
 @pytest.mark.parametrize(
@@ -108,9 +162,20 @@ def test_settings_that_cannot_be_operated_on_are_refused(key):
         FAMILIES["gpt2"].describe(normalised(tiny_config("gpt2", **{key: True})))
 
 
+@pytest.mark.parametrize(("family_name", "changes", "operation"), DECLINED)
+def test_what_a_family_declines_is_refused_with_the_reason(family_name, changes, operation):
+    message = re.escape(f"{family_name}: {operation}: {declared(family_name, changes).refusal(operation)}")
+    model = tiny_model(family_name, **changes)
+    with pytest.raises(SurgeryError, match=message):
+        subject_of(model)[0].check(operation)
+    if operation in STEPS:
+        with pytest.raises(SurgeryError, match=message):
+            operate(model, STEPS[operation])
+
+
 def test_an_unsupported_family_lists_the_supported_ones():
-    with pytest.raises(SurgeryError, match=r"'gemma2' is not supported; supported are llama, .*adding-a-family"):
-        family_of({"model_type": "gemma2"})
+    with pytest.raises(SurgeryError, match=r"'gptj' is not supported; supported are llama, .*adding-a-family"):
+        family_of({"model_type": "gptj"})
     with pytest.raises(SurgeryError, match="None is not supported"):
         family_of({})
 

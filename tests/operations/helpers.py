@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import torch
-from conftest import FAMILY_NAMES
+from conftest import FAMILY_NAMES, tiny_config
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.families import family_of
+from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, fill, normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.operations import Step, Subject
 
+# Falcon 7B, Falcon RW and Falcon 2 11B; the tiny config is laid out as Falcon 40B.
+FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "bias": False}
+FALCON_RW = {**FALCON_7B, "multi_query": False, "parallel_attn": False, "alibi": True, "bias": True}
+FALCON_2 = {"num_ln_in_parallel_attn": 1, "bias": False}
 # Every family, and the variants whose maths differs: (family, changes of its tiny config).
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((name, {}) for name in FAMILY_NAMES),
     ("llama", {"mlp_bias": True, "attention_bias": True}),
     ("gpt_neox", {"use_parallel_residual": False}),
+    ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    ("falcon", FALCON_7B),
+    ("falcon", FALCON_RW),
+    ("falcon", FALCON_2),
 )
+
+
+def taking(operation: str) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The variants of VARIANTS whose family does not decline `operation`."""
+    return tuple((name, changes) for name, changes in VARIANTS if declared(name, changes).refusal(operation) is None)
+
+
+def taken(model: Any, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps that the model's family does not decline."""
+    family = family_of(normalised(model.config.to_dict()))
+    return tuple(step for step in steps if family.refusal(step.op) is None)
+
+
+def declared(name: str, changes: dict[str, Any] | None = None) -> Family:
+    """The declaration for a tiny model."""
+    return family_of(normalised(tiny_config(name, **(changes or {}))))
 
 
 def subject_of(model: Any, scores: dict[str, Any] | None = None) -> tuple[Subject, TransformedWeights, dict[str, Any]]:
@@ -40,7 +65,7 @@ def operate(model: Any, *steps: Step, scores: dict[str, Any] | None = None, form
         weights = TransformedWeights(weights, plan.transforms)
         subject = subject.after(plan)
     written = write_config(subject.spec, subject.family, config, format)
-    student = empty_model(written.config)
+    student, weights = empty_model(written.config), written.fit(weights)
     check_shapes({n: tuple(t.shape) for n, t in weights.items()}, expected_shapes(student), "test")
     fill(student, weights, None, "cpu")
     return student, written, subject.spec
@@ -54,6 +79,42 @@ def layers_of(model: Any, family: Any) -> Any:
     return model.get_submodule(family.layers)
 
 
+def norm_of_ffn(family: Any) -> str:
+    """Name of the norm that the family's FFN reads through."""
+    return family.attention_norm if family.shares_norm else family.ffn_norm
+
+
+def through(layer: Any, norm: str, x: Tensor) -> Tensor:
+    """x behind one of the layer's norms; as it is where the family has none."""
+    return getattr(layer, norm)(x) if norm else x
+
+
+def no_residual(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Zeros for modules that take the residual and add it themselves, as BLOOM's do."""
+    return (torch.zeros_like(x),) if "residual" in inspect.signature(module.forward).parameters else ()
+
+
+def multiplier(layer: Any, family: Any) -> float:
+    """The factor on what attention and FFN add."""
+    return getattr(layer, family.residual_multiplier_key) if family.residual_multiplier_key else 1.0
+
+
+def stream_of(output: Any) -> Tensor:
+    """The stream that left a layer; some return attention weights beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Loose(torch.nn.Module):
+    """The FFN of an OPT layer, whose projections are the layer's own."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer.fc2(self.layer.activation_fn(self.layer.fc1(x)))
+
+
 class Stage(torch.nn.Module):
     """Takes one layer's place in a copy of the parent and computes `fn(x, parts)` from the parent's own modules."""
 
@@ -62,8 +123,10 @@ class Stage(torch.nn.Module):
         object.__setattr__(self, "parts", parts)
         self.fn = fn
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.fn(hidden_states, self.parts.called_with(args, kwargs))
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = self.fn(hidden_states, self.parts.called_with(args, kwargs))
+        # The layers of these return (stream, attention weights).
+        return (output, None) if self.parts.family.model_type in ("falcon", "bloom") else output
 
 
 class Parts:
@@ -76,24 +139,29 @@ class Parts:
         return Parts(self.layers, self.family, (args, kwargs))
 
     def attention(self, index: int, x: Tensor) -> Tensor:
-        """Attn(norm(x))."""
-        layer, (args, kwargs) = self.layers[index], self.call
-        norm = getattr(layer, self.family.attention_norm)
-        return getattr(layer, self.family.attention)(norm(x), *args, **kwargs)[0]
+        """m * post_norm(Attn(norm(x))); most families have no post-norm and m = 1."""
+        layer, family, (args, kwargs) = self.layers[index], self.family, self.call
+        attention = getattr(layer, family.attention)
+        normed = through(layer, family.attention_norm, x)
+        output = attention(normed, *no_residual(attention, x), *args, **kwargs)[0]
+        return through(layer, family.attention_post_norm, output) * multiplier(layer, family)
 
     def ffn(self, index: int, x: Tensor, norm: int | None = None) -> Tensor:
-        """FFN(norm(x)), with the norm of layer `norm` if given."""
-        normed = getattr(self.layers[index if norm is None else norm], self.family.ffn_norm)(x)
-        return getattr(self.layers[index], self.family.ffn)(normed)
+        """m * post_norm(FFN(norm(x))), with the norm of layer `norm` if given."""
+        layer, family = self.layers[index], self.family
+        normed = through(self.layers[index if norm is None else norm], norm_of_ffn(family), x)
+        ffn = layer.get_submodule(family.ffn) if family.ffn else Loose(layer)
+        output = ffn(normed, *no_residual(ffn, x))
+        return through(layer, family.ffn_post_norm, output) * multiplier(layer, family)
 
     def block(self, index: int, x: Tensor) -> Tensor:
         args, kwargs = self.call
-        return self.layers[index](x, *args, **kwargs)
+        return stream_of(self.layers[index](x, *args, **kwargs))
 
 
 def naive(model: Any, stages: dict[int, Any]) -> Any:
     """A copy of the parent in which `stages[layer](x, parts)` computes that layer: the slow obvious version."""
-    family = family_of(model.config.to_dict())
+    family = family_of(normalised(model.config.to_dict()))
     copied = copy.deepcopy(model)
     layers = layers_of(copied, family)
     parts = Parts(list(layers), family)

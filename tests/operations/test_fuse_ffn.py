@@ -5,16 +5,30 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import tiny_model
-from operations.helpers import VARIANTS, cut_plan, logits, naive, operate, skip, some_tokens, subject_of
+from operations.helpers import (
+    FALCON_7B,
+    Parts,
+    cut_plan,
+    declared,
+    logits,
+    naive,
+    operate,
+    skip,
+    some_tokens,
+    subject_of,
+    taking,
+)
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
+from llmsurgeon.families import FAMILIES, family_of
+from llmsurgeon.formats.models import normalised
 from llmsurgeon.operations.fuse_ffn import FuseFFN, fold_gain, fold_shift
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_width import PruneWidth
 
 DROP = PruneAttention(layers=(2, 3, 4))
+FUSING = taking("fuse_ffn")
 
 
 def parallel_sum(run, family, parallel_residual, first_attends, last_norm=False):
@@ -28,8 +42,14 @@ def parallel_sum(run, family, parallel_residual, first_attends, last_norm=False)
     return {run[0]: compute, **dict.fromkeys(run[1:], skip)}
 
 
+def parts_of(model):
+    """The attention and FFN of each of a model's layers."""
+    family = family_of(normalised(model.config.to_dict()))
+    return Parts(list(model.get_submodule(family.layers)), family)
+
+
 def reference(model, run, dropped, last_norm=False):
-    family = FAMILIES[model.config.model_type]
+    family = family_of(normalised(model.config.to_dict()))
     parallel_residual = family.parallel_residual(model.config.to_dict())
 
     def without_attention(j):
@@ -41,7 +61,7 @@ def reference(model, run, dropped, last_norm=False):
 
 
 @pytest.mark.parametrize("run", [(1, 2, 3, 4), (2, 3), (3, 4)], ids=str)
-@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family_name", "changes"), FUSING)
 def test_fold_is_the_parallel_sum(family_name, changes, run):
     """Runs whose first block keeps its attention, and runs without any."""
     model, tokens = tiny_model(family_name, **changes), some_tokens()
@@ -54,18 +74,17 @@ def test_fold_is_the_parallel_sum(family_name, changes, run):
     assert run in cut_plan(spec) and len(spec.blocks) == 6 - len(run) + 1
 
 
-@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family_name", "changes"), FUSING)
 def test_fold_is_exact_in_float64(family_name, changes):
     """The fused block alone on the same input: norms of Llama's kind round to float32 inside, for both alike."""
     model = tiny_model(family_name, dtype=torch.float64, **changes)
     fused, _, spec = operate(model, DROP, FuseFFN(runs=((2, 3, 4),)))
-    family = FAMILIES[family_name]
-    block = fused.get_submodule(family.layers)[2]
-    layers = model.get_submodule(family.layers)
+    parts = parts_of(model)
+    block = fused.get_submodule(parts.family.layers)[2]
     x = torch.randn(2, 5, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = x + sum(getattr(layers[j], family.ffn)(getattr(layers[j], family.ffn_norm)(x)) for j in (2, 3, 4))
-        torch.testing.assert_close(block(x), expected, atol=1e-10, rtol=0)
+        expected = sum(parts.ffn(j, x) for j in (2, 3, 4))
+        torch.testing.assert_close(block.feed_forward(x), expected, atol=1e-10, rtol=0)
     assert spec.blocks[2].attention is None
 
 
@@ -92,7 +111,7 @@ def test_bfloat16_is_one_cast_away(family_name):
     assert error < 0.05
 
 
-@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family_name", "changes"), FUSING)
 def test_norm_last_uses_the_last_norm_for_all(family_name, changes):
     model, tokens, run = tiny_model(family_name, **changes), some_tokens(), (1, 2, 3)
     fused, _, _ = operate(model, DROP, FuseFFN(runs=(run,), norm="last"))
@@ -102,29 +121,35 @@ def test_norm_last_uses_the_last_norm_for_all(family_name, changes):
 
 
 @pytest.mark.parametrize("norm", ["fold", "last"])
-def test_widths_may_differ(family_name, norm):
+@pytest.mark.parametrize(("family_name", "changes"), FUSING)
+def test_widths_may_differ(family_name, changes, norm):
     """One layer of the run was narrowed before: its channels beyond the width are gone, the others count."""
-    model, tokens, run = tiny_model(family_name), some_tokens(), (2, 3, 4)
+    model, tokens, run = tiny_model(family_name, **changes), some_tokens(), (2, 3, 4)
     narrow = PruneWidth(width=40, layers=(3,), score="magnitude")
     narrowed, _, _ = operate(model, DROP, narrow)
     fused, _, spec = operate(model, DROP, narrow, FuseFFN(runs=(run,), norm=norm))
-    family = FAMILIES[family_name]
-    layers = narrowed.get_submodule(family.layers)
-    block = fused.get_submodule(family.layers)[2]
+    parts = parts_of(narrowed)
+    block = fused.get_submodule(parts.family.layers)[2]
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = x.clone()
-        for j in run:
-            normed = getattr(layers[run[-1] if norm == "last" else j], family.ffn_norm)(x)
-            expected += getattr(layers[j], family.ffn)(normed)
-        torch.testing.assert_close(block(x), expected, atol=1e-5, rtol=1e-5)
-    full = 128 if family_name == "gpt2" else 96
-    assert spec.blocks[2].ffn.width == 2 * full + 40
+        expected = sum(parts.ffn(j, x, run[-1] if norm == "last" else None) for j in run)
+        torch.testing.assert_close(block.feed_forward(x), expected, atol=1e-5, rtol=1e-5)
+    assert spec.blocks[2].ffn.width == 2 * spec.blocks[0].ffn.width + 40
     assert logits(fused, tokens).isfinite().all()
 
 
-def test_several_runs_and_a_run_of_fused_blocks():
-    model, tokens = tiny_model("llama"), some_tokens()
+@pytest.mark.parametrize(
+    ("family_name", "changes"),
+    [
+        ("llama", {}),
+        ("phi3", {}),
+        ("stablelm", {"use_parallel_residual": True}),
+        ("falcon", FALCON_7B),
+        ("granite", {}),
+    ],
+)
+def test_several_runs_and_a_run_of_fused_blocks(family_name, changes):
+    model, tokens = tiny_model(family_name, **changes), some_tokens()
     drop = PruneAttention(layers=(1, 2, 3, 4, 5))
     twice, _, spec = operate(model, drop, FuseFFN(runs=((1, 2), (4, 5))))
     assert cut_plan(spec) == [(0,), (1, 2), (3,), (4, 5)]
@@ -133,6 +158,32 @@ def test_several_runs_and_a_run_of_fused_blocks():
     expected = logits(reference(model, (1, 2, 3, 4, 5), drop.layers), tokens)
     torch.testing.assert_close(logits(again, tokens), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(twice, tokens), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family_name", "changes"), [("stablelm", {"use_parallel_residual": True}), ("falcon", FALCON_7B)]
+)
+@pytest.mark.parametrize("norm", ["fold", "last"])
+def test_a_fused_ffn_does_not_share_attentions_norm(family_name, changes, norm):
+    """Either part of the fused block can still go, and takes its own norm along."""
+    model, run = tiny_model(family_name, **changes), (1, 2, 3)
+    fuse = (DROP, FuseFFN(runs=(run,), norm=norm))
+    fused, _, spec = operate(model, *fuse)
+    assert spec.blocks[1].ffn.own_norm and spec.blocks[1].ffn.bias == (norm == "fold")
+    family = declared(family_name, changes)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    for gone, left in ((PruneAttention(layers=(1,)), "feed_forward"), (PruneFFN(layers=(1,)), "attend")):
+        student, _, _ = operate(model, *fuse, gone)
+        block = student.get_submodule(family.layers)[1]
+        names = {name.split(".")[0] for name in block.state_dict()}
+        expected = (
+            {family.ffn, family.ffn_norm} if left == "feed_forward" else {family.attention, family.attention_norm}
+        )
+        assert names == expected
+    with torch.no_grad():
+        student, _, _ = operate(model, *fuse, PruneAttention(layers=(1,)))
+        mine, whole = (m.get_submodule(family.layers)[1].feed_forward(x) for m in (student, fused))
+    assert torch.equal(mine, whole)
 
 
 def test_auto_takes_the_runs_of_least_dependency():
@@ -172,6 +223,19 @@ def test_a_run_needs_an_ffn_everywhere():
         subject = subject.after(step.plan(subject))
     with pytest.raises(SurgeryError, match="layer 1 has no dense FFN"):
         FuseFFN(runs=((1, 2),)).plan(subject)
+
+
+@pytest.mark.parametrize("gain_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_folding_rounds_once(dtype, gain_dtype):
+    """Every 16-bit pattern of a weight, against the product in float64, whose one rounding is the reference."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    weight = (bits.view(dtype) if dtype.itemsize == 2 else bits.view(torch.bfloat16).to(dtype)).view(-1, 1024)
+    gain = torch.linspace(-2, 3, 1024).to(gain_dtype)
+    expected = (weight.double() * gain.double()).float().to(dtype)
+    folded = fold_gain(weight, gain)
+    assert folded.dtype == dtype and torch.equal(folded.isnan(), expected.isnan())
+    assert torch.equal(folded.nan_to_num(), expected.nan_to_num())
 
 
 def test_folds_are_the_linear_maps_they_stand_for():

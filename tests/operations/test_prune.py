@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import LAYERS, tiny_model
-from operations.helpers import VARIANTS, cut_plan, logits, naive, operate, skip, some_tokens, subject_of
+from conftest import LAYERS, tiny_config, tiny_model
+from operations.helpers import VARIANTS, cut_plan, declared, logits, naive, operate, skip, some_tokens, subject_of
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
+from llmsurgeon.formats.models import normalised
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
@@ -33,7 +33,7 @@ def test_parts_go(family_name, changes):
     assert [block.attention is None for block in spec.blocks] == [True, False, False, True, False]
     assert [block.ffn is None for block in spec.blocks] == [False, True, False, False, False]
     assert written.format == "surgeon"
-    assert len(pruned.get_submodule(FAMILIES[family_name].layers)) == 5
+    assert len(pruned.get_submodule(declared(family_name, changes).layers)) == 5
 
 
 @pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
@@ -43,7 +43,7 @@ def test_blocks_go_and_the_format_stays_native(family_name, changes):
     torch.testing.assert_close(logits(pruned, tokens), logits(naive(model, {1: skip, 4: skip}), tokens))
     assert cut_plan(spec) == [(0,), (2,), (3,), (5,)]
     assert (written.format, written.code) == ("native", ())
-    assert type(pruned).__name__ == FAMILIES[family_name].model_class
+    assert type(pruned).__name__ == declared(family_name, changes).model_class
     assert written.config["model_type"] == family_name
     assert "block_configs" not in written.config and "auto_map" not in written.config
 
@@ -61,6 +61,34 @@ def test_sliding_windows_are_cut_along(family_name, gone):
         types = [kind for i, kind in enumerate(model.config.layer_types) if i not in gone]
         assert written.config["layer_types"] == types
         assert written.config["max_window_layers"] == types.count("full_attention")
+
+
+@pytest.mark.parametrize(
+    ("family_name", "changes", "rule"),
+    [
+        ("gemma2", {"layer_types": None}, "layer_types"),
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 3}, "sliding_window_pattern"),
+        # Longer than the model, as its config allows.
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1, 0, 0, 1, 1]}, "no_rope_layer_interval"),
+    ],
+)
+@pytest.mark.parametrize("format", ["native", "surgeon"])
+def test_lists_of_one_entry_a_layer_are_cut_along(family_name, changes, rule, format):
+    """Alternating windows with a rotary base each, rotary positions in some layers only."""
+    model, tokens = tiny_model(family_name, **changes), some_tokens(length=20)
+    pruned, written, spec = operate(model, PruneBlocks(layers=(1, 2)), format=format)
+    torch.testing.assert_close(logits(pruned, tokens), logits(naive(model, {1: skip, 2: skip}), tokens))
+    for key in declared(family_name).per_layer_lists:
+        assert written.config[key] == [getattr(model.config, key)[i] for i in (0, 3, 4, 5)]
+    assert rule == "layer_types" or rule not in written.config, "a reader would make the list of a whole model from it"
+    kept = subject_of(model)[0].spec.blocks
+    assert [block.attention for block in spec.blocks] == [kept[i].attention for i in (0, 3, 4, 5)]
+
+
+def test_a_list_that_is_too_short_is_refused_before_anything_is_written():
+    config = {**normalised(tiny_config("smollm3")), "no_rope_layers": [1] * 5}
+    with pytest.raises(SurgeryError, match="no_rope_layers has 5 entries, num_hidden_layers says 6"):
+        declared("smollm3").describe(config)
 
 
 def test_layers_keep_the_parents_numbers():

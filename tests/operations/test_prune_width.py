@@ -7,10 +7,11 @@ import copy
 import pytest
 import torch
 from conftest import tiny_model
-from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
+from operations.helpers import declared, logits, operate, some_tokens, subject_of, taking
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
+from llmsurgeon.families import family_of
+from llmsurgeon.formats.models import normalised
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
@@ -19,11 +20,11 @@ from llmsurgeon.operations.prune_width import PruneWidth, top_channels
 
 def masked(model, kept):
     """The parent with every inner channel but `kept[layer]` zero where the output projection reads it."""
-    family = FAMILIES[model.config.model_type]
+    family = family_of(normalised(model.config.to_dict()))
     model = copy.deepcopy(model)
     layers = model.get_submodule(family.layers)
     for layer, channels in kept.items():
-        projection = getattr(getattr(layers[layer], family.ffn), family.ffn_out)
+        projection = layers[layer].get_submodule(family.ffn_module(family.ffn_out))
 
         def mask(_, inputs, channels=channels):
             return (inputs[0] * torch.zeros(inputs[0].shape[-1]).index_fill(0, torch.tensor(channels), 1),)
@@ -32,26 +33,28 @@ def masked(model, kept):
     return model
 
 
-def by_magnitude(model, layer, width):
+def by_magnitude(model, layer, kept):
     """Channels by the product of their weights' norms, one at a time."""
-    family = FAMILIES[model.config.model_type]
-    ffn = getattr(model.get_submodule(family.layers)[layer], family.ffn)
+    family = family_of(normalised(model.config.to_dict()))
+    block = model.get_submodule(family.layers)[layer]
 
     def rows(name):
-        weight = getattr(ffn, name).weight
+        weight = block.get_submodule(family.ffn_module(name)).weight
         return weight.T if family.transposed else weight
 
     out = rows(family.ffn_out)
+    width = out.shape[1]
     scores = []
-    for channel in range(out.shape[1]):
+    for channel in range(width):
         score = out[:, channel].norm()
         for name in family.ffn_in:
-            score = score * rows(name)[channel].norm()
+            for start in range(0, width * family.ffn_stacked, width):
+                score = score * rows(name)[start + channel].norm()
         scores.append(score.item())
-    return sorted(sorted(range(len(scores)), key=lambda c: -scores[c])[:width])
+    return sorted(sorted(range(len(scores)), key=lambda c: -scores[c])[:kept])
 
 
-@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family_name", "changes"), taking("prune_width"))
 def test_magnitude(family_name, changes):
     model, tokens = tiny_model(family_name, **changes), some_tokens()
     narrow, written, spec = operate(model, PruneWidth(width=40, score="magnitude"))
@@ -59,13 +62,14 @@ def test_magnitude(family_name, changes):
     torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
     assert {block.ffn.width for block in spec.blocks} == {40}
-    assert (written.format, written.config[FAMILIES[family_name].width_key]) == ("native", 40)
+    key = declared(family_name, changes).width_key
+    assert (written.format, key and written.config[key]) == (("native", 40) if key else ("surgeon", None))
 
 
-@pytest.mark.parametrize(("family_name", "changes"), VARIANTS)
+@pytest.mark.parametrize(("family_name", "changes"), taking("prune_width"))
 def test_activation_in_some_layers(family_name, changes):
     model, tokens = tiny_model(family_name, **changes), some_tokens()
-    width = 128 if family_name == "gpt2" else 96
+    width = subject_of(model)[0].spec.blocks[0].ffn.width
     scores = torch.rand(6, width, generator=torch.Generator().manual_seed(3))
     step = PruneWidth(width=32, layers=(1, 4))
     assert step.needs() == {"ffn_channel"}

@@ -1,0 +1,48 @@
+"""DeciLM (Nemotron-NAS): Llama whose blocks differ in shape. Ships inside converted checkpoints."""
+
+import copy
+
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+
+from .configuration_decilm import DeciLMConfig
+
+
+class DeciLMDecoderLayer(LlamaDecoderLayer):
+    """LlamaDecoderLayer with `kv_heads` key/value heads and an FFN of `width`; None is a part that is absent.
+
+    `slot` is the place of its keys and values in the cache.
+    """
+
+    def __init__(self, config, kv_heads, width, slot):
+        shape = copy.copy(config)
+        shape.block_configs = None
+        shape.num_key_value_heads = kv_heads or 1
+        shape.intermediate_size = width or 1
+        super().__init__(shape, slot)
+        if kv_heads is None:
+            del self.self_attn, self.input_layernorm
+        if width is None:
+            del self.mlp, self.post_attention_layernorm
+
+    def forward(self, hidden_states, *args, **kwargs):
+        if hasattr(self, "self_attn"):
+            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)[0]
+        if hasattr(self, "mlp"):
+            hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states
+
+
+class DeciLMForCausalLM(LlamaForCausalLM):
+    config_class = DeciLMConfig
+    _no_split_modules = ["DeciLMDecoderLayer"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        slot = 0
+        for index, (kv_heads, width) in enumerate(config.sizes()):
+            self.model.layers[index] = DeciLMDecoderLayer(config, kv_heads, width, slot)
+            slot += kv_heads is not None
+        self.post_init()
+
+
+DeciLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,88 @@
+"""BERT with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.bert import modeling_bert as bert
+from transformers.models.bert.configuration_bert import BertConfig
+
+from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonBertConfig(SurgeonConfigMixin, BertConfig):
+    model_type = "surgeon_bert"
+    block_configs: list | None = None
+
+
+class SurgeonBertBlock(PostNormBlock, bert.BertLayer):
+    """BertLayer with parts that may be absent."""
+
+    attention_name = "attention"
+    attention_parts = ("attention.self", "attention.output.dense")
+    ffn_parts = ("intermediate", "output.dense")
+    ffn_name = "intermediate"
+    ffn_idle = ("output.dense",)
+
+    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
+        if not hasattr(self.attention, "self"):
+            return self.attention.output.LayerNorm(hidden_BTD)
+        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
+
+    def fed_forward(self, hidden_BTD):
+        if not hasattr(self, "intermediate"):
+            return self.output.LayerNorm(hidden_BTD)
+        return self.feed_forward_chunk(hidden_BTD)
+
+
+class Swapped:
+    """Mixed in before BERT's own classes: their layers make room for the blocks of the config."""
+
+    config_class = SurgeonBertConfig
+    _no_split_modules = ["BertEmbeddings", "SurgeonBertBlock"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        swap_blocks(self.base_model.encoder.layer, config, SurgeonBertBlock)
+        self.post_init()
+
+
+class SurgeonBertModel(Swapped, bert.BertModel):
+    pass
+
+
+class SurgeonBertForPreTraining(Swapped, bert.BertForPreTraining):
+    pass
+
+
+class SurgeonBertForMaskedLM(Swapped, bert.BertForMaskedLM):
+    pass
+
+
+class SurgeonBertForNextSentencePrediction(Swapped, bert.BertForNextSentencePrediction):
+    pass
+
+
+class SurgeonBertForSequenceClassification(Swapped, bert.BertForSequenceClassification):
+    pass
+
+
+class SurgeonBertForTokenClassification(Swapped, bert.BertForTokenClassification):
+    pass
+
+
+class SurgeonBertForQuestionAnswering(Swapped, bert.BertForQuestionAnswering):
+    pass
+
+
+class SurgeonBertForMultipleChoice(Swapped, bert.BertForMultipleChoice):
+    pass
+
+
+SurgeonBertConfig.register_for_auto_class()
+SurgeonBertModel.register_for_auto_class("AutoModel")
+SurgeonBertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+SurgeonBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+SurgeonBertForNextSentencePrediction.register_for_auto_class("AutoModelForNextSentencePrediction")
+SurgeonBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+SurgeonBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+SurgeonBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+SurgeonBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -1,0 +1,54 @@
+"""Bloom with blocks of differing shape; ships inside converted checkpoints."""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers.models.bloom.configuration_bloom import BloomConfig
+from transformers.models.bloom.modeling_bloom import BloomBlock, BloomForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonBloomConfig(SurgeonConfigMixin, BloomConfig):
+    model_type = "surgeon_bloom"
+    block_configs: list | None = None
+
+
+class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
+    """BloomBlock with parts that may be absent, and FFNs of any width."""
+
+    attention_name = "self_attention"
+    returns_tuple = True
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        if width := getattr(config, "intermediate_size", None):
+            self.mlp.dense_h_to_4h = nn.Linear(config.hidden_size, width)
+            self.mlp.dense_4h_to_h = nn.Linear(width, config.hidden_size)
+
+    # Bloom's attention and FFN add the residual themselves: with zeros in its place they give their contribution.
+
+    def attend(self, hidden_BTD, *args, **kwargs):
+        if not hasattr(self, "self_attention"):
+            return None
+        return self.self_attention(self.attention_input(hidden_BTD), torch.zeros_like(hidden_BTD), *args, **kwargs)[0]
+
+    def feed_forward(self, hidden_BTD):
+        if not hasattr(self, "mlp"):
+            return None
+        return self.mlp(self.ffn_input(hidden_BTD), torch.zeros_like(hidden_BTD))
+
+
+class SurgeonBloomForCausalLM(BloomForCausalLM):
+    config_class = SurgeonBloomConfig
+    _no_split_modules = ["SurgeonBloomBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.transformer.h, config, SurgeonBloomBlock)
+        self.post_init()
+
+
+SurgeonBloomConfig.register_for_auto_class()
+SurgeonBloomForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,80 @@
+"""DistilBERT with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.distilbert import modeling_distilbert as distilbert
+from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
+
+from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonDistilBertConfig(SurgeonConfigMixin, DistilBertConfig):
+    model_type = "surgeon_distilbert"
+    block_configs: list | None = None
+
+
+class SurgeonDistilBertBlock(PostNormBlock, distilbert.TransformerBlock):
+    """TransformerBlock with parts that may be absent."""
+
+    attention_name = "attention"
+    attention_parts = ("attention",)
+    ffn_parts = ("ffn",)
+    ffn_name = "ffn"
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config)
+
+    def attended(self, hidden_BTD, attention_mask=None, **kwargs):
+        if not hasattr(self, "attention"):
+            return self.sa_layer_norm(hidden_BTD)
+        return self.sa_layer_norm(self.attention(hidden_BTD, attention_mask, **kwargs)[0] + hidden_BTD)
+
+    def fed_forward(self, hidden_BTD):
+        if not hasattr(self, "ffn"):
+            return self.output_layer_norm(hidden_BTD)
+        return self.output_layer_norm(self.ffn(hidden_BTD) + hidden_BTD)
+
+
+class Swapped:
+    """Mixed in before DistilBERT's own classes: their layers make room for the blocks of the config."""
+
+    config_class = SurgeonDistilBertConfig
+    _no_split_modules = ["SurgeonDistilBertBlock"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        swap_blocks(self.base_model.transformer.layer, config, SurgeonDistilBertBlock, width_key="hidden_dim")
+        self.post_init()
+
+
+class SurgeonDistilBertModel(Swapped, distilbert.DistilBertModel):
+    pass
+
+
+class SurgeonDistilBertForMaskedLM(Swapped, distilbert.DistilBertForMaskedLM):
+    pass
+
+
+class SurgeonDistilBertForSequenceClassification(Swapped, distilbert.DistilBertForSequenceClassification):
+    pass
+
+
+class SurgeonDistilBertForTokenClassification(Swapped, distilbert.DistilBertForTokenClassification):
+    pass
+
+
+class SurgeonDistilBertForQuestionAnswering(Swapped, distilbert.DistilBertForQuestionAnswering):
+    pass
+
+
+class SurgeonDistilBertForMultipleChoice(Swapped, distilbert.DistilBertForMultipleChoice):
+    pass
+
+
+SurgeonDistilBertConfig.register_for_auto_class()
+SurgeonDistilBertModel.register_for_auto_class("AutoModel")
+SurgeonDistilBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+SurgeonDistilBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+SurgeonDistilBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+SurgeonDistilBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+SurgeonDistilBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

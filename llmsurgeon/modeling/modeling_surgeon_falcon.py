@@ -1,0 +1,55 @@
+"""Falcon with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from torch.nn import functional as F
+from transformers.models.falcon.configuration_falcon import FalconConfig
+from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonFalconConfig(SurgeonConfigMixin, FalconConfig):
+    model_type = "surgeon_falcon"
+    block_configs: list | None = None
+
+
+class SurgeonFalconBlock(SurgeonBlock, FalconDecoderLayer):
+    """FalconDecoderLayer with parts that may be absent."""
+
+    attention_name = "self_attention"
+    ffn_in_names = ("mlp.dense_h_to_4h",)
+    returns_tuple = True
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.parallel_residual = config.parallel_attn
+        if hasattr(self, "ln_attn"):
+            self.attention_norm_name, self.ffn_norm_name = "ln_attn", "ln_mlp"
+        else:
+            self.shares_norm = config.parallel_attn
+
+    def attend(self, hidden_BTD, *args, **kwargs):
+        contribution = super().attend(hidden_BTD, *args, **kwargs)
+        p = self.config.hidden_dropout if self.parallel_residual else self.config.attention_dropout
+        return None if contribution is None else F.dropout(contribution, p, self.training)
+
+    def feed_forward(self, hidden_BTD):
+        contribution = super().feed_forward(hidden_BTD)
+        return None if contribution is None else F.dropout(contribution, self.config.hidden_dropout, self.training)
+
+
+class SurgeonFalconForCausalLM(FalconForCausalLM):
+    config_class = SurgeonFalconConfig
+    _no_split_modules = ["SurgeonFalconBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(
+            self.transformer.h, config, SurgeonFalconBlock, width_key="ffn_hidden_size", kv_heads_key="num_kv_heads"
+        )
+        self.post_init()
+
+
+SurgeonFalconConfig.register_for_auto_class()
+SurgeonFalconForCausalLM.register_for_auto_class("AutoModelForCausalLM")

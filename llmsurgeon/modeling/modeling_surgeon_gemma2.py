@@ -1,0 +1,37 @@
+"""Gemma2 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
+from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonGemma2Config(SurgeonConfigMixin, Gemma2Config):
+    model_type = "surgeon_gemma2"
+    block_configs: list | None = None
+
+
+class SurgeonGemma2Block(SurgeonBlock, Gemma2DecoderLayer):
+    """Gemma2DecoderLayer with parts that may be absent."""
+
+    ffn_norm_name = "pre_feedforward_layernorm"
+    attention_post_norm_name = "post_attention_layernorm"
+    ffn_post_norm_name = "post_feedforward_layernorm"
+    attention_parts = ("self_attn", "input_layernorm", "post_attention_layernorm")
+    ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+class SurgeonGemma2ForCausalLM(Gemma2ForCausalLM):
+    config_class = SurgeonGemma2Config
+    _no_split_modules = ["SurgeonGemma2Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonGemma2Block)
+        self.post_init()
+
+
+SurgeonGemma2Config.register_for_auto_class()
+SurgeonGemma2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

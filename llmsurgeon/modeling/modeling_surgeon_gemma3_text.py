@@ -1,0 +1,37 @@
+"""Gemma3 (text) with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
+from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonGemma3TextConfig(SurgeonConfigMixin, Gemma3TextConfig):
+    model_type = "surgeon_gemma3_text"
+    block_configs: list | None = None
+
+
+class SurgeonGemma3TextBlock(SurgeonBlock, Gemma3DecoderLayer):
+    """Gemma3DecoderLayer with parts that may be absent."""
+
+    ffn_norm_name = "pre_feedforward_layernorm"
+    attention_post_norm_name = "post_attention_layernorm"
+    ffn_post_norm_name = "post_feedforward_layernorm"
+    attention_parts = ("self_attn", "input_layernorm", "post_attention_layernorm")
+    ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+
+
+class SurgeonGemma3TextForCausalLM(Gemma3ForCausalLM):
+    config_class = SurgeonGemma3TextConfig
+    _no_split_modules = ["SurgeonGemma3TextBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonGemma3TextBlock)
+        self.post_init()
+
+
+SurgeonGemma3TextConfig.register_for_auto_class()
+SurgeonGemma3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")

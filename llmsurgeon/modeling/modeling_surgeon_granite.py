@@ -1,0 +1,31 @@
+"""Granite with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.granite.configuration_granite import GraniteConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonGraniteConfig(SurgeonConfigMixin, GraniteConfig):
+    model_type = "surgeon_granite"
+    block_configs: list | None = None
+
+
+class SurgeonGraniteBlock(SurgeonBlock, GraniteDecoderLayer):
+    """GraniteDecoderLayer, which holds a residual_multiplier, with parts that may be absent."""
+
+
+class SurgeonGraniteForCausalLM(GraniteForCausalLM):
+    config_class = SurgeonGraniteConfig
+    _no_split_modules = ["SurgeonGraniteBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonGraniteBlock)
+        self.post_init()
+
+
+SurgeonGraniteConfig.register_for_auto_class()
+SurgeonGraniteForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,37 @@
+"""Mixtral with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonMixtralConfig(SurgeonConfigMixin, MixtralConfig):
+    model_type = "surgeon_mixtral"
+    block_configs: list | None = None
+
+
+class SurgeonMixtralBlock(SurgeonBlock, MixtralDecoderLayer):
+    """MixtralDecoderLayer with parts that may be absent."""
+
+
+class SurgeonMixtralForCausalLM(MixtralForCausalLM):
+    config_class = SurgeonMixtralConfig
+    _no_split_modules = ["SurgeonMixtralBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonMixtralBlock)
+        self.post_init()
+
+
+# Files hold each expert by itself, as the stock model's do; the class stacks them.
+register_checkpoint_conversion_mapping("surgeon_mixtral", get_checkpoint_conversion_mapping("mixtral"), overwrite=True)
+SurgeonMixtralConfig.register_for_auto_class()
+SurgeonMixtralForCausalLM.register_for_auto_class("AutoModelForCausalLM")

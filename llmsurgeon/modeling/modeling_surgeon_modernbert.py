@@ -1,0 +1,67 @@
+"""ModernBERT with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.modernbert import modeling_modernbert as modernbert
+from transformers.models.modernbert.configuration_modernbert import ModernBertConfig
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonModernBertConfig(SurgeonConfigMixin, ModernBertConfig):
+    model_type = "surgeon_modernbert"
+    block_configs: list | None = None
+
+
+class SurgeonModernBertBlock(SurgeonBlock, modernbert.ModernBertEncoderLayer):
+    """ModernBertEncoderLayer with parts that may be absent."""
+
+    attention_name = "attn"
+    attention_norm_name = "attn_norm"
+    ffn_norm_name = "mlp_norm"
+    ffn_in_names = ("mlp.Wi",)
+
+
+class Swapped:
+    """Mixed in before ModernBERT's own classes: their layers make room for the blocks of the config."""
+
+    config_class = SurgeonModernBertConfig
+    _no_split_modules = ["ModernBertEmbeddings", "SurgeonModernBertBlock", "ParallelBlock"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        swap_blocks(self.base_model.layers, config, SurgeonModernBertBlock)
+        self.post_init()
+
+
+class SurgeonModernBertModel(Swapped, modernbert.ModernBertModel):
+    pass
+
+
+class SurgeonModernBertForMaskedLM(Swapped, modernbert.ModernBertForMaskedLM):
+    pass
+
+
+class SurgeonModernBertForSequenceClassification(Swapped, modernbert.ModernBertForSequenceClassification):
+    pass
+
+
+class SurgeonModernBertForTokenClassification(Swapped, modernbert.ModernBertForTokenClassification):
+    pass
+
+
+class SurgeonModernBertForQuestionAnswering(Swapped, modernbert.ModernBertForQuestionAnswering):
+    pass
+
+
+class SurgeonModernBertForMultipleChoice(Swapped, modernbert.ModernBertForMultipleChoice):
+    pass
+
+
+SurgeonModernBertConfig.register_for_auto_class()
+SurgeonModernBertModel.register_for_auto_class("AutoModel")
+SurgeonModernBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+SurgeonModernBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+SurgeonModernBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+SurgeonModernBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+SurgeonModernBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -1,0 +1,70 @@
+"""OPT with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from torch.nn import functional as F
+from transformers.models.opt.configuration_opt import OPTConfig
+from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
+
+from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonOPTConfig(SurgeonConfigMixin, OPTConfig):
+    model_type = "surgeon_opt"
+    block_configs: list | None = None
+
+
+class Layer(OPTDecoderLayer):
+    """OPTDecoderLayer, what it computes by part."""
+
+    def attention_output(self, read_BTD, *args, **kwargs):
+        return F.dropout(self.self_attn(read_BTD, *args, **kwargs)[0], self.dropout, self.training)
+
+    def ffn_output(self, read_BTD):
+        return F.dropout(self.fc2(self.activation_fn(self.fc1(read_BTD))), self.dropout, self.training)
+
+
+class SurgeonOPTBlock(SurgeonBlock, Layer):
+    """OPTDecoderLayer with parts that may be absent."""
+
+    attention_norm_name = "self_attn_layer_norm"
+    ffn_norm_name = "final_layer_norm"
+    ffn_parts = ("fc1", "fc2", "final_layer_norm")
+    ffn_in_names = ("fc1",)
+
+    def attend(self, hidden_BTD, *args, **kwargs):
+        if not hasattr(self, "self_attn"):
+            return None
+        return self.attention_output(self.attention_input(hidden_BTD), *args, **kwargs)
+
+    def feed_forward(self, hidden_BTD):
+        return self.ffn_output(self.ffn_input(hidden_BTD)) if hasattr(self, "fc1") else None
+
+
+class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
+    """The same where the norms follow the residual sums; they stay when their part goes."""
+
+    attention_parts = ("self_attn",)
+    ffn_parts = ("fc1", "fc2")
+
+    def attended(self, hidden_BTD, *args, **kwargs):
+        added = self.attention_output(hidden_BTD, *args, **kwargs) if hasattr(self, "self_attn") else 0
+        return self.self_attn_layer_norm(hidden_BTD + added)
+
+    def fed_forward(self, hidden_BTD):
+        return self.final_layer_norm(hidden_BTD + (self.ffn_output(hidden_BTD) if hasattr(self, "fc1") else 0))
+
+
+class SurgeonOPTForCausalLM(OPTForCausalLM):
+    config_class = SurgeonOPTConfig
+    _no_split_modules = ["SurgeonOPTBlock", "SurgeonOPTPostNormBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        block_class = SurgeonOPTBlock if config.do_layer_norm_before else SurgeonOPTPostNormBlock
+        swap_blocks(self.model.decoder.layers, config, block_class, width_key="ffn_dim")
+        self.post_init()
+
+
+SurgeonOPTConfig.register_for_auto_class()
+SurgeonOPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,39 @@
+"""Phi3 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.phi3.configuration_phi3 import Phi3Config
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonPhi3Config(SurgeonConfigMixin, Phi3Config):
+    model_type = "surgeon_phi3"
+    block_configs: list | None = None
+
+
+class SurgeonPhi3Block(SurgeonBlock, Phi3DecoderLayer):
+    """Phi3DecoderLayer with parts that may be absent."""
+
+    def attend(self, hidden_BTD, *args, **kwargs):
+        contribution = super().attend(hidden_BTD, *args, **kwargs)
+        return None if contribution is None else self.resid_attn_dropout(contribution)
+
+    def feed_forward(self, hidden_BTD):
+        contribution = super().feed_forward(hidden_BTD)
+        return None if contribution is None else self.resid_mlp_dropout(contribution)
+
+
+class SurgeonPhi3ForCausalLM(Phi3ForCausalLM):
+    config_class = SurgeonPhi3Config
+    _no_split_modules = ["SurgeonPhi3Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonPhi3Block)
+        self.post_init()
+
+
+SurgeonPhi3Config.register_for_auto_class()
+SurgeonPhi3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

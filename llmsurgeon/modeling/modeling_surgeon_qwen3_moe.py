@@ -1,0 +1,39 @@
+"""Qwen3 MoE with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonQwen3MoeConfig(SurgeonConfigMixin, Qwen3MoeConfig):
+    model_type = "surgeon_qwen3_moe"
+    block_configs: list | None = None
+
+
+class SurgeonQwen3MoeBlock(SurgeonBlock, Qwen3MoeDecoderLayer):
+    """Qwen3MoeDecoderLayer with parts that may be absent."""
+
+
+class SurgeonQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
+    config_class = SurgeonQwen3MoeConfig
+    _no_split_modules = ["SurgeonQwen3MoeBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonQwen3MoeBlock, width_key="moe_intermediate_size")
+        self.post_init()
+
+
+# Files hold each expert by itself, as the stock model's do; the class stacks them.
+register_checkpoint_conversion_mapping(
+    "surgeon_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
+)
+SurgeonQwen3MoeConfig.register_for_auto_class()
+SurgeonQwen3MoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")

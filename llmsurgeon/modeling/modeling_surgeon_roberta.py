@@ -1,0 +1,78 @@
+"""RoBERTa with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.roberta import modeling_roberta as roberta
+from transformers.models.roberta.configuration_roberta import RobertaConfig
+
+from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonRobertaConfig(SurgeonConfigMixin, RobertaConfig):
+    model_type = "surgeon_roberta"
+    block_configs: list | None = None
+
+
+class SurgeonRobertaBlock(PostNormBlock, roberta.RobertaLayer):
+    """RobertaLayer with parts that may be absent."""
+
+    attention_name = "attention"
+    attention_parts = ("attention.self", "attention.output.dense")
+    ffn_parts = ("intermediate", "output.dense")
+    ffn_name = "intermediate"
+    ffn_idle = ("output.dense",)
+
+    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
+        if not hasattr(self.attention, "self"):
+            return self.attention.output.LayerNorm(hidden_BTD)
+        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
+
+    def fed_forward(self, hidden_BTD):
+        if not hasattr(self, "intermediate"):
+            return self.output.LayerNorm(hidden_BTD)
+        return self.feed_forward_chunk(hidden_BTD)
+
+
+class Swapped:
+    """Mixed in before RoBERTa's own classes: their layers make room for the blocks of the config."""
+
+    config_class = SurgeonRobertaConfig
+    _no_split_modules = ["RobertaEmbeddings", "SurgeonRobertaBlock"]
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        swap_blocks(self.base_model.encoder.layer, config, SurgeonRobertaBlock)
+        self.post_init()
+
+
+class SurgeonRobertaModel(Swapped, roberta.RobertaModel):
+    pass
+
+
+class SurgeonRobertaForMaskedLM(Swapped, roberta.RobertaForMaskedLM):
+    pass
+
+
+class SurgeonRobertaForSequenceClassification(Swapped, roberta.RobertaForSequenceClassification):
+    pass
+
+
+class SurgeonRobertaForTokenClassification(Swapped, roberta.RobertaForTokenClassification):
+    pass
+
+
+class SurgeonRobertaForQuestionAnswering(Swapped, roberta.RobertaForQuestionAnswering):
+    pass
+
+
+class SurgeonRobertaForMultipleChoice(Swapped, roberta.RobertaForMultipleChoice):
+    pass
+
+
+SurgeonRobertaConfig.register_for_auto_class()
+SurgeonRobertaModel.register_for_auto_class("AutoModel")
+SurgeonRobertaForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
+SurgeonRobertaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+SurgeonRobertaForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
+SurgeonRobertaForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
+SurgeonRobertaForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")

@@ -1,0 +1,31 @@
+"""SmolLM3 with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
+from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonSmolLM3Config(SurgeonConfigMixin, SmolLM3Config):
+    model_type = "surgeon_smollm3"
+    block_configs: list | None = None
+
+
+class SurgeonSmolLM3Block(SurgeonBlock, SmolLM3DecoderLayer):
+    """SmolLM3DecoderLayer with parts that may be absent."""
+
+
+class SurgeonSmolLM3ForCausalLM(SmolLM3ForCausalLM):
+    config_class = SurgeonSmolLM3Config
+    _no_split_modules = ["SurgeonSmolLM3Block", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonSmolLM3Block)
+        self.post_init()
+
+
+SurgeonSmolLM3Config.register_for_auto_class()
+SurgeonSmolLM3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,41 @@
+"""StableLm with blocks of differing shape; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.stablelm.configuration_stablelm import StableLmConfig
+from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmForCausalLM
+
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+
+
+@strict
+class SurgeonStableLmConfig(SurgeonConfigMixin, StableLmConfig):
+    model_type = "surgeon_stablelm"
+    block_configs: list | None = None
+
+
+class SurgeonStableLmBlock(SurgeonBlock, StableLmDecoderLayer):
+    """StableLmDecoderLayer with parts that may be absent."""
+
+    ffn_in_names = ("mlp.gate_proj", "mlp.up_proj")
+
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.parallel_residual = self.shares_norm = config.use_parallel_residual
+
+    def feed_forward(self, hidden_BTD):
+        contribution = super().feed_forward(hidden_BTD)
+        return None if contribution is None else self.dropout(contribution)
+
+
+class SurgeonStableLmForCausalLM(StableLmForCausalLM):
+    config_class = SurgeonStableLmConfig
+    _no_split_modules = ["SurgeonStableLmBlock", "ParallelBlock"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        swap_blocks(self.model.layers, config, SurgeonStableLmBlock)
+        self.post_init()
+
+
+SurgeonStableLmConfig.register_for_auto_class()
+SurgeonStableLmForCausalLM.register_for_auto_class("AutoModelForCausalLM")

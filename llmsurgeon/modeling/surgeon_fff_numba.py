@@ -1,0 +1,409 @@
+"""Hard inference of fast feedforward networks on CPUs, compiled by numba. float32 and bfloat16; sums in float32.
+
+A few tokens walk their paths one after the other. Many tokens first walk the top of the tree, are then sorted by the
+subtree that they reached, and go on subtree by subtree, so that a subtree's rows stay in the cache for all its tokens.
+
+This file ships inside converted checkpoints; surgeon_fff.py imports it where numba is installed.
+
+Shapes: N tokens, D model width, L leaves, W neurons a leaf, K trees, M nodes a tree.
+"""
+
+import math
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+
+try:
+    from llvmlite import ir
+    from numba import get_num_threads, njit, prange, set_num_threads, types
+    from numba.core import cgutils
+    from numba.core.config import NUMBA_NUM_THREADS
+    from numba.extending import intrinsic
+except ImportError as error:  # in a try block: transformers must not ask for numba where this file lies unused
+    raise RuntimeError("surgeon_fff_numba.py needs numba: pip install numba") from error
+
+# Bytes of a cache line, and the level that prefetched rows go to, as LLVM counts them.
+LINE, INTO_L2 = 64, 2
+ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+# Tokens that go down a tree in step.
+GROUP = 16
+# Tokens from which they are sorted by subtree, the levels that all walk before, and tokens that are sorted together:
+# few enough that what was read once stays in the last cache.
+SORTED_FROM, TOP_LEVELS, SORTED = 64, 6, 4096
+# Tokens from which threads are worth waking.
+THREADED_FROM = 32
+# Sums may be reordered, or they could not run in vector registers.
+FAST = {"reassoc", "contract", "nsz"}
+
+
+# Numbers in a vector, and vectors that a loop keeps in flight: enough to hide the latency of a multiply-add.
+LANES, FLIGHT = 16, 4
+BLOCK = LANES * FLIGHT
+WORD, FLOAT = ir.IntType(32), ir.FloatType()
+VECTOR = ir.VectorType(FLOAT, LANES)
+
+
+def _widened(builder, value, lanes):
+    """float32 of numbers stored as float32, or as the bits of bfloat16 in integers."""
+    scalar = value.type.element if lanes > 1 else value.type
+    if scalar == FLOAT:
+        return value
+    word = ir.VectorType(WORD, lanes) if lanes > 1 else WORD
+    shift = ir.Constant(word, [16] * lanes if lanes > 1 else 16)
+    return builder.bitcast(builder.shl(builder.zext(value, word), shift), VECTOR if lanes > 1 else FLOAT)
+
+
+def _loaded(builder, pointer, at, lanes):
+    """`lanes` numbers from `pointer` + `at`, in float32."""
+    place = builder.gep(pointer, [at])
+    if lanes > 1:
+        place = builder.bitcast(place, ir.VectorType(pointer.type.pointee, lanes).as_pointer())
+    value = builder.load(place)
+    # Rows start at any multiple of their numbers' size.
+    value.align = 2 if pointer.type.pointee != FLOAT else 4
+    return _widened(builder, value, lanes)
+
+
+def _stored(builder, value, pointer, at):
+    place = builder.bitcast(builder.gep(pointer, [at]), value.type.as_pointer())
+    builder.store(value, place, align=4)
+
+
+def _multiply_add(builder, a, b, c):
+    name = f"llvm.fma.v{LANES}f32" if a.type == VECTOR else "llvm.fma.f32"
+    function = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(a.type, [a.type] * 3), name
+    )
+    return builder.call(function, [a, b, c])
+
+
+def _row(context, builder, kind, array, index):
+    """Pointer to row `index` of a two-dimensional contiguous array, and the row's length."""
+    made = context.make_array(kind)(context, builder, array)
+    _, width = cgutils.unpack_tuple(builder, made.shape)
+    return builder.gep(made.data, [builder.mul(index, width)]), width
+
+
+@intrinsic
+def dot(context, a, i, b, j):
+    """Dot product of row i of `a` and row j of `b`, float32."""
+
+    def generate(context, builder, signature, arguments):
+        first, width = _row(context, builder, a, *arguments[:2])
+        second, _ = _row(context, builder, b, *arguments[2:])
+        size = width.type
+        blocks = builder.udiv(width, size(BLOCK))
+        sums = [cgutils.alloca_once_value(builder, VECTOR([0.0] * LANES)) for _ in range(FLIGHT)]
+        with cgutils.for_range(builder, blocks) as loop:
+            for k, total in enumerate(sums):
+                at = builder.add(builder.mul(loop.index, size(BLOCK)), size(k * LANES))
+                x, y = (_loaded(builder, pointer, at, LANES) for pointer in (first, second))
+                builder.store(_multiply_add(builder, x, y, builder.load(total)), total)
+        whole = builder.load(sums[0])
+        for total in sums[1:]:
+            whole = builder.fadd(whole, builder.load(total))
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            half = ir.Constant(ir.VectorType(WORD, LANES), [(k + lanes) % LANES for k in range(LANES)])
+            whole = builder.fadd(whole, builder.shuffle_vector(whole, whole, half))
+        rest = cgutils.alloca_once_value(builder, builder.extract_element(whole, WORD(0)))
+        with cgutils.for_range_slice(builder, builder.mul(blocks, size(BLOCK)), width, size(1)) as (at, _):
+            x, y = (_loaded(builder, pointer, at, 1) for pointer in (first, second))
+            builder.store(_multiply_add(builder, x, y, builder.load(rest)), rest)
+        return builder.load(rest)
+
+    return types.float32(a, types.intp, b, types.intp), generate
+
+
+@intrinsic
+def add_rows(context, y, n, start, begin, scales, rows, m, count, source):
+    """y[n] = start[begin] + sum over i < count of scales[m, i] * source[rows[m, i]]; y stays in registers meanwhile."""
+
+    def generate(context, builder, signature, arguments):
+        target, width = _row(context, builder, y, *arguments[:2])
+        first, _ = _row(context, builder, start, *arguments[2:4])
+        scale, _ = _row(context, builder, scales, arguments[4], arguments[6])
+        row, _ = _row(context, builder, rows, arguments[5], arguments[6])
+        count = arguments[7]
+        made = context.make_array(source)(context, builder, arguments[8])
+        size = width.type
+
+        def block(start, flight, lanes):
+            kind = VECTOR if lanes > 1 else FLOAT
+            places = [builder.add(start, size(k * lanes)) for k in range(flight)]
+            sums = [cgutils.alloca_once(builder, kind) for _ in places]
+            for place, total in zip(places, sums, strict=True):
+                builder.store(_loaded(builder, first, place, lanes), total)
+            with cgutils.for_range(builder, count) as loop:
+                factor = builder.load(builder.gep(scale, [loop.index]))
+                if lanes > 1:
+                    single = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), factor, WORD(0))
+                    zeros = ir.Constant(ir.VectorType(WORD, LANES), [0] * LANES)
+                    factor = builder.shuffle_vector(single, single, zeros)
+                begin = builder.mul(builder.load(builder.gep(row, [loop.index])), width)
+                for place, total in zip(places, sums, strict=True):
+                    value = _loaded(builder, made.data, builder.add(begin, place), lanes)
+                    builder.store(_multiply_add(builder, factor, value, builder.load(total)), total)
+            for place, total in zip(places, sums, strict=True):
+                _stored(builder, builder.load(total), target, place)
+
+        blocks = builder.udiv(width, size(BLOCK))
+        with cgutils.for_range(builder, blocks) as loop:
+            block(builder.mul(loop.index, size(BLOCK)), FLIGHT, LANES)
+        with cgutils.for_range_slice(builder, builder.mul(blocks, size(BLOCK)), width, size(1)) as (at, _):
+            block(at, 1, 1)
+        return context.get_dummy_value()
+
+    return types.void(y, types.intp, start, types.intp, scales, rows, types.intp, types.intp, source), generate
+
+
+@intrinsic
+def prefetch(context, a, i):
+    """Ask for row i of `a`, which is read soon."""
+
+    def generate(context, builder, signature, arguments):
+        place, width = _row(context, builder, a, *arguments)
+        size = a.dtype.bitwidth // 8
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
+        name = "llvm.prefetch.p0"
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        step = width.type(LINE // size)
+        with cgutils.for_range_slice(builder, width.type(0), width, step) as (at, _):
+            pointer = builder.bitcast(builder.gep(place, [at]), byte)
+            builder.call(function, [pointer, WORD(0), WORD(INTO_L2), WORD(1)])
+        return context.get_dummy_value()
+
+    return types.void(a, types.intp), generate
+
+
+@intrinsic
+def wide(context, number):
+    """float32 of one number stored as float32, or as the bits of a bfloat16 in a uint16."""
+
+    def generate(context, builder, signature, arguments):
+        return _widened(builder, arguments[0], 1)
+
+    return types.float32(number), generate
+
+
+@njit(fastmath=FAST)
+def activated(kind, z):
+    if kind == 0:
+        return z / (np.float32(1) + np.float32(math.exp(-z)))
+    if kind == 1:
+        return max(z, np.float32(0))
+    if kind == 2:
+        return np.float32(0.5) * z * (np.float32(1) + np.float32(math.erf(z * np.float32(0.7071067811865476))))
+    inner = np.float32(0.7978845608028654) * (z + np.float32(0.044715) * z * z * z)
+    return np.float32(0.5) * z * (np.float32(1) + np.float32(math.tanh(inner)))
+
+
+@njit(fastmath=FAST, inline="always")
+def walk(x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, first, last, node, rows, active):
+    """Tokens order[begin:end] down a tree, levels `first` to `last`, in step: one token's rows arrive while another's
+    are multiplied. Fills rows and activations of the neurons that they visit and moves `node` on.
+
+    An empty array stands for a gate or a bias that is not there.
+    """
+    for level in range(first, last):
+        for i in range(begin, end):
+            n = order[i]
+            row = offset + node[n]
+            inner = dot(x, n, up, row)
+            if up_bias.shape[0] > 0:
+                inner += wide(up_bias[row])
+            branch = inner
+            if gate.shape[0] > 0:
+                branch = dot(x, n, gate, row)
+                if gate_bias.shape[0] > 0:
+                    branch += wide(gate_bias[row])
+                active[n, level] = activated(kind, branch) * inner
+            else:
+                active[n, level] = activated(kind, branch)
+            rows[n, level] = row
+            node[n] = 2 * node[n] + 1 + (1 if branch > 0 else 0)
+            prefetch(down, row)
+            if level + 1 < last and end - begin > 1:
+                prefetch(up, offset + node[n])
+                if gate.shape[0] > 0:
+                    prefetch(gate, offset + node[n])
+
+
+def _nodes(x, gate, up, down, gate_bias, up_bias, out_bias, trees, depth, kind, top, y):
+    """Node form. The top levels in the given order; sorted by subtree, the rest and the output."""
+    levels, size = depth + 1, up.shape[0] // trees
+    active = np.empty((x.shape[0], levels), np.float32)
+    rows = np.empty((x.shape[0], levels), np.int64)
+    node = np.empty(x.shape[0], np.int64)
+    for start in range(0, x.shape[0], SORTED):
+        stop = min(start + SORTED, x.shape[0])
+        order = np.arange(start, stop)
+        groups = (stop - start + GROUP - 1) // GROUP
+        for tree in range(trees):
+            offset = tree * size
+            node[start:stop] = 0
+            if top > 0:
+                for g in prange(groups):
+                    begin, end = g * GROUP, min(g * GROUP + GROUP, stop - start)
+                    walk(
+                        x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, 0, top, node, rows,
+                        active,
+                    )  # fmt: skip
+                order = start + sorted_by(node[start:stop], (1 << top) - 1, 1 << top)
+            for g in prange(groups):
+                begin, end = g * GROUP, min(g * GROUP + GROUP, stop - start)
+                walk(
+                    x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, top, levels, node, rows,
+                    active,
+                )  # fmt: skip
+                for i in range(begin, end):
+                    n = order[i]
+                    if tree == 0:
+                        add_rows(y, n, out_bias, 0, active, rows, n, levels, down)
+                    else:
+                        add_rows(y, n, y, n, active, rows, n, levels, down)
+
+
+def _route(x, weight, bias, depth, leaf):
+    """Leaf form: the leaf of each token, in groups that go down in step."""
+    groups = (x.shape[0] + GROUP - 1) // GROUP
+    for g in prange(groups):
+        begin, end = g * GROUP, min(g * GROUP + GROUP, x.shape[0])
+        for n in range(begin, end):
+            leaf[n] = 0
+        for _ in range(depth):
+            for n in range(begin, end):
+                score = dot(x, n, weight, leaf[n]) + wide(bias[leaf[n]])
+                leaf[n] = 2 * leaf[n] + 1 + (1 if score >= 0 else 0)
+        for n in range(begin, end):
+            leaf[n] -= (1 << depth) - 1
+
+
+def _leaves(x, leaf, gate, up, down, gate_bias, up_bias, out_bias, width, kind, y):
+    """Leaf form: adds each token's leaf to y, leaf after leaf."""
+    order = sorted_by(leaf, 0, out_bias.shape[0])
+    for i in prange(x.shape[0]):
+        n = order[i]
+        active = np.empty((1, width), np.float32)
+        rows = np.empty((1, width), np.int64)
+        one = np.ones((1, 1), np.float32)
+        own = np.empty((1, 1), np.int64)
+        own[0, 0] = leaf[n]
+        for w in range(width):
+            row = leaf[n] * width + w
+            rows[0, w] = row
+            inner = dot(x, n, up, row)
+            if up_bias.shape[0] > 0:
+                inner += wide(up_bias[row])
+            if gate.shape[0] > 0:
+                branch = dot(x, n, gate, row)
+                if gate_bias.shape[0] > 0:
+                    branch += wide(gate_bias[row])
+                active[0, w] = activated(kind, branch) * inner
+            else:
+                active[0, w] = activated(kind, inner)
+        add_rows(y, n, y, n, one, own, 0, 1, out_bias)
+        add_rows(y, n, y, n, active, rows, 0, width, down)
+
+
+@njit(cache=True)
+def sorted_by(keys, least, count):
+    """Indices that sort `keys`, which are `least` and the `count` - 1 numbers after it; equal keys keep their order."""
+    place = np.zeros(count + 1, np.int64)
+    for key in keys:
+        place[key - least + 1] += 1
+    place = np.cumsum(place)
+    order = np.empty(keys.shape[0], np.int64)
+    for n in range(keys.shape[0]):
+        key = keys[n] - least
+        order[place[key]] = n
+        place[key] += 1
+    return order
+
+
+# Each in one thread and in several: compiled when first called, and kept on disk.
+_COMPILED = {
+    function.__name__: tuple(
+        njit(fastmath=FAST, parallel=parallel, nogil=True, cache=True)(function) for parallel in (False, True)
+    )
+    for function in (_nodes, _route, _leaves)
+}
+
+
+def _run(name, tokens, *arguments):
+    threads = torch.get_num_threads()
+    if tokens < THREADED_FROM or threads == 1:
+        _COMPILED[name][0](*arguments)
+        return
+    before = get_num_threads()
+    set_num_threads(min(threads, NUMBA_NUM_THREADS))
+    try:
+        _COMPILED[name][1](*arguments)
+    finally:
+        set_num_threads(before)
+
+
+def _array(tensor, dtype, dimensions):
+    """The tensor's memory as an array, bfloat16 as the bits; `dimensions` are kept and those before them joined.
+
+    None becomes an empty array.
+    """
+    if tensor is None:
+        return np.empty((0,) * dimensions, np.uint16 if dtype == torch.bfloat16 else np.float32)
+    tensor = tensor.detach().contiguous()
+    tensor = tensor.view(-1, tensor.shape[-1]) if dimensions == 2 else tensor.view(-1)
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+# Module -> name -> (where its tensor lies, the array on it): making arrays takes longer than walking a path.
+_KEPT = WeakKeyDictionary()
+
+
+def _arrays(owner, dtype, **tensors):
+    """Arrays on a module's parameters, in order; biases have one dimension, the others two."""
+    kept = _KEPT.setdefault(owner, {}) if owner is not None else {}
+    found = []
+    for name, tensor in tensors.items():
+        place = dtype if tensor is None else (tensor.data_ptr(), tensor.dtype)
+        if name not in kept or kept[name][0] != place:
+            array = _array(tensor, dtype, 1 if name.endswith("_bias") and name != "out_bias" else 2)
+            if tensor is not None and not tensor.is_contiguous():
+                found.append(array)
+                continue
+            kept[name] = (place, array)
+        found.append(kept[name][1])
+    return found
+
+
+def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, owner=None):
+    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D]. `owner` holds them."""
+    y_ND = torch.empty(x_ND.shape)
+    rows = _arrays(
+        owner, x_ND.dtype, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias, out_bias=out_bias
+    )
+    top = min(TOP_LEVELS, depth) if len(x_ND) >= SORTED_FROM else 0
+    x = _array(x_ND, x_ND.dtype, 2)
+    _run("_nodes", len(x_ND), x, *rows, up.shape[0], depth, ACTIVATIONS[activation], top, y_ND.numpy())
+    return y_ND.to(x_ND.dtype)
+
+
+def route(x_ND, weight, bias, depth, owner=None):
+    """Leaf form: the leaf of each token, int64 [N]."""
+    leaf_N = torch.empty(len(x_ND), dtype=torch.long)
+    planes = _arrays(owner, x_ND.dtype, router=weight, router_bias=bias)
+    _run("_route", len(x_ND), _array(x_ND, x_ND.dtype, 2), *planes, depth, leaf_N.numpy())
+    return leaf_N
+
+
+def leaves(x_ND, leaf_N, y_ND, gate, up, down, gate_bias, up_bias, out_bias, activation, owner=None):
+    """Leaf form: y_ND plus each token's leaf: rows [L, W, D], biases [L, W] or None, out_bias [L, D]."""
+    total_ND = y_ND.float().contiguous()
+    rows = _arrays(
+        owner, x_ND.dtype, gate=gate, up=up, down=down, gate_bias=gate_bias, up_bias=up_bias, out_bias=out_bias
+    )
+    x = _array(x_ND, x_ND.dtype, 2)
+    _run("_leaves", len(x_ND), x, leaf_N.numpy(), *rows, up.shape[1], ACTIVATIONS[activation], total_ND.numpy())
+    return total_ND.to(x_ND.dtype)

@@ -1,0 +1,157 @@
+"""Hard inference of fast feedforward networks on GPUs, compiled by triton: one program a token. Sums in float32.
+
+This file ships inside converted checkpoints; surgeon_fff.py imports it where triton is installed. With
+TRITON_INTERPRET=1 it runs on a CPU, slowly.
+
+Shapes: N tokens, D model width, L leaves, W neurons a leaf, K trees, M nodes a tree.
+"""
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:  # in a try block: transformers must not ask for triton where this file lies unused
+    raise RuntimeError("surgeon_fff_triton.py needs triton: pip install triton") from error
+
+ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
+# Neurons of a leaf that a program multiplies at a time.
+NEURONS = 8
+
+
+@triton.jit
+def activated(z, KIND: tl.constexpr):
+    if KIND == 0:
+        return z * tl.sigmoid(z)
+    elif KIND == 1:
+        return tl.maximum(z, 0.0)
+    elif KIND == 2:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    else:
+        # (1 + tanh(u)) / 2 = sigmoid(2 u)
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+
+@triton.jit
+def nodes_kernel(
+    x, gate, up, down, gate_bias, up_bias, out_bias, y, trees, size, width,
+    DEPTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x_D = tl.load(x + token * width + at, mask=inside, other=0.0).to(tl.float32)
+    y_D = tl.load(out_bias + at, mask=inside, other=0.0).to(tl.float32)
+    for tree in range(trees):
+        node = token * 0
+        for _ in range(DEPTH + 1):
+            row = tree * size + node
+            inner = tl.sum(x_D * tl.load(up + row * width + at, mask=inside, other=0.0).to(tl.float32), 0)
+            if BIASED:
+                inner += tl.load(up_bias + row).to(tl.float32)
+            branch = inner
+            if GATED:
+                branch = tl.sum(x_D * tl.load(gate + row * width + at, mask=inside, other=0.0).to(tl.float32), 0)
+                if BIASED:
+                    branch += tl.load(gate_bias + row).to(tl.float32)
+                active = activated(branch, KIND) * inner
+            else:
+                active = activated(branch, KIND)
+            y_D += active * tl.load(down + row * width + at, mask=inside, other=0.0).to(tl.float32)
+            node = 2 * node + 1 + (branch > 0).to(tl.int64)
+    tl.store(y + token * width + at, y_D, mask=inside)
+
+
+@triton.jit
+def route_kernel(x, weight, bias, leaf, width, DEPTH: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x_D = tl.load(x + token * width + at, mask=inside, other=0.0).to(tl.float32)
+    node = token * 0
+    for _ in range(DEPTH):
+        score = tl.sum(x_D * tl.load(weight + node * width + at, mask=inside, other=0.0).to(tl.float32), 0)
+        score += tl.load(bias + node).to(tl.float32)
+        node = 2 * node + 1 + (score >= 0).to(tl.int64)
+    tl.store(leaf + token, node - ((1 << DEPTH) - 1))
+
+
+@triton.jit
+def leaves_kernel(
+    x, leaf, start, gate, up, down, gate_bias, up_bias, out_bias, y, neurons, width,
+    KIND: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr, NEURONS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    own = tl.load(leaf + token)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    x_D = tl.load(x + token * width + at, mask=inside, other=0.0).to(tl.float32)
+    y_D = tl.load(start + token * width + at, mask=inside, other=0.0).to(tl.float32)
+    y_D += tl.load(out_bias + own * width + at, mask=inside, other=0.0).to(tl.float32)
+    for first in range(0, neurons, NEURONS):
+        w_W = first + tl.arange(0, NEURONS)
+        there = w_W < neurons
+        row_W = own * neurons + w_W
+        place = row_W[:, None] * width + at[None, :]
+        mask = there[:, None] & inside[None, :]
+        inner = tl.sum(x_D[None, :] * tl.load(up + place, mask=mask, other=0.0).to(tl.float32), 1)
+        if BIASED:
+            inner += tl.load(up_bias + row_W, mask=there, other=0.0).to(tl.float32)
+        if GATED:
+            branch = tl.sum(x_D[None, :] * tl.load(gate + place, mask=mask, other=0.0).to(tl.float32), 1)
+            if BIASED:
+                branch += tl.load(gate_bias + row_W, mask=there, other=0.0).to(tl.float32)
+            active = activated(branch, KIND) * inner
+        else:
+            active = activated(inner, KIND)
+        y_D += tl.sum(active[:, None] * tl.load(down + place, mask=mask, other=0.0).to(tl.float32), 0)
+    tl.store(y + token * width + at, y_D, mask=inside)
+
+
+def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation):
+    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D]."""
+    x_ND, y_ND = x_ND.contiguous(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
+    width = x_ND.shape[1]
+    if len(x_ND):
+        nodes_kernel[(len(x_ND),)](
+            x_ND, _or(gate, up), up, down, _or(gate_bias, up), _or(up_bias, up), out_bias, y_ND, *up.shape[:2], width,
+            DEPTH=depth, **_kinds(gate, up_bias, activation, width),
+        )  # fmt: skip
+    return y_ND
+
+
+def route(x_ND, weight, bias, depth):
+    """Leaf form: the leaf of each token, int64 [N]."""
+    x_ND, width = x_ND.contiguous(), x_ND.shape[1]
+    leaf_N = torch.empty(len(x_ND), dtype=torch.long, device=x_ND.device)
+    if len(x_ND):
+        block = triton.next_power_of_2(width)
+        route_kernel[(len(x_ND),)](x_ND, weight, bias, leaf_N, width, DEPTH=depth, BLOCK=block)
+    return leaf_N
+
+
+def leaves(x_ND, leaf_N, y_ND, gate, up, down, gate_bias, up_bias, out_bias, activation):
+    """Leaf form: y_ND plus each token's leaf: rows [L, W, D], biases [L, W] or None, out_bias [L, D]."""
+    x_ND, start_ND = x_ND.contiguous(), y_ND.contiguous()
+    y_ND = torch.empty_like(start_ND)
+    width = x_ND.shape[1]
+    if len(x_ND):
+        leaves_kernel[(len(x_ND),)](
+            x_ND, leaf_N, start_ND, _or(gate, up), up, down, _or(gate_bias, up), _or(up_bias, up), out_bias, y_ND,
+            up.shape[1], width, NEURONS=NEURONS, **_kinds(gate, up_bias, activation, width),
+        )  # fmt: skip
+    return y_ND
+
+
+def _or(tensor, other):
+    # A pointer has to be there, even where the kernel does not read it.
+    return other if tensor is None else tensor
+
+
+def _kinds(gate, up_bias, activation, width):
+    return {
+        "KIND": ACTIVATIONS[activation],
+        "GATED": gate is not None,
+        "BIASED": up_bias is not None,
+        "BLOCK": triton.next_power_of_2(width),
+    }

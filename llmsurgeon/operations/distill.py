@@ -1,0 +1,122 @@
+"""The recipe step of distillation, healing with gradients; the computation is in healing/distill.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmsurgeon.operations.base import Plan, Step, Subject
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Source(_Part):
+    """Text to train on: a file, a dataset on the hub (NAME[:CONFIG][:SPLIT]), or so many tokens that the parent writes.
+
+    At most `tokens` tokens of it are taken, and drawn as often as `weight` says beside the other sources'.
+    """
+
+    text: str | None = None
+    dataset: str | None = None
+    sampled: Count | None = None
+    weight: Positive = 1.0
+    tokens: Count = 10_000_000
+
+    @model_validator(mode="after")
+    def _one(self) -> Source:
+        given = [name for name in ("text", "dataset", "sampled") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"takes exactly one of text, dataset and sampled, got {', '.join(given) or 'none'}")
+        return self
+
+
+class Lora(_Part):
+    """Low-rank updates in place of the weights themselves (arXiv 2106.09685), merged in the end."""
+
+    rank: Count = 16
+    alpha: Positive = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+
+
+class Distill(Step):
+    """Train the student towards the parent's hidden states and next-token distributions.
+
+    mode: `global` trains the whole student at once; `local` each changed block on its own, on the parent's activations.
+    data: by default the recipe's calibration text, whole.
+    steps, tokens, minutes: how long; whichever ends first.
+    train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
+    hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
+        spaced, last included; how many of the parent's tokens and which share of positions carry the second.
+    targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
+    """
+
+    op: Literal["distill"] = "distill"
+    heals: ClassVar[bool] = True
+    mode: Literal["global", "local"] = "global"
+    data: tuple[Source, ...] | None = None
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    batch: Count = 8
+    accumulate: Count = 1
+    steps: Count | None = None
+    tokens: Count | None = None
+    minutes: Positive | None = None
+    train: Literal["all", "blocks", "changed"] | tuple[str, ...] = "all"
+    lora: Lora | None = None
+    hidden: Annotated[float, Field(ge=0)] = 1.0
+    hidden_layers: Count | None = None
+    kl: Annotated[float, Field(ge=0)] = 1.0
+    top_k: Count | None = None
+    positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    targets: Literal["disk", "memory"] = "disk"
+    optimizer: str = "adamw"
+    learning_rate: Positive = 1e-4
+    final_learning_rate: Share = 0.1
+    warmup: Annotated[int, Field(ge=0)] = 20
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    clip: Positive | None = 1.0
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    processes: Count = 1
+    evaluations: Annotated[int, Field(ge=0)] = 5
+    evaluation_tokens: Count = 8192
+    patience: Count | None = None
+    save_minutes: Positive | None = 10.0
+    save_steps: Count | None = None
+    trackers: tuple[str, ...] = ()
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Distill:
+        if self.mode == "global" and not self.hidden and not self.kl:
+            raise ValueError("hidden and kl are both 0: there is nothing to learn from")
+        if self.mode == "local" and self.lora is not None:
+            raise ValueError("local mode trains whole blocks; lora belongs to global mode")
+        if self.mode == "global" and self.processes > 1:
+            raise ValueError("processes is for local mode; for global mode use `accelerate launch -m llmsurgeon heal`")
+        if self.data is not None and not self.data:
+            raise ValueError("data is empty; leave it out to train on the calibration text")
+        return self
+
+    @property
+    def limits(self) -> tuple[int | None, int | None, float | None]:
+        """(steps, tokens, minutes); 30 minutes where the recipe names none."""
+        if self.steps is None and self.tokens is None and self.minutes is None:
+            return None, None, 30.0
+        return self.steps, self.tokens, self.minutes
+
+    def job(self) -> Distill:
+        kept = ("steps", "tokens", "minutes", "evaluations", "patience", "save_minutes", "save_steps", "trackers")
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in kept})
+
+    def plan(self, subject: Subject) -> Plan:
+        subject.check(self.op)
+        return Plan(subject.spec, ())
