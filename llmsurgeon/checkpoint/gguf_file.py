@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,20 @@ from llmsurgeon.errors import CheckpointError
 STRING, ARRAY = 8, 9
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_DIMENSIONS = 4
+
+
+@cache
+def dequantises(kind: int) -> bool:
+    """True where the gguf package turns this GGML type into numbers."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    known = GGMLQuantizationType(kind)
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[known][1]), np.uint8), known)
+    except NotImplementedError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -32,6 +47,8 @@ class GGUFEntry:
 class GGUFFile:
     """Metadata and tensor table of a GGUF file; tensors stay on disk.
 
+    `kinds` holds the GGUF types of each value of `metadata`: its own and, of an array, that of the elements.
+
     Raises:
         CheckpointError: truncated, not GGUF, or its lengths and offsets do not fit the file.
     """
@@ -46,11 +63,14 @@ class GGUFFile:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error
         self._at = 0
         self.metadata: dict[str, Any] = {}
+        self.kinds: dict[str, tuple[int, int | None]] = {}
         try:
             tensor_count, pair_count = self._read_preamble()
             for _ in range(pair_count):
                 key = self._string()
-                self.metadata[key] = self._value(*self._take("I"))
+                (kind,) = self._take("I")
+                inner = struct.unpack_from("<I", self._map, self._at)[0] if kind == ARRAY else None
+                self.metadata[key], self.kinds[key] = self._value(kind), (kind, inner)
             table = [self._table_row() for _ in range(tensor_count)]
         except (struct.error, UnicodeDecodeError) as error:
             raise CheckpointError(
@@ -131,9 +151,12 @@ class GGUFFile:
 
         where = f"{self.path}: tensor {name!r}"
         try:
-            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            known = GGMLQuantizationType(kind)
+            block, block_bytes = GGML_QUANT_SIZES[known]
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"{where}: unknown quantisation type {kind}; a newer `gguf` may know it") from error
+        if not dequantises(kind):
+            raise CheckpointError(f"{where}: the `gguf` package cannot dequantise {known.name}; a newer one may")
         if shape[-1] % block:
             raise CheckpointError(f"{where}: rows of {shape[-1]} are not whole blocks of {block}")
         start = self.data_start + offset

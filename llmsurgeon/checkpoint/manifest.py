@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import re
+import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from llmsurgeon.errors import CheckpointError
 
 MANIFEST = "checksums.sha256"  # `sha256sum -c checksums.sha256` reads it too
 STEP = 1 << 24
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 
 def file_sha256(path: Path) -> str:
@@ -28,8 +32,26 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@cache
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        call = ctypes.CDLL(None).sync_file_range
+    except (OSError, AttributeError):
+        return None
+    call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return call
+
+
+def start_writeback(fd: int, at: int, count: int) -> None:
+    """Let the disk begin with a range of a file, without waiting. Where that cannot be asked for, fsync does it all."""
+    if call := _sync_file_range():
+        call(fd, at, count, SYNC_FILE_RANGE_WRITE)
+
+
 class FollowingHash(threading.Thread):
-    """Hashes a file while it is being written, reading behind the writer from the page cache.
+    """Hashes a file while it is being written, reading behind the writer from the page cache, and flushes it to disk.
 
     `size` is the file's final size, which it must already have; `key` is the caller's.
     """
@@ -38,6 +60,7 @@ class FollowingHash(threading.Thread):
         super().__init__(name=f"sha256 {path.name}", daemon=True)
         self.path, self.size, self.key = path, size, key
         self._written = 0
+        self._awaited = 0
         self._abandoned = False
         self._changed = threading.Condition()
         self._digest = sha256()
@@ -50,7 +73,8 @@ class FollowingHash(threading.Thread):
         """The file's first `written` bytes are final."""
         with self._changed:
             self._written = written
-            self._changed.notify()
+            if written >= self._awaited:
+                self._changed.notify()
 
     def abandon(self) -> None:
         """Stop; the file is not going to be finished."""
@@ -68,24 +92,25 @@ class FollowingHash(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._follow()
-            # Flushed here, the disk works while the next file is being made.
-            if not self._abandoned:
-                with self.path.open("rb") as file:
+            with self.path.open("rb") as file:
+                self._follow(file.fileno())
+                if not self._abandoned:
                     os.fsync(file.fileno())
         except Exception as error:  # handed to the thread that asks for the result
             self._error = error
 
-    def _follow(self) -> None:
+    def _follow(self, fd: int) -> None:
         at = 0
         with self._map, memoryview(self._map) as view:
             while at < self.size:
                 end = min(at + STEP, self.size)
                 with self._changed:
+                    self._awaited = end
                     while self._written < end and not self._abandoned:
                         self._changed.wait()
                     if self._abandoned:
                         return
+                start_writeback(fd, at, end - at)
                 with view[at:end] as part:
                     self._digest.update(part)
                 at = end
@@ -93,7 +118,7 @@ class FollowingHash(threading.Thread):
 
 def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
     """Write `checksums.sha256` over every visible file of `folder`; `known` holds the sums that need no reading."""
-    lines = [f"{known.get(path.name) or file_sha256(path)}  {path.name}\n" for path in _files(folder)]
+    lines = [f"{known.get(name) or file_sha256(path)}  {name}\n" for name, path in _files(folder).items()]
     (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
@@ -111,7 +136,7 @@ def read_manifest(folder: Path) -> dict[str, str]:
     sums: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
-        if not match or Path(match[2]).name != match[2]:
+        if not match or not is_plain(match[2]):
             raise CheckpointError(f"{path}: line {number} is not a SHA-256 and a file name")
         sums[match[2]] = match[1]
     return sums
@@ -142,7 +167,7 @@ def _manifest_problems(folder: Path) -> list[str]:
         sums = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    present = {path.name: path for path in _files(folder)}
+    present = _files(folder)
     problems = [f"{folder / name}: missing, the manifest lists it" for name in sums if name not in present]
     problems += [f"{path}: not in the manifest" for name, path in present.items() if name not in sums]
     for name, path in present.items():
@@ -168,5 +193,13 @@ def _index_problems(folder: Path, weights: Mapping[str, set[str]]) -> list[str]:
     return problems
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.name != MANIFEST and not p.name.startswith("."))
+def is_plain(name: str) -> bool:
+    """True for the name of a file, or of a file in one folder, that can only lie inside a checkpoint."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part not in ("", ".", "..") and Path(part).name == part for part in parts)
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Visible files of a checkpoint by name, those in its folders (pooling configs) included."""
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if name != MANIFEST and not re.search(r"(^|/)\.", name)}

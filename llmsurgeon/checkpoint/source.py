@@ -34,11 +34,29 @@ TOKENIZER_PATTERNS = (
     "*.model",
     "*.tiktoken",
     "tekken.json",
+    # How images become input of a vision-language model.
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    # sentence-transformers: how an encoder's states are pooled; each module has a folder.
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_*/config.json",
+    "[0-9]_*/model.safetensors",
 )
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", *TOKENIZER_PATTERNS]
 # Sub-folders, precision variants and the second copy that some repositories keep in the vendor's own layout.
-HUB_IGNORED = ["*/*", "consolidated*", "*.fp16.safetensors", "*.fp16-*.safetensors", "optimizer*", "training_args*"]
+HUB_IGNORED = [
+    "[!0-9]*/*",
+    "[0-9][!_]*/*",
+    "consolidated*",
+    "*.fp16.safetensors",
+    "*.fp16-*.safetensors",
+    "optimizer*",
+    "training_args*",
+]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -70,7 +88,7 @@ class Checkpoint(Mapping[str, Tensor]):
         raise NotImplementedError
 
     def tokenizer_files(self) -> list[Path]:
-        """Files to carry over unchanged: tokenizer, chat template, generation config."""
+        """Files to carry over unchanged: tokenizer, chat template, generation config, pooling, image processor."""
         raise NotImplementedError
 
     def meta(self) -> dict[str, Tensor]:

@@ -7,13 +7,17 @@ tensor from just its sources, so the same object streams a checkpoint larger tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
+
+# What is computed at a time when rows are made in blocks: a block and its sources stay in one core's cache.
+BLOCK_NUMBERS = 2**19
 
 TensorFunction = Callable[..., "Tensor | tuple[Tensor, ...] | Iterator[Tensor]"]
 
@@ -126,7 +130,8 @@ class TransformedWeights(Mapping[str, Tensor]):
         if transform is not None and transform.fn is not None:
             made = None if self._last and self._last[0] is transform else self._make(transform)
             if isinstance(made, Iterator):
-                yield from made
+                with one_thread():
+                    yield from made
                 return
             if made is not None:
                 self._last = (transform, dict(zip(transform.targets, made, strict=True)))
@@ -173,7 +178,7 @@ def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping
     return base
 
 
-def blocks(weights: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+def blocks(weights: Mapping[str, Tensor], name: str) -> Generator[Tensor, None, None]:
     """`weights[name]` as blocks along dimension 0, in order: one block, unless an edit yields several."""
     if isinstance(weights, TransformedWeights):
         yield from weights.blocks(name)
@@ -181,8 +186,22 @@ def blocks(weights: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
         yield weights[name]
 
 
-def row_blocks(tensor: Tensor, numbers: int = 2**17) -> Iterator[Tensor]:
-    """Views of `tensor` along dimension 0, about `numbers` numbers each: small enough to stay in the CPU's cache."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes on this thread alone: sharing out a block costs more than it saves.
+
+    Threads that wait for the next block do so in a loop, on cores that hashing needs.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def row_blocks(tensor: Tensor, numbers: int = BLOCK_NUMBERS) -> Iterator[Tensor]:
+    """Views of `tensor` along dimension 0, about `numbers` numbers each."""
     # Without data there is nothing to keep small.
     rows = len(tensor) if tensor.is_meta else max(1, numbers * len(tensor) // max(tensor.numel(), 1))
     yield from tensor.split(rows)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
+from llmsurgeon.checkpoint.gguf_file import dequantises
 from llmsurgeon.checkpoint.source import open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.checkpoint.writer import Stage
@@ -118,8 +120,6 @@ def test_written_checkpoint_computes_the_same(tmp_path):
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
     with Stage.open(tmp_path / "out", fingerprint=checkpoint.fingerprint, sources=(checkpoint.path,)) as stage:
         stage.write_weights(TransformedWeights(checkpoint, []))
-        import json
-
         stage.write_file("config.json", json.dumps(checkpoint.config))
         out = stage.commit()
     loaded = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -191,6 +191,138 @@ def test_unsupported_architecture(tmp_path):
     (tmp_path / "m.gguf").write_bytes(data.replace(b"llama", b"mamba"))
     with pytest.raises(CheckpointError, match="'mamba' is not supported; supported are llama"):
         open_checkpoint(tmp_path)
+
+
+def write_with(path: Path, kind: Kind) -> np.ndarray:
+    """A llama whose matrices are random bytes of type `kind`; returns what its `ffn_up` dequantises to."""
+    rng = np.random.default_rng(int(kind))
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    out = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        (out.add_block_count, 1),
+        (out.add_context_length, 128),
+        (out.add_embedding_length, 256),
+        (out.add_feed_forward_length, 512),
+        (out.add_head_count, 4),
+        (out.add_head_count_kv, 4),
+        (out.add_layer_norm_rms_eps, 1e-6),
+        (out.add_rope_freq_base, 1e4),
+        (out.add_rope_dimension_count, 64),
+        (out.add_vocab_size, 256),
+        (out.add_tokenizer_model, "gpt2"),
+    ):
+        add(value)
+    out.add_token_list([f"t{i}" for i in range(256)])
+    shapes = {"token_embd": (256, 256), "output": (256, 256), "blk.0.ffn_gate": (512, 256), "blk.0.ffn_up": (512, 256)}
+    shapes |= {"blk.0.ffn_down": (256, 512)} | {f"blk.0.attn_{p}": (256, 256) for p in ("q", "k", "v", "output")}
+    for name, (rows, columns) in shapes.items():
+        raw = rng.integers(0, 256, (rows, columns // block * size), dtype=np.uint8)
+        out.add_tensor(f"{name}.weight", raw, raw_dtype=kind)
+        if name == "blk.0.ffn_up":
+            kept = raw
+    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
+        out.add_tensor(f"{name}.weight", np.ones(256, np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return kept
+
+
+QUANTISED = [kind for kind in Kind if dequantises(int(kind)) and kind not in (Kind.F32, Kind.F16)]
+
+
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # random bytes make infinite scales, too
+@pytest.mark.parametrize("kind", QUANTISED, ids=lambda kind: kind.name)
+def test_every_type_that_the_gguf_package_dequantises(kind, tmp_path, monkeypatch):
+    raw = write_with(tmp_path / "m.gguf", kind)
+    expected = gguf.quants.dequantize(raw, kind).astype(np.float32)
+    monkeypatch.setattr("llmsurgeon.checkpoint.gguf_source.ROWS_AT_ONCE", 1000)
+    found = open_checkpoint(tmp_path, gguf_dtype=torch.float32)["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(found.numpy(), expected)
+    assert open_checkpoint(tmp_path).config["dtype"] == "bfloat16"
+
+
+def test_there_are_more_than_twenty_of_them():
+    assert len(QUANTISED) > 20 and Kind.Q4_K in QUANTISED
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(Kind.I32, "cannot dequantise I32"), (99, "unknown quantisation type 99")]
+)
+def test_types_that_cannot_be_read(kind, message, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, "llama")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16
+    struct.pack_into("<I", data, at, int(kind))
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=rf"m\.gguf: tensor 'token_embd.weight'.*{message}"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**63])
+def test_lying_offsets(offset, tmp_path):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, "llama")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"token_embd.weight") + len(b"token_embd.weight") + 4 + 16 + 4
+    struct.pack_into("<Q", data, at, offset)
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"'token_embd.weight': truncated: it should end at byte"):
+        open_checkpoint(path)
+
+
+def write_uneven(path: Path, **changes: object) -> Path:
+    """The head of a `deci` file of two blocks, without tensors that it would need."""
+    out = gguf.GGUFWriter(path, "deci")
+    values: dict[str, object] = {
+        "block_count": 2,
+        "context_length": 64,
+        "embedding_length": 32,
+        "attention.key_length": 8,
+        "attention.head_count": [4, 0],
+        "attention.head_count_kv": [2, 0],
+        "feed_forward_length": [16, 48],
+        **changes,
+    }
+    for key, value in values.items():
+        if isinstance(value, list):
+            out.add_array(f"deci.{key}", value)
+        elif value is not None:
+            out.add_uint32(f"deci.{key}", int(value))
+    for name, shape in {"token_embd": (40, 32), "output": (40, 32), "output_norm": (32,)}.items():
+        out.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"its metadata promises model\.layers\.0\.input_layernorm\.weight"),
+        ({"block_count": 9}, "promises 9 blocks, and it has 3 tensors"),
+        ({"embedding_length": None}, r"deci\.embedding_length must be a positive whole number, found None"),
+        ({"feed_forward_length": [1, 2, 3]}, r"deci\.feed_forward_length must be a number, or 2 of them"),
+        ({"attention.head_count_kv": [3, 0]}, "block 0 has 4 heads and 3 KV heads"),
+        ({"attention.head_count": [4, 4]}, "block 1 has linear attention"),
+        ({"attention.head_count": 0, "attention.head_count_kv": 0}, "no block has attention"),
+    ],
+)
+def test_lying_uneven_files(changes, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(write_uneven(tmp_path / "m.gguf", **changes))
+
+
+def test_a_tokenizer_is_cut_as_its_name_says(tmp_path):
+    write_gguf(tmp_path / "m.gguf", "llama")
+    checkpoint = open_checkpoint(tmp_path)
+    (file,) = (p for p in checkpoint.tokenizer_files() if p.name == "tokenizer.json")
+    steps = json.loads(file.read_text())["pre_tokenizer"]["pretokenizers"]
+    assert len(steps) == 5  # the file names no pre-tokenizer: llama.cpp's default
 
 
 def test_two_files_in_a_folder(tmp_path):

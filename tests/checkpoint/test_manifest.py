@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 
 import pytest
 
+from llmsurgeon.checkpoint import manifest
 from llmsurgeon.checkpoint.manifest import FollowingHash, file_sha256, read_manifest, verify_files
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.writer import Stage
@@ -84,6 +86,16 @@ def test_hash_behind_the_writer(size, tmp_path):
         following.advance(at)
     following.advance(size)
     assert following.result() == file_sha256(path)
+
+
+def test_hash_where_writing_early_cannot_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "_sync_file_range", lambda: None)
+    flushed = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    (tmp_path / "a").write_bytes(b"123")
+    following = FollowingHash(tmp_path / "a", 3, "key")
+    following.advance(3)
+    assert following.result() == file_sha256(tmp_path / "a") and len(flushed) == 1
 
 
 def test_abandoned_hash_ends(tmp_path):

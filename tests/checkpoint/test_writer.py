@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import resource
 import shutil
@@ -128,20 +129,23 @@ def test_untouched_bytes_never_enter_memory(folder, tmp_path, monkeypatch):
     assert sorted(read) == sorted(touched)  # and each of them once
 
 
-@pytest.mark.parametrize("failing", [(), ("_copy_file_range",), ("_copy_file_range", "_sendfile")])
-@pytest.mark.parametrize("code", [errno.EXDEV, errno.EINVAL, errno.ENOSYS])
-def test_copy_falls_back_where_the_kernel_cannot(failing, code, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [None, errno.ENODEV, errno.EINVAL, errno.EFAULT])
+@pytest.mark.parametrize("at", [0, 123, mmap.ALLOCATIONGRANULARITY, mmap.ALLOCATIONGRANULARITY + 1])
+def test_copy_falls_back_where_the_kernel_cannot(at, code, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(code, "no")
 
-    for name in failing:
-        monkeypatch.setattr(writer, name, refuse)
-    data = os.urandom(10_000)
+    if code:
+        monkeypatch.setattr(writer, "_copy_mapped", refuse)
+    data = os.urandom(2 * mmap.ALLOCATIONGRANULARITY)
     (tmp_path / "a").write_bytes(data)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("wb") as b:
-        assert copy_bytes(a.fileno(), b.fileno(), 123, 7, 5000) == 5000
+        assert copy_bytes(a.fileno(), b.fileno(), at, 7, 1000) == 1000
         os.write(b.fileno(), b"end")
-    assert (tmp_path / "b").read_bytes() == bytes(7) + data[123:5123] + b"end"
+        assert copy_bytes(a.fileno(), b.fileno(), len(data) - 5, 1010, 1000) == 5
+        assert copy_bytes(a.fileno(), b.fileno(), len(data), 1015, 1000) == 0
+        assert copy_bytes(a.fileno(), b.fileno(), len(data) + 10**6, 1015, 1000) == 0
+    assert (tmp_path / "b").read_bytes() == bytes(7) + data[at : at + 1000] + b"end" + data[-5:]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -162,6 +166,27 @@ def test_nan_in_a_computed_tensor_is_named(bad, where, dtype, tmp_path):
     with Stage.open(tmp_path / "out", fingerprint="x") as stage:
         stage.write_weights(weights, check_finite=False)
         stage.commit()
+
+
+def test_blocks_are_made_on_one_thread(tmp_path):
+    seen = []
+
+    def halves(tensor):
+        for block in tensor.split(2):
+            if not block.is_meta:  # of the plan
+                seen.append(torch.get_num_threads())
+            yield block / (0 if len(seen) == 2 else 2)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        weights = TransformedWeights({"a": torch.ones(8, 2)}, [WeightTransform(("a",), ("a",), halves)])
+        with Stage.open(tmp_path / "out", fingerprint="x") as stage, pytest.raises(SurgeryError, match="'a'") as raised:
+            stage.write_weights(weights)
+        assert seen == [1, 1] and raised.value
+        assert torch.get_num_threads() == 2  # also after a failure, while its traceback is alive
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_progress_ends_at_the_total(folder, tmp_path):
@@ -279,8 +304,8 @@ def test_full_disk_then_resumed(folder, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments)
 
-    original = writer._copy_file_range
-    monkeypatch.setattr(writer, "_copy_file_range", full)
+    original = writer._copy_mapped
+    monkeypatch.setattr(writer, "_copy_mapped", full)
     with pytest.raises(SurgeryError, match=r"the disk is full \([\d,]+ bytes needed\).*started again"):
         convert(folder, tmp_path / "out", 6000)
     assert not (tmp_path / "out").exists()
@@ -359,7 +384,7 @@ def killed_at(step: int, work) -> None:
         return call
 
     for owner, names in {
-        os: ("write", "truncate", "copy_file_range", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"),
+        os: ("write", "truncate", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir"),
         Path: ("write_text", "write_bytes"),
         shutil: ("copyfile",),
     }.items():
