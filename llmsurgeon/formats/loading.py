@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmsurgeon.checkpoint.gguf_file import GGUFFile
+from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
+from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.families import family_of
+from llmsurgeon.families.vision_language import vision_language_of
 from llmsurgeon.formats.models import (
     canonical,
     check_shapes,
@@ -18,7 +23,9 @@ from llmsurgeon.formats.models import (
     is_surgeon,
     load_config,
     normalised,
+    ships_code,
 )
+from llmsurgeon.formats.towers import text_config, tower_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,17 +44,19 @@ def load_model(
 
 
 def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device: str = "cpu") -> PreTrainedModel:
-    """The model of an open checkpoint.
+    """The model of an open checkpoint; of a vision-language one its text tower.
 
     Raises:
         CheckpointError: names or shapes differ from what the config promises.
     """
-    config = normalised(checkpoint.config)
+    tower = tower_of(checkpoint.config, checkpoint)
+    config = normalised(tower.text if tower else checkpoint.config)
     family = family_of(config)
     model = empty_model(config)
-    weights = canonical(checkpoint, family, bool(config.get("tie_word_embeddings")))
-    meta = canonical(checkpoint.meta(), family, bool(config.get("tie_word_embeddings")))
-    check_shapes({name: tuple(t.shape) for name, t in meta.items()}, expected_shapes(model), checkpoint.name)
+    named = tower.inner(checkpoint) if tower else checkpoint
+    weights = canonical(named, family, bool(config.get("tie_word_embeddings")))
+    shapes = {name: tuple(t.shape) for name, t in rebase(weights, checkpoint.meta()).items()}
+    check_shapes(shapes, expected_shapes(model), checkpoint.name, family, tower.beside if tower else ())
     fill(model, weights, dtype, device)
     return model
 
@@ -58,10 +67,14 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
 
     path = Path(model)
     if path.suffix == ".gguf" and path.is_file():
-        return _quietly(AutoTokenizer.from_pretrained, str(path.parent), gguf_file=path.name)
+        with TemporaryDirectory() as folder:
+            write_tokenizer(GGUFFile(path).metadata, Path(folder), path)
+            return _quietly(AutoTokenizer.from_pretrained, folder)
     raw = read_config(model, revision)
+    if vision_language_of(raw) and is_surgeon(raw):
+        raw = text_config(raw)
     # transformers asks for the config's class: ours comes from this package, not from code inside the checkpoint.
-    config = load_config(raw) if is_surgeon(raw) else None
+    config = load_config(raw) if ships_code(raw) else None
     return _quietly(AutoTokenizer.from_pretrained, model, revision=revision, config=config)
 
 

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families import SURGEON_PREFIX, Family, family_of
+from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
+from llmsurgeon.formats import nemotron_nas
+from llmsurgeon.formats.experts import class_form, file_form, file_shapes
+from llmsurgeon.spec import to_block_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,6 +27,25 @@ if TYPE_CHECKING:
 def is_surgeon(config: Mapping[str, Any]) -> bool:
     """True for the config of a checkpoint in the surgeon format."""
     return str(config.get("model_type", "")).startswith(SURGEON_PREFIX)
+
+
+def ships_code(config: Mapping[str, Any]) -> bool:
+    """True where transformers alone does not know the model_type, and this package does."""
+    return is_surgeon(config) or nemotron_nas.is_nemotron_nas(config)
+
+
+def readable(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config that `family_of` knows: of a nemotron-nas checkpoint, its Llama in the surgeon format."""
+    return nemotron_nas.read(config) if nemotron_nas.is_nemotron_nas(config) else config
+
+
+def as_surgeon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The (normalised) config of the same model in the surgeon format, each block spelled out."""
+    if is_surgeon(config):
+        return dict(config)
+    family = family_of(config)
+    blocks = to_block_configs(family.describe(config))
+    return {**config, "model_type": SURGEON_PREFIX + family.model_type, "block_configs": blocks}
 
 
 def surgeon_module(family: Family) -> Any:
@@ -37,6 +59,8 @@ def surgeon_classes(family: Family) -> tuple[type, type]:
     config_class = next(
         c for c in vars(module).values() if isinstance(c, type) and getattr(c, "model_type", "").startswith("surgeon_")
     )
+    if family.heads:
+        return config_class, getattr(module, f"Surgeon{family.model_class}")
     model_class = next(c for c in vars(module).values() if getattr(c, "config_class", None) is config_class)
     return config_class, model_class
 
@@ -49,11 +73,12 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    raw = readable(raw)
     family = family_of(raw)
     values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         if is_surgeon(raw):
-            return surgeon_classes(family)[0](**values)
+            return surgeon_classes(family)[0].from_dict(values)  # type: ignore[attr-defined]
         return AutoConfig.for_model(raw["model_type"], **values)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise SurgeryError(
@@ -69,6 +94,7 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
 def normalised(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config with every default filled in and per-layer lists expanded."""
+    raw = readable(raw)
     values = load_config(raw).to_dict()
     values["model_type"] = raw["model_type"]
     return values
@@ -79,6 +105,7 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
     import transformers
     from transformers.initialization import no_init_weights
 
+    raw = readable(raw)
     config = load_config(raw)
     family = family_of(raw)
     model_class = surgeon_classes(family)[1] if is_surgeon(raw) else getattr(transformers, family.model_class)
@@ -89,28 +116,63 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
         raise SurgeryError(
             f"config.json: transformers cannot build this {raw['model_type']} model: {_first_line(error)}"
         ) from error
-    # No checkpoint holds these buffers: modules that have them compute them from the config.
     for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
-            holder, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(holder), attribute, type(module)(module.config))
+        _make_buffers_real(model, name, module)
     return model
+
+
+def _make_buffers_real(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    """Compute the buffers that no checkpoint holds, as rotary frequencies and position numbers are."""
+    missing = {key: buffer for key, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+    if not missing:
+        return
+    if hasattr(module, "config") and not list(module.parameters()):
+        holder, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(holder), attribute, type(module)(module.config))
+        return
+    for key, buffer in missing.items():
+        setattr(module, key, torch.empty_like(buffer, device="cpu"))
+    model._init_weights(module)
 
 
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of `model` holds; tied copies are left out."""
+    shapes = {name: tuple(t.shape) for name, t in _own_tensors(model).items()}
+    family = _family_in(model)
+    return file_shapes(shapes, family) if family else shapes
+
+
+def _own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    return {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def check_shapes(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _family_in(model: PreTrainedModel) -> Family | None:
+    return FAMILIES.get(str(model.config.model_type).removeprefix(SURGEON_PREFIX))
+
+
+def check_shapes(
+    found: Mapping[str, tuple[int, ...]],
+    expected: Mapping[str, tuple[int, ...]],
+    where: str,
+    family: Family | None = None,
+    beside: Collection[str] = (),
+) -> None:
     """Hold names and shapes against what the config promises.
+
+    An encoder's file may hold heads that its class does not have (a pooler beside a masked-LM head): given the
+    `family`, they are no problem, and go along. So does what lies `beside` a text tower.
 
     Raises:
         CheckpointError: listing missing, unexpected and misshapen tensors.
     """
     problems = [f"{name} is missing (expected shape {list(expected[name])})" for name in expected if name not in found]
-    problems += [f"{name} is not part of the model" for name in found if name not in expected]
+    strict = f"{family.layers}." if family and family.encoder else ""
+    problems += [
+        f"{name} is not part of the model"
+        for name in found
+        if name not in expected and name not in beside and name.startswith(strict)
+    ]
     problems += [
         f"{name} has shape {list(found[name])}, the config asks for {list(expected[name])}"
         for name in expected
@@ -126,16 +188,30 @@ def canonical(weights: Mapping[str, Tensor], family: Family, tied: bool) -> Tran
     transforms: list[WeightTransform] = []
     legacy = dict(family.legacy_names)
     prefix = family.optional_prefix
-    head = f"{family.head}.weight"
+    repeated = {f"{family.head}.weight", *family.tied_names} if tied else set()
+    weights = file_form(weights, family)
     for name in weights:
         target = legacy.get(name, name)
+        for pattern, replacement in family.old_names:
+            target = re.sub(pattern, replacement, target)
         if prefix and not target.startswith((prefix, f"{family.head}.")):
             target = prefix + target
-        if any(re.search(pattern, name) for pattern in family.ignored) or (tied and target == head):
+        if family.heads:
+            target = _with_prefix(target, family)
+        if any(re.search(pattern, name) for pattern in family.ignored) or target in repeated:
             transforms.append(remove(name))
         elif target != name:
             transforms.append(rename(name, target))
     return TransformedWeights(weights, transforms)
+
+
+def _with_prefix(name: str, family: Family) -> str:
+    """The name with or without the encoder's prefix, as the checkpoint's class has it: files come in either form."""
+    bare = name.removeprefix(family.prefix)
+    if not family.layers.startswith(family.prefix):
+        return bare
+    own = {path.removeprefix(family.prefix).partition(".")[0] for path in (family.layers, family.embedding)}
+    return family.prefix + bare if bare.partition(".")[0] in own | {"pooler"} else name
 
 
 def legacy(weights: Mapping[str, Tensor], family: Family) -> TransformedWeights:
@@ -146,8 +222,9 @@ def legacy(weights: Mapping[str, Tensor], family: Family) -> TransformedWeights:
 
 def fill(model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str) -> None:
     """Give every parameter of an empty model its tensor from `weights`, cast to `dtype`, on `device`."""
-    expected = expected_shapes(model)
-    state = {name: weights[name].to(device=device, dtype=dtype) for name in expected}
+    family = _family_in(model)
+    stacked = class_form(weights, family) if family else weights
+    state = {name: stacked[name].to(device=device, dtype=dtype) for name in _own_tensors(model)}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.to(device)

@@ -1,75 +1,197 @@
-"""From a ModelSpec to config.json and the files beside it.
+"""From a ModelSpec to config.json, the files beside it, and what the form asks of the weights.
 
-native     every block has one shape: the family's own model_type, loads everywhere
-surgeon    anything else: own model_type, block_configs, modeling files in the checkpoint
+native          every block has one shape, or is given it with zeros: the family's own model_type, loads everywhere
+nemotron-nas    Llama-shaped blocks that differ: DeciLM's description, which several engines read
+surgeon         anything else: own model_type, block_configs, modeling files in the checkpoint
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.source import Checkpoint
+from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
+from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.formats.models import surgeon_classes
-from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs
+from llmsurgeon.formats import native, nemotron_nas
+from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, surgeon_classes
+from llmsurgeon.formats.padding import fitted
+from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec, to_block_configs
 
-FormatName = Literal["auto", "native", "surgeon"]
+if TYPE_CHECKING:
+    from llmsurgeon.formats.towers import Tower
+
+WrittenFormat = Literal["native", "nemotron-nas", "surgeon"]
+FormatName = Literal["auto", "native", "nemotron-nas", "surgeon"]
 
 
 @dataclass(frozen=True)
 class Written:
-    """A format's answer: the config, the code files to ship, and why this format."""
+    """A format's answer.
 
-    format: Literal["native", "surgeon"]
+    config: config.json.
+    code: files to ship beside it.
+    why: why this format and none that more engines read.
+    loads: where a checkpoint in this form loads, in a sentence or two.
+    spec: what the checkpoint describes; padding included.
+    student: the config under which the student's own tensors run, before `transforms`.
+    transforms: what the form asks of the weights, so that they fit `config`.
+    """
+
+    format: WrittenFormat
     config: dict[str, Any]
     code: tuple[Path, ...]
     why: str
+    loads: str
+    spec: ModelSpec
+    student: dict[str, Any]
+    transforms: tuple[WeightTransform, ...] = ()
+    # The vision-language model that this is the text tower of.
+    tower: Tower | None = None
+
+    def fit(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The student's weights as `config` describes them, under the names of today's classes."""
+        return TransformedWeights(weights, self.transforms) if self.transforms else weights
+
+    def published(self, weights: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
+        """The same under the names that the file has."""
+        made = legacy(self.fit(weights), family) if self.format == "native" else self.fit(weights)
+        return self.tower.outer(made) if self.tower else made
+
+    @property
+    def file_config(self) -> dict[str, Any]:
+        """What config.json says."""
+        return self.tower.config_of(self) if self.tower else self.config
 
 
 def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wanted: FormatName = "auto") -> Written:
-    """The config of `spec`, made from the source's normalised config.
+    """The form of `spec`, made from the source's normalised config.
 
     Raises:
-        SurgeryError: `native` is asked for and some block does not have the uniform shape.
+        SurgeryError: the format that is asked for cannot express some block; the message names it.
     """
     config = {k: v for k, v in source.items() if k not in ("auto_map", "block_configs", "_name_or_path")}
     _cut_layer_lists(config, spec, family)
     config[family.layers_key] = len(spec.blocks)
-    odd = _first_odd(spec)
-    if wanted == "native" and odd:
-        raise SurgeryError(f"format native cannot hold this model: {odd}; use format: surgeon (or auto)")
-    if odd is None and wanted != "surgeon":
-        attention, ffn = spec.blocks[0].attention, spec.blocks[0].ffn
-        assert attention and ffn
-        config["model_type"] = family.model_type
-        config["architectures"] = [family.model_class]
-        config[family.width_key] = ffn.width
-        if family.kv_heads_key:
-            config[family.kv_heads_key] = attention.kv_heads
-        return Written("native", config, (), "every block has the family's own shape")
+    if family.experts and family.experts.published_count_key:
+        config[family.experts.published_count_key] = config[family.experts.count_key]
+    odd = _first_odd(spec, family) or native.mixed_windows(config)
+    chosen, why = _choose(spec, family, config, wanted, odd)
+    surgeon, code = _surgeon(spec, family, config)
+    if chosen == "surgeon":
+        return Written(chosen, surgeon, code, why, SURGEON_LOADS, spec, surgeon)
+    if chosen == "native":
+        made, code, shaped = native.config_of(spec, family, config), (), native.uniform_spec(spec, family)
+        loads = NATIVE_LOADS.format(model_type=family.model_type) + (PADDED if odd else "")
+    else:
+        shaped, code = nemotron_nas.padded_spec(spec), modeling_files(DECILM)
+        made = nemotron_nas.config_of(shaped, family, config)
+        loads = " ".join([NEMOTRON_NAS_LOADS, *nemotron_nas.caveats(spec, made)])
+    if chosen == "native" and odd is None:
+        return Written(chosen, made, code, why, loads, spec, made)
+    student_shapes, shapes = expected_shapes(empty_model(surgeon)), expected_shapes(empty_model(made))
+    transforms = () if student_shapes == shapes else fitted(student_shapes, shapes, family, spec)
+    return Written(chosen, made, code, why, loads, shaped, surgeon, transforms)
+
+
+def write_beside(stage: Stage, written: Written, checkpoint: Checkpoint) -> None:
+    """config.json, the code, and what the source has of tokenizer, chat template and generation config."""
+    config = {**written.file_config, "transformers_version": version("transformers")}
+    stage.write_file("config.json", json.dumps(_plain(config), indent=2) + "\n")
+    for path in (*checkpoint.tokenizer_files(), *written.code):
+        inside = path.is_relative_to(checkpoint.path)
+        stage.copy_file(path, path.relative_to(checkpoint.path).as_posix() if inside else None)
+
+
+NATIVE_LOADS = (
+    "It is a plain {model_type} checkpoint and loads wherever the original does: transformers, vLLM, llama.cpp's "
+    "converter."
+)
+PADDED = (
+    " What was cut is there as zeros: it computes exactly what the cut model does, and is no smaller and no faster "
+    "than a model whose blocks all have the largest shape."
+)
+NEMOTRON_NAS_LOADS = (
+    "It is a DeciLM (Nemotron-NAS) checkpoint: vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter read that "
+    "form. For transformers its code ships in the checkpoint: read its .py files, then load with "
+    "trust_remote_code=True. vLLM needs no trust_remote_code where llmsurgeon is installed."
+)
+SURGEON_LOADS = (
+    "Its code ships in the checkpoint: read its .py files, then load with trust_remote_code=True in transformers. A "
+    "load that does not run that code refuses."
+)
+# surgeon_blocks.py and what it imports.
+BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py")
+DECILM = ("configuration_decilm.py", "modeling_decilm.py")
+
+
+def _choose(
+    spec: ModelSpec, family: Family, config: Mapping[str, Any], wanted: FormatName, odd: str | None
+) -> tuple[WrittenFormat, str]:
+    """The format and the reason."""
+    misfits: dict[WrittenFormat, str | None] = {
+        "native": native.misfit(spec, family, config),
+        "nemotron-nas": nemotron_nas.misfit(spec, family, config),
+        "surgeon": None,
+    }
+    if wanted != "auto":
+        if reason := misfits[wanted]:
+            others = ", ".join(name for name, other in misfits.items() if other is None)
+            raise SurgeryError(f"format {wanted} cannot hold this model: {reason}; formats that can: {others}")
+        return wanted, odd or "asked for"
+    if odd is None:
+        return "native", "every block has the family's own shape"
+    against = misfits["nemotron-nas"] or nemotron_nas.waste(spec)
+    return ("surgeon", f"{odd}; not nemotron-nas: {against}") if against else ("nemotron-nas", odd)
+
+
+def _surgeon(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Path, ...]]:
     config_class, model_class = surgeon_classes(family)
     module = f"modeling_surgeon_{family.model_type}"
-    config["model_type"] = SURGEON_PREFIX + family.model_type
-    config["architectures"] = [model_class.__name__]
-    config["auto_map"] = {
-        "AutoConfig": f"{module}.{config_class.__name__}",
-        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+    made = {
+        **config,
+        "model_type": SURGEON_PREFIX + family.model_type,
+        "architectures": [model_class.__name__],
+        "auto_map": {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            # An encoder's body serves several tasks: each Auto class finds its own, as with the stock model.
+            **{auto: f"{module}.Surgeon{head}" for head, auto in family.heads},
+            family.auto_class: f"{module}.{model_class.__name__}",
+        },
+        "block_configs": to_block_configs(spec),
+        family.layers_key: config_class.layers_in_file,  # type: ignore[attr-defined]
     }
-    config["block_configs"] = to_block_configs(spec)
-    here = Path(str(files("llmsurgeon"))) / "modeling"
-    code = (here / "surgeon_blocks.py", here / f"{module}.py")
-    return Written("surgeon", config, code, odd or "asked for")
+    return made, modeling_files((*BLOCKS, f"{module}.py"))
 
 
-def _first_odd(spec: ModelSpec) -> str | None:
+def modeling_files(names: tuple[str, ...]) -> tuple[Path, ...]:
+    """Files of modeling/ that ship inside checkpoints."""
+    return tuple(Path(str(files("llmsurgeon"))) / "modeling" / name for name in names)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def _first_odd(spec: ModelSpec, family: Family) -> str | None:
     """What keeps the model from being uniform, None where it is."""
 
     def shape(block: BlockSpec) -> Any:
-        return block.attention and replace(block.attention, window=None), block.ffn
+        return block.attention and block.attention.shape, block.ffn
 
     usual = shape(max(spec.blocks, key=lambda b: (b.attention is not None, b.ffn is not None, not b.branches)))
     for index, block in enumerate(spec.blocks):
@@ -79,6 +201,15 @@ def _first_odd(spec: ModelSpec) -> str | None:
             return f"block {index} has no attention"
         if block.ffn is None:
             return f"block {index} has no FFN"
+        if isinstance(block.ffn, FFFSpec):
+            return f"block {index} has a fast feedforward network"
+        if block.ffn.own_norm or block.ffn.bias:
+            return f"block {index} holds fused FFNs, with a norm or biases that {family.model_type} blocks do not have"
+        if family.width_key is None and block.ffn.width != 4 * spec.hidden:
+            return (
+                f"block {index} has an FFN of width {block.ffn.width}; "
+                f"{family.model_type} blocks always have {4 * spec.hidden}"
+            )
         if shape(block) != usual:
             first = spec.blocks[0]
             return (
@@ -91,12 +222,17 @@ def _first_odd(spec: ModelSpec) -> str | None:
 def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) -> None:
     """Per-layer lists follow the layers that stay."""
     layers = config[family.layers_key]
+    if len(spec.blocks) != layers:
+        for key in family.layer_rules:
+            config.pop(key, None)
     for key, value in list(config.items()):
-        if not isinstance(value, list) or len(value) != layers:
+        if not isinstance(value, list):
             continue
         if key in family.per_layer_lists:
+            if len(value) < layers:
+                raise SurgeryError(f"config.json: {key} has {len(value)} entries, {family.layers_key} says {layers}")
             config[key] = [value[_attending_parent(block)] for block in spec.blocks]
-        elif "layer" in key:
+        elif "layer" in key and len(value) == layers:
             raise SurgeryError(
                 f"config.json: {key} looks like a list with one entry per layer, which {family.model_type} does not "
                 "declare; add it to per_layer_lists in the family's file"
@@ -106,8 +242,6 @@ def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) ->
         types = config["layer_types"]
         full = next((i for i, kind in enumerate(types) if kind == "sliding_attention"), len(types))
         config["max_window_layers"] = full
-        if config.get("use_sliding_window") and "full_attention" in types[full:]:
-            raise SurgeryError("config.json: layer_types mixes windows in a way that max_window_layers cannot express")
 
 
 def _attending_parent(block: BlockSpec) -> int:

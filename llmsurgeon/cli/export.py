@@ -1,0 +1,70 @@
+"""`llmsurgeon export`: the same model in the form that an engine reads."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+from llmsurgeon.cli import say
+from llmsurgeon.cli.options import short_name
+from llmsurgeon.errors import SurgeryError
+
+
+class Form(StrEnum):
+    """What `--to` takes."""
+
+    NATIVE = "native"
+    NEMOTRON_NAS = "nemotron-nas"
+    SURGEON = "surgeon"
+    GGUF = "gguf"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("export")(export_command)
+
+
+def export_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
+    to: Annotated[Form, typer.Option(help="Form to write.", show_default=False)],
+    out: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder, or .gguf file, to write; default: MODEL-FORM.")
+    ] = None,
+    type: Annotated[str | None, typer.Option(help="gguf: type of the matrices, F16 unless given; Q8_0 ...")] = None,
+    pre: Annotated[str | None, typer.Option(help="gguf: the pre-tokenizer's name, where it is not recognised.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write a checkpoint in another form. What it computes stays the same.
+
+    native: a plain checkpoint of its family; what was cut is filled with zeros, which is exact and not faster.
+    nemotron-nas: for vLLM, SGLang, TensorRT-LLM and mlx-lm. surgeon: any model, with code for transformers.
+    gguf: one file for llama.cpp.
+
+    Example: llmsurgeon export smollm2-fused --to nemotron-nas -o smollm2-nas.
+    """
+    from llmsurgeon.export import export, export_gguf
+    from llmsurgeon.run import Options
+
+    options = Options(overwrite=overwrite, max_shard_size=max_shard_size, say=say)
+    if to is Form.GGUF:
+        kind = type or "F16"
+        target = out or f"{short_name(model)}-{kind}.gguf"
+        file = export_gguf(model, target, type=kind, pre=pre, options=options, revision=revision)
+        report: dict[str, Any] = {"out": str(file.path), "format": "gguf", "architecture": file.architecture}
+        report |= {"type": file.type, "bytes": file.size, "notes": list(file.notes)}
+        lines = [f"wrote {file.path} ({file.architecture}, {file.type}, {file.size:,} bytes)", *file.notes]
+    else:
+        if type or pre:
+            raise SurgeryError(f"--type and --pre are for --to gguf, not {to.value}")
+        form: Any = to.value
+        made = export(model, out or f"{short_name(model)}-{form}", form, options, revision=revision)
+        report = {"out": str(made.out), "format": made.format, "loads": made.loads}
+        report |= {"before": made.before.to_dict(), "after": made.after.to_dict()}
+        lines = [f"wrote {made.out} ({made.format})", made.loads]
+    print(json.dumps(report) if as_json else "\n".join(lines))

@@ -1,0 +1,148 @@
+"""A checkpoint in another form: the same model, written for those who read that form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from llmsurgeon import __version__
+from llmsurgeon.card import model_card
+from llmsurgeon.checkpoint.source import Checkpoint
+from llmsurgeon.checkpoint.transform import rebase
+from llmsurgeon.checkpoint.writer import Stage
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.gguf import Exported as GGUF
+from llmsurgeon.formats.gguf import write_gguf
+from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
+from llmsurgeon.formats.write import Written, write_beside
+from llmsurgeon.run import Options, Patient, open_patient, shapes_of, without_empty_blocks
+from llmsurgeon.summary import Costs
+
+CheckpointForm = Literal["native", "nemotron-nas", "surgeon"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made: where, in which form, where that loads, and the costs of parent and result."""
+
+    out: Path
+    format: CheckpointForm
+    loads: str
+    before: Costs
+    after: Costs
+
+
+def export(
+    model: str, out: str, to: CheckpointForm, options: Options | None = None, *, revision: str | None = None
+) -> Exported:
+    """Write `model` (hub id, folder or GGUF file) to the folder `out` as a checkpoint of the form `to`.
+
+    Tensors that the form takes as they are go by byte range; the rest is computed a block of rows at a time.
+
+    Raises:
+        SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
+    """
+    options = options or Options()
+    patient = open_patient(model, revision)
+    checkpoint = patient.checkpoint
+    assert checkpoint is not None
+    Stage.check(out, overwrite=options.overwrite, sources=(checkpoint.path,))
+    subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
+    written = patient.form(subject.spec, to)
+    shapes = shapes_of(written.fit(rebase(weights, checkpoint.meta())))
+    expected = expected_shapes(empty_model(written.config))
+    check_shapes(shapes, expected, "the planned checkpoint", patient.family, patient.beside)
+    after = patient.costs(written.spec, shapes)
+    job = json.dumps([__version__, "export", to, checkpoint.fingerprint])
+    with Stage.open(
+        out,
+        fingerprint=hashlib.sha256(job.encode()).hexdigest(),
+        overwrite=options.overwrite,
+        sources=(checkpoint.path,),
+        needed_bytes=after.disk_bytes,
+    ) as stage:
+        stage.write_weights(written.published(weights, patient.family), max_shard_size=options.max_shard_size)
+        write_beside(stage, written, checkpoint)
+        before = _write_story(stage, patient, written, after)
+        return Exported(stage.commit(), to, written.loads, before, after)
+
+
+def export_gguf(
+    model: str,
+    out: str,
+    *,
+    type: str = "F16",
+    pre: str | None = None,
+    options: Options | None = None,
+    revision: str | None = None,
+) -> GGUF:
+    """Write `model` as the GGUF file `out`, for llama.cpp. `type` and `pre` as in `write_gguf`.
+
+    Raises:
+        SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
+    """
+    options = options or Options()
+    patient = open_patient(model, revision)
+    assert patient.checkpoint is not None
+    if patient.tower:
+        raise SurgeryError(
+            f"{model}: a GGUF holds a text model, and this one is vision-language ({patient.model_type}); "
+            "forms that can hold it: native, surgeon"
+        )
+    subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
+    return write_gguf(
+        out,
+        config=patient.config,
+        family=patient.family,
+        spec=subject.spec,
+        weights=weights,
+        source=patient.checkpoint.path,
+        type=type,
+        name=Path(patient.name).stem,
+        pre=pre,
+        overwrite=options.overwrite,
+    )
+
+
+def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs) -> Costs:
+    """Card, and what the source says of its own making where this tool made it. Returns the parent's costs."""
+    checkpoint = patient.checkpoint
+    assert checkpoint is not None
+    before = patient.costs(patient.spec, shapes_of(patient.meta()))
+    surgery: dict[str, Any] = {}
+    recipe = None
+    if story := _story(checkpoint):
+        surgery, recipe, before = story
+    card = model_card(
+        surgery.get("parent", patient.name),
+        written,
+        before,
+        after,
+        recipe,
+        surgery.get("evaluation"),
+        surgery.get("calibration"),
+        [f"Exported to {written.format} from `{Path(patient.name).name}`."] if recipe else [],
+        surgery.get("gate_missed", []),
+    )
+    stage.write_file("README.md", card)
+    if recipe:
+        stage.write_file("recipe.yaml", recipe)
+        surgery = {**surgery, "format": written.format, "after": after.to_dict()}
+        stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
+    return before
+
+
+def _story(checkpoint: Checkpoint) -> tuple[dict[str, Any], str, Costs] | None:
+    """surgery.json, recipe.yaml and the parent's costs, where this tool made the checkpoint."""
+    try:
+        surgery = json.loads((checkpoint.path / "surgery.json").read_text(encoding="utf-8"))
+        recipe = (checkpoint.path / "recipe.yaml").read_text(encoding="utf-8")
+        return surgery, recipe, Costs(**surgery["before"])
+    except (OSError, ValueError, KeyError, TypeError):  # a story that cannot be told is not worth a failed export
+        return None
+
+
+__all__ = ["CheckpointForm", "Exported", "export", "export_gguf"]

@@ -1,0 +1,251 @@
+"""Write a model as a GGUF file, for llama.cpp and all that embeds it.
+
+Weights pass through as transforms over the checkpoint, some rows at a time: read, put in llama.cpp's order, turned into
+the wanted type, written. The file is OUT.gguf.partial until it is whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.gguf_file import STRING
+from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
+from llmsurgeon.checkpoint.writer import disk_trouble, file_order, meta_weights, raise_unless_finite
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import Family
+from llmsurgeon.formats.gguf_model import lay_out
+from llmsurgeon.formats.gguf_tokenizer import UINT32, Field, tokenizer_fields
+from llmsurgeon.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+
+# What the `gguf` package can make, best first.
+TYPES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ2_0", "TQ1_0")
+TERNARY = ("TQ1_0", "TQ2_0")
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+POSITIONS = "position_embd.weight"
+NUMBERS_AT_ONCE = 2**22  # converted in float32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written. `architecture` is llama.cpp's name; `notes` say where it will differ."""
+
+    path: Path
+    architecture: str
+    type: str
+    size: int
+    notes: tuple[str, ...]
+
+
+def write_gguf(
+    out: Path | str,
+    *,
+    config: Mapping[str, Any],
+    family: Family,
+    spec: ModelSpec,
+    weights: Mapping[str, Tensor],
+    source: Path,
+    type: str = "F16",
+    name: str | None = None,
+    pre: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write a model as one GGUF file.
+
+    `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
+    tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases and learnt positions stay float32.
+    `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in total).
+
+    Raises:
+        SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, or the disk fails.
+    """
+    path = Path(out).expanduser().absolute()
+    kind = _known_type(type)
+    _check_out(path, source, overwrite)
+    layout = lay_out(config, family, spec, weights)
+    tokenizer = tokenizer_fields(source, spec.vocab, pre)
+    notes = [*layout.notes, *tokenizer.notes]
+    tensors = TransformedWeights(weights, layout.transforms)
+    meta = meta_weights(tensors)
+    kinds = {tensor: _kind_of(tensor, tuple(meta[tensor].shape), kind) for tensor in file_order(tensors)}
+    narrow = [tensor for tensor, chosen in kinds.items() if _fell_back(tensor, meta[tensor].dim(), chosen, kind)]
+    if narrow:
+        notes.append(
+            f"{len(narrow)} tensors, {narrow[0]} the first, are F16: their rows are not whole blocks of {kind.name}"
+        )
+    title = tokenizer.model_name(name or path.stem)
+    fields = [*_general(title, kind, kinds), *layout.fields, *tokenizer.fields]
+    sizes = {tensor: _bytes(tuple(meta[tensor].shape), chosen) for tensor, chosen in kinds.items()}
+    with (
+        _staged(path, sum(sizes.values())) as partial,
+        closing(_writer(partial, layout.architecture, fields, meta, kinds, sizes)) as writer,
+    ):
+        _write_tensors(writer, tensors, kinds, sizes, progress)
+    return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
+
+
+def _known_type(name: str) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    if name.upper() not in TYPES:
+        raise SurgeryError(
+            f"GGUF type {name!r} cannot be made here; those that can are {', '.join(TYPES)}. For others (Q4_K_M ...) "
+            "write F16 and run llama.cpp's llama-quantize on it"
+        )
+    return GGMLQuantizationType[name.upper()]
+
+
+def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type of one tensor: vectors stay float32, embeddings and head are spared the coarsest types."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Kind
+
+    if len(shape) < 2 or "norm" in name or name == POSITIONS:
+        return Kind.F32
+    if name in EMBEDDINGS and wanted not in (Kind.F32, Kind.BF16, Kind.F16):
+        wanted = Kind.F16 if wanted.name in TERNARY else Kind.Q8_0
+    return Kind.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _fell_back(name: str, dimensions: int, chosen: GGMLQuantizationType, wanted: GGMLQuantizationType) -> bool:
+    kept = name in EMBEDDINGS and wanted.name in TERNARY
+    return chosen.name == "F16" and wanted.name != "F16" and dimensions > 1 and not kept
+
+
+def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    return prod(shape) // block * block_bytes
+
+
+def _general(name: str, kind: GGMLQuantizationType, kinds: Mapping[str, GGMLQuantizationType]) -> list[Field]:
+    from gguf import GGML_QUANT_VERSION, LlamaFileType
+
+    types = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
+    fields = [
+        Field("general.type", "model", STRING),
+        Field("general.name", name, STRING),
+        Field("general.file_type", int(LlamaFileType[types.get(kind.name, f"MOSTLY_{kind.name}")]), UINT32),
+    ]
+    if any(chosen.name not in ("F32", "F16", "BF16") for chosen in kinds.values()):
+        fields.append(Field("general.quantization_version", GGML_QUANT_VERSION, UINT32))
+    return fields
+
+
+def _writer(
+    path: Path,
+    architecture: str,
+    fields: list[Field],
+    meta: Mapping[str, Tensor],
+    kinds: Mapping[str, GGMLQuantizationType],
+    sizes: Mapping[str, int],
+) -> GGUFWriter:
+    """A writer that knows the metadata and what tensors there will be."""
+    from gguf import GGUFValueType, GGUFWriter
+
+    writer = GGUFWriter(path, architecture)
+    for entry in fields:
+        inner = None if entry.inner is None else GGUFValueType(entry.inner)
+        writer.add_key_value(entry.key, entry.value, GGUFValueType(entry.kind), inner)
+    for tensor, kind in kinds.items():
+        writer.add_tensor_info(tensor, tuple(meta[tensor].shape), np.dtype(np.float32), sizes[tensor], kind)
+    return writer
+
+
+def _write_tensors(
+    writer: GGUFWriter,
+    tensors: TransformedWeights,
+    kinds: Mapping[str, GGMLQuantizationType],
+    sizes: Mapping[str, int],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """The whole file: header, metadata, and each tensor some rows at a time."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    file, done, total = writer.fout[0], 0, sum(sizes.values())
+    writer.write_padding(file, file.tell())
+    for tensor, kind in kinds.items():
+        for part in _encoded(tensors, tensor, kind):
+            file.write(part)
+            done += len(part)
+            if progress:
+                progress(done, total)
+        writer.write_padding(file, sizes[tensor])
+        if tensor == tensors.group(tensor)[-1]:
+            tensors.release()
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _encoded(weights: TransformedWeights, name: str, kind: GGMLQuantizationType) -> Iterator[memoryview]:
+    """The bytes of one tensor, some rows at a time."""
+    from gguf.quants import quantize
+
+    for block in blocks(weights, name):
+        rows = block.reshape(-1, block.shape[-1])
+        for part in rows.split(max(1, NUMBERS_AT_ONCE // rows.shape[1])):
+            numbers = part.detach().to("cpu", torch.float32)
+            raise_unless_finite(name, numbers)
+            if kind.name == "F16" and numbers.abs().max() > torch.finfo(torch.float16).max:
+                raise SurgeryError(f"GGUF: {name} holds numbers beyond float16's range; write it with --type BF16")
+            yield np.ascontiguousarray(quantize(numbers.contiguous().numpy(), kind)).view(np.uint8).reshape(-1).data
+
+
+def _check_out(path: Path, source: Path, overwrite: bool) -> None:
+    if path.suffix != ".gguf":
+        raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
+    if path.is_dir():
+        raise SurgeryError(f"{path}: is a folder; choose another name")
+    if path.exists() and path.resolve() == source.resolve():
+        raise SurgeryError(f"{path}: is where the model is read from; choose another name")
+    if path.exists() and not overwrite:
+        raise SurgeryError(f"{path}: exists already; choose another name or pass --overwrite")
+
+
+@contextmanager
+def _staged(path: Path, needed: int) -> Iterator[Path]:
+    """OUT.gguf.partial, locked; renamed to OUT.gguf at the end, removed where something fails."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if needed > free:
+            raise SurgeryError(f"{path.parent}: {needed:,} bytes are needed and {free:,} are free")
+        with partial.open("ab") as lock:
+            _lock(lock, path)
+            try:
+                yield partial
+                partial.replace(path)
+            except BaseException:
+                with suppress(OSError):
+                    partial.unlink()
+                raise
+    except OSError as error:
+        raise SurgeryError(f"{error.filename or path}: {disk_trouble(error)}. Nothing was written") from error
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SurgeryError(f"{path}: another run is writing it now; wait for it or stop it") from error
+    except OSError:
+        pass  # a network file system without locks

@@ -1,0 +1,511 @@
+"""What llama.cpp runs under which name, and how a family's weights and config become what it reads there.
+
+A family is one row of `ARCHITECTURES`. The names of tensors are the `gguf` package's own; what remains are the keys,
+the few tensors that lie in another order, and the settings that llama.cpp has no word for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.gguf_file import ARRAY, STRING
+from llmsurgeon.checkpoint.transform import WeightTransform, rename
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import Family
+from llmsurgeon.formats.gguf_tokenizer import BOOL, FLOAT32, INT32, UINT32, Field
+from llmsurgeon.spec import AttentionSpec, BlockSpec, ModelSpec
+
+Config = Mapping[str, Any]
+ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One `general.architecture` and what its code takes for granted.
+
+    rope: neighbours ("pairs") or halves of a head turn together; transformers always turns halves.
+    activations: what its FFN may compute, in transformers' words.
+    windows: "periodic" where every nth block attends to everything and the others slide.
+    by_head: the fused projection whose rows lie head by head; llama.cpp wants queries, then keys, then values.
+    settings: config values that its code takes for granted.
+    keys: further metadata, without the architecture's prefix.
+    """
+
+    name: str
+    rope: Literal["none", "halves", "pairs"] = "halves"
+    activations: tuple[str, ...] = ("silu", "swish")
+    windows: Literal["none", "periodic"] = "none"
+    by_head: str = ""
+    # Norm gains are stored as w and used as 1 + w.
+    gains_from_one: bool = False
+    # A tied model needs its head written all the same.
+    own_head: bool = False
+    # Heads may be wider or fewer than the model is wide.
+    free_heads: bool = False
+    settings: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda config: {})
+    # Every nth block has no rotary positions; 0: all have.
+    bare_every: int = 0
+    # The attention scale that its code uses, where it is not 1 / sqrt(head_dim): from spec and config.
+    scale: Callable[[ModelSpec], float] | None = None
+
+
+def _granite_keys(config: Config) -> dict[str, float]:
+    return {
+        "logit_scale": float(config["logits_scaling"]),
+        "residual_scale": float(config["residual_multiplier"]),
+        "embedding_scale": float(config["embedding_multiplier"]),
+        "attention.scale": float(config["attention_multiplier"]),
+    }
+
+
+def _gemma_scale(layers_of_27b: int) -> Callable[[ModelSpec], float]:
+    """llama.cpp tells the 27B models, which scale by the model's width, by their number of layers."""
+
+    def scale(spec: ModelSpec) -> float:
+        attention = _any_attention(spec)
+        wide = len(spec.blocks) == layers_of_27b
+        return (spec.hidden // attention.heads if wide else attention.head_dim) ** -0.5
+
+    return scale
+
+
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
+# llama.cpp computes the tanh form for all of them; the two differ by 5e-4 at most.
+GELU = ("gelu", *GELU_TANH)
+LLAMA = Architecture("llama", rope="pairs", free_heads=True)
+GEMMA = Architecture("gemma2", activations=GELU_TANH, windows="periodic", gains_from_one=True, free_heads=True)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": Architecture("qwen2"),
+    "qwen3": Architecture("qwen3", free_heads=True, settings=(("attention_bias", (False,)),)),
+    "gpt2": Architecture(
+        "gpt2",
+        rope="none",
+        activations=GELU_TANH,
+        settings=(("scale_attn_weights", (True,)), ("reorder_and_upcast_attn", (False,))),
+    ),
+    "gpt_neox": Architecture(
+        "gptneox",
+        activations=GELU,
+        by_head="query_key_value",
+        own_head=True,
+        settings=(("attention_bias", (True,)),),
+        keys=lambda config: {"use_parallel_residual": bool(config["use_parallel_residual"])},
+    ),
+    "phi3": Architecture("phi3"),
+    "gemma2": replace(
+        GEMMA,
+        settings=(("attention_bias", (False,)),),
+        keys=lambda config: {
+            # No key means the default of Gemma 2; a huge cap is none.
+            "attn_logit_softcapping": float(config["attn_logit_softcapping"] or 1e30),
+            "final_logit_softcapping": float(config["final_logit_softcapping"] or 1e30),
+        },
+        scale=_gemma_scale(46),
+    ),
+    "gemma3_text": replace(
+        GEMMA,
+        name="gemma3",
+        settings=(
+            ("attention_bias", (False,)),
+            ("final_logit_softcapping", (None,)),
+            ("attn_logit_softcapping", (None,)),
+        ),
+        scale=_gemma_scale(62),
+    ),
+    "olmo2": Architecture("olmo2", own_head=True, settings=(("attention_bias", (False,)),)),
+    "granite": Architecture("granite", rope="pairs", free_heads=True, keys=_granite_keys),
+    "smollm3": Architecture(
+        "smollm3",
+        rope="pairs",
+        free_heads=True,
+        bare_every=4,
+        settings=(("attention_bias", (False,)), ("mlp_bias", (False,))),
+    ),
+    "stablelm": Architecture("stablelm", own_head=True),
+    "falcon": Architecture(
+        "falcon",
+        activations=GELU,
+        by_head="query_key_value",
+        settings=(("parallel_attn", (True,)), ("bias", (False,)), ("alibi", (False,))),
+    ),
+    "bloom": Architecture(
+        "bloom",
+        rope="none",
+        by_head="query_key_value",
+        settings=(("apply_residual_connection_post_layernorm", (False,)),),
+    ),
+}
+# Blocks of differing shape: Llama's block with a width, a number of heads, or no attention, of its own.
+UNEVEN = Architecture("deci", rope="pairs", free_heads=True)
+UNEVEN_FAMILIES = ("llama", "mistral", "qwen2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as llama.cpp wants it: its architecture, metadata, the edits that make its tensors, and remarks."""
+
+    architecture: str
+    fields: tuple[Field, ...]
+    transforms: tuple[WeightTransform, ...]
+    notes: tuple[str, ...]
+
+
+def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Layout:
+    """How this model is written; `weights` are its tensors under canonical names, of which only names are read.
+
+    Raises:
+        SurgeryError: llama.cpp cannot run it; names the first block or setting that does not fit.
+    """
+    architecture = _choose(family, spec)
+    _check_settings(architecture, config, spec)
+    _check_parts(architecture, spec)
+    notes: list[str] = []
+    fields = _sizes(architecture, spec, config)
+    fields |= _windows(architecture, spec, notes)
+    rope, factors = _rope(architecture, config, spec, notes)
+    fields |= rope | dict(architecture.keys(config))
+    transforms = _transforms(architecture, config, family, spec, weights)
+    transforms += [_constant(name, values) for name, values in factors.items()]
+    prefixed = tuple(_field(f"{architecture.name}.{key}", value) for key, value in fields.items())
+    return Layout(architecture.name, prefixed, tuple(transforms), tuple(notes))
+
+
+def _choose(family: Family, spec: ModelSpec) -> Architecture:
+    """The architecture for these blocks."""
+    if family.model_type not in ARCHITECTURES:
+        raise SurgeryError(
+            f"GGUF: no row for {family.model_type} models yet; there are rows for {', '.join(ARCHITECTURES)}. "
+            "Format surgeon holds this model"
+        )
+    architecture = ARCHITECTURES[family.model_type]
+    odd = _first_odd(spec)
+    if odd is None:
+        return architecture
+    index, what = odd
+    if family.model_type not in UNEVEN_FAMILIES:
+        raise SurgeryError(
+            f"GGUF cannot hold this model: block {index} {what}, and llama.cpp's {architecture.name} has one shape for "
+            "all blocks. Format surgeon holds it"
+        )
+    for index, block in enumerate(spec.blocks):
+        reason = _not_deci(index, block)
+        if reason:
+            raise SurgeryError(f"GGUF cannot hold this model: block {index} {reason}. Format surgeon holds it")
+    return UNEVEN
+
+
+def _first_odd(spec: ModelSpec) -> tuple[int, str] | None:
+    """The first block that keeps the model from being uniform, and how; None where it is uniform."""
+
+    def shape(block: BlockSpec) -> Any:
+        return block.attention and block.attention.shape, block.ffn
+
+    usual = next((shape(b) for b in spec.blocks if b.attention and b.ffn and not b.branches), None)
+    for index, block in enumerate(spec.blocks):
+        if block.branches:
+            return index, f"runs {len(block.branches)} blocks in parallel"
+        if block.attention is None:
+            return index, "has no attention"
+        if block.ffn is None:
+            return index, "has no FFN"
+        if shape(block) != usual:
+            return index, (
+                f"(FFN {block.ffn.width}, {block.attention.heads} heads, {block.attention.kv_heads} KV heads) differs "
+                "from the first"
+            )
+    return None
+
+
+def _not_deci(index: int, block: BlockSpec) -> str | None:
+    """Why llama.cpp's code for uneven models cannot run this block."""
+    if block.branches:
+        return f"runs {len(block.branches)} blocks in parallel, which llama.cpp has no word for"
+    if block.empty:
+        return "is empty, which llama.cpp cannot run"
+    if index == 0 and block.attention is None:
+        return "has no attention, and llama.cpp sizes its cache by the first block"
+    if block.ffn is None:
+        return "has attention and no FFN, and llama.cpp leaves such attention out without a word"
+    return None
+
+
+def _any_attention(spec: ModelSpec) -> AttentionSpec:
+    return next(block.attention for block in spec.blocks if block.attention)
+
+
+def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec) -> None:
+    """Refuse settings under which llama.cpp would compute something else."""
+    where = f"GGUF cannot hold this model: llama.cpp's {architecture.name}"
+    for key, allowed in architecture.settings:
+        if key in config and config[key] not in allowed:
+            raise SurgeryError(f"{where} takes {key} {allowed[0]} for granted, config.json says {config[key]}")
+    for key in ("hidden_act", "hidden_activation", "activation_function", "activation"):
+        if isinstance(config.get(key), str) and config[key] not in architecture.activations:
+            known = " or ".join(architecture.activations)
+            raise SurgeryError(f"{where} computes {known}, config.json says {key} {config[key]}")
+    attention = _any_attention(spec)
+    if not architecture.free_heads and attention.heads * attention.head_dim != spec.hidden:
+        raise SurgeryError(
+            f"{where} wants heads that fill the model's width of {spec.hidden}, these are {attention.heads} of "
+            f"{attention.head_dim}"
+        )
+
+
+def _check_parts(architecture: Architecture, spec: ModelSpec) -> None:
+    """Refuse what a block may have here and llama.cpp has no place for."""
+    where = f"GGUF cannot hold this model: llama.cpp's {architecture.name}"
+    for index, block in enumerate(spec.blocks):
+        turns = architecture.bare_every == 0 or (index + 1) % architecture.bare_every != 0
+        if block.attention and block.attention.rope != turns:
+            gives = "gives block" if turns else "leaves out of block"
+            raise SurgeryError(f"{where} {gives} {index} the rotary positions, and this model does not")
+        if block.ffn and block.ffn.own_norm:
+            raise SurgeryError(f"{where} has one norm for attention and FFN, block {index} has two")
+        if block.ffn and block.ffn.bias:
+            raise SurgeryError(f"{where} has no place for the biases of block {index}'s FFN")
+
+
+def _sizes(architecture: Architecture, spec: ModelSpec, config: Config) -> dict[str, Any]:
+    attention = _any_attention(spec)
+    uneven = architecture is UNEVEN
+    heads = [block.attention.heads if block.attention else 0 for block in spec.blocks]
+    kv_heads = [block.attention.kv_heads if block.attention else 0 for block in spec.blocks]
+    widths = [block.ffn.width if block.ffn else 0 for block in spec.blocks]
+    eps_key = next(k for k in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if config.get(k) is not None)
+    sizes: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "block_count": len(spec.blocks),
+        "context_length": spec.max_positions or 2048,
+        "embedding_length": spec.hidden,
+        "feed_forward_length": widths if uneven else widths[0],
+        "attention.head_count": heads if uneven else heads[0],
+        "attention.head_count_kv": kv_heads if uneven else kv_heads[0],
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+    }
+    kind = "layer_norm_rms_epsilon" if eps_key == "rms_norm_eps" else "layer_norm_epsilon"
+    sizes[f"attention.{kind}"] = float(config[eps_key])
+    return sizes
+
+
+def _windows(architecture: Architecture, spec: ModelSpec, notes: list[str]) -> dict[str, Any]:
+    """Sliding windows; where llama.cpp has none, the context ends where they would begin to bite."""
+    windows = [block.attention.window if block.attention else None for block in spec.blocks]
+    found = {window for window in windows if window is not None}
+    if architecture.windows == "periodic":
+        # With blocks of one kind only, llama.cpp aborts.
+        for period in range(2, len(windows) + 1):
+            if all((window is not None) == (i % period < period - 1) for i, window in enumerate(windows)):
+                return {"attention.sliding_window": max(found), "attention.sliding_window_pattern": period}
+        raise SurgeryError(
+            f"GGUF cannot hold this model: in llama.cpp's {architecture.name} every nth block attends to everything, "
+            f"and the blocks that are left have no such pattern. Format surgeon holds it"
+        )
+    if not found or min(found) >= (spec.max_positions or 2048):
+        return {}
+    notes.append(
+        f"llama.cpp's {architecture.name} has no sliding window: context_length is {min(found)}, up to which it "
+        "computes the same"
+    )
+    return {"context_length": min(found)}
+
+
+def _rope(
+    architecture: Architecture, config: Config, spec: ModelSpec, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Keys of the rotary positions, and tensors of factors on their frequencies."""
+    if architecture.rope == "none":
+        return {}, {}
+    parameters = config["rope_parameters"]
+    keys: dict[str, Any] = {}
+    if "full_attention" in parameters:  # Gemma 3: blocks that slide turn at a base of their own
+        local = parameters["sliding_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise SurgeryError(f"GGUF cannot hold RoPE scaling {local['rope_type']!r} of the sliding blocks")
+        keys["rope.freq_base_swa"] = float(local["rope_theta"])
+        parameters = parameters["full_attention"]
+    dimensions = int(_any_attention(spec).head_dim * parameters.get("partial_rotary_factor", 1.0))
+    keys |= {"rope.freq_base": float(parameters["rope_theta"]), "rope.dimension_count": dimensions}
+    scaling = parameters.get("rope_type", "default")
+    if scaling == "default":
+        return keys, {}
+    if scaling == "llama3" and architecture.rope == "pairs":
+        return keys, {ROPE_FACTORS: llama3_factors(parameters, dimensions)}
+    if scaling == "linear":
+        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}, {}
+    if scaling == "yarn":
+        return keys | _yarn(parameters, spec), {}
+    if scaling == "longrope" and architecture.name == "phi3":
+        return _longrope(keys, config, parameters, spec, notes)
+    raise SurgeryError(f"GGUF cannot hold this model: llama.cpp's {architecture.name} has no RoPE scaling {scaling!r}")
+
+
+def llama3_factors(parameters: Config, dimensions: int) -> Tensor:
+    """What divides each frequency in Llama 3.1's RoPE scaling (`_compute_llama3_parameters` of transformers)."""
+    low, high, factor = (parameters[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
+    original = parameters["original_max_position_embeddings"]
+    exponents = torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions
+    turns = original / (2 * math.pi * parameters["rope_theta"] ** exponents)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _yarn(parameters: Config, spec: ModelSpec) -> dict[str, Any]:
+    """YaRN (arXiv 2309.00071). llama.cpp multiplies its own 0.1 ln(factor) + 1 by `attn_factor`."""
+    # llama.cpp reads no betas from the file.
+    usual = {"mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+    for key, value in usual.items():
+        if parameters.get(key, value) not in (value, None):
+            raise SurgeryError(f"GGUF cannot hold this model: llama.cpp has no YaRN with {key} {parameters[key]}")
+    factor = float(parameters["factor"])
+    keys: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(
+            parameters.get("original_max_position_embeddings") or spec.max_positions or 2048
+        ),
+    }
+    if parameters.get("attention_factor") is not None:
+        keys["rope.scaling.attn_factor"] = parameters["attention_factor"] / (0.1 * math.log(factor) + 1)
+    return keys
+
+
+def _longrope(
+    keys: dict[str, Any], config: Config, parameters: Config, spec: ModelSpec, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """LongRoPE (arXiv 2402.13753): one set of factors up to the original context, another beyond."""
+    original = int(parameters.get("original_max_position_embeddings") or config["original_max_position_embeddings"])
+    ratio = (spec.max_positions or original) / original
+    attention = parameters.get("attention_factor") or (
+        math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    )
+    notes.append(
+        f"llama.cpp takes LongRoPE's long factors once its context (-c) is larger than {original} tokens, transformers "
+        "once the text is"
+    )
+    keys = keys | {
+        "rope.scaling.original_context_length": original,
+        "rope.scaling.attn_factor": float(attention),
+    }
+    factors = {LONG_FACTORS: parameters["long_factor"], SHORT_FACTORS: parameters["short_factor"]}
+    return keys, {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
+
+
+def _transforms(
+    architecture: Architecture, config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]
+) -> list[WeightTransform]:
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
+    names = get_tensor_name_map(known, len(spec.blocks))
+    made: list[WeightTransform] = []
+    stacked: dict[str, list[str]] = {}
+    for name in weights:
+        stem, _, kind = name.rpartition(".")
+        if ".norms." in stem:  # StableLM 2 12B: a norm for each head
+            stacked.setdefault(f"{stem[: stem.index('.norms.')]}.{kind}", []).append(name)
+            continue
+        # Some names are known without the prefix of today's classes.
+        found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
+        if found is None:
+            raise SurgeryError(f"GGUF: tensor {name} has no place in llama.cpp's {architecture.name}")
+        made.append(_transform(architecture, config, family, spec, name, f"{found}.{kind}"))
+    for name, parts in stacked.items():
+        stem, _, kind = name.rpartition(".")
+        parts.sort(key=lambda part: int(part.split(".norms.")[1].split(".")[0]))
+        made.append(WeightTransform(tuple(parts), (f"{names.get_name(stem)}.{kind}",), _stack))
+    if architecture.own_head and f"{family.head}.weight" not in weights:
+        made.append(rename(f"{family.embedding}.weight", "output.weight"))
+    return made
+
+
+def _transform(
+    architecture: Architecture, config: Config, family: Family, spec: ModelSpec, name: str, target: str
+) -> WeightTransform:
+    """The edit that makes one tensor."""
+    part, _, kind = target.rpartition(".")
+    block, _, part = part.rpartition(".")
+    attention = spec.blocks[int(block.split(".")[1])].attention if block else None
+    if part in ("attn_q", "attn_k") and architecture.rope == "pairs" and attention:
+        heads = attention.heads if part == "attn_q" else attention.kv_heads
+        return WeightTransform((name,), (target,), _pairs(heads))
+    if part == "attn_q" and architecture.scale and architecture.name != "gemma3":
+        return WeightTransform((name,), (target,), _times(_gemma_ratio(architecture, config, spec)))
+    if part == "attn_qkv" and architecture.by_head and attention:
+        return WeightTransform((name,), (target,), _by_kind(attention))
+    if architecture.gains_from_one and part.endswith("norm"):
+        ratio = _gemma_ratio(architecture, config, spec) if part == "attn_q_norm" else 1.0
+        return WeightTransform((name,), (target,), _gain(ratio))
+    if family.transposed and kind == "weight" and part in ("attn_qkv", "attn_output", "ffn_up", "ffn_down"):
+        return WeightTransform((name,), (target,), _transposed)
+    return rename(name, target)
+
+
+def _gemma_ratio(architecture: Architecture, config: Config, spec: ModelSpec) -> float:
+    """What queries are multiplied by, so that the scale that llama.cpp uses comes out as the config's."""
+    assert architecture.scale is not None
+    return config["query_pre_attn_scalar"] ** -0.5 / architecture.scale(spec)
+
+
+def _pairs(heads: int) -> Callable[[Tensor], Tensor]:
+    """Rows of queries or keys in llama.cpp's order: what turns together lies side by side, not half a head apart."""
+
+    def reorder(weight: Tensor) -> Tensor:
+        half = weight.shape[0] // heads // 2
+        return weight.view(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+    return reorder
+
+
+def _by_kind(attention: AttentionSpec) -> Callable[[Tensor], Tensor]:
+    """Rows of a fused projection: all queries, all keys, all values."""
+    group = attention.heads // attention.kv_heads
+
+    def reorder(weight: Tensor) -> Tensor:
+        rows = weight.view(attention.kv_heads, group + 2, attention.head_dim, *weight.shape[1:])
+        parts = (rows[:, :group], rows[:, group], rows[:, group + 1])
+        return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
+
+    return reorder
+
+
+def _gain(ratio: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: (1 + weight.float()) * ratio
+
+
+def _times(ratio: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: weight if ratio == 1 else weight.float() * ratio
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    return weight.T
+
+
+def _stack(*parts: Tensor) -> Tensor:
+    return torch.stack(parts)
+
+
+def _constant(name: str, values: Tensor) -> WeightTransform:
+    return WeightTransform((), (name,), lambda: values)
+
+
+def _field(key: str, value: Any) -> Field:
+    """A metadata value in the GGUF type that llama.cpp reads it in."""
+    if isinstance(value, bool):
+        return Field(key, value, BOOL)
+    if isinstance(value, list):
+        return Field(key, value, ARRAY, INT32)
+    if isinstance(value, str):
+        return Field(key, value, STRING)
+    return Field(key, value, FLOAT32 if isinstance(value, float) else UINT32)

@@ -1,0 +1,76 @@
+"""native: the family's own model_type, where every block has one shape, or is given it with zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import lcm
+from typing import Any
+
+from llmsurgeon.families import Family
+from llmsurgeon.spec import AttentionSpec, BlockSpec, FFFSpec, FFNSpec, ModelSpec, MoESpec
+
+
+def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
+    """What no padding can bring into the family's own form, None where all can be."""
+    kv_heads = {a.kv_heads for a in spec.attentions}
+    widths = {ffn.width for ffn in _ffns(spec)}
+    for index, block in enumerate(spec.blocks):
+        if block.branches:
+            return f"block {index} runs {len(block.branches)} blocks in parallel"
+        if isinstance(block.ffn, FFFSpec):
+            return f"block {index} has a fast feedforward network"
+        if block.ffn and type(block.ffn) not in (FFNSpec, MoESpec):
+            return f"block {index} has an FFN that is not dense"
+        if block.ffn and (block.ffn.own_norm or block.ffn.bias):
+            return f"block {index} has a fused FFN with a norm or biases that {family.model_class} does not have"
+        if block.attention and len(kv_heads) > 1 and not family.kv and block.attention != spec.attentions[0]:
+            return f"block {index} has {block.attention.kv_heads} KV heads, block 0 another number"
+        if block.ffn and family.width_key is None and block.ffn.width > 4 * spec.hidden:
+            return f"block {index} has an FFN of width {block.ffn.width}, {family.model_class} takes {4 * spec.hidden}"
+    if not widths:
+        return "no block has an FFN"
+    return mixed_windows(config)
+
+
+def uniform_block(spec: ModelSpec, family: Family) -> BlockSpec:
+    """The smallest block that holds each of the spec's: the widest FFN, and KV heads that each number divides."""
+    first = spec.attentions[0]
+    kv_heads = lcm(*(a.kv_heads for a in spec.attentions))
+    width = max(ffn.width for ffn in _ffns(spec)) if family.width_key else 4 * spec.hidden
+    return BlockSpec(AttentionSpec(first.heads, kv_heads, first.head_dim), FFNSpec(width))
+
+
+def uniform_spec(spec: ModelSpec, family: Family) -> ModelSpec:
+    """The spec as it is stored: every block has `uniform_block`'s shape, and its own window."""
+    shape = uniform_block(spec, family)
+    assert shape.attention
+    kv_heads = shape.attention.kv_heads
+    attentions = [replace(block.attention or shape.attention, kv_heads=kv_heads) for block in spec.blocks]
+    blocks = zip(spec.blocks, attentions, strict=True)
+    return spec.with_blocks([replace(block, attention=attention, ffn=shape.ffn) for block, attention in blocks])
+
+
+def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the spec as a plain checkpoint of its family, made from the cut source's."""
+    block = uniform_block(spec, family)
+    assert block.attention and block.ffn
+    made = {**config, "model_type": family.model_type, "architectures": [family.model_class]}
+    if family.width_key:
+        made[family.width_key] = block.ffn.width
+    if family.kv_heads_key:
+        made[family.kv_heads_key] = block.attention.kv_heads
+    return made
+
+
+def mixed_windows(config: Mapping[str, Any]) -> str | None:
+    """The first layer that readers who know max_window_layers and not layer_types would get wrong, None without one."""
+    types, first = config.get("layer_types"), config.get("max_window_layers")
+    if types and first is not None and config.get("use_sliding_window") and "full_attention" in types[first:]:
+        index = first + types[first:].index("full_attention")
+        return f"block {index} has full attention above one with a window, which max_window_layers cannot express"
+    return None
+
+
+def _ffns(spec: ModelSpec) -> list[FFNSpec]:
+    return [block.ffn for block in spec.blocks if block.ffn]

@@ -1,0 +1,152 @@
+"""The config class that engines read: attributes and keys, old and new rotary settings, null in the file."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
+from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
+from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
+from llmsurgeon.vllm_plugin import register
+
+ROPE = {"rope_type": "linear", "factor": 2.0}
+
+
+def entry(group: int | None, mult: float | None) -> dict[str, Any]:
+    attention = {**ATTENTION_KEYS, "no_op": group is None, "n_heads_in_group": group}
+    return {"attention": attention, "ffn": {**FFN_KEYS, "no_op": mult is None, "ffn_mult": mult}}
+
+
+ENTRIES = [entry(2, 12.0), entry(None, 24.0), entry(4, None)]  # 4 heads, hidden 32: widths 256 and 512
+SIZES = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "vocab_size": 64,
+    "max_position_embeddings": 128,
+    "rope_theta": 5e5,
+    "rope_scaling": ROPE,
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+}
+
+
+def config(**changes: Any) -> DeciLMConfig:
+    # Copied: transformers adds to what it is given.
+    return DeciLMConfig(**copy.deepcopy({"block_configs": ENTRIES, **SIZES, **changes}))
+
+
+def test_blocks_by_attribute_and_by_key():
+    blocks = config().block_configs
+    assert blocks[0].attention.n_heads_in_group == blocks[0]["attention"]["n_heads_in_group"] == 2
+    assert blocks[1].attention.no_op and blocks[2].ffn.no_op and blocks[2].ffn.ffn_mult is None
+    assert not hasattr(blocks[0].ffn, "hidden_act") and isinstance(blocks[0], dict)
+    again = pickle.loads(pickle.dumps(config())).block_configs
+    assert again == blocks == copy.deepcopy(blocks) and again[0].ffn.ffn_mult == 12.0
+
+
+def test_sizes_for_the_whole_model_are_the_largest():
+    made = config()
+    assert (made.intermediate_size, made.num_key_value_heads) == (512, 2)
+    assert made.sizes() == [(2, 256), (None, 512), (1, None)]
+    for hidden in (576, 4096):
+        for mult in (1.95, 2.625, 5.25, 3 * 1536 / (2 * 576)):
+            assert sizes_of(entry(1, mult), 8, hidden) == (8, width_of(mult, hidden))
+
+
+def test_rotary_settings_where_old_and_new_engines_look():
+    made = config()
+    assert made.rope_theta == made.rope_parameters["rope_theta"] == 5e5
+    assert made.rope_scaling == ROPE and made.rope_parameters["factor"] == 2.0
+    plain = config(rope_scaling=None)
+    assert plain.rope_scaling is None and plain.rope_parameters["rope_type"] == "default"
+
+
+def test_the_file_and_back(tmp_path):
+    made = config()
+    made.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["intermediate_size"] is None and values["num_key_value_heads"] is None
+    assert values["block_configs"] == ENTRIES
+    assert (values["rope_theta"], values["rope_scaling"]) == (5e5, ROPE)
+    again = DeciLMConfig.from_pretrained(tmp_path)
+    assert again.to_dict() == made.to_dict()
+    assert DeciLMConfig.from_dict(made.to_dict()).to_json_string() == made.to_json_string()
+
+
+def test_a_stock_class_named_by_hand_raises(tmp_path):
+    config().save_pretrained(tmp_path)
+    for stock in (LlamaConfig, LlamaForCausalLM):
+        with pytest.raises(StrictDataclassFieldValidationError, match="intermediate_size"):
+            stock.from_pretrained(tmp_path)
+
+
+def test_caches_have_a_slot_for_each_attention():
+    made = config()
+    assert made.get_text_config() is made
+    assert made.get_text_config(decoder=True).num_hidden_layers == 2
+    model = DeciLMForCausalLM(made).eval()
+    out = model(input_ids=torch.arange(8)[None], use_cache=True)
+    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [8, 8]
+    assert not hasattr(model.model.layers[1], "self_attn") and not hasattr(model.model.layers[2], "mlp")
+    whole = config(block_configs=[entry(2, 12.0)] * 3)
+    assert whole.get_text_config(decoder=True) is whole
+
+
+def test_what_engines_write_into_it():
+    made = config()
+    made.num_key_value_heads = [2, 0, 1]  # one number per layer
+    assert made.num_key_value_heads == [2, 0, 1]
+
+
+def test_entries_that_do_not_fit():
+    with pytest.raises(ValueError, match="block_configs has 3 entries"):
+        config(num_hidden_layers=4)
+    linear = copy.deepcopy(ENTRIES)
+    linear[1]["attention"]["replace_with_linear"] = True
+    with pytest.raises(ValueError, match=r"block_configs\[1\]: replace_with_linear is not supported"):
+        DeciLMForCausalLM(config(block_configs=linear))
+
+
+def test_it_needs_transformers_alone():
+    """Engines load the config class without torch code, on transformers 4 and 5."""
+    source = (files("llmsurgeon") / "modeling" / "configuration_decilm.py").read_text()
+    imported = [line for line in source.splitlines() if line.lstrip().startswith(("import ", "from "))]
+    assert {line.split()[1].split(".")[0] for line in imported} == {
+        *("copy", "json", "dataclasses"),
+        *("transformers", "huggingface_hub"),
+    }
+
+
+@pytest.fixture
+def mapping():
+    """The registry as it was, afterwards."""
+    yield
+    CONFIG_MAPPING._extra_content.pop("nemotron-nas", None)
+
+
+def test_the_vllm_plugin(tmp_path, mapping):
+    """vLLM itself is not at hand: what can be held is that its entry point makes the config load without trust."""
+    config(auto_map={"AutoConfig": "configuration_decilm.DeciLMConfig"}).save_pretrained(tmp_path)
+    register()
+    register()  # vLLM calls it in each process, and may call it twice
+    for trust in (None, False, True):
+        made = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trust)
+        assert type(made) is DeciLMConfig and made.block_configs[1].attention.no_op
+
+
+def test_the_entry_point_is_declared():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"llmsurgeon": "llmsurgeon.vllm_plugin:register"}
