@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
+from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
 from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations import Step, Subject
+from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 
@@ -35,6 +37,8 @@ def compute_scores(
         tokens: [S, T]; a few thousand of them are used.
     """
     scores: dict[str, Any] = {}
+    # Before anything slow: shapes that do not fit are refused here.
+    trees = [(step, step.wanted(subject({}))) for step in steps if isinstance(step, FFF)]
     prunes = [step for step in steps if isinstance(step, PruneAttention)]
     if needed & BY_MEASURE:
         scores.update(measure(runner, few(tokens, MEASURE_TOKENS), batch).for_recipes())
@@ -47,4 +51,8 @@ def compute_scores(
     if "ffn_dependency" in needed:
         dropped = frozenset(layer for step in prunes for layer in step.resolve(subject(scores)).layers or ())
         scores["ffn_dependency"] = ffn_dependency(runner, few(tokens, SEARCH_TOKENS), dropped, batch)
+    if "fff" in needed:
+        scores["fff"] = {}
+        for step, wanted in trees:
+            scores["fff"] |= route_ffns(runner, tokens, wanted, step.assign, step.min_tokens, batch)
     return scores

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -21,6 +21,8 @@ from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, sear
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.errors import SurgeryError
 
+_DISTANCES = {"kl": "KL to the parent: {:.3f} nats a token", "cosine": "Cosine distance to the parent: {:.3f}"}
+
 
 @dataclass(frozen=True)
 class Analysis:
@@ -28,6 +30,8 @@ class Analysis:
 
     dropped: attentions to drop, in the order in which they were chosen; runs: the FFN runs that this makes.
     ffn_dependency: M for FFNs alone with `dropped` gone, [N, N].
+    distance: what stands under the name KL: for encoders 1 - cos of the last hidden states.
+    fuses: False where the family's FFNs cannot be fused.
     """
 
     model: str
@@ -41,6 +45,8 @@ class Analysis:
     dropped: tuple[int, ...]
     runs: tuple[tuple[int, ...], ...]
     ffn_dependency: Tensor
+    distance: Literal["kl", "cosine"] = "kl"
+    fuses: bool = True
 
     def report(self) -> dict[str, Any]:
         """report.json: every number, layers as list indices, NaN as null. docs/report.md describes the fields."""
@@ -49,6 +55,7 @@ class Analysis:
             "llmsurgeon": __version__,
             "model": self.model,
             "family": self.family,
+            "distance": self.distance,
             "layers": self.layers,
             "calibration": {"text": self.text, "tokens": self.tokens, "sequence_length": self.sequence_length},
             "scores": {
@@ -59,6 +66,7 @@ class Analysis:
             "ffn_dependency": _numbers(self.ffn_dependency.tolist()),
             "angular_distance": _numbers(self.measurements.arrays["angular_distance"].tolist()),
             "suggestion": {
+                "fuses": self.fuses,
                 "drop_attention": sorted(self.dropped),
                 "fuse_runs": [list(run) for run in self.runs],
                 "blocks_after": self.layers - sum(len(run) - 1 for run in self.runs),
@@ -95,7 +103,7 @@ class Analysis:
         }
         head = (
             "# Suggested by `llmsurgeon analyze`. Run: llmsurgeon run suggested.yaml -o OUT\n"
-            f"# KL to the parent after cutting, before refit: {self.choices[-1].kl:.3f} nats a token "
+            f"# {_DISTANCES[self.distance].format(self.choices[-1].kl)}, measured after cutting, before refit "
             f"({SEARCH_TOKENS:,} tokens or fewer).\n"
         )
         return head + yaml.safe_dump(body, sort_keys=False, default_flow_style=None, width=120)
@@ -124,7 +132,9 @@ def analyze(
         raise SurgeryError(f"--drop {count}: expected 1 to {layers - 1}, the model has {layers} attentions")
     measurements = measure(runner, tokens, batch)
     sample = few(tokens, SEARCH_TOKENS)
-    choices = search_attentions(runner, sample, count, max_run, batch=batch)
+    fuses = runner.family.refusal("fuse_ffn") is None
+    attention_kl = measurements.scores["attention_kl"].mean
+    choices = search_attentions(runner, sample, count, max_run, fuse=fuses, batch=batch, attention_kl=attention_kl)
     if not choices:
         raise SurgeryError(f"no attention can go with runs of at most {max_run} blocks; raise --max-run (2 or more)")
     if len(choices) < count:
@@ -140,8 +150,10 @@ def analyze(
         measurements=measurements,
         choices=tuple(choices),
         dropped=tuple(choice.layer for choice in choices),
-        runs=runs_of(dropped, layers),
+        runs=runs_of(dropped, layers) if fuses else (),
         ffn_dependency=ffn_dependency(runner, sample, dropped, batch),
+        distance="cosine" if runner.family.encoder else "kl",
+        fuses=fuses,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.analysis.self_text import Sampling, cached_self_text, model_fingerprint, sample_self_text
+from llmsurgeon.analysis.self_text import Sampling, SelfText, cached_self_text, model_fingerprint, sample_self_text
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -130,28 +131,65 @@ def _sample(
         load: Callable[[], PreTrainedModel] = lambda: loaded  # noqa: E731
     else:
         load = model
-    size = dict(tokens=wanted.tokens, sequence_length=wanted.sequence_length)
+    text = SelfText(wanted.tokens, wanted.sequence_length, wanted.seed, sampling=sampling or Sampling())
     if fingerprint is None:
-        return sample_self_text(load(), tokenizer, **size, seed=wanted.seed, sampling=sampling)
-    return cached_self_text(load, tokenizer, fingerprint, **size, seed=wanted.seed, sampling=sampling)
+        return sample_self_text(load(), tokenizer, text)
+    return cached_self_text(load, tokenizer, fingerprint, text)
 
 
-def _read_text(path: Path) -> str:
-    """The file's text; documents of .jsonl and .parquet are joined by blank lines."""
+def documents(*, text: str | None = None, dataset: str | None = None, seed: int = 0) -> Iterator[Iterable[str]]:
+    """The documents of a file (.txt holds one) or a hub dataset, each as pieces that follow one another.
+
+    Nothing is read before it is asked for, so the text may be larger than memory.
+
+    Raises:
+        SurgeryError: as `calibration_tokens`.
+    """
+    if dataset:
+        yield from ((document,) for document in _streamed(dataset, seed))
+        return
+    assert text is not None
+    path = Path(text)
+    with _readable(path):
+        if path.suffix == ".jsonl":
+            yield from ((document,) for document in _json_lines(path))
+        elif path.suffix == ".parquet":
+            yield from ((document,) for document in _parquet(path))
+        else:
+            yield _pieces(path)
+
+
+def _pieces(path: Path, characters: int = 1 << 20) -> Iterator[str]:
+    """The text of a file, cut at ends of lines."""
+    with _readable(path), path.open(encoding="utf-8") as file:
+        while lines := file.readlines(characters):
+            yield "".join(lines)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what can be wrong with a text file into a SurgeryError."""
     if not path.is_file():
         raise SurgeryError(f"{path}: no such text file")
     try:
-        if path.suffix == ".jsonl":
-            return "\n\n".join(_json_lines(path))
-        if path.suffix == ".parquet":
-            return "\n\n".join(_parquet(path))
-        return path.read_text(encoding="utf-8")
+        yield
     except UnicodeDecodeError as error:
         raise SurgeryError(
             f"{path}: not UTF-8 text (byte {error.start}); expected .txt, .jsonl or .parquet, convert it first"
         ) from error
     except OSError as error:
         raise SurgeryError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    """The file's text; documents of .jsonl and .parquet are joined by blank lines."""
+    with _readable(path):
+        if path.suffix == ".jsonl":
+            return "\n\n".join(_json_lines(path))
+        if path.suffix == ".parquet":
+            return "\n\n".join(_parquet(path))
+        return path.read_text(encoding="utf-8")
+    raise AssertionError("unreachable")
 
 
 def _json_lines(path: Path) -> Iterator[str]:
@@ -176,17 +214,22 @@ def _parquet(path: Path) -> Iterator[str]:
 
 def _stream_text(dataset: str, seed: int, characters: int) -> str:
     """`characters` characters or a little more from a shuffled stream of the dataset's documents."""
-    name, _, rest = dataset.partition(":")
-    config, _, part = rest.partition(":")
-    rows = _load_dataset(name, config or None, split=part or "train", name=dataset)
     texts: list[str] = []
     size = 0
-    for text in _texts(rows.shuffle(seed=seed, buffer_size=1000), dataset):
+    for text in _streamed(dataset, seed):
         texts.append(text)
         size += len(text)
         if size >= characters:
             break
     return "\n\n".join(texts)
+
+
+def _streamed(dataset: str, seed: int) -> Iterator[str]:
+    """The texts of a hub dataset, NAME[:CONFIG][:SPLIT], shuffled as they come."""
+    name, _, rest = dataset.partition(":")
+    config, _, part = rest.partition(":")
+    rows = _load_dataset(name, config or None, split=part or "train", name=dataset)
+    return _texts(rows.shuffle(seed=seed, buffer_size=1000), dataset)
 
 
 def _load_dataset(*args: str | None, name: str, **kwargs: str) -> Any:
@@ -235,8 +278,10 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
     """`count` windows (fewer where the text is short) spread evenly over the text: int64 [S, L]."""
     if not text.strip():
         raise SurgeryError(f"{name}: the text is empty")
-    bos = window_start(tokenizer)
-    inner = length - len(bos)
+    start, end = window_start(tokenizer), window_end(tokenizer)
+    inner = length - len(start) - len(end)
+    if inner < 1:
+        raise SurgeryError(f"windows of {length} tokens hold special tokens only; raise --seq-len")
     if len(text) > FULL_READ * count * inner:
         windows = _passages(text, tokenizer, count, inner, seed)
     else:
@@ -249,7 +294,7 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
         windows = [whole[i] for i in _spread(len(whole), min(count, len(whole)), seed)]
     if not windows:
         raise SurgeryError(f"{name}: no passage of it makes a window of {inner} tokens")
-    return torch.tensor([bos + window for window in windows], dtype=torch.long)
+    return torch.tensor([start + window + end for window in windows], dtype=torch.long)
 
 
 def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:
@@ -280,6 +325,12 @@ def _spread(available: int, count: int, seed: int) -> list[int]:
 
 
 def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """[bos] where the tokenizer puts one before every text (Llama does, Qwen and GPT-2 do not), else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+    """The special token that the tokenizer puts before every text: Llama's bos, BERT's [CLS]; [] for Qwen and GPT-2."""
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
+
+
+def window_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The separator that encoders' tokenizers put behind every text, else []."""
+    last = tokenizer("a")["input_ids"][-1:]
+    return last if last and last[0] == tokenizer.sep_token_id else []

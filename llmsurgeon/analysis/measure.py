@@ -5,21 +5,22 @@ Shapes: N layers, S sequences, T tokens, D model width, H FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsurgeon.analysis.similarity import angular_distance, cosine
+from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine, cosine_distance
 from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
-from llmsurgeon.evaluation.agreement import kl_divergence
 from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
 
 # Logits are compared at every KL_STRIDE-th position: neighbours say much the same, and the head is dear.
 KL_STRIDE = 4
+# Rows of logits that are made at a time.
+HEAD_ROWS = 256
 # Share of the sequences on which single attentions and FFNs are removed.
 SUBLAYER_SHARE = 4
 
@@ -83,7 +84,6 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
     """
     layers, sequences = len(runner.layers), len(tokens)
     few = max(1, sequences // SUBLAYER_SHARE)
-    batch = min(batch, few)  # a batch runs whole or not at all
     groups = {"block": sequences, "attention": few, "ffn": few}
     variants = [Variant()]
     rows = [sequences]
@@ -94,7 +94,15 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
     work = _evaluations(layers, rows) * tokens.shape[1]
     with Progress("measure dependencies and scores", work, "token-layers") as progress:
         streams = walk(
-            runner, tokens, variants, observer, batch=batch, rows=rows, enter=observer.enter, progress=progress.advance
+            runner,
+            tokens,
+            variants,
+            observer,
+            batch=batch,
+            side_by_side=min(batch, few),
+            rows=rows,
+            enter=observer.enter,
+            progress=progress.advance,
         )
     result = Measurements(arrays=observer.arrays(), scores=observer.scores())
     divergence = divergences(runner, streams, rows)
@@ -126,25 +134,41 @@ def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int],
 def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], parent: Tensor | None = None) -> Tensor:
     """KL(parent || variant) per sequence from what left the last layer, at every KL_STRIDE-th position.
 
+    For an encoder, whose hidden states are what it is for, 1 - cos(parent's last state, variant's) takes the place of
+    the KL.
+
     Args:
         streams: [variants, S, T, D]; `parent` [S, T, D] is streams[0] unless given.
 
     Returns:
-        [variants, S] in nats, NaN beyond a variant's rows.
+        [variants, S] in nats (cosine distances for an encoder), NaN beyond a variant's rows.
     """
+    output = runner.states if runner.family.encoder else runner.final
     parent = streams[0] if parent is None else parent
-    result = torch.full(streams.shape[:2], float("nan"))
     # From the end: the first positions see next to no context.
     positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
-    with torch.no_grad(), Progress("compare logits", float(sum(rows)), "sequences") as progress:
-        for sequence in range(streams.shape[1]):
-            reference = runner.final(parent[sequence, positions].to(runner.device))
+    each, total = len(positions), streams.shape[1] * len(positions)
+    result = torch.full((len(streams), total), float("nan"))
+    with torch.no_grad(), Progress("compare outputs", float(sum(rows) * each), "positions") as progress:
+        for start in range(0, total, HEAD_ROWS):
+            taken = torch.arange(start, min(start + HEAD_ROWS, total))
+            sequence, position = taken // each, positions[taken % each]
+            distance = _distance_from(runner, output(parent[sequence, position].to(runner.device)))
             for variant, count in enumerate(rows):
-                if sequence < count:
-                    logits = runner.final(streams[variant, sequence, positions].to(runner.device))
-                    result[variant, sequence] = kl_divergence(reference, logits).mean().item()
-                    progress.advance()
-    return result
+                stop = min(start + HEAD_ROWS, count * each)
+                if start < stop:
+                    own = slice(0, stop - start)
+                    mine = output(streams[variant, sequence[own], position[own]].to(runner.device))
+                    result[variant, start:stop] = distance(mine).cpu()
+                    progress.advance(stop - start)
+    return result.view(len(streams), -1, each).mean(-1)
+
+
+def _distance_from(runner: LayerRunner, parent: Tensor) -> Callable[[Tensor], Tensor]:
+    """What measures rows of output against the parent's, or against as many of its first rows."""
+    if runner.family.encoder:
+        return lambda mine: cosine_distance(parent[: len(mine)], mine)
+    return KLFrom(parent)
 
 
 def _evaluations(layers: int, rows: Sequence[int]) -> int:
@@ -181,11 +205,10 @@ class _Observer:
             self._hook.remove()
             self._hook = None
         family = self.runner.family
-        ffn = getattr(module, family.ffn, None)
-        if ffn is None:
+        if not self.runner.feeds_forward(layer) or family.experts:
             self.channels.append(torch.zeros(0))
             return
-        projection = getattr(ffn, family.ffn_out)
+        projection = module.get_submodule(family.ffn_module(family.ffn_out))
         weight = projection.weight.T if family.transposed else projection.weight
         self._norms = weight.detach().float().norm(dim=0).cpu()
         self.channels.append(torch.zeros(len(self._norms)))
@@ -240,13 +263,6 @@ class _Observer:
                 distances[size - 1, start] = angular_distance(self.last[start], self.last[start + size]).mean()
         arrays = {"block_dependency": _mean_or_nan(self.dependency, self.counts), "angular_distance": distances}
         widths = {len(channel) for channel in self.channels}
-        if len(widths) == 1:
+        if len(widths) == 1 and widths != {0}:
             arrays["ffn_channel"] = torch.stack(self.channels) / self._tokens
         return arrays
-
-
-def ranked(scores: Mapping[str, Score], name: str, highest: bool = False) -> list[int]:
-    """Layers in the order in which they would go by a score."""
-    values = scores[name].mean
-    known = [layer for layer, value in enumerate(values) if value == value]
-    return sorted(known, key=lambda layer: -values[layer] if highest else values[layer])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any, TypeGuard
 
@@ -105,8 +105,8 @@ def html_report(report: dict[str, Any], recipe: str) -> str:
             _score_charts(report),
             _angular(report),
             _table(report),
-            _recipe(recipe),
-            _reading(),
+            _recipe(recipe, _fuses(report)),
+            _reading(report),
         )
     )
     return (
@@ -116,6 +116,46 @@ def html_report(report: dict[str, Any], recipe: str) -> str:
         f"<title>{escape(report['model'])}: analysis</title>\n<style>{CSS}{_ramp_css()}</style>\n</head>\n"
         f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
+
+
+@dataclass(frozen=True)
+class Words:
+    """What the distance to the parent is called, its unit, and what it looks at."""
+
+    name: str
+    short: str
+    unit: str
+    looks_at: str
+    scores: dict[str, About]
+
+
+KL = Words("KL", "KL", "nats a token", "what the model says", SCORES)
+# Hidden states are what an encoder is for.
+COSINE = Words(
+    "cosine distance",
+    "Distance",
+    "1 \N{MINUS SIGN} cos",
+    "what leaves the model",
+    {
+        **SCORES,
+        "attention_kl": replace(
+            SCORES["attention_kl"],
+            title="Attention distance",
+            meaning="1 - cos between the last hidden states of the parent and of the parent without this attention, on "
+            "a quarter of the sequences.",
+        ),
+        "ffn_kl": replace(SCORES["ffn_kl"], title="FFN distance"),
+        "block_kl": replace(SCORES["block_kl"], title="Block distance"),
+    },
+)
+
+
+def _words(report: dict[str, Any]) -> Words:
+    return COSINE if report.get("distance") == "cosine" else KL
+
+
+def _fuses(report: dict[str, Any]) -> bool:
+    return bool(report["suggestion"].get("fuses", True))
 
 
 # Sections, in the order of the page.
@@ -136,14 +176,14 @@ def _header(report: dict[str, Any]) -> str:
 
 
 def _suggestion(report: dict[str, Any]) -> str:
-    layers, suggestion = report["layers"], report["suggestion"]
+    layers, suggestion, words = report["layers"], report["suggestion"], _words(report)
     dropped, runs, after = suggestion["drop_attention"], suggestion["fuse_runs"], suggestion["blocks_after"]
     kl = suggestion["steps"][-1]["kl_after"] if suggestion["steps"] else None
     figures = (
         ("Blocks", f"{layers} → {after}"),
         ("Attentions", f"{layers} → {layers - len(dropped)}"),
         ("Fused runs", f"{len(runs)}" + (f", longest {max(map(len, runs))}" if runs else "")),
-        ("KL before refit", f"{_fixed(kl, 3)} <small>nats a token</small>"),
+        (f"{words.short} before refit", f"{_fixed(kl, 3)} <small>{words.unit}</small>"),
     )
     cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures)
     legend = (
@@ -151,20 +191,22 @@ def _suggestion(report: dict[str, Any]) -> str:
         '<span><i class="gone"></i>dropped attention</span><span><i class="fused"></i>FFNs fused into one</span></p>'
     )
     kind = "lead" if len(dropped) <= 12 else "lead long"
-    lead = f'<p class="{kind}">{_sentence(layers, dropped, runs, after, kl)}</p>\n<dl class="figures">{cards}</dl>'
+    lead = (
+        f'<p class="{kind}">{_sentence(layers, dropped, runs, after, kl, words)}</p>\n<dl class="figures">{cards}</dl>'
+    )
     return f"<section>\n{lead}\n{_strip(layers, dropped, runs)}\n{legend}\n</section>"
 
 
-def _sentence(layers: int, dropped: list[int], runs: list[list[int]], after: int, kl: Number) -> str:
+def _sentence(layers: int, dropped: list[int], runs: list[list[int]], after: int, kl: Number, words: Words) -> str:
     if not dropped:
         return "No attention can go under the given limits, so nothing is suggested."
     what = f"Drop the attention of {_named('layer', len(dropped), _ranges(dropped))}"
     if runs:
         names = (f'<span class="whole">{_span(run[0], run[-1])}</span>' for run in runs)
         what += f" and fuse the FFNs of {_named('run', len(runs), ', '.join(names))}"
-    measured = f"is {_fixed(kl, 3)} nats a token" if _known(kl) else "is not known"
+    measured = f"is {_fixed(kl, 3)} {words.unit}" if _known(kl) else "is not known"
     blocks = f"{layers} blocks become {after}"
-    return f"{what}: {blocks}. After cutting, before the refit, the KL to the parent {measured}."
+    return f"{what}: {blocks}. After cutting, before the refit, the {words.name} to the parent {measured}."
 
 
 def _strip(layers: int, dropped: list[int], runs: list[list[int]]) -> str:
@@ -232,13 +274,16 @@ def _steps(report: dict[str, Any]) -> str:
         cells = (place, step["layer"], _fixed(kl, 3), added, runners, _dots(scale, step["layer"], kl, others))
         kinds = ("n", "n cut", "n", "n", "", "plot")
         rows.append("<tr>" + "".join(f'<td class="{k}">{c}</td>' for k, c in zip(kinds, cells, strict=True)) + "</tr>")
-    heads = (("Step", "n"), ("Layer", "n"), ("KL", "n"), ("Added", "n"), ("Runners-up (KL)", ""))
+    words = _words(report)
+    name = words.short
+    heads = (("Step", "n"), ("Layer", "n"), (name, "n"), ("Added", "n"), (f"Runners-up ({name})", ""))
+    fused = ", and the runs that this makes are fused at once" if _fuses(report) else ""
     return _section(
         "How the choice went",
-        "One attention goes at each step, and the runs that this makes are fused at once. The layer with the least KL "
-        "to the parent is taken; each hollow dot is a layer that would have cost more. After the first step only the "
-        "most promising layers are scored again.",
-        _html_table("steps", (*heads, (_dots_axis(scale), "plot")), rows),
+        f"One attention goes at each step{fused}. The layer with the least {words.name} "
+        "to the parent is taken; each hollow dot is a layer that would have cost more. Only the "
+        "most promising layers are tried.",
+        _html_table("steps", (*heads, (_dots_axis(scale, name), "plot")), rows),
     )
 
 
@@ -255,9 +300,9 @@ def _dots(scale: Scale, chosen: int, kl: Number, others: Sequence[tuple[float, i
     return _svg(DOTS, 22, f"candidates beside layer {chosen}", parts)
 
 
-def _dots_axis(scale: Scale) -> str:
+def _dots_axis(scale: Scale, name: str) -> str:
     parts = [_text(scale.at(tick), 14, f"{tick:g}", "mid") for tick in scale.ticks]
-    return _svg(DOTS, 18, f"KL {scale.kind}", parts)
+    return _svg(DOTS, 18, f"{name} {scale.kind}", parts)
 
 
 def _dependencies(report: dict[str, Any]) -> str:
@@ -284,7 +329,7 @@ def _score_charts(report: dict[str, Any]) -> str:
     dropped = set(report["suggestion"]["drop_attention"])
     charts = "".join(
         _figure(about.title, f"{about.meaning} {about.reading}", _bars(report["scores"][name], dropped, about.title))
-        for name, about in SCORES.items()
+        for name, about in _words(report).scores.items()
         if name in report["scores"]
     )
     return _section(
@@ -378,29 +423,31 @@ def _table(report: dict[str, Any]) -> str:
         if layer in run_of:
             notes.append(f"run {_span(run_of[layer][0], run_of[layer][-1])}")
         rows.append(f"<tr>{''.join(cells)}<td>{', '.join(notes)}</td></tr>")
-    heads = [("Layer", "n"), *((SCORES[name].title, "n") for name in names), ("Suggestion", "")]
+    heads = [("Layer", "n"), *((_words(report).scores[name].title, "n") for name in names), ("Suggestion", "")]
     return _section(
         "Every score", "Means, with half the width of the 95 % interval.", _html_table("every", heads, rows)
     )
 
 
-def _recipe(recipe: str) -> str:
+def _recipe(recipe: str, fuses: bool) -> str:
     command = '<pre class="command">llmsurgeon run suggested.yaml -o OUT</pre>'
-    intro = "suggested.yaml, beside this page, cuts, fuses and refits. It runs as it is:"
+    intro = f"suggested.yaml, beside this page, cuts{', fuses' if fuses else ''} and refits. It runs as it is:"
     return _section("The recipe", intro, f"{command}\n<pre>{escape(recipe)}</pre>")
 
 
-def _reading() -> str:
+def _reading(report: dict[str, Any]) -> str:
+    words = _words(report)
+    fused = ", measured after fusing each time" if _fuses(report) else ""
     items = "".join(
         f"<div><dt>{about.title}</dt><dd>{escape(about.meaning)} {about.reading} <cite>{about.source}</cite></dd></div>"
-        for about in (*SCORES.values(), *MATRICES.values())
+        for about in (*words.scores.values(), *MATRICES.values())
     )
     return _section(
         "How to read this",
         "Layers are counted from 0. The cheap scores (similarity, influence, angular distance) look at hidden states; "
-        "KL looks at what the model says and is the one to trust. Scores of single removals do not add up: that is why "
-        "the suggestion is searched step by step, measured after fusing each time. The refit in the recipe then takes "
-        "back part of the KL.",
+        f"{words.name[0].upper()}{words.name[1:]} looks at {words.looks_at} and is the one to trust. Scores of single "
+        f"removals do not add up: that is why the suggestion is searched step by step{fused}. The refit in the recipe "
+        f"then takes back part of the {words.name}.",
         f'<dl class="reading">{items}</dl>',
     )
 

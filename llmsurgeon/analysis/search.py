@@ -8,6 +8,7 @@ arXiv 2411.19146).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,38 +48,52 @@ def variant_without(dropped: frozenset[int], layers: int, fuse: bool = True) -> 
 
 
 def search_attentions(
-    runner: LayerRunner, tokens: Tensor, count: int, max_run: int, *, fuse: bool = True, width: int = 8, batch: int = 4
+    runner: LayerRunner,
+    tokens: Tensor,
+    count: int,
+    max_run: int,
+    *,
+    fuse: bool = True,
+    width: int = 6,
+    batch: int = 4,
+    attention_kl: Sequence[float] | None = None,
 ) -> list[Choice]:
     """Greedy joint choice of `count` attentions by KL(parent || dropped and fused).
 
-    After the first step only the `width` candidates that last raised the KL least are scored again (a layer's increase
-    changes slowly). The first block keeps its attention, and the last FFN is never fused, which hurts most (FFN Fusion,
-    arXiv 2503.18908, section 4). Weights are read once per step.
+    A layer's increase of the KL changes slowly, and mostly upwards, as others go: at each step only the `width`
+    candidates that last raised it least are scored again. The first block keeps its attention, and the last FFN is
+    never fused, which hurts most (FFN Fusion, arXiv 2503.18908, section 4). Weights are read once per step.
 
     Args:
         tokens: [S, T]; a few thousand are enough to rank layers.
-        fuse: score with the runs fused; without, attentions just go.
+        attention_kl: by layer, the KL when its attention goes alone, nothing fused. With it the first step scores
+            only the 2 `width` lowest instead of all, and it stands for the increase of layers not scored yet.
+        max_run: the most blocks that a run may have.
+        fuse: score with the runs fused; without, attentions just go, and runs of any length may form.
     """
     layers = len(runner.layers)
-    parent = walk(runner, tokens, [Variant()], batch=batch)[0].clone()
+    parent: Tensor | None = None
     dropped: frozenset[int] = frozenset()
     choices: list[Choice] = []
-    attends = [hasattr(layer, runner.family.attention) for layer in runner.layers]
-    increase = {layer: 0.0 for layer in range(1, layers - 1 if fuse else layers) if attends[layer]}
-    current = 0.0
+    attends = [runner.attends(layer) for layer in range(layers)]
+    known = [0.0] * layers if attention_kl is None else attention_kl
+    increase = {layer: known[layer] for layer in range(1, layers - 1 if fuse else layers) if attends[layer]}
+    first, current = len(increase) if attention_kl is None else 2 * width, 0.0
     with Progress("choose attentions and runs", count, "steps") as progress:
         for step in range(count):
             allowed = [
                 layer
                 for layer in sorted(increase, key=lambda c: (increase[c], c))
-                if layer not in dropped and max(map(len, runs_of(dropped | {layer}, layers)), default=0) <= max_run
+                if layer not in dropped
+                and (not fuse or max(map(len, runs_of(dropped | {layer}, layers)), default=0) <= max_run)
             ]
-            candidates = sorted(allowed if step == 0 else allowed[:width])
+            candidates = sorted(allowed[: width if step else first])
             if not candidates:
                 break
             trials = [variant_without(dropped | {layer}, layers, fuse) for layer in candidates]
             variants = [variant_without(dropped, layers, fuse), *trials]
             streams = walk(runner, tokens, variants, batch=batch)
+            parent = streams[0].clone() if parent is None else parent
             kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()
             scored = dict(zip(candidates, kl[1:], strict=True))
             for layer, value in scored.items():

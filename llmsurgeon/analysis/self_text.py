@@ -175,33 +175,34 @@ class Sampling:
     openers: tuple[str, ...] = OPENERS
 
 
-def sample_self_text(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: int,
-    sequence_length: int,
-    *,
-    seed: int = 0,
-    batch: int = 128,
-    sampling: Sampling | None = None,
-) -> Tensor:
-    """About `tokens` tokens of text from the model, int64 [S, L]; the same call gives the same text.
+@dataclass(frozen=True)
+class SelfText:
+    """Which text is wanted: about `tokens` tokens in sequences of `sequence_length`, `batch` of them at a time."""
+
+    tokens: int
+    sequence_length: int
+    seed: int = 0
+    batch: int = 128
+    sampling: Sampling = Sampling()
+
+
+def sample_self_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: SelfText) -> Tensor:
+    """Text from the model, int64 [S, L]; the same call gives the same text.
 
     Special tokens are never drawn, so every sequence runs to its full length. Raises SurgeryError for NaN logits and
     for sequences longer than the model's positions.
     """
-    sampling = sampling or Sampling()
-    limit = getattr(model.config, "max_position_embeddings", None)
-    if limit and sequence_length > limit:
-        raise SurgeryError(f"sequences of {sequence_length} tokens, the model's limit is {limit}; lower --seq-len")
-    generator = torch.Generator(model.device).manual_seed(seed)
-    count = max(1, tokens // sequence_length)
-    forced_SL = _prompts(tokenizer, model.config.vocab_size, count, sequence_length, sampling, seed)
+    length, limit = wanted.sequence_length, getattr(model.config, "max_position_embeddings", None)
+    if limit and length > limit:
+        raise SurgeryError(f"sequences of {length} tokens, the model's limit is {limit}; lower --seq-len")
+    generator = torch.Generator(model.device).manual_seed(wanted.seed)
+    count = max(1, wanted.tokens // length)
+    forced_SL = _prompts(tokenizer, model.config.vocab_size, count, length, wanted.sampling, wanted.seed)
     banned = _never_drawn(tokenizer, model.config.vocab_size)
-    batch = max(1, min(batch, CACHE_BYTES // (sequence_length * _cache_bytes_per_token(model))))
-    with Progress("sample calibration text", count * sequence_length, "tokens") as progress:
+    batch = max(1, min(wanted.batch, CACHE_BYTES // (length * _cache_bytes_per_token(model))))
+    with Progress("sample calibration text", count * length, "tokens") as progress:
         parts = [
-            _continue(model, forced_BL, banned, sampling, generator, progress.advance)
+            _continue(model, forced_BL, banned, wanted.sampling, generator, progress.advance)
             for forced_BL in forced_SL.split(batch)
         ]
     return torch.cat(parts)
@@ -286,15 +287,7 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def cached_self_text(
-    load: Callable[[], PreTrainedModel],
-    tokenizer: PreTrainedTokenizerBase,
-    fingerprint: str,
-    tokens: int,
-    sequence_length: int,
-    *,
-    seed: int = 0,
-    batch: int = 128,
-    sampling: Sampling | None = None,
+    load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, fingerprint: str, wanted: SelfText
 ) -> Tensor:
     """`sample_self_text`, remembered on disk; `load` is called only where the text is not there yet.
 
@@ -303,15 +296,13 @@ def cached_self_text(
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    sampling = sampling or Sampling()
-    recipe = [fingerprint, tokens, sequence_length, seed, batch, asdict(sampling)]
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps([fingerprint, *asdict(wanted).values()]).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}.safetensors"
     try:
         return load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError):
         pass
-    text = sample_self_text(load(), tokenizer, tokens, sequence_length, seed=seed, batch=batch, sampling=sampling)
+    text = sample_self_text(load(), tokenizer, wanted)
     partial = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

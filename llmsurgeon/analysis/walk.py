@@ -9,16 +9,17 @@ Shapes: S sequences, T tokens each, D model width, V vocabulary.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmsurgeon.families import family_of
-from llmsurgeon.formats.models import empty_model
+from llmsurgeon.formats.experts import class_form
+from llmsurgeon.formats.models import as_surgeon, empty_model
 
 # Streams above this many bytes live in a temporary file instead of memory.
 STREAM_BYTES_IN_MEMORY = 6 << 30
@@ -43,9 +44,10 @@ class Variant:
         """The first layer that the two variants compute differently (`layers` when they are equal)."""
         return next((i for i in range(layers) if self._at(i) != other._at(i)), layers)
 
-    def _at(self, layer: int) -> tuple[bool, bool, int | None]:
-        # A run's first layer counts: what its FFN reads has to be kept.
-        return layer in self.no_attention, layer in self.no_ffn, self.run_start(layer)
+    def _at(self, layer: int) -> tuple[bool, bool, int]:
+        # A run's first layer computes what it would outside of runs.
+        run_start = self.run_start(layer)
+        return layer in self.no_attention, layer in self.no_ffn, layer if run_start is None else run_start
 
 
 @dataclass
@@ -59,17 +61,40 @@ class Parts:
     left: Tensor
 
 
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 class _Catcher(nn.Module):
     """Stands in for a layer: keeps how the model calls it and passes the hidden state on."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        if hasattr(layer, "attention_type"):  # some models choose the mask by it
+            self.attention_type = layer.attention_type
+        self.returns_tuple = layer.returns_tuple
+        self.call: _Call = ((), {})
         self.hidden: Tensor | None = None
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.call, self.hidden = (args, kwargs), hidden_states
-        return hidden_states
+        return (hidden_states, None) if self.returns_tuple else hidden_states
+
+
+class Given(nn.Module):
+    """Stands in for the model's body: the hidden state that it is given is the one it returns."""
+
+    @property
+    def decoder(self) -> Given:
+        """Itself: some heads call the body's decoder."""
+        return self
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
+
+        # Heads that want a pooled state beside the logits get the first position; what they pass on is not there.
+        output = Output(last_hidden_state=inputs_embeds, pooler_output=inputs_embeds[:, 0])
+        output.router_logits = None
+        return output
 
 
 class LayerRunner:
@@ -84,37 +109,51 @@ class LayerRunner:
         self, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu"
     ) -> None:
         self.family = family_of(config)
+        weights = class_form(weights, self.family)
         self.weights, self.dtype, self.device = weights, dtype, device
         self.parallel_residual = self.family.parallel_residual(config)
-        self.model = empty_model(config)
+        # In the surgeon form each layer answers for its attention and its FFN on their own, whatever the family.
+        detailed = as_surgeon(config)
+        self.entries: list[dict[str, Any]] = detailed["block_configs"]
+        self.model = empty_model(detailed)
         self.layers = list(self.model.get_submodule(self.family.layers))
+        # Heads and towers that go along beside the model stay on the disk.
+        own = set(self.model.state_dict())
         outside = {
             name: weights[name].to(device=device, dtype=dtype)
             for name in weights
-            if not name.startswith(f"{self.family.layers}.")
+            if name in own and not name.startswith(f"{self.family.layers}.")
         }
         self.model.load_state_dict(outside, strict=False, assign=True)
         self.model.tie_weights()
-        holder, _, attribute = self.family.layers.rpartition(".")
-        self.base = self.model.get_submodule(holder)
-        self.catchers = nn.ModuleList(_Catcher() for _ in self.layers)
-        setattr(self.base, attribute, self.catchers)
+        self.base = self.model.base_model
+        self.catchers = nn.ModuleList(_Catcher(layer) for layer in self.layers)
+        self.model.set_submodule(self.family.layers, self.catchers)
         for buffer_owner in self.base.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(device))
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+        self._calls: dict[int, list[_Call]] = {}
+        self._length = 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [s, T] -> [s, T, D]; also learns how the model calls each layer."""
         with torch.no_grad():
-            self.base(input_ids=tokens.to(self.device), use_cache=False)
+            self.base(input_ids=tokens.to(self.device), **({} if self.family.encoder else {"use_cache": False}))
         catchers: list[_Catcher] = list(self.catchers)  # type: ignore[arg-type]
+        if tokens.shape[1] != self._length:
+            self._calls, self._length = {}, tokens.shape[1]
         self._calls[len(tokens)] = [catcher.call for catcher in catchers]
         hidden = catchers[0].hidden
         assert hidden is not None
         for catcher in catchers:
             catcher.hidden = None
         return hidden
+
+    def call_of(self, index: int, sequences: int) -> _Call:
+        """What layer `index` is called with beside the hidden state of so many sequences, as long as the last ones."""
+        if sequences not in self._calls:
+            self.embed(torch.zeros(sequences, self._length, dtype=torch.long))
+        return self._calls[sequences][index]
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[nn.Module]:
@@ -130,14 +169,21 @@ class LayerRunner:
         finally:
             layer.to("meta")
 
+    def attends(self, index: int) -> bool:
+        """True where layer `index` has an attention, its own and not a parallel branch's."""
+        return not self.entries[index].get("parallel") and not self.entries[index]["attention"]["no_op"]
+
+    def feeds_forward(self, index: int) -> bool:
+        """True where layer `index` has an FFN of its own."""
+        return not self.entries[index].get("parallel") and not self.entries[index]["ffn"]["no_op"]
+
     def attend(self, index: int, hidden: Tensor) -> Tensor | None:
         """Attention's contribution at the loaded layer, [s, T, D] -> [s, T, D]; None where there is none."""
-        layer, family = self.layers[index], self.family
-        attention = getattr(layer, family.attention, None)
-        if attention is None:
+        layer = self.layers[index]
+        if hasattr(layer, "branches"):
             return None
-        args, kwargs = self._calls[len(hidden)][index]
-        contribution: Tensor = attention(getattr(layer, family.attention_norm)(hidden), *args, **kwargs)[0]
+        args, kwargs = self.call_of(index, len(hidden))
+        contribution: Tensor | None = layer.attend(hidden, *args, **kwargs)
         return contribution
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor | None:
@@ -145,26 +191,46 @@ class LayerRunner:
 
         A parallel block's contribution, its attentions included, counts as its FFN's: all of it reads one input.
         """
-        layer, family = self.layers[index], self.family
+        layer = self.layers[index]
         if hasattr(layer, "branches"):
             return self.whole(index, hidden) - hidden
-        ffn = getattr(layer, family.ffn, None)
-        if ffn is None:
+        contribution: Tensor | None = layer.feed_forward(hidden)
+        return contribution
+
+    def instead(self, index: int, part: Literal["attention", "ffn"], hidden: Tensor) -> Tensor | None:
+        """What the loaded layer would contribute in place of a part that goes: LN(x) - x where the norm stays."""
+        if not self.family.post_norm:
             return None
-        contribution: Tensor = ffn(getattr(layer, family.ffn_norm)(hidden))
+        norm = self.family.attention_norm if part == "attention" else self.family.ffn_norm
+        contribution: Tensor = self.layers[index].get_submodule(norm)(hidden) - hidden
         return contribution
 
     def whole(self, index: int, hidden: Tensor) -> Tensor:
         """The loaded layer as the model itself runs it."""
-        args, kwargs = self._calls[len(hidden)][index]
-        output: Tensor = self.layers[index](hidden, *args, **kwargs)
-        return output
+        args, kwargs = self.call_of(index, len(hidden))
+        output: Any = self.layers[index](hidden, *args, **kwargs)
+        stream: Tensor = output[0] if self.layers[index].returns_tuple else output
+        return stream
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The model's last hidden state from what left the last layer: the final norm, where there is one."""
+        states = hidden
+        if self.family.final_norm:
+            states = self.model.get_submodule(self.family.final_norm)(states)
+        holder, _, name = self.family.final_projection.rpartition(".")
+        projection = getattr(self.model.get_submodule(holder), name) if name else None
+        return states if projection is None else projection(states)
 
     def final(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: [..., D] -> logits [..., V]."""
-        norm = self.model.get_submodule(self.family.final_norm)
-        logits: Tensor = self.model.get_output_embeddings()(norm(hidden))
-        return logits
+        """Final norm and head, as the model's own class computes them: [T, D] -> logits [T, V]."""
+        states, body = self.states(hidden)[None], self.model.base_model_prefix
+        setattr(self.model, body, Given())
+        try:
+            output = self.model(inputs_embeds=states)
+        finally:
+            setattr(self.model, body, self.base)
+        logits: Tensor = output["logits" if "logits" in output else "prediction_logits"]
+        return logits[0]
 
 
 class Streams:
@@ -185,6 +251,21 @@ class Streams:
 Observer = Callable[[int, slice, int, Parts, Parts], None]
 
 
+@dataclass
+class _Lane:
+    """A variant on its way: the layer at which it parts from variant 0, and how many sequences it runs on.
+
+    hidden, anchor: [S, T, D], what left the last layer and what the FFNs of the open run read; an anchor is there only
+    where the variant has runs.
+    """
+
+    variant: Variant
+    start: int
+    rows: int
+    hidden: Tensor
+    anchor: Tensor | None
+
+
 def walk(
     runner: LayerRunner,
     tokens: Tensor,
@@ -192,6 +273,7 @@ def walk(
     observe: Observer | None = None,
     *,
     batch: int = 4,
+    side_by_side: int | None = None,
     rows: Sequence[int] | None = None,
     enter: Callable[[int, nn.Module], None] | None = None,
     progress: Callable[[int], None] = lambda evaluations: None,
@@ -203,7 +285,9 @@ def walk(
 
     Args:
         tokens: [S, T].
-        observe: called as observe(layer, sequences, variant, parts, parts of variant 0).
+        observe: called as observe(layer, sequences, variant, parts, parts of variant 0), for variant 0 last.
+        batch: sequences that go through a layer together, of one variant or of several.
+        side_by_side: how many of them are of one variant, all by default; a divisor of every count in `rows`.
         rows: how many sequences each variant runs on (the first ones); all by default.
         enter: called with each layer's index and module once its weights are there.
         progress: called with the number of layer evaluations done, in tokens.
@@ -211,75 +295,127 @@ def walk(
     Returns:
         What leaves the last layer, [variants, S, T, D] on the CPU; rows beyond a variant's own are undefined.
     """
-    layers, base = len(runner.layers), variants[0]
-    counts = list(rows or [len(tokens)] * len(variants))
-    starts = [0, *(variant.first_difference(base, layers) for variant in variants[1:])]
-    slices = [slice(start, min(start + batch, len(tokens))) for start in range(0, len(tokens), batch)]
-    first = runner.embed(tokens[slices[0]])
-    streams = Streams(len(variants), (*tokens.shape, first.shape[-1]), first.dtype).data
-    # What the FFNs of an open run read; allocated only for variants that have runs.
-    anchors = {
-        v: Streams(1, tuple(streams.shape[1:]), first.dtype).data[0] for v in range(len(variants)) if variants[v].runs
-    }
-    for part in slices:
-        streams[0, part] = runner.embed(tokens[part]).cpu()
+    size, layers = side_by_side or batch, len(runner.layers)
+    parts = [slice(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
+    streams, lanes = _set_out(runner, tokens, variants, parts, rows)
     with torch.no_grad():
         for index in range(layers):
             with runner.loaded(index) as layer:
                 if enter:
                     enter(index, layer)
-                for variant, start in enumerate(starts):
-                    if start == index and variant:
-                        streams[variant] = streams[0]
-                        if variants[variant].run_start(index) not in (None, index):
-                            # It only differs inside a run that variant 0 began too: what the run reads is variant 0's.
-                            anchors[variant].copy_(anchors[0])
-                for part in slices:
-                    base_parts = _step(runner, index, base, streams[0], anchors.get(0), part, None)
-                    progress(base_parts.left[..., 0].numel())
-                    for variant, start in enumerate(starts):
-                        if not variant or start > index or part.start >= counts[variant]:
-                            continue
-                        known = base_parts if start == index else None
-                        mine = _step(
-                            runner, index, variants[variant], streams[variant], anchors.get(variant), part, known
-                        )
-                        progress(mine.left[..., 0].numel())
-                        if observe:
-                            observe(index, part, variant, mine, base_parts)
-                        streams[variant, part] = mine.left.cpu()
-                    if observe:
-                        observe(index, part, 0, base_parts, base_parts)
-                    streams[0, part] = base_parts.left.cpu()
-    for variant, start in enumerate(starts):
-        if start == layers and variant:
-            streams[variant] = streams[0]
+                for sequences in parts:
+                    _advance(runner, index, lanes, sequences, batch, observe, progress)
+    for lane in lanes:
+        if lane.start == layers:
+            lane.hidden[: lane.rows] = streams[0, : lane.rows]
     return streams
 
 
-def _step(
+def _set_out(
+    runner: LayerRunner, tokens: Tensor, variants: Sequence[Variant], parts: list[slice], rows: Sequence[int] | None
+) -> tuple[Tensor, list[_Lane]]:
+    """Streams [variants, S, T, D] and a lane for each; variant 0's holds what enters the first layer."""
+    layers, counts = len(runner.layers), rows or [len(tokens)] * len(variants)
+    first = runner.embed(tokens[parts[0]])
+    streams = Streams(len(variants), (*tokens.shape, first.shape[-1]), first.dtype).data
+    for sequences in parts:
+        streams[0, sequences] = runner.embed(tokens[sequences]).cpu()
+    lanes = []
+    for place, (variant, count) in enumerate(zip(variants, counts, strict=True)):
+        start = variant.first_difference(variants[0], layers) if place else 0
+        anchor = Streams(1, tuple(streams.shape[1:]), first.dtype).data[0] if variant.runs else None
+        lanes.append(_Lane(variant, start, count, streams[place], anchor))
+    return streams, lanes
+
+
+def _advance(
     runner: LayerRunner,
     index: int,
-    variant: Variant,
-    stream: Tensor,
-    anchor: Tensor | None,
-    part: slice,
-    known: Parts | None,
-) -> Parts:
-    """One layer on a few sequences. `known` are variant 0's parts where both entered with the same hidden state."""
-    entered = stream[part].to(runner.device) if known is None else known.entered
-    attention = None
-    if index not in variant.no_attention:
-        same = known is not None and known.attention is not None
-        attention = known.attention if same and known is not None else runner.attend(index, entered)
+    lanes: Sequence[_Lane],
+    sequences: slice,
+    batch: int,
+    observe: Observer | None,
+    progress: Callable[[int], None],
+) -> None:
+    """The loaded layer on a few sequences, for lane 0 and for the lanes that have parted from it."""
+    [base] = _together(runner, index, [_step(runner, index, lanes[0], sequences)])
+    evaluations = base.left[..., 0].numel()
+    progress(evaluations)
+    active = [v for v, lane in enumerate(lanes) if v and lane.start <= index and sequences.start < lane.rows]
+    for lane in lanes[1:]:
+        if lane.start > index and lane.variant.run_start(index) == index:
+            # It has not parted yet, but it will within this run.
+            lane.anchor[sequences] = base.ffn_input.cpu()  # type: ignore[index]
+    together = max(1, batch // len(base.left))
+    for first in range(0, len(active), together):
+        group = active[first : first + together]
+        steps = [
+            _step(runner, index, lanes[v], sequences, known=base if lanes[v].start == index else None) for v in group
+        ]
+        for v, mine in zip(group, _together(runner, index, steps), strict=True):
+            progress(evaluations)
+            if observe:
+                observe(index, sequences, v, mine, base)
+            lanes[v].hidden[sequences] = mine.left.cpu()
+    if observe:
+        observe(index, sequences, 0, base, base)
+    lanes[0].hidden[sequences] = base.left.cpu()
+
+
+# Asks for a part's contribution to a hidden state, is sent it, and returns what the layer did.
+_Step = Generator[tuple[Literal["attention", "ffn"], Tensor], Tensor | None, Parts]
+
+
+def _step(runner: LayerRunner, index: int, lane: _Lane, sequences: slice, known: Parts | None = None) -> _Step:
+    """One layer on a few sequences. `known` are lane 0's parts where both entered with the same hidden state."""
+    variant = lane.variant
+    entered = lane.hidden[sequences].to(runner.device) if known is None else known.entered
+    # A block that loses both parts goes whole, norms included.
+    gone = index in variant.no_attention and index in variant.no_ffn
+    if index in variant.no_attention:
+        attention = None if gone else runner.instead(index, "attention", entered)
+    elif known is not None and known.attention is not None:
+        attention = known.attention
+    else:
+        attention = yield "attention", entered
     attended = entered if attention is None else entered + attention
     run_start = variant.run_start(index)
     ffn_input = entered if runner.parallel_residual else attended
-    if run_start is not None and anchor is not None:
+    if run_start is not None and lane.anchor is not None:
         if run_start == index:
-            anchor[part] = ffn_input.cpu()
+            lane.anchor[sequences] = ffn_input.cpu()
         else:
-            ffn_input = anchor[part].to(runner.device)
-    ffn = None if index in variant.no_ffn else runner.feed_forward(index, ffn_input)
+            ffn_input = lane.anchor[sequences].to(runner.device)
+    if index in variant.no_ffn:
+        ffn = None if gone else runner.instead(index, "ffn", ffn_input)
+    elif known is not None and ffn_input is known.ffn_input and known.ffn is not None:
+        ffn = known.ffn
+    else:
+        ffn = yield "ffn", ffn_input
     left = attended if ffn is None else attended + ffn
     return Parts(entered, attention, ffn_input, ffn, left)
+
+
+def _together(runner: LayerRunner, index: int, steps: Sequence[_Step]) -> list[Parts]:
+    """Carry out some steps; what they ask for is computed for all of them at once, as small batches are slow."""
+    asked: dict[int, tuple[str, Tensor]] = {}
+    done: dict[int, Parts] = {}
+
+    def proceed(place: int, answer: Tensor | None) -> None:
+        try:
+            asked[place] = steps[place].send(answer)
+        except StopIteration as end:
+            done[place] = end.value
+
+    for place in range(len(steps)):
+        proceed(place, None)
+    for part, compute in (("attention", runner.attend), ("ffn", runner.feed_forward)):
+        places = [place for place in asked if asked[place][0] == part]
+        if not places:
+            continue
+        hidden = [asked.pop(place)[1] for place in places]
+        contribution = compute(index, hidden[0] if len(hidden) == 1 else torch.cat(hidden))
+        answers = [None] * len(places) if contribution is None else contribution.split(len(hidden[0]))
+        for place, answer in zip(places, answers, strict=True):
+            proceed(place, answer)
+    return [done[place] for place in range(len(steps))]

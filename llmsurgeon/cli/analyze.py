@@ -75,7 +75,8 @@ def print_analysis(result: Analysis, files: list[Path]) -> None:
 
     scores = result.measurements.scores
     table = Table(title=f"{result.model}: {result.layers} layers, {result.text}", title_justify="left")
-    columns = ("layer", "attn KL", "FFN KL", "block KL", "attn sim", "influence", "suggestion")
+    word = "KL" if result.distance == "kl" else "dist"
+    columns = ("layer", f"attn {word}", f"FFN {word}", f"block {word}", "attn sim", "influence", "suggestion")
     for column in columns:
         table.add_column(column, justify="right" if column != "suggestion" else "left", no_wrap=True)
     order = {layer: place + 1 for place, layer in enumerate(result.dropped)}

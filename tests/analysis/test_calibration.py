@@ -11,7 +11,7 @@ from conftest import byte_tokenizer, tiny_model
 
 from llmsurgeon.analysis import self_text
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, split
-from llmsurgeon.analysis.self_text import Sampling, model_fingerprint, sample_self_text
+from llmsurgeon.analysis.self_text import Sampling, SelfText, model_fingerprint, sample_self_text
 from llmsurgeon.errors import SurgeryError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -171,7 +171,9 @@ def test_one_window_cannot_be_split():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])  # mistral slides over a window shorter than the text
 def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
     model = tiny_model(family)
-    text = sample_self_text(model, tokenizer, 60, 20, sampling=Sampling(top_k=1, plain=2, openers=("ab", "cdefg")))
+    text = sample_self_text(
+        model, tokenizer, SelfText(60, 20, sampling=Sampling(top_k=1, plain=2, openers=("ab", "cdefg")))
+    )
     assert text.shape == (3, 20)
     banned = torch.tensor(tokenizer.all_special_ids)
     for row, opener in zip(text, ("", "ab", ""), strict=True):
@@ -186,7 +188,7 @@ def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
 def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(tokenizer):
     model = tiny_model("llama")
     state = torch.random.get_rng_state()
-    first, again, other = (sample_self_text(model, tokenizer, 640, 64, seed=s, batch=4) for s in (0, 0, 1))
+    first, again, other = (sample_self_text(model, tokenizer, SelfText(640, 64, seed=s, batch=4)) for s in (0, 0, 1))
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -206,15 +208,15 @@ def test_draws_follow_the_distribution():
 
 def test_tokens_beyond_the_tokenizer_are_never_drawn(tokenizer):
     model = tiny_model("llama", vocab_size=80)
-    assert sample_self_text(model, tokenizer, 320, 16).max() < 64
+    assert sample_self_text(model, tokenizer, SelfText(320, 16)).max() < 64
 
 
 def test_tokenizer_without_bos_or_eos(tokenizer):
     model = tiny_model("llama")
     tokenizer.bos_token = None
-    assert sample_self_text(model, tokenizer, 16, 8)[:, 0].tolist() == [2, 2]
+    assert sample_self_text(model, tokenizer, SelfText(16, 8))[:, 0].tolist() == [2, 2]
     tokenizer.eos_token = None
-    starts = sample_self_text(model, tokenizer, 160, 8)[:, 0]
+    starts = sample_self_text(model, tokenizer, SelfText(160, 8))[:, 0]
     assert len(starts.unique()) > 3
 
 
@@ -271,8 +273,8 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 def test_sampling_errors(tokenizer):
     model = tiny_model("gpt2")
     with pytest.raises(SurgeryError, match="sequences of 129 tokens, the model's limit is 128"):
-        sample_self_text(model, tokenizer, 129, 129)
+        sample_self_text(model, tokenizer, SelfText(129, 129))
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(SurgeryError, match="logits hold NaN"):
-        sample_self_text(model, tokenizer, 16, 8)
+        sample_self_text(model, tokenizer, SelfText(16, 8))

@@ -9,25 +9,27 @@ import torch
 import torch.nn.functional as F
 from analysis.test_walk import runner_of
 from conftest import LAYERS, tiny_model
-from operations.helpers import VARIANTS, naive, skip, some_tokens
+from operations.helpers import VARIANTS, logits, naive, skip, some_tokens, stream_of
 
 from llmsurgeon.analysis import measure as measure_module
-from llmsurgeon.analysis.measure import ffn_dependency, measure, parts_removed, ranked
-from llmsurgeon.analysis.similarity import angular_distance, cosine
-from llmsurgeon.families import FAMILIES
+from llmsurgeon.analysis import similarity
+from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed
+from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine
+from llmsurgeon.families import family_of
+from llmsurgeon.formats.models import normalised
 
 SEQUENCES = 8
 
 
 def states(model, tokens):
     """Hidden states at every layer boundary [N + 1, S, T, D], and the logits."""
-    family = FAMILIES[model.config.model_type]
+    family = family_of(normalised(model.config.to_dict()))
     layers = list(model.get_submodule(family.layers))
     entered, hooks = [], []
     for layer in layers:
         hooks.append(layer.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0].detach())))
     left = []
-    hooks.append(layers[-1].register_forward_hook(lambda _, inputs, out: left.append(out.detach())))
+    hooks.append(layers[-1].register_forward_hook(lambda _, inputs, out: left.append(stream_of(out).detach())))
     with torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits
     for hook in hooks:
@@ -36,7 +38,7 @@ def states(model, tokens):
 
 
 def reads_of(model):
-    family = FAMILIES[model.config.model_type]
+    family = family_of(normalised(model.config.to_dict()))
     return family.parallel_residual(model.config.to_dict())
 
 
@@ -86,7 +88,7 @@ def test_every_score_is_the_slow_one(model):
             assert found.scores[f"{part}_kl"].mean[i] == pytest.approx(expected, rel=1e-3, abs=1e-6)
     torch.testing.assert_close(found.arrays["block_dependency"], dependency, atol=1e-4, rtol=1e-3, equal_nan=True)
 
-    family, side_by_side = FAMILIES[model.config.model_type], reads_of(model)
+    family, side_by_side = family_of(normalised(model.config.to_dict())), reads_of(model)
     layers = list(model.get_submodule(family.layers))
     attended, activations = sublayers(model, tokens)
     for i in range(LAYERS):
@@ -98,7 +100,7 @@ def test_every_score_is_the_slow_one(model):
             assert found.scores[f"{name}_similarity"].mean[i] == pytest.approx(expected, abs=1e-4)
         influence = 1 - F.cosine_similarity(hidden[i], hidden[i + 1], dim=-1).mean().item()
         assert found.scores["block_influence"].mean[i] == pytest.approx(influence, abs=1e-4)
-        down = getattr(getattr(layers[i], family.ffn), family.ffn_out).weight
+        down = layers[i].get_submodule(family.ffn_module(family.ffn_out)).weight
         norms = (down.T if family.transposed else down).norm(dim=0)
         torch.testing.assert_close(
             found.arrays["ffn_channel"][i], activations[i].abs().mean((0, 1)) * norms, atol=1e-5, rtol=1e-3
@@ -114,15 +116,23 @@ def test_every_score_is_the_slow_one(model):
 
 def sublayers(model, tokens):
     """Every layer's attention contribution and what enters its FFN's output projection."""
-    family = FAMILIES[model.config.model_type]
+    family = family_of(normalised(model.config.to_dict()))
     attended, activations = {}, {}
-    for i, layer in enumerate(model.get_submodule(family.layers)):
-        attention = getattr(layer, family.attention)
-        attention.register_forward_hook(lambda _, inputs, out, i=i: attended.__setitem__(i, out[0].detach()))
-        projection = getattr(getattr(layer, family.ffn), family.ffn_out)
-        projection.register_forward_pre_hook(lambda _, x, i=i: activations.__setitem__(i, x[0].detach()))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
+
+    def watched(i):
+        def compute(x, parts):
+            attended[i] = parts.attention(i, x)
+            return parts.block(i, x)
+
+        return compute
+
+    copied = naive(model, {i: watched(i) for i in range(LAYERS)})
+    for i, stage in enumerate(copied.get_submodule(family.layers)):
+        projection = stage.parts.layers[i].get_submodule(family.ffn_module(family.ffn_out))
+        projection.register_forward_pre_hook(
+            lambda _, x, i=i: activations.__setitem__(i, x[0].detach().view(*tokens.shape, -1))
+        )
+    logits(copied, tokens)
     return attended, activations
 
 
@@ -215,11 +225,34 @@ def test_parts_removed():
     assert [(v.no_attention, v.no_ffn) for v in parts_removed(2, "attention")] == [({0}, set()), ({1}, set())]
 
 
-def test_ranked():
-    found = measure(runner_of(tiny_model("llama")), some_tokens(batch=4, length=8))
-    values = found.scores["block_kl"].mean
-    assert ranked(found.scores, "block_kl") == sorted(range(LAYERS), key=values.__getitem__)
-    assert ranked(found.scores, "block_kl", highest=True) == sorted(range(LAYERS), key=values.__getitem__)[::-1]
+@pytest.mark.parametrize(("rows", "head_rows"), [([5, 5, 5], 4), ([5, 2, 3], 7), ([5, 1, 5], 256)])
+def test_divergences_do_not_depend_on_how_rows_are_grouped(rows, head_rows, monkeypatch):
+    """Against log-softmax in float64, one variant and one sequence at a time."""
+    monkeypatch.setattr(measure_module, "HEAD_ROWS", head_rows)
+    runner = runner_of(tiny_model("llama"))
+    torch.manual_seed(0)
+    streams = torch.randn(3, 5, 10, 32)
+    found = divergences(runner, streams, rows)
+    with torch.no_grad():
+        for variant, count in enumerate(rows):
+            for sequence in range(5):
+                if sequence >= count:
+                    assert found[variant, sequence].isnan()
+                    continue
+                parent, mine = runner.final(streams[0, sequence]), runner.final(streams[variant, sequence])
+                expected = kl(parent[None], mine[None]).item()
+                assert found[variant, sequence].item() == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_kl_of_a_few_rows_at_a_time(monkeypatch):
+    torch.manual_seed(0)
+    parent, mine = torch.randn(7, 50) * 5 - 100, torch.randn(7, 50) * 5
+    p, q = (F.log_softmax(x.double(), -1) for x in (parent, mine))
+    expected = (p.exp() * (p - q)).sum(-1).float()
+    for rows in (1, 3, 100):
+        monkeypatch.setattr(similarity, "COMPARED_ON_CPU", rows * 50)
+        torch.testing.assert_close(KLFrom(parent)(mine), expected)
+        torch.testing.assert_close(KLFrom(parent)(mine[:4]), expected[:4])
 
 
 def test_similarity_maths():

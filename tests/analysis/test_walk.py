@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import pytest
 import torch
 from conftest import LAYERS, tiny_model
-from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
+from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of, taken
 
 from llmsurgeon.analysis import walk as walk_module
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
@@ -62,9 +62,10 @@ def test_every_variant_is_the_operated_model(family_name, changes):
     """Five sequences in batches of two, longer than the tiny families' sliding windows."""
     model, tokens = tiny_model(family_name, **changes), some_tokens(batch=5)
     runner = runner_of(model)
-    streams = walk(runner, tokens, [variant for variant, _ in CUTS], batch=2)
-    assert streams.shape == (len(CUTS), 5, 24, 32)
-    for stream, (_, steps) in zip(streams, CUTS, strict=True):
+    cuts = [(variant, steps) for variant, steps in CUTS if taken(model, steps) == steps]
+    streams = walk(runner, tokens, [variant for variant, _ in cuts], batch=2)
+    assert streams.shape == (len(cuts), 5, 24, 32)
+    for stream, (_, steps) in zip(streams, cuts, strict=True):
         student, _, _ = operate(model, *steps)
         with torch.no_grad():
             torch.testing.assert_close(runner.final(stream), logits(student, tokens), atol=1e-4, rtol=1e-4)
@@ -129,6 +130,32 @@ def test_variants_may_run_on_fewer_sequences():
     assert seen == {0: 2 * LAYERS, 1: 1 * (LAYERS - 1), 2: 2 * (LAYERS - 2)}
 
 
+def test_variants_go_through_a_layer_together(family_name):
+    """Weights are multiplied once for several variants; what each leaves is what it leaves alone."""
+    runner, tokens = runner_of(tiny_model(family_name)), some_tokens(batch=6)
+    variants = [variant for variant, _ in CUTS]
+    sizes = []
+    for part in ("attend", "feed_forward"):
+        compute = getattr(runner, part)
+        setattr(runner, part, lambda index, x, compute=compute: sizes.append(len(x)) or compute(index, x))
+    alone = walk(runner, tokens, variants, batch=2)
+    calls = len(sizes)
+    together = walk(runner, tokens, variants, batch=8, side_by_side=2)
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+    assert set(sizes[:calls]) == {2} and max(sizes[calls:]) == 8
+    assert len(sizes) - calls < 0.7 * calls
+
+
+def test_one_runner_takes_sequences_of_any_length():
+    """How the model calls a layer is learnt anew for each length, also for sizes that were never embedded."""
+    model = tiny_model("llama")
+    runner, variants = runner_of(model), [variant for variant, _ in CUTS]
+    walk(runner, some_tokens(batch=4), variants, batch=4, side_by_side=1)
+    short = some_tokens(batch=4, length=9)
+    found = walk(runner, short, variants, batch=4, side_by_side=1)
+    torch.testing.assert_close(found, walk(runner_of(model), short, variants, batch=1), atol=1e-5, rtol=1e-5)
+
+
 def test_large_streams_live_in_a_file(monkeypatch, tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=5)
     variants = [variant for variant, _ in CUTS]
@@ -167,7 +194,8 @@ def test_observed_parts_add_up(family_name):
 def test_whole_layers_of_a_converted_model_run_too(family_name):
     """The student's runner: fused, narrow and attention-free blocks, one at a time."""
     model, tokens = tiny_model(family_name), some_tokens(batch=2)
-    student, written, _ = operate(model, PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
+    steps = taken(model, (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))))
+    student, written, _ = operate(model, *steps)
     config = {**student.config.to_dict(), "model_type": written.config["model_type"]}
     runner = LayerRunner(config, dict(student.state_dict()), torch.float32)
     x = runner.embed(tokens)
@@ -183,4 +211,4 @@ def test_first_difference():
     assert base.first_difference(base, 6) == 6
     assert Variant(no_attention=frozenset({3})).first_difference(base, 6) == 3
     assert Variant(no_ffn=frozenset({5, 2})).first_difference(base, 6) == 2
-    assert Variant(no_attention=frozenset({3}), runs=((2, 3),)).first_difference(base, 6) == 2
+    assert Variant(no_attention=frozenset({3}), runs=((2, 3),)).first_difference(base, 6) == 3
