@@ -20,20 +20,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
-from llmsurgeon.spec import BlockSpec, ModelSpec
+from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
 
 GRAM_COLUMNS = 512
 
@@ -211,6 +213,7 @@ class Refit:
             self.parent.embed(self.tokens[part])
         self.x = torch.cat([self.student.embed(self.tokens[part]).cpu() for part, _ in self.parts])
         self.p = self.x.clone()
+        self.sums = torch.empty_like(self.x) if self.family.post_norm else self.p
         found: dict[str, Path] = {}
         drifted = False
         todo = spans(self.spec, len(self.parent.layers))
@@ -275,7 +278,7 @@ class Refit:
         """Take the parent's stream over a span. Returns what each of its FFNs read, [layers of the span, S, T, D]."""
         read = Streams(len(span), tuple(self.p.shape), self.p.dtype).data
         for place, layer in enumerate(span):
-            with self.parent.loaded(layer):
+            with self.parent.loaded(layer) as module, self._watched_sum(module) as summed:
                 for part, _ in self.parts:
                     hidden = self.p[part].to(self.parent.device)
                     attention = self.parent.attend(layer, hidden)
@@ -284,57 +287,106 @@ class Refit:
                     read[place, part] = ffn_input.cpu()
                     ffn = self.parent.feed_forward(layer, ffn_input)
                     self.p[part] = (attended if ffn is None else attended + ffn).cpu()
+                    if summed:
+                        self.sums[part] = summed.pop().cpu()
         return read
+
+    @contextmanager
+    def _watched_sum(self, layer: nn.Module) -> Iterator[list[Tensor]]:
+        """What the norm behind a post-norm layer's FFN reads, call after call; nothing where no fit needs it."""
+        seen: list[Tensor] = []
+        if not self.family.post_norm or not any(isinstance(block.ffn, FFFSpec) for block in self.spec.blocks):
+            yield seen
+            return
+        norm = layer.get_submodule(self.family.ffn_norm)
+        hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
 
     def _fit(
         self,
         index: int,
         block: BlockSpec,
         span: tuple[int, ...],
-        layer: nn.Module,
+        layer: Any,
         is_changed: bool,
         drifted: bool,
     ) -> Tensor | None:
         if self.options.align and block.attention is not None and drifted:
             moments = Moments()
             for part, held in self.parts:
-                self._add_drift(moments, getattr(layer, self.family.attention_norm), part, held, self.x, self.p)
+                self._add_drift(moments, layer.attention_input, part, held, self.x, self.p)
             self._align(index, block, "attention input", moments, self._attention_readers(layer))
         parent_read = self._walk_parent(span)
-        if self.options.join and is_changed and block.attention is not None and block.ffn is not None:
+        # A tree's decisions move with what it reads: attention is left where it is.
+        trees = isinstance(block.ffn, FFFSpec)
+        joins = self.options.join and is_changed and not self.family.post_norm and not trees
+        if joins and block.attention is not None and block.ffn is not None:
             attended = self._join(index, block, layer)
         else:
             attended = self._attended(index)
-        if self.options.align and block.ffn is not None:
+        if trees:
+            self._fit_trees(index, block, layer, attended, parent_read[-1], drifted)
+            return attended
+        if self.options.align and block.ffn is not None and not self.family.experts:
             read = self.x if self.student.parallel_residual else attended
-            norm = getattr(layer, self.family.ffn_norm)
             for parent in block.parents:
                 rows = self._rows(block, parent)
                 if rows and (drifted or parent != block.parents[0]):
                     moments = Moments()
                     for part, held in self.parts:
-                        self._add_drift(moments, norm, part, held, read, parent_read[span.index(parent)])
+                        theirs = parent_read[span.index(parent)]
+                        self._add_drift(moments, layer.ffn_input, part, held, read, theirs)
                     readers = self._ffn_readers(layer, rows)
                     self._align(index, block, f"ffn input of layer {parent}", moments, readers)
-        if is_changed:
+        if is_changed and self.family.post_norm:
+            self._refit_norm(index, block, layer, attended)
+        if is_changed and self._has_linear_end(block):
             self._refit_output(index, block, layer, attended)
         # Without an FFN it was attention's own output that moved.
         return None if is_changed and block.ffn is None else attended
+
+    def _fit_trees(
+        self, index: int, block: BlockSpec, layer: Any, attended: Tensor, parent_read: Tensor, drifted: bool
+    ) -> None:
+        """Fit a fast feedforward network to what the parent's sum of stream and FFN was, before any norm behind it."""
+        from llmsurgeon.healing.refit_fff import fit_leaves, fit_nodes, readers
+
+        module = layer.get_submodule(self.family.fast_ffn)
+        stream = self.x if self.student.parallel_residual else attended
+        if self.options.align and drifted:
+            moments = Moments()
+            for part, held in self.parts:
+                self._add_drift(moments, layer.ffn_input, part, held, stream, parent_read)
+            self._align(index, block, f"ffn input of layer {block.parents[0]}", moments, readers(module))
+        read, missing, judges = [], [], []
+        for part, held in self.parts:
+            inputs = layer.ffn_input(stream[part].to(self.student.device)).flatten(0, 1)
+            wanted = (
+                (self.sums if self.family.post_norm else self.p)[part].to(self.student.device).float().flatten(0, 1)
+            )
+            start = attended[part].to(self.student.device).float().flatten(0, 1)
+            read.append(inputs)
+            missing.append((wanted - start) / layer.residual_multiplier - module(inputs).float())
+            judges.append(torch.full((len(inputs),), held))
+        fit = fit_leaves if isinstance(block.ffn, FFFSpec) and block.ffn.form == "leaf" else fit_nodes
+        ridge, error = fit(module, torch.cat(read), torch.cat(missing), torch.cat(judges), self.options.ridges)
+        self.fits.append(Fit(index, block.parents, self.family.fast_ffn, ridge, error))
 
     def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> Tensor:
         """Move the attention's output projection towards what the whole span did in the parent.
 
         Returns the student's stream behind the moved attention, [S, T, D].
         """
-        family, device = self.family, self.student.device
-        projection = getattr(getattr(layer, family.attention), family.attention_out)
-        down = getattr(getattr(layer, family.ffn), family.ffn_out)
-        columns = down.weight.data.float() if not family.transposed else down.weight.data.float().T
+        device = self.student.device
+        outlet = self._outlet(layer, "attention")
+        # A mixture of experts has no one projection: its output counts as one group.
+        down = None if self.family.experts else self._outlet(layer, "ffn")
+        columns = down.weight.float() if down else torch.empty(0)
         # Channels that no parent can be told to own count as one FFN.
         rows = [r for parent in block.parents if (r := self._rows(block, parent))] or [slice(None)]
-        has_bias = getattr(projection, "bias", None) is not None
-        seen: list[Tensor] = []
-        hooks = [m.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for m in (projection, down)]
         moments = Moments()
         groups: list[int] = []
         stream = torch.empty_like(self.x)
@@ -346,27 +398,81 @@ class Refit:
             attended = entered + contribution
             ffn = self.student.feed_forward(index, entered if self.student.parallel_residual else attended)
             stream[part] = attended.cpu()
-            heads_read.append(seen[0].cpu())
-            heads, inner = (tensor.float().flatten(0, 1) for tensor in seen)
-            seen.clear()
-            if has_bias:
-                heads = torch.cat([heads, heads.new_ones(len(heads), 1)], dim=1)
-            outputs = [inner[:, r] @ columns[:, r].T for r in rows]
-            groups = [heads.shape[1], *(output.shape[1] for output in outputs)]
+            heads_read.append(outlet.read.cpu())
+            heads = outlet.features()
             assert ffn is not None
+            if down is None or down.gain is not None:
+                outputs = [ffn.float().flatten(0, 1)]
+            else:
+                inner = down.read.float().flatten(0, 1)
+                outputs = [inner[:, r] @ columns[:, r].T * down.factor for r in rows]
+            groups = [heads.shape[1], *(output.shape[1] for output in outputs)]
             missing = self.p[part].to(device).float() - attended.float() - ffn.float()
             moments.add(torch.cat([heads, *outputs], dim=1), missing.flatten(0, 1), held)
-        for hook in hooks:
-            hook.remove()
+        outlet.close()
+        if down:
+            down.close()
         update, error = joint_update(moments.complete(), self.options.join_ridge, groups)
-        name = f"{family.attention}.{family.attention_out}"
-        self.fits.append(Fit(index, block.parents, name, None if update is None else self.options.join_ridge, error))
+        ridge = None if update is None else self.options.join_ridge
+        self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
         if update is not None:
-            self._move(projection, update)
+            outlet.move(update)
             # Only the projection moved: no second pass through attention. Bit for bit what a resumed run computes.
             for (part, _), heads in zip(self.parts, heads_read, strict=True):
-                stream[part] = (self.x[part].to(device) + projection(heads.to(device))).cpu()
+                stream[part] = (self.x[part].to(device) + outlet.contribution(heads.to(device))).cpu()
         return stream
+
+    def _has_linear_end(self, block: BlockSpec) -> bool:
+        """True where the block ends in a projection that a linear fit can move.
+
+        Not so a mixture of experts, and an attention without FFN whose output goes through two norms.
+        """
+        if block.ffn is not None:
+            return self.family.experts is None
+        return not self.family.post_norm
+
+    def _refit_norm(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
+        """Give the norm that ends the block the gain and shift that bring each channel nearest to the parent's.
+
+        Where blocks went, the parent's span ends in another block's norm.
+        """
+        norm: Any = layer.get_submodule(self.family.ffn_norm)
+        gain, shift = norm.weight.data, norm.bias.data
+        seen: list[Tensor] = []
+        hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        # Per channel, for the tokens that fit and those that judge: sums of 1, z, z z, p, z p, p p (z normed, p wanted).
+        sums = torch.zeros(2, 6, len(gain), dtype=torch.float64)
+        for part, held in self.parts:
+            self.student.feed_forward(index, attended[part].to(self.student.device))
+            z = F.layer_norm(seen.pop().float(), gain.shape, eps=norm.eps).flatten(0, 1)
+            p = self.p[part].to(z.device).float().flatten(0, 1)
+            terms = (torch.ones_like(z), z, z * z, p, z * p, p * p)
+            sums[int(held)] += torch.stack([term.sum(0) for term in terms]).double().cpu()
+        hook.remove()
+        n, z, zz, p, zp, _ = sums[0]
+        new_gain = (n * zp - z * p) / (n * zz - z * z).clamp_min(torch.finfo(torch.float32).tiny)
+        new_shift = (p - new_gain * z) / n
+
+        def error(g: Tensor, s: Tensor) -> float:
+            n, z, zz, p, zp, pp = sums[1]
+            return float((pp - 2 * g * zp - 2 * s * p + g * g * zz + 2 * g * s * z + n * s * s).sum())
+
+        ratio = error(new_gain, new_shift) / max(error(gain.double().cpu(), shift.double().cpu()), 1e-30)
+        accepted = ratio < 1
+        self.fits.append(Fit(index, block.parents, self.family.ffn_norm, 0.0 if accepted else None, min(ratio, 1.0)))
+        if accepted:
+            gain.copy_(new_gain.to(gain))
+            shift.copy_(new_shift.to(shift))
+
+    def _outlet(self, layer: nn.Module, part: Literal["attention", "ffn"]) -> Outlet:
+        family = self.family
+        name, post_norm = (
+            (f"{family.attention}.{family.attention_out}", family.attention_post_norm)
+            if part == "attention"
+            else (family.ffn_module(family.ffn_out), family.ffn_post_norm)
+        )
+        outer = (family.attention_norm if part == "attention" else family.ffn_norm) if family.post_norm else ""
+        return Outlet(layer, name, post_norm, family.transposed, outer)
 
     def _rows(self, block: BlockSpec, parent: int) -> slice | None:
         """The rows of a fused FFN that came from one parent: each read its own input there.
@@ -395,18 +501,19 @@ class Refit:
         attention = getattr(layer, self.family.attention)
         return [
             module.weight.data.T if self.family.transposed else module.weight.data
-            for name, module in attention.named_children()
+            for name, module in attention.named_modules()
             if name != self.family.attention_out and getattr(module, "weight", torch.empty(0)).dim() == 2
         ]
 
     def _ffn_readers(self, layer: nn.Module, rows: slice) -> list[Tensor]:
         """Rows [rows, D] of the weights that read the FFN norm's output, as views."""
-        ffn = getattr(layer, self.family.ffn)
-        weights = [getattr(ffn, name).weight.data for name in self.family.ffn_in]
-        return [(weight.T if self.family.transposed else weight)[rows] for weight in weights]
+        family = self.family
+        weights: list[Any] = [layer.get_submodule(family.ffn_module(name)).weight for name in family.ffn_in]
+        oriented = [weight.data.T if family.transposed else weight.data for weight in weights]
+        return [part[rows] for weight in oriented for part in weight.chunk(family.ffn_stacked)]
 
     def _add_drift(
-        self, moments: Moments, norm: nn.Module, part: slice, held: bool, mine: Tensor, theirs: Tensor
+        self, moments: Moments, norm: Callable[[Tensor], Tensor], part: slice, held: bool, mine: Tensor, theirs: Tensor
     ) -> None:
         """What the student reads, against what the parent read, both behind the student's norm."""
         own = norm(mine[part].to(self.student.device)).float()
@@ -423,44 +530,117 @@ class Refit:
 
     def _refit_output(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
         """Move the block's last projection so that the block ends where the parent's span ended."""
-        family = self.family
         if block.ffn is not None:
-            projection = getattr(getattr(layer, family.ffn), family.ffn_out)
-            read = self.x if self.student.parallel_residual else attended
-            compute: Callable[[Tensor], Any] = lambda hidden: self.student.feed_forward(index, hidden)  # noqa: E731
-            start, name = attended, f"{family.ffn}.{family.ffn_out}"
+            outlet = self._outlet(layer, "ffn")
+            read, start = self.x if self.student.parallel_residual else attended, attended
         else:
-            projection = getattr(getattr(layer, family.attention), family.attention_out)
-            read = start = self.x
-            compute = lambda hidden: self.student.attend(index, hidden)  # noqa: E731
-            name = f"{family.attention}.{family.attention_out}"
-        seen: list[Tensor] = []
-        hook = projection.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        moments = Moments()
-        has_bias = getattr(projection, "bias", None) is not None
-        for part, held in self.parts:
-            contribution = compute(read[part].to(self.student.device)).float()
-            features = seen.pop().float().flatten(0, 1)
-            if has_bias:
-                features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-            reached = start[part].to(self.student.device).float() + contribution
-            residual = self.p[part].to(self.student.device).float() - reached
-            moments.add(features, residual.flatten(0, 1), held)
-        hook.remove()
-        update, ridge, error = best_update(moments.complete(), self.options.ridges)
-        self.fits.append(Fit(index, block.parents, name, ridge, error))
-        if update is not None:
-            self._move(projection, update)
+            outlet, read, start = self._outlet(layer, "attention"), self.x, self.x
+        compute: Any = self.student.attend if block.ffn is None else self.student.feed_forward
 
-    def _move(self, projection: nn.Module, update: Tensor) -> None:
-        """Add an update [F, O] to an output projection; a last row beyond its inputs goes to its bias."""
-        if getattr(projection, "bias", None) is not None:
-            bias: Tensor = projection.bias.data  # type: ignore[assignment]
+        def residual(part: slice) -> Tensor:
+            contribution = compute(index, read[part].to(self.student.device)).float()
+            reached = start[part].to(self.student.device).float() + contribution
+            return (self.p[part].to(self.student.device).float() - reached).flatten(0, 1)
+
+        moments = Moments()
+        for part, held in self.parts:
+            missing = residual(part)
+            moments.add(outlet.features(), missing, held)
+        update, ridge, error = best_update(moments.complete(), self.options.ridges)
+        if update is not None:
+            before = [kept.clone() for kept in outlet.tensors()]
+            outlet.move(update)
+            if outlet.gain is not None:
+                # Behind a post-norm the moments promise what holds for small updates: see what this one does.
+                left = sum(residual(part).square().sum().item() for part, held in self.parts if held)
+                error = left / moments.square[1]
+                if not error < 1:
+                    for tensor, kept in zip(outlet.tensors(), before, strict=True):
+                        tensor.copy_(kept)
+                    ridge, error = None, 1.0
+        outlet.close()
+        self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
+
+
+class Outlet:
+    """The way from a part's output projection into the stream, watched: contribution = m * post_norm(projection(read)).
+
+    Without a post-norm the contribution is linear in the projection. A post-norm g * z / rms(z) is taken as linear
+    with each token's rms as it is: good for small updates. So is a LayerNorm `outer` behind the residual sum, with each
+    token's deviation as it is.
+    """
+
+    def __init__(self, layer: Any, name: str, post_norm: str, transposed: bool, outer: str = "") -> None:
+        self.name, self.transposed = name, transposed
+        self.layer, self.post_norm = layer, post_norm or None
+        self.projection: Any = layer.get_submodule(name)
+        self.read = self.output = torch.empty(0)
+        weight = self.weight
+        ones = weight.new_ones(weight.shape[0])
+        # A norm of ones is its gain.
+        self.gain = getattr(layer, post_norm)(ones).float() if post_norm else None
+        self.factor = float(layer.residual_multiplier)
+        self.hooks = [self.projection.register_forward_hook(self._see)]
+        self.outer = outer
+        if outer:
+            norm = layer.get_submodule(outer)
+            self.gain = norm.weight.data.float()
+            self.hooks.append(norm.register_forward_pre_hook(self._see_sum))
+
+    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.read, self.output = inputs[0], output
+
+    def _see_sum(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.output = inputs[0]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
+
+    @property
+    def weight(self) -> Tensor:
+        """The projection's weight as a view [O, F]."""
+        weight: Tensor = self.projection.weight.data
+        return weight.T if self.transposed else weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The projection's bias [O]."""
+        bias = getattr(self.projection, "bias", None)
+        return None if bias is None else bias.data
+
+    def tensors(self) -> list[Tensor]:
+        """What an update moves, as views."""
+        return [self.weight, *([] if self.bias is None else [self.bias])]
+
+    def features(self) -> Tensor:
+        """What an update multiplies to change the contribution, for the tokens seen last [n, F (+ 1 for the bias)]."""
+        features = self.read.float().flatten(0, -2)
+        if self.bias is not None:
+            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
+        if self.gain is not None:
+            normed = self.output.float().flatten(0, -2)
+            if self.outer:
+                normed = normed - normed.mean(-1, keepdim=True)
+            features = features * normed.square().mean(-1, keepdim=True).rsqrt()
+        return features if self.factor == 1 else features * self.factor
+
+    def contribution(self, read: Tensor) -> Tensor:
+        """What the part adds to the stream when its projection reads this."""
+        added: Tensor = self.layer.added(self.post_norm, self.projection(read))
+        return added
+
+    def move(self, update: Tensor) -> None:
+        """Add an update [F, O] of the contribution to the projection; a last row beyond its inputs goes to its bias."""
+        if self.gain is not None:
+            # Channels that the norm all but closes cannot be reached.
+            open_enough = self.gain.abs() > 1e-3 * self.gain.abs().max()
+            update = torch.where(open_enough, update / self.gain, 0)
+        if (bias := self.bias) is not None:
             bias.copy_((bias.float() + update[-1]).to(bias.dtype))
             update = update[:-1]
-        weight: Tensor = projection.weight.data  # type: ignore[assignment]
-        change = update if self.family.transposed else update.T
-        weight.copy_((weight.float() + change).to(weight.dtype))
+        self.weight.copy_((self.weight.float() + update.T).to(self.weight.dtype))
 
 
 def _names(file: Path) -> list[str]:

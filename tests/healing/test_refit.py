@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FAMILY_NAMES, tiny_model
-from operations.helpers import logits, operate, some_tokens, subject_of
+from operations.helpers import FALCON_7B, logits, operate, some_tokens, subject_of, taken
 from safetensors import safe_open
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
@@ -16,7 +16,17 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit import Moments, Refit, RefitOptions, best_update, changed, overlay, ridge_solution, spans
+from llmsurgeon.healing.refit import (
+    Moments,
+    Outlet,
+    Refit,
+    RefitOptions,
+    best_update,
+    changed,
+    overlay,
+    ridge_solution,
+    spans,
+)
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -118,8 +128,9 @@ def test_states_that_are_not_finite_are_refused():
 
 
 def prepared(model, *steps, tokens, store, held_out=4, scores=None, **options):
-    """A Refit of the operated model, and the student's config and weights."""
+    """A Refit of the model after the steps that its family takes, and the student's config and weights."""
     subject, base, config = subject_of(model, scores)
+    steps = taken(model, steps)
     parent_spec, weights = subject.spec, base
     for step in steps:
         plan = step.plan(subject)
@@ -164,10 +175,18 @@ STEPS = {
 }
 
 
+# Where healing reads and writes other places than in the tiny family: a shared norm, norms behind the residual sums.
+MODELS = (
+    *((name, {}) for name in FAMILY_NAMES),
+    ("falcon", FALCON_7B),
+    ("opt", {"do_layer_norm_before": False}),
+)
+
+
 @pytest.mark.parametrize("what", STEPS)
-@pytest.mark.parametrize("family_name", FAMILY_NAMES)
-def test_it_lowers_the_divergence_on_fresh_tokens(family_name, what, tmp_path):
-    model, tokens = tiny_model(family_name), some_tokens(batch=48, length=16)
+@pytest.mark.parametrize(("family_name", "changes"), MODELS)
+def test_it_lowers_the_divergence_on_fresh_tokens(family_name, changes, what, tmp_path):
+    model, tokens = tiny_model(family_name, **changes), some_tokens(batch=48, length=16)
     refit, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
     files = refit.run()
@@ -223,7 +242,7 @@ def test_without_align_and_join_only_the_changed_blocks_output_moves(tmp_path):
     assert set(refit.run()) == {"model.layers.1.mlp.down_proj.weight"}
 
 
-@pytest.mark.parametrize("family_name", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("family_name", ["llama", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize(
     "steps", [(DROP, FUSE), (PruneBlocks(layers=(2,)),), (PruneFFN(layers=(1,)),)], ids=lambda s: s[0].op
 )
@@ -256,6 +275,39 @@ def test_harmful_updates_are_refused(tmp_path):
     assert refused and all(fit.ridge is None and fit.error_ratio == 1 for fit in refused)
     if len(refused) == len(refit.fits):
         assert not files
+
+
+def test_a_multiplier_is_part_of_the_linear_map():
+    """What an update promises is what it does, where the family scales what its parts add."""
+    layer = tiny_surgeon_layer("granite")
+    outlet = Outlet(layer, "mlp.down_proj", "", False)
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    update = 0.1 * torch.randn(96, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = layer.feed_forward(x)
+        promised = outlet.features() @ update
+        outlet.move(update)
+        torch.testing.assert_close(layer.feed_forward(x)[0] - before[0], promised, atol=1e-5, rtol=1e-5)
+    assert outlet.factor == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("family_name", ["gemma2", "olmo2"])
+def test_behind_a_post_norm_an_update_is_kept_only_for_what_it_does(family_name, tmp_path, monkeypatch):
+    """However good it looks to the linear fit, an update that makes the held-out error larger is taken back."""
+
+    def huge(moments, ridges):
+        return 100 * torch.ones_like(moments.cross[0]), ridges[0], 0.1
+
+    monkeypatch.setattr("llmsurgeon.healing.refit.best_update", huge)
+    options = dict(tokens=some_tokens(batch=16, length=8), store=tmp_path / "store", align=False, join=False)
+    refit, _, _ = prepared(tiny_model(family_name), PruneBlocks(layers=(2,)), **options)
+    assert refit.run() == {}
+    assert [(fit.projection, fit.ridge, fit.error_ratio) for fit in refit.fits] == [("mlp.down_proj", None, 1.0)]
+
+
+def tiny_surgeon_layer(family_name):
+    """Layer 0 of a tiny model in the surgeon form."""
+    return operate(tiny_model(family_name), format="surgeon")[0].model.layers[0]
 
 
 def test_spans_and_changed():

@@ -1,0 +1,95 @@
+"""`llmsurgeon heal`: a student and its parent in, a better student out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsurgeon.cli import say
+from llmsurgeon.cli.options import dtype_of, short_name
+
+if TYPE_CHECKING:
+    from llmsurgeon.run import Outcome
+
+DEFAULT = "version: 1\nsteps: [{op: distill}]\n"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("heal")(heal_command)
+
+
+def heal_command(
+    student: Annotated[str, typer.Argument(help="The checkpoint to heal: folder or hub id.", show_default=False)],
+    parent: Annotated[str, typer.Option(help="The model that it was cut from: folder, hub id or GGUF file.")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Recipe whose distill steps are done; default: one, as it is.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write; default: STUDENT-healed.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="How long to train; default: the recipe's, else 30.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: distill.tokens=500000, calibration.seed=1 ...")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset to train on, NAME[:CONFIG][:SPLIT].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin anew: go on with what was killed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    device: Annotated[str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Heal a cut model by distillation from its parent, in one process or by accelerate launch -m llmsurgeon heal.
+
+    Without --text or --dataset it trains on text sampled from the parent. A run that was killed or stopped goes on
+    when the same command is given again.
+    """
+    from llmsurgeon.cli.convert import with_text
+    from llmsurgeon.heal import heal
+    from llmsurgeon.recipe import load, loads
+    from llmsurgeon.run import Options
+
+    changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
+    wanted = with_text(load(recipe, changes) if recipe else loads(DEFAULT, "defaults", changes), text, dataset)
+    options = Options(device, dtype_of(dtype), overwrite, max_shard_size, say=say)
+    outcome = heal(student, parent, wanted, out or f"{short_name(student)}-healed", options, resume=resume)
+    if outcome is not None:
+        print(json.dumps(heal_report(outcome))) if as_json else print_healed(outcome)
+
+
+def heal_report(outcome: Outcome) -> dict[str, Any]:
+    """What was made, as JSON."""
+    return {
+        "out": str(outcome.out),
+        "parent": outcome.planned.patient.name,
+        "format": outcome.planned.written.format,
+        "distill": [training.to_dict() for training in outcome.trainings],
+        "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
+        "gate_missed": list(outcome.gate),
+    }
+
+
+def print_healed(outcome: Outcome) -> None:
+    """What was made, in a few lines."""
+    from rich.console import Console
+
+    console = Console()
+    for training in outcome.trainings:
+        console.print(training.note, highlight=False)
+        for block, made in training.trainings:
+            name = "held-out KL" if block is None else f"block {block}, held-out loss"
+            values = [judged["value"] for judged in made.judged]
+            change = f"{name} {values[0]:.4f} -> {min(values):.4f}, " if values else ""
+            console.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
+    evaluation: Any = outcome.evaluation
+    if evaluation:
+        console.print(
+            f"held-out text: perplexity {evaluation.parent_perplexity:.2f} -> {evaluation.perplexity:.2f} "
+            f"(ratio {evaluation.perplexity_ratio:.3f}), KL {evaluation.kl:.3f}, "
+            f"same top token {100 * (evaluation.top1_agreement or 0):.1f} %",
+            highlight=False,
+        )
+    console.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)

@@ -1,0 +1,251 @@
+"""`heal`, run: a written student beside its parent, trained, and written anew in the form that it has.
+
+Started by `accelerate launch` there are several processes: all of them train, the main one alone writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmsurgeon import __version__
+from llmsurgeon.checkpoint.transform import rebase
+from llmsurgeon.checkpoint.writer import Stage
+from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
+from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, is_surgeon, ships_code
+from llmsurgeon.formats.write import WrittenFormat, write_config
+from llmsurgeon.healing.training import on_cpu, several
+from llmsurgeon.operations.distill import Distill
+from llmsurgeon.progress import set_quiet
+from llmsurgeon.proof import missed
+from llmsurgeon.recipe import Recipe, dump, loads
+from llmsurgeon.run import (
+    Options,
+    Outcome,
+    Patient,
+    Planned,
+    Texts,
+    check_recipe,
+    heal_and_prove,
+    job_of,
+    logs_of,
+    open_patient,
+    shapes_of,
+    without_empty_blocks,
+    write_story,
+)
+from llmsurgeon.spec import BlockSpec, ModelSpec
+from llmsurgeon.summary import costs
+
+
+def heal(
+    student: str, parent: str, recipe: Recipe, out: str, options: Options, *, resume: bool = False
+) -> Outcome | None:
+    """Distill `student` (a checkpoint cut from `parent`) by the distill steps of `recipe` and write it to `out`.
+
+    A run that was killed goes on by itself; `resume` insists on it. Returns None in all processes but the main one.
+
+    Raises:
+        SurgeryError: bad input; nothing is written to `out`.
+        GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
+        Stopped: on SIGTERM, with the state saved.
+    """
+    wounded, whole = open_patient(student), open_patient(parent)
+    assert wounded.checkpoint is not None and whole.checkpoint is not None
+    steps = tuple(step for step in recipe.steps if isinstance(step, Distill))
+    if not steps:
+        raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
+    recipe = recipe.model_copy(update={"steps": steps})
+    check_recipe(whole, recipe)
+    sources = (wounded.checkpoint.path, whole.checkpoint.path)
+    Stage.check(out, overwrite=options.overwrite, sources=sources)
+    planned = plan_healing(wounded, whole, recipe)
+    fingerprints = [wounded.checkpoint.fingerprint, whole.checkpoint.fingerprint]
+    job = [__version__, "heal", job_of(recipe, parent), *fingerprints, str(options.dtype)]
+    partial = Path(out).expanduser().resolve()
+    partial = partial.with_name(f"{partial.name}.partial")
+    if resume and not partial.exists():
+        raise SurgeryError(f"--resume: there is no {partial.name} to go on from; leave --resume out to begin")
+    world = World()
+    options = options if world.main else replace(options, say=lambda line: None)
+    texts = Texts(whole, recipe.calibration, recipe.calibration.tokens, options)
+    with world.stage(
+        out,
+        fingerprint=hashlib.sha256(json.dumps(job).encode()).hexdigest(),
+        overwrite=options.overwrite,
+        sources=sources,
+        needed_bytes=planned.after.disk_bytes,
+    ) as (stage, scratch):
+        if resume and world.main and not any(scratch.iterdir()):
+            raise SurgeryError(
+                f"--resume: {partial.name} is of another job (other models, settings or version); start again with the "
+                "command that it was begun with, or leave --resume out to begin anew"
+            )
+        with world.main_first():
+            _ = texts.windows
+        healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
+        if stage is None:
+            return None
+        stage.write_weights(
+            planned.written.published(healed.weights, whole.family), max_shard_size=options.max_shard_size
+        )
+        short = missed(recipe.gate, healed.evaluation)
+        story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}))
+        write_story(stage, planned, story, healed, texts, short, wounded.checkpoint)
+        stage.commit()
+    outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
+    if short:
+        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short))
+    return outcome
+
+
+def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
+    """Everything that is known before training: which parent layers each block stands for, and the form to write.
+
+    Raises:
+        SurgeryError: the two are not parent and student.
+    """
+    for key, mine, theirs in (
+        ("family", student.family.model_type, parent.family.model_type),
+        ("hidden size", student.spec.hidden, parent.spec.hidden),
+        ("vocabulary", student.spec.vocab, parent.spec.vocab),
+    ):
+        if mine != theirs:
+            raise SurgeryError(
+                f"{student.name} is not cut from {parent.name}: its {key} is {mine}, the parent's {theirs}"
+            )
+    assert student.checkpoint is not None
+    subject, weights = without_empty_blocks(student.subject({}), student.weights)
+    spec = _with_parents(subject.spec, parent.spec, student)
+    for step in recipe.steps:
+        step.plan(parent.subject({}))
+    written = write_config(spec, parent.family, parent.config, _form(student.checkpoint.config))
+    meta = written.fit(rebase(weights, student.checkpoint.meta()))
+    check_shapes(shapes_of(meta), expected_shapes(empty_model(written.config)), "the healed checkpoint", parent.family)
+    return Planned(
+        patient=parent,
+        recipe=recipe,
+        spec=spec,
+        weights=weights,
+        meta=meta,
+        written=written,
+        heals=recipe.steps,
+        notes=(f"Healed from `{Path(student.name).name}`.",),
+        before=costs(parent.spec, parent.family, shapes_of(parent.meta()), parent.dtype.itemsize),
+        after=costs(written.spec, parent.family, shapes_of(meta), student.dtype.itemsize),
+    )
+
+
+def _form(config: Mapping[str, Any]) -> WrittenFormat:
+    if is_surgeon(config):
+        return "surgeon"
+    return "nemotron-nas" if ships_code(config) else "native"
+
+
+def _with_parents(spec: ModelSpec, parent: ModelSpec, student: Patient) -> ModelSpec:
+    """The student's spec with the parent layers that each block stands for."""
+    found = _recorded_parents(student, len(spec.blocks))
+    if found is None and len(spec.blocks) == len(parent.blocks):
+        found = [[index] for index in range(len(spec.blocks))]
+    if found is None:
+        raise SurgeryError(
+            f"{student.name} has {len(spec.blocks)} blocks, its parent {len(parent.blocks)}, and neither block_configs "
+            "nor surgery.json says which parent layers each block stands for; heal a checkpoint that llmsurgeon wrote"
+        )
+    layers = [layer for parents in found for layer in parents]
+    if layers != sorted(set(layers)) or not layers or layers[-1] >= len(parent.blocks):
+        raise SurgeryError(
+            f"{student.name}: its blocks stand for parent layers {layers}, which the {len(parent.blocks)} layers of "
+            "the parent do not fit; --parent must be the model that it was cut from"
+        )
+    return spec.with_blocks([_renumbered(b, tuple(p)) for b, p in zip(spec.blocks, found, strict=True)])
+
+
+def _renumbered(block: BlockSpec, parents: tuple[int, ...]) -> BlockSpec:
+    branches = block.branches
+    if len(branches) == len(parents):
+        branches = tuple(replace(b, parents=(p,)) for b, p in zip(branches, parents, strict=True))
+    return replace(block, parents=parents, branches=branches)
+
+
+def _recorded_parents(student: Patient, blocks: int) -> list[list[int]] | None:
+    """What the checkpoint says of where its blocks come from, None where it says nothing."""
+    assert student.checkpoint is not None
+    story = student.checkpoint.path / "surgery.json"
+    recorded: Any = None
+    if story.is_file():
+        try:
+            recorded = json.loads(story.read_text(encoding="utf-8")).get("parents")
+        except ValueError:
+            recorded = None
+    if recorded is None:
+        recorded = [entry.get("parents") for entry in student.config.get("block_configs") or ()]
+    usable = len(recorded) == blocks and all(isinstance(p, list) and p for p in recorded)
+    return recorded if usable else None
+
+
+def _whole_recipe(student: Patient, recipe: Recipe) -> Recipe:
+    """The recipe that leads from the parent to the healed student, where the student came with its own."""
+    assert student.checkpoint is not None
+    try:
+        before = loads((student.checkpoint.path / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, RecipeError):
+        return recipe
+    return recipe.model_copy(update={"steps": (*before.steps, *recipe.steps)})
+
+
+@dataclass
+class World:
+    """The processes of this run; one, unless `accelerate launch` started more."""
+
+    main: bool = True
+    state: Any = None
+
+    def __post_init__(self) -> None:
+        if several():
+            from accelerate import PartialState
+
+            self.state = PartialState(cpu=on_cpu())
+            self.main = bool(self.state.is_main_process)
+            if not self.main:
+                set_quiet(True)
+
+    @contextmanager
+    def stage(self, out: str, **job: Any) -> Iterator[tuple[Stage | None, Path]]:
+        """(the stage in the main process, the scratch folder in all). What refuses in one refuses in all."""
+        if self.state is None:
+            with Stage.open(out, **job) as stage:
+                yield stage, stage.scratch
+            return
+        from accelerate.utils import broadcast_object_list
+
+        opened: Stage | None = None
+        told: list[str | None] = [None, None]
+        if self.main:
+            try:
+                opened = Stage.open(out, **job)
+                told[0] = str(opened.scratch)
+            except SurgeryError as error:
+                told[1] = str(error)
+        broadcast_object_list(told)
+        if told[0] is None:
+            raise SurgeryError(told[1])
+        try:
+            yield opened, Path(told[0])
+        finally:
+            if opened is not None:
+                opened.close()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process does this before the others do."""
+        if self.state is None:
+            yield
+        else:
+            with self.state.main_process_first():
+                yield

@@ -1,0 +1,376 @@
+"""Global distillation: the whole student, towards the parent's hidden states and next-token distributions.
+
+B sequences, L tokens, D model width, V vocabulary, E block ends that carry a hidden-state loss.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.evaluate import evaluate_hidden
+from llmsurgeon.formats.models import empty_model, fill
+from llmsurgeon.healing.data import Corpus, Rows, without_overlap
+from llmsurgeon.healing.losses import chunked_kl, cosine_distance
+from llmsurgeon.healing.refit import changed, spans
+from llmsurgeon.healing.targets import (
+    AHEAD,
+    LiveTargets,
+    StoredTargets,
+    TappedModel,
+    Targets,
+    Wanted,
+    distribution,
+)
+from llmsurgeon.healing.training import Trainer, Training, engine
+from llmsurgeon.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from llmsurgeon.operations.distill import Distill, Lora
+
+MERGED = "merged.safetensors"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A student beside its parent, with what is needed to heal it.
+
+    parent, parent_config, parent_spec: the parent layer by layer, its normalised config and description.
+    fingerprint: of the parent's weights.
+    config, spec, weights: the student's; its blocks name the parent layers they stand for.
+    text: what to train on; held_out: sequences [S, T] that only judge.
+    folder: where checkpoints and results of this job are kept, through kills.
+    logs: where trackers write.
+    """
+
+    parent: LayerRunner
+    parent_config: dict[str, Any]
+    parent_spec: ModelSpec
+    fingerprint: str
+    config: dict[str, Any]
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    text: list[Rows]
+    held_out: Tensor
+    folder: Path
+    logs: Path
+    device: str = "cpu"
+    batch: int = 8
+    say: Callable[[str], None] = lambda line: None
+
+    def corpus(self, seed: int) -> Corpus:
+        """The training text in its order from the beginning, rows that share text with the held-out sequences left out.
+
+        Raises:
+            SurgeryError: nothing is left of a source.
+        """
+        return Corpus(self.text, [without_overlap(rows, self.held_out) for rows in self.text], seed)
+
+
+class Distiller(nn.Module):
+    """The student with its losses: what accelerate wraps, shards and replicates.
+
+    Called with ids [B, L] and the parent's answers it gives the losses; with ids alone, the logits of the first row.
+    """
+
+    def __init__(self, student: TappedModel, targets: Targets, hidden: float, kl: float) -> None:
+        super().__init__()
+        self.student, self.hidden, self.kl = student, hidden, kl
+        self._logits = targets.logits
+
+    def forward(self, ids: Tensor, positions: Tensor | None = None, **answers: Tensor) -> dict[str, Tensor]:
+        """`loss` and its parts; `positions` are those that carry the KL."""
+        ends, states_BLD = self.student(ids)
+        if not answers:
+            return {"logits": self.student.logits(states_BLD[0])}
+        losses: dict[str, Tensor] = {}
+        if ends:
+            distances = [cosine_distance(end, answers["hidden"][:, place]) for place, end in enumerate(ends)]
+            losses["hidden"] = torch.stack(distances).mean()
+        if self.kl:
+            says = {name: values for name, values in answers.items() if name != "hidden"}
+            if positions is not None:
+                states_BLD = states_BLD[:, positions]
+                says = {name: values[:, positions] for name, values in says.items()}
+            head = list(self.student.model.get_output_embeddings().parameters())
+            target = distribution(says, self._logits)
+            losses["kl"] = chunked_kl(states_BLD.flatten(0, 1), self.student.logits, head, target)
+        weights = {"hidden": self.hidden, "kl": self.kl}
+        losses["loss"] = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
+        return losses
+
+
+def build_student(case: Case, settings: Distill, dtype: torch.dtype) -> Any:
+    """The student in memory, without dropout (the parent answered without), with adapters where asked for."""
+    still = {key: 0.0 for key, value in case.config.items() if _is_dropout(key) and isinstance(value, float)}
+    model = empty_model({**case.config, **still})
+    fill(model, case.weights, dtype, "cpu")
+    for parameter in model.parameters():
+        # Tensors of a checkpoint are views of its files, which the parent may share.
+        parameter.data = parameter.data.clone()
+    model.train()
+    if settings.gradient_checkpointing:
+        # The name is new in transformers 5; the older one warns there.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    moving = trainable(model, case, settings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in moving)
+    if settings.lora is not None:
+        _adapt(model, settings.lora, moving, settings.seed)
+    return model
+
+
+def _is_dropout(key: str) -> bool:
+    return "dropout" in key or key.endswith("pdrop")
+
+
+def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
+    """Names of the parameters that move.
+
+    Raises:
+        SurgeryError: a pattern fits no name, or nothing would move.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.is_floating_point()]
+    family = case.parent.family
+    if isinstance(settings.train, tuple):
+        for pattern in settings.train:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise SurgeryError(
+                    f"distill.train: no tensor fits {pattern!r}; names look like {names[len(names) // 2]}"
+                )
+        chosen = {name for name in names if any(fnmatchcase(name, pattern) for pattern in settings.train)}
+    elif settings.train == "all":
+        chosen = set(names)
+    else:
+        blocks = zip(case.spec.blocks, spans(case.spec, len(case.parent_spec.blocks)), strict=True)
+        wanted = [
+            family.layer(index)
+            for index, (block, span) in enumerate(blocks)
+            if settings.train == "blocks" or changed(block, span, case.parent_spec)
+        ]
+        chosen = {name for name in names if name.startswith(tuple(wanted))}
+    if not settings.kl:
+        # Nothing behind the last block is read: it would never get a gradient.
+        behind = (f"{family.final_norm}.", *(() if case.spec.tied else (f"{family.head}.",)))
+        chosen = {name for name in chosen if not name.startswith(behind)}
+    if not chosen:
+        raise SurgeryError(f"distill.train: {settings.train} names no tensor of this student")
+    return chosen
+
+
+def _adapt(model: Any, lora: Lora, moving: set[str], seed: int) -> None:
+    """Put low-rank adapters on the linear layers whose weights were to move; only those train."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise SurgeryError("distill.lora needs peft: pip install 'llmsurgeon[peft]'") from error
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linear = {name for name in linear if f"{name}.weight" in moving}
+    if lora.targets != "all-linear":
+        linear = {name for name in linear if name.rpartition(".")[2] in lora.targets}
+    if not linear:
+        raise SurgeryError(f"distill.lora: none of the linear layers that train is called {', '.join(lora.targets)}")
+    transposed = isinstance(model.get_submodule(min(linear)), Conv1D)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=sorted(linear),
+        fan_in_fan_out=transposed,
+    )
+    inject_adapter_in_model(config, model)
+
+
+def merged(model: Any) -> dict[str, Tensor]:
+    """The weights of every layer with an adapter, the adapter merged into them: name -> tensor."""
+    from peft.tuners.lora import LoraLayer
+
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            found[f"{name}.weight"] = module.get_base_layer().weight.detach()  # type: ignore[operator]
+    return found
+
+
+class GlobalTask:
+    """Rows of the corpus with what the parent says about them, and the held-out text that judges."""
+
+    ahead = AHEAD
+
+    def __init__(self, case: Case, settings: Distill, corpus: Corpus, targets: Targets) -> None:
+        self.case, self.settings, self.corpus, self.targets = case, settings, corpus, targets
+        rows = max(1, settings.evaluation_tokens // case.held_out.shape[1])
+        self.judged = case.held_out[:: max(1, len(case.held_out) // rows)][:rows]
+        self._parent_last: Tensor | None = None
+
+    def prepare(self, numbers: np.ndarray) -> None:
+        """Ask the parent."""
+        self.targets.prepare(numbers)
+
+    def batch(self, numbers: np.ndarray, step: int, device: torch.device) -> dict[str, Tensor]:
+        """ids, the parent's answers, and the positions that carry the KL."""
+        tokens = self.corpus.tokens(numbers)
+        answers = {name: values.to(device) for name, values in self.targets.of(numbers, tokens).items()}
+        return {"ids": tokens.to(device), **answers, **self._positions(tokens.shape[1], step, device)}
+
+    def _positions(self, length: int, step: int, device: torch.device) -> dict[str, Tensor]:
+        """A share of the positions, other ones at each step; the same for all sequences and processes."""
+        if self.settings.positions == 1 or not self.settings.kl:
+            return {}
+        count = max(1, round(length * self.settings.positions))
+        chosen = np.random.default_rng([self.settings.seed, step]).choice(length, count, replace=False)
+        return {"positions": torch.from_numpy(np.sort(chosen)).to(device)}
+
+    def judge(self, module: nn.Module) -> dict[str, float]:
+        """KL to the parent (the value), perplexity ratio and top-1 agreement on the held-out sequences."""
+        parent, device = self.case.parent, next(module.parameters()).device
+        if self._parent_last is None:
+            self._parent_last = walk(parent, self.judged, [Variant()], batch=self.case.batch)[0]
+        last = self._parent_last
+        found = evaluate_hidden(
+            self.judged,
+            lambda row: module(self.judged[row : row + 1].to(device))["logits"],
+            lambda row: parent.final(last[row].to(parent.device)),
+        )
+        assert found.kl is not None and found.perplexity_ratio is not None and found.top1_agreement is not None
+        measures = {"kl": found.kl, "perplexity_ratio": found.perplexity_ratio, "top1": found.top1_agreement}
+        return {"value": found.kl, **measures}
+
+
+def wanted_of(case: Case, settings: Distill) -> tuple[tuple[int, ...], Wanted]:
+    """(blocks of the student that carry the hidden-state loss, what the parent must say)."""
+    blocks = len(case.spec.blocks)
+    count = min(blocks, settings.hidden_layers or blocks) if settings.hidden else 0
+    mine = tuple(round((place + 1) * blocks / count) - 1 for place in range(count))
+    ends = [span[-1] for span in spans(case.spec, len(case.parent_spec.blocks))]
+    return mine, Wanted(tuple(ends[index] for index in mine), settings.top_k if settings.kl else 0)
+
+
+def distill_globally(case: Case, settings: Distill, began: float) -> Training:
+    """Train the whole student; what moved is in the result's file, under canonical names.
+
+    Raises:
+        SurgeryError: bad settings, or a loss that diverges.
+        Stopped: on SIGTERM, with the state saved.
+    """
+    low = case.parent.dtype in (torch.bfloat16, torch.float16)
+    accelerator = engine(settings, case.device, low, case.logs)
+    mine, wanted = wanted_of(case, settings)
+    corpus = case.corpus(settings.seed)
+    targets: Targets
+    if settings.targets == "disk":
+        targets = StoredTargets(corpus, lambda: case.parent, case.fingerprint, wanted, case.batch)
+    else:
+        targets = LiveTargets(case.parent_config, case.parent, wanted, case.parent.dtype)
+    student = TappedModel(build_student(case, settings, torch.float32), case.parent.family.layers, mine)
+    module = Distiller(student, targets, settings.hidden, settings.kl)
+    task = GlobalTask(case, settings, corpus, targets)
+    trainer = Trainer(module, task, settings, accelerator, case.folder, prefix="student.model.", began=began)
+    training = trainer.run()
+    if settings.lora is None or training.file is None:
+        return training
+    if accelerator.is_main_process:
+        _merge(case, settings, Path(training.file))
+    accelerator.wait_for_everyone()
+    return replace(training, file=str(case.folder / MERGED))
+
+
+def _merge(case: Case, settings: Distill, adapters: Path) -> None:
+    """Write the weights with the adapters merged in."""
+    from safetensors.torch import load_file, save_file
+
+    student = build_student(case, settings, torch.float32)
+    student.load_state_dict(load_file(adapters), strict=False)
+    partial = case.folder / f"{MERGED}.partial"
+    save_file({name: tensor.contiguous() for name, tensor in merged(student).items()}, partial)
+    partial.replace(case.folder / MERGED)
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What a distillation made.
+
+    files: name of each trained tensor -> the file that holds it.
+    trainings: (block, training), one for each block in local mode; (None, training) for the whole student.
+    log: the losses step by step, and what was measured on held-out text.
+    """
+
+    mode: str
+    files: dict[str, Path]
+    trainings: tuple[tuple[int | None, Training], ...]
+    log: list[dict[str, Any]]
+    seconds: float
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on; in local mode the mean over blocks."""
+        return sum(training.tokens for _, training in self.trainings) // len(self.trainings)
+
+    @property
+    def note(self) -> str:
+        """One line for the model card."""
+        what = "the whole student" if self.mode == "global" else f"{len(self.trainings)} blocks, each on its own"
+        line = f"Distilled: {what}, {self.tokens:,} tokens in {self.seconds / 60:.0f} minutes"
+        kept = [training for _, training in self.trainings if training.file is None]
+        odd = [t.stopped for _, t in self.trainings if t.stopped != "done"]
+        line += f"; {len(kept)} of {len(self.trainings)} kept as it was, nothing was better" if kept else ""
+        return line + (f" ({'; '.join(odd)})." if odd else ".")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For surgery.json."""
+        return {
+            "mode": self.mode,
+            "seconds": round(self.seconds, 1),
+            "trainings": [{"block": block, **_report(training)} for block, training in self.trainings],
+        }
+
+
+def _report(training: Training) -> dict[str, Any]:
+    kept = {name: value for name, value in asdict(training).items() if name not in ("file", "folder")}
+    return {**kept, "tokens_per_second": round(training.tokens_per_second, 1)}
+
+
+def distill(case: Case, settings: Distill, began: float | None = None) -> Distilled:
+    """Heal the student with gradients, globally or block by block as the settings say.
+
+    `began`: when the time budget began (`time.monotonic()`); now, if it is not given.
+
+    Raises:
+        SurgeryError: bad settings, no text, or a loss that diverges.
+        Stopped: on SIGTERM, with everything saved in the case's folder.
+    """
+    from llmsurgeon.healing.local import distill_locally
+
+    began = time.monotonic() if began is None else began
+    trainings: list[tuple[int | None, Training]]
+    if settings.mode == "global":
+        trainings = [(None, distill_globally(case, settings, began))]
+    else:
+        trainings = [*distill_locally(case, settings, began)]
+    files: dict[str, Path] = {}
+    log = []
+    for block, training in trainings:
+        prefix = "" if block is None else case.parent.family.layer(block)
+        if training.file:
+            with safe_open(training.file, framework="pt") as opened:
+                files |= {prefix + name: Path(training.file) for name in opened.keys()}  # noqa: SIM118
+        lines = (Path(training.folder) / "loss.jsonl").read_text().splitlines()
+        log += [{**({} if block is None else {"block": block}), **json.loads(line)} for line in lines]
+    return Distilled(settings.mode, files, tuple(trainings), log, time.monotonic() - began)

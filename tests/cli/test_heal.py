@@ -1,0 +1,204 @@
+"""`llmsurgeon heal`: what it writes, what it refuses, how it goes on, and processes as accelerate starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_tiny, tiny_encoder
+
+from llmsurgeon.checkpoint.manifest import verify_files
+from llmsurgeon.cli import main as cli
+from llmsurgeon.recipe import loads
+from llmsurgeon.run import open_patient
+
+TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
+CUT = "steps:\n  - {op: prune_attention, layers: [2, 3]}\n  - {op: fuse_ffn, runs: [1-3]}\n"
+CALIBRATION = "version: 1\ncalibration: {text: text.txt, tokens: 512, sequence_length: 16}\n"
+STEP = "{op: distill, steps: 6, sequence_length: 16, batch: 2, learning_rate: 0.002, evaluations: 2, save_steps: 2}"
+HEAL = f"{CALIBRATION}steps:\n  - {STEP}\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with a parent, a student cut from it, and recipes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
+    save_tiny(tmp_path / "parent", "llama", tokenizer=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "cut.yaml").write_text(CALIBRATION + CUT)
+    (tmp_path / "heal.yaml").write_text(HEAL)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--quiet", "run", "cut.yaml", "parent", "-o", "student"])
+    assert not stop.value.code
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def invoke(*arguments):
+        code = 0
+        capsys.readouterr()
+        try:
+            cli.main([str(a) for a in arguments])
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return invoke
+
+
+def test_it_writes_a_whole_checkpoint_in_the_students_form(folder, run):
+    code, out, err = run("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["format"] == "surgeon" and report["distill"][0]["trainings"][0]["steps"] == 6
+    healed = folder / "healed"
+    assert verify_files(healed) == [] and not list(folder.glob("*.partial"))
+    before, after = (json.loads((folder / name / "config.json").read_text()) for name in ("student", "healed"))
+    assert before == after
+    assert {"loss.jsonl", "report.html", "tokenizer.json", "surgeon_blocks.py"} <= {p.name for p in healed.iterdir()}
+    page = (healed / "report.html").read_text()
+    assert "Loss" in page and "Where the time went" in page and "<script" not in page
+    steps = loads((healed / "recipe.yaml").read_text()).steps
+    assert [step.op for step in steps] == ["prune_attention", "fuse_ffn", "distill"]
+    surgery = json.loads((healed / "surgery.json").read_text())
+    assert surgery["parents"] == [[0], [1, 2, 3], [4], [5]] and surgery["distill"][0]["mode"] == "global"
+    assert "Distilled: the whole student" in (healed / "README.md").read_text()
+    judged = report["distill"][0]["trainings"][0]["judged"]
+    assert report["evaluation"]["kl"] == pytest.approx(min(j["kl"] for j in judged), rel=1e-4)
+    assert report["evaluation"]["kl"] < judged[0]["kl"]
+
+
+def test_a_recipe_cuts_refits_and_distills_in_one_go(folder, run):
+    (folder / "all.yaml").write_text(f"{CALIBRATION}{CUT}  - {{op: refit}}\n  - {STEP}\ngate: {{max_kl: 100}}\n")
+    code, _, err = run("run", "all.yaml", "parent", "-o", "out")
+    assert code == 0, err
+    surgery = json.loads((folder / "out/surgery.json").read_text())
+    assert surgery["refit"] and surgery["distill"] and (folder / "out/report.html").exists()
+
+
+def test_a_student_in_the_familys_own_form_keeps_it(folder, run):
+    (folder / "short.yaml").write_text(CALIBRATION + "steps:\n  - {op: prune_blocks, layers: [2]}\n")
+    assert run("run", "short.yaml", "parent", "-o", "short")[0] == 0
+    code, _, err = run("heal", "short", "--parent", "parent", "-r", "heal.yaml", "-o", "healed")
+    assert code == 0, err
+    assert json.loads((folder / "healed/config.json").read_text())["model_type"] == "llama"
+    assert json.loads((folder / "healed/surgery.json").read_text())["parents"] == [[0], [1], [3], [4], [5]]
+
+
+def test_local_mode_moves_changed_blocks_alone(folder, run):
+    local = ("--set", "distill.mode=local")
+    assert run("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", *local)[0] == 0
+    student, healed = (open_patient(str(folder / name)).weights for name in ("student", "healed"))
+    moved = {name.split(".")[2] for name in student if not torch.equal(student[name], healed[name])}
+    assert moved == {"1"}
+    assert "Block 1: " in (folder / "healed/report.html").read_text()
+
+
+def test_the_gate_is_held(folder, run):
+    (folder / "gate.yaml").write_text(HEAL + "gate: {max_kl: 0.000001}\n")
+    code, _, err = run("heal", "student", "--parent", "parent", "-r", "gate.yaml", "-o", "healed")
+    assert code == 3 and "misses the recipe's gate" in err and (folder / "healed/config.json").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("student", "--parent", "student"), "must be the model that it was cut from"),
+    (("student", "--parent", "other"), "is not cut from"),
+    (("student", "--parent", "parent", "-r", "cut.yaml"), "takes the distill steps of a recipe, and this one has none"),
+    (("student", "--parent", "parent", "--set", "distill.stepps=4"), "did you mean 'steps'"),
+    (("student", "--parent", "parent", "--set", "distill.hidden=0", "--set", "distill.kl=0"), "nothing to learn from"),
+    (("student", "--parent", "parent", "--text", "none.txt"), "no such text file"),
+    (("student", "--parent", "parent", "--resume"), "there is no healed.partial to go on from"),
+    (("student", "--parent", "parent", "-r", "heal.yaml", "--set", "distill.train=[x]"), "no tensor fits 'x'"),
+    (("student", "--parent", "nowhere"), "no such folder here"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_and_nothing_is_written(folder, run, arguments, message):
+    save_tiny(folder / "other", "llama", tokenizer=True, hidden_size=64)
+    code, out, err = run("heal", *arguments, "-o", "healed")
+    assert code == 2 and message in err and out == ""
+    assert not (folder / "healed").exists()
+
+
+def test_a_student_that_does_not_say_where_it_comes_from_is_refused(folder, run):
+    save_tiny(folder / "short", "llama", tokenizer=True, num_hidden_layers=4)
+    code, _, err = run("heal", "short", "--parent", "parent", "-o", "healed")
+    assert code == 2 and "which parent layers each block stands for" in err
+
+
+def test_an_encoder_is_refused(folder, run):
+    tiny_encoder("bert", "BertForMaskedLM").save_pretrained(folder / "bert")
+    byte_tokenizer().save_pretrained(folder / "bert")
+    code, _, err = run("heal", "bert", "--parent", "bert", "--text", "text.txt", "-o", "healed")
+    assert code == 2 and "distillation goes by the next token" in err
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "llmsurgeon", "heal", "student", "--parent", "parent", "-r", "heal.yaml", *arguments]
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1", **more}
+
+
+def begun(folder, *arguments):
+    process = subprocess.Popen(
+        command("-o", "healed", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    log = folder / "healed.partial/.scratch/distill-0/loss.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 6:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    return process
+
+
+def test_sigterm_ends_with_143_and_resume_goes_on(folder, run):
+    process = begun(folder, "--set", "distill.steps=100000")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate()
+    assert process.returncode == 143 and "error: distill: stopped by SIGTERM" in err
+    assert not (folder / "healed").exists()
+    (state,) = (folder / "healed.partial/.scratch/distill-0").glob("state-*")
+    step = int(state.name.removeprefix("state-"))
+    heal = ("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--resume")
+    code, _, err = run(*heal, "--set", "distill.batch=3")
+    assert code == 2 and "is of another job" in err
+    process = begun(folder, "--set", "distill.steps=100000")
+    process.kill()
+    process.communicate()
+    (state,) = (folder / "healed.partial/.scratch/distill-0").glob("state-*[0-9]")
+    step = int(state.name.removeprefix("state-"))
+    code, out, err = run(*heal, "--set", f"distill.steps={step + 4}", "--json")
+    assert code == 0, err
+    assert json.loads(out)["distill"][0]["trainings"][0]["steps"] == step + 4
+    assert json.loads((folder / "healed/loss.jsonl").read_text().splitlines()[-2])["step"] == step + 4
+
+
+def test_two_processes_of_accelerate_launch_write_once(folder):
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            command("-o", "healed", "--json"),
+            env=environment(
+                WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank,
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no",
+            ),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+    assert json.loads(said[0][0])["distill"][0]["trainings"][0]["tokens"] == 6 * 2 * 2 * 16 and said[1][0] == ""
+    assert verify_files(folder / "healed") == []
