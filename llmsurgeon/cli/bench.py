@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from enum import StrEnum
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from llmsurgeon.cli import say
+from llmsurgeon.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from llmsurgeon.evaluation.latency import Bench
+
+
+class Engine(StrEnum):
+    """What `--engine` takes."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
 
 
 def register(app: typer.Typer) -> None:
@@ -16,26 +32,87 @@ def register(app: typer.Typer) -> None:
 def bench_command(
     model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
     against: Annotated[str | None, typer.Option(help="The parent, timed in turn with MODEL.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    engine: Annotated[Engine, typer.Option(help="What runs the models.")] = Engine.TRANSFORMERS,
+    batch: Annotated[int, typer.Option(help="Sequences at a time; 1 in llama.cpp.")] = 1,
     prompt: Annotated[int, typer.Option(help="Tokens of prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 64,
     rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as many as there are.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; cpu in llama.cpp.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="transformers: float32, bfloat16 or float16; default: the checkpoint's.")
+    ] = None,
+    type: Annotated[
+        str | None, typer.Option(help="llama.cpp: type in which models that are no GGUF file are tried; default: F16.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time prefill and decode, interleaved with the parent's, and measure weights and KV cache."""
-    from llmsurgeon.cli.options import dtype_of
-    from llmsurgeon.evaluation.latency import bench_table, benchmark
-    from llmsurgeon.formats.loading import load_model
+    """Time prefill and decode, interleaved with the parent's, and measure weights and KV cache.
 
-    student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
-    parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
-    result = benchmark(student, parent, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    In llama.cpp, models that are no GGUF file are exported to a temporary one first.
+    """
+    from llmsurgeon.evaluation.latency import bench_table
+
+    if threads is not None and threads < 1:
+        raise SurgeryError(f"--threads {threads}: expected 1 or more")
+    sizes = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
+    if engine is Engine.LLAMA_CPP:
+        if batch != 1 or device != "cpu" or dtype:
+            raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
+        result = _in_llamacpp(model, against, type or "F16", revision, threads, sizes)
+    else:
+        if type:
+            raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
+        result = _in_transformers(model, against, dtype, device, revision, threads, {"batch": batch, **sizes})
     if as_json:
         print(json.dumps({"name": model, "parent_name": against, **result.to_dict()}))
         return
     from rich.console import Console
 
     Console().print(bench_table(result))
+
+
+def _in_transformers(
+    model: str,
+    against: str | None,
+    dtype: str | None,
+    device: str,
+    revision: str | None,
+    threads: int | None,
+    sizes: dict[str, int],
+) -> Bench:
+    import torch
+
+    from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.evaluation.latency import benchmark
+    from llmsurgeon.formats.loading import load_model
+
+    if threads:
+        torch.set_num_threads(threads)
+    student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
+    parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
+    return benchmark(student, parent, **sizes)
+
+
+def _in_llamacpp(
+    model: str, against: str | None, type: str, revision: str | None, threads: int | None, sizes: dict[str, int]
+) -> Bench:
+    from llmsurgeon.evaluation.latency import benchmark_llamacpp
+    from llmsurgeon.evaluation.llamacpp import require_xllamacpp
+    from llmsurgeon.export import export_gguf
+
+    require_xllamacpp()  # before anything is exported
+    with TemporaryDirectory(prefix="llmsurgeon-") as folder:
+
+        def as_gguf(name: str, place: str, revision: str | None) -> Path:
+            if name.endswith(".gguf") and Path(name).expanduser().is_file():
+                return Path(name).expanduser()
+            made = export_gguf(name, str(Path(folder) / f"{place}.gguf"), type=type, revision=revision)
+            for note in made.notes:
+                say(f"{name}: {note}")
+            return made.path
+
+        student = as_gguf(model, "model", revision)
+        parent = as_gguf(against, "parent", None) if against else None
+        return benchmark_llamacpp(student, parent, threads=threads, **sizes)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmsurgeon.cli import say
+from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmsurgeon.evaluation.encoders import EncoderEvaluation
     from llmsurgeon.evaluation.evaluate import Evaluation
+    from llmsurgeon.families import Family
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
 SEED = 1
@@ -39,10 +42,13 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity, and against a parent KL divergence and top-1 agreement, with 95 % confidence intervals.
 
-    Without --text or --dataset the text is sampled from the parent (from MODEL where no parent is given).
+    Without --text or --dataset the text is sampled from the parent (from MODEL where no parent is given). Of an encoder
+    (text needed): the cosine of hidden and pooled states to the parent's, and with a masked-LM head how both predict
+    masked tokens.
     """
     from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
     from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of
     from llmsurgeon.evaluation.evaluate import check_same_vocabulary, evaluate
     from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
     from llmsurgeon.formats.loading import load_model, load_tokenizer
@@ -51,6 +57,9 @@ def evaluate_command(
         check_tasks_available()
     source = Calibration(text, dataset, tokens, seq_len, seed=SEED)
     student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
+    encoder = encoder_family(student)
+    if encoder:
+        _check_encoder(encoder, model, against, text or dataset, tasks)
     parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
     if parent is not None:
         check_same_vocabulary(student, parent)
@@ -59,7 +68,11 @@ def evaluate_command(
     windows = calibration_tokens(against or model, tokenizer, **asdict(source), model=sampled)
     described = source.describe(windows, "text", "the parent" if against else "the model itself")
     say(described)
-    result = evaluate(student, windows, parent)
+    result: Any
+    if encoder:
+        result = evaluate_encoder(student, windows, parent, masking_of(tokenizer, windows, student, parent))
+    else:
+        result = evaluate(student, windows, parent)
     report = {"model": model, "parent": against, "text": described.removeprefix("text: "), **result.to_dict()}
     if tasks:
         names = [name.strip() for name in tasks.split(",")]
@@ -70,19 +83,28 @@ def evaluate_command(
         return
     from rich.console import Console
 
-    Console().print(_table(result))
+    Console().print(_encoder_table(result) if encoder else _table(result))
     if tasks:
         Console().print(_task_table(report["tasks"], report["parent_tasks"]))
 
 
-def _table(result: Evaluation) -> Table:
-    from rich.table import Table
+def _check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: str | None) -> None:
+    """Raise SurgeryError for what an encoder cannot be asked."""
+    if not text:
+        raise SurgeryError(
+            f"{model}: {family.model_type} is an encoder and cannot sample text from itself; "
+            "give --text FILE or --dataset NAME"
+        )
+    if tasks:
+        raise SurgeryError(f"{model}: --tasks needs a model that predicts the next token, {family.model_type} does not")
+    if not against and not family.head:
+        raise SurgeryError(
+            f"{model}: {family.model_class} has no masked-LM head, so only its agreement with a parent can be "
+            "measured; give --against PARENT"
+        )
 
-    table = Table(
-        title=f"{result.tokens:,} predicted tokens, windows of {result.sequence_length}", title_justify="left"
-    )
-    for column in ("", "value", "95 % interval"):
-        table.add_column(column, justify="right" if column else "left")
+
+def _table(result: Evaluation) -> Table:
     rows = {
         "perplexity": "perplexity",
         "parent's perplexity": "parent_perplexity",
@@ -90,6 +112,29 @@ def _table(result: Evaluation) -> Table:
         "KL(parent || model), nats a token": "kl",
         "top-1 agreement": "top1_agreement",
     }
+    return _rows_table(f"{result.tokens:,} predicted tokens, windows of {result.sequence_length}", result, rows)
+
+
+def _encoder_table(result: EncoderEvaluation) -> Table:
+    rows = {
+        "cosine of hidden states to the parent's": "hidden_cosine",
+        "cosine of mean-pooled states to the parent's": "pooled_cosine",
+        "masked tokens: perplexity": "masked_perplexity",
+        "masked tokens: parent's perplexity": "parent_masked_perplexity",
+        "masked tokens: perplexity ratio": "masked_perplexity_ratio",
+        "masked tokens: KL(parent || model), nats": "masked_kl",
+        "masked tokens: top-1 agreement": "masked_top1_agreement",
+    }
+    masked = f", {result.masked_tokens:,} of them masked" if result.masked_tokens else ""
+    return _rows_table(f"{result.tokens:,} tokens, windows of {result.sequence_length}{masked}", result, rows)
+
+
+def _rows_table(title: str, result: Evaluation | EncoderEvaluation, rows: dict[str, str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in ("", "value", "95 % interval"):
+        table.add_column(column, justify="right" if column else "left")
     for label, field in rows.items():
         value, interval = getattr(result, field), getattr(result, f"{field}_interval")
         if value is not None:

@@ -59,6 +59,13 @@ class Evaluation:
         """The fields under their own names, intervals as [low, high]."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
+    def sentence(self) -> str:
+        """The comparison with the parent in one line."""
+        return (
+            f"perplexity {self.parent_perplexity:.2f} -> {self.perplexity:.2f} (ratio {self.perplexity_ratio:.3f}), "
+            f"KL {self.kl:.3f}, same top token {100 * (self.top1_agreement or 0):.1f} %"
+        )
+
 
 def evaluate(
     model: PreTrainedModel, tokens: Tensor, parent: PreTrainedModel | None = None, *, chunk: int = CHUNK

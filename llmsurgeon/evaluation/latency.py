@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +19,15 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.encoders import encoder_family
+from llmsurgeon.evaluation.llamacpp import LlamaCpp
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import Cache, PreTrainedModel
+
+    from llmsurgeon.checkpoint.gguf_file import GGUFFile
 
 
 @dataclass(frozen=True)
@@ -47,13 +54,14 @@ class Speed:
     `memory_bytes` is the weights and the KV cache at its largest; on CUDA `peak_memory_bytes` is what the allocator
     held at most during the run, activations included (None elsewhere: a process's peak cannot be told apart by model).
     `kv_bytes_per_token` is measured from the cache after prefill, so it is smaller than the nominal figure where
-    sliding windows are shorter than the prompt.
+    sliding windows are shorter than the prompt. An encoder's prefill is one forward pass; it decodes nothing and has
+    no cache.
     """
 
     prefill_tokens_per_second: Spread
-    decode_tokens_per_second: Spread
+    decode_tokens_per_second: Spread | None
     prefill_seconds: Spread
-    decode_step_seconds: Spread
+    decode_step_seconds: Spread | None
     parameter_bytes: int
     kv_cache_bytes: int
     kv_bytes_per_token: float
@@ -76,6 +84,7 @@ class Bench:
     device: str
     dtype: str
     threads: int
+    engine: str = "transformers"
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, for JSON."""
@@ -85,7 +94,7 @@ class Bench:
 @dataclass(frozen=True)
 class _Round:
     prefill: float
-    decode: float
+    decode: float | None
     prompt_cache_bytes: int
     cache_bytes: int
     peak_bytes: int | None
@@ -107,24 +116,22 @@ def benchmark(
     Raises SurgeryError for sizes below one or beyond the models' positions, and for differing vocabularies.
     """
     models = [model] if parent is None else [parent, model]
+    encoders = [encoder_family(each) is not None for each in models]
+    if encoders[0] != encoders[-1]:
+        raise SurgeryError("bench: one of the models is an encoder and the other a decoder; they do different work")
     _check(models, dict(batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds))
+    if encoders[0]:
+        new_tokens = 0
     vocab = min(each.config.vocab_size for each in models)
     ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    timed: list[list[_Round]] = [[] for _ in models]
-    with Progress("bench", (rounds + 1) * len(models), "rounds") as progress:
-        for number in range(rounds + 1):
-            for each, kept in zip(models, timed, strict=True):
-                result = _run(each, ids, new_tokens)
-                if number > 0:
-                    kept.append(result)
-                progress.advance()
-    speeds = [_speed(each, kept, ids, new_tokens) for each, kept in zip(models, timed, strict=True)]
-    pairs = list(zip(*timed, strict=True)) if parent is not None else []
-    return Bench(
-        model=speeds[-1],
-        parent=speeds[0] if parent is not None else None,
-        prefill_speedup=Spread.of([p.prefill / m.prefill for p, m in pairs]) if pairs else None,
-        decode_speedup=Spread.of([p.decode / m.decode for p, m in pairs]) if pairs else None,
+    timed = _in_turn([partial(_run, each, ids, new_tokens) for each in models], rounds)
+    speeds = [
+        _speed(parameter_bytes(each), kept, ids.numel(), batch, new_tokens)
+        for each, kept in zip(models, timed, strict=True)
+    ]
+    return _bench(
+        speeds,
+        timed,
         batch=batch,
         prompt=prompt,
         new_tokens=new_tokens,
@@ -135,11 +142,81 @@ def benchmark(
     )
 
 
+def benchmark_llamacpp(
+    model: Path,
+    parent: Path | None = None,
+    *,
+    prompt: int = 512,
+    new_tokens: int = 64,
+    rounds: int = 5,
+    threads: int | None = None,
+) -> Bench:
+    """The same as `benchmark`, of GGUF files in llama.cpp on the CPU, one sequence at a time.
+
+    Raises:
+        SurgeryError: xllamacpp is missing, llama.cpp cannot load a file, or sizes that do not fit.
+    """
+    from llmsurgeon.checkpoint.gguf_file import GGUFFile
+
+    sizes = dict(prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    _check_sizes(sizes)
+    paths = [model] if parent is None else [parent, model]
+    files = [GGUFFile(path) for path in paths]
+    vocab = min(len(file.metadata.get("tokenizer.ggml.tokens", ())) for file in files)
+    for file in files:
+        _check_length(str(file.path), prompt + new_tokens, _of_architecture(file, "context_length"))
+    ids = torch.randint(vocab, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    with ExitStack() as stack:
+        engines = [
+            # One token more than is timed comes with the prefill.
+            stack.enter_context(LlamaCpp(path, context=prompt + new_tokens + 1, threads=threads))
+            for path in paths
+        ]
+        used = engines[0].threads
+
+        def run(engine: LlamaCpp, cache: int) -> _Round:
+            timing = engine.time(ids, new_tokens)
+            return _Round(timing.prefill, timing.decode, prompt * cache, (prompt + new_tokens) * cache, None)
+
+        caches = [_cache_bytes_per_token(file) for file in files]
+        timed = _in_turn([partial(run, *each) for each in zip(engines, caches, strict=True)], rounds)
+    weights = [sum(entry.end - entry.start for entry in file.entries.values()) for file in files]
+    speeds = [_speed(size, kept, prompt, 1, new_tokens) for size, kept in zip(weights, timed, strict=True)]
+    kinds = " and ".join(dict.fromkeys(_file_type(file) for file in files))
+    return _bench(speeds, timed, batch=1, **sizes, device="cpu", dtype=kinds, threads=used, engine="llama.cpp")
+
+
+def _in_turn(runs: Sequence[Callable[[], _Round]], rounds: int) -> list[list[_Round]]:
+    """The rounds of each, A B A B ..., after one untimed round of each."""
+    timed: list[list[_Round]] = [[] for _ in runs]
+    with Progress("bench", (rounds + 1) * len(runs), "rounds") as progress:
+        for number in range(rounds + 1):
+            for run, kept in zip(runs, timed, strict=True):
+                result = run()
+                if number > 0:
+                    kept.append(result)
+                progress.advance()
+    return timed
+
+
+def _bench(speeds: list[Speed], timed: list[list[_Round]], **how: Any) -> Bench:
+    """The parent's figures, if there is one, come first."""
+    pairs = list(zip(*timed, strict=True)) if len(timed) > 1 else []
+    return Bench(
+        model=speeds[-1],
+        parent=speeds[0] if pairs else None,
+        prefill_speedup=Spread.of([p.prefill / m.prefill for p, m in pairs]) if pairs else None,
+        decode_speedup=_ratios([p.decode for p, _ in pairs], [m.decode for _, m in pairs]),
+        **how,
+    )
+
+
 @torch.inference_mode()
 def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Round:
-    """One prefill and one decode."""
+    """One prefill and one decode; of an encoder one forward pass."""
     model.eval()
     ids_BT = ids_BT.to(model.device)
+    encoder = encoder_family(model) is not None
     # generate() asks for the last position's logits only; so does this, where the model can.
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cuda = model.device.type == "cuda"
@@ -147,17 +224,23 @@ def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Round:
         held = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
     start = _now(model)
-    output = model(input_ids=ids_BT, use_cache=True, **last_only)
-    after_prefill = _now(model)
-    cache = output.past_key_values
-    prompt_cache = cache_bytes(cache)
-    decode_start = _now(model)
-    for _ in range(new_tokens):
-        token_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, **last_only)
-    decode = _now(model) - decode_start
+    decode, prompt_cache, cache = None, 0, None
+    if encoder:
+        # A multiple-choice head takes [batch, choices, tokens].
+        model(input_ids=ids_BT[:, None] if type(model).__name__.endswith("MultipleChoice") else ids_BT)
+        after_prefill = _now(model)
+    else:
+        output = model(input_ids=ids_BT, use_cache=True, **last_only)
+        after_prefill = _now(model)
+        cache = output.past_key_values
+        prompt_cache = cache_bytes(cache)
+        decode_start = _now(model)
+        for _ in range(new_tokens):
+            token_B1 = output.logits[:, -1:].argmax(-1)
+            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, **last_only)
+        decode = _now(model) - decode_start
     peak = torch.cuda.max_memory_allocated(model.device) - held + parameter_bytes(model) if cuda else None
-    return _Round(after_prefill - start, decode, prompt_cache, cache_bytes(cache), peak)
+    return _Round(after_prefill - start, decode, prompt_cache, 0 if cache is None else cache_bytes(cache), peak)
 
 
 def _now(model: PreTrainedModel) -> float:
@@ -167,21 +250,26 @@ def _now(model: PreTrainedModel) -> float:
     return time.perf_counter()
 
 
-def _speed(model: PreTrainedModel, rounds: list[_Round], ids_BT: Tensor, new_tokens: int) -> Speed:
-    batch = ids_BT.shape[0]
-    weights = parameter_bytes(model)
+def _speed(weights: int, rounds: list[_Round], tokens: int, batch: int, new_tokens: int) -> Speed:
+    """Figures of a model of `weights` bytes that read `tokens` tokens in `batch` sequences a round."""
     cache = max(r.cache_bytes for r in rounds)
+    decodes = [r.decode for r in rounds if r.decode is not None]
     return Speed(
-        prefill_tokens_per_second=Spread.of([ids_BT.numel() / r.prefill for r in rounds]),
-        decode_tokens_per_second=Spread.of([batch * new_tokens / r.decode for r in rounds]),
+        prefill_tokens_per_second=Spread.of([tokens / r.prefill for r in rounds]),
+        decode_tokens_per_second=Spread.of([batch * new_tokens / decode for decode in decodes]) if decodes else None,
         prefill_seconds=Spread.of([r.prefill for r in rounds]),
-        decode_step_seconds=Spread.of([r.decode / new_tokens for r in rounds]),
+        decode_step_seconds=Spread.of([decode / new_tokens for decode in decodes]) if decodes else None,
         parameter_bytes=weights,
         kv_cache_bytes=cache,
-        kv_bytes_per_token=rounds[0].prompt_cache_bytes / ids_BT.numel(),
+        kv_bytes_per_token=rounds[0].prompt_cache_bytes / tokens,
         memory_bytes=weights + cache,
         peak_memory_bytes=max((r.peak_bytes for r in rounds if r.peak_bytes is not None), default=None),
     )
+
+
+def _ratios(theirs: list[float | None], mine: list[float | None]) -> Spread | None:
+    ratios = [a / b for a, b in zip(theirs, mine, strict=True) if a is not None and b is not None]
+    return Spread.of(ratios) if ratios else None
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:
@@ -204,31 +292,70 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _check(models: list[PreTrainedModel], sizes: dict[str, int]) -> None:
+    _check_sizes(sizes)
+    for model in models:
+        encoder = encoder_family(model)
+        length = sizes["prompt"] + (0 if encoder else sizes["new_tokens"])
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if encoder:
+            limit = encoder.describe(model.config.to_dict()).max_positions
+        _check_length(model.config.name_or_path or type(model).__name__, length, limit)
+
+
+def _check_sizes(sizes: dict[str, int]) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise SurgeryError(f"bench: {name} is {value}, expected 1 or more")
-    length = sizes["prompt"] + sizes["new_tokens"]
-    for model in models:
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if limit and length > limit:
-            raise SurgeryError(
-                f"{model.config.name_or_path or type(model).__name__}: prompt and new tokens make {length} positions, "
-                f"its limit is {limit}; lower --prompt or --new-tokens"
-            )
+
+
+def _check_length(name: str, length: int, limit: int | None) -> None:
+    if limit and length > limit:
+        raise SurgeryError(
+            f"{name}: prompt and new tokens make {length} positions, its limit is {limit}; lower --prompt or "
+            "--new-tokens"
+        )
+
+
+def _of_architecture(file: GGUFFile, key: str) -> Any:
+    """A metadata value of the model, which lies under its architecture's name."""
+    return file.metadata.get(f"{file.metadata.get('general.architecture')}.{key}")
+
+
+def _cache_bytes_per_token(file: GGUFFile) -> int:
+    """Bytes of keys and values, float16, that a token adds; sliding windows not counted off."""
+    heads, blocks = _of_architecture(file, "attention.head_count_kv"), _of_architecture(file, "block_count")
+    total = sum(heads) if isinstance(heads, list) else heads * blocks
+    width = _of_architecture(file, "attention.key_length") + _of_architecture(file, "attention.value_length")
+    return 2 * int(total * width)
+
+
+def _file_type(file: GGUFFile) -> str:
+    """The name that llama.cpp gives to how the matrices are stored, F16 or Q4_K_M."""
+    from gguf import LlamaFileType
+
+    try:
+        return LlamaFileType(file.metadata.get("general.file_type", -1)).name.split("_", 1)[1]
+    except ValueError:
+        return "mixed types"
 
 
 def bench_table(bench: Bench) -> Table:
     """The figures as a rich table: a row a quantity, medians with [quartiles]."""
     from rich.table import Table
 
-    title = f"batch {bench.batch}, prompt {bench.prompt}, {bench.new_tokens} new tokens, {bench.rounds} rounds"
-    table = Table(title=f"{title}; {bench.device}, {bench.dtype}, {bench.threads} threads", title_justify="left")
+    decoded = f", {bench.new_tokens} new tokens" if bench.new_tokens else ""
+    title = f"batch {bench.batch}, prompt {bench.prompt}{decoded}, {bench.rounds} rounds"
+    table = Table(
+        title=f"{title}; {bench.engine}, {bench.device}, {bench.dtype}, {bench.threads} threads", title_justify="left"
+    )
     table.add_column("")
     for name in ("parent", "model", "speedup") if bench.parent else ("model",):
         table.add_column(name, justify="right")
     speeds = [bench.parent, bench.model] if bench.parent else [bench.model]
 
     def rates(name: str, field: str, speedup: Spread | None) -> None:
+        if getattr(speeds[0], field) is None:
+            return
         cells = [
             _cell(getattr(speed, field), ",.0f" if getattr(speed, field).median >= 100 else ".3g") for speed in speeds
         ]
@@ -236,16 +363,18 @@ def bench_table(bench: Bench) -> Table:
 
     def sizes(name: str, field: str, unit: float, form: str) -> None:
         values = [getattr(speed, field) for speed in speeds]
-        if None not in values:
+        if None not in values and (any(values) or not field.startswith("kv_")):
             ratio = [f"{values[1] / values[0]:.2f} of parent"] if bench.parent and values[0] else []
             table.add_row(name, *(format(value / unit, form) for value in values), *ratio)
 
-    rates("prefill, tokens/s", "prefill_tokens_per_second", bench.prefill_speedup)
+    once = "prefill" if bench.new_tokens else "forward"
+    rates(f"{once}, tokens/s", "prefill_tokens_per_second", bench.prefill_speedup)
     rates("decode, tokens/s", "decode_tokens_per_second", bench.decode_speedup)
     sizes("weights, MB", "parameter_bytes", 1e6, ",.1f")
     sizes("KV cache, MB", "kv_cache_bytes", 1e6, ",.1f")
     sizes("KV cache, bytes a token", "kv_bytes_per_token", 1, ",.0f")
-    sizes("weights + KV cache, MB", "memory_bytes", 1e6, ",.1f")
+    if bench.new_tokens:
+        sizes("weights + KV cache, MB", "memory_bytes", 1e6, ",.1f")
     sizes("CUDA peak, MB", "peak_memory_bytes", 1e6, ",.1f")
     return table
 

@@ -1,0 +1,93 @@
+"""Is the result still good? The student beside its parent on held-out text, and the recipe's gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, masking_of
+from llmsurgeon.evaluation.evaluate import Evaluation, evaluate_hidden
+from llmsurgeon.families import Family
+from llmsurgeon.recipe import Gate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENCODER_KEYS = ("min_hidden_cosine", "min_pooled_cosine")
+MASKED_KEYS = ("max_kl", "min_top1_agreement")
+
+
+def prove(
+    student: LayerRunner,
+    parent: LayerRunner,
+    tokens: Tensor,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    batch: int,
+) -> Evaluation | EncoderEvaluation:
+    """What an evaluation of both models on `tokens` [S, T] would say, their layers read one at a time."""
+
+    def left(runner: LayerRunner, inputs: Tensor) -> Tensor:
+        return walk(runner, inputs, [Variant()], batch=batch)[0]
+
+    def by_row(output: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[int], Tensor]:
+        return lambda row: output(hidden[row].to(student.device))
+
+    mine, theirs = left(student, tokens), left(parent, tokens)
+    if not student.family.encoder:
+        return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs))
+    masking = masking_of(tokenizer(), tokens, student.family)
+    logits = None
+    if masking:
+        masked = left(student, masking.inputs), left(parent, masking.inputs)
+        logits = by_row(student.final, masked[0]), by_row(parent.final, masked[1])
+    return evaluate_states(tokens, (by_row(student.states, mine), by_row(parent.states, theirs)), masking, logits)
+
+
+def check_gate(gate: Gate | None, family: Family) -> None:
+    """Raise SurgeryError for a key that this family's evaluation has no figure for."""
+    given = [key for key, value in gate if value is not None] if gate else []
+    cosines = " and ".join(ENCODER_KEYS)
+    for key in given:
+        if not family.encoder and key in ENCODER_KEYS:
+            raise SurgeryError(
+                f"gate.{key}: {family.model_type} is judged by what it says next; use max_perplexity_ratio, max_kl or "
+                "min_top1_agreement"
+            )
+        if family.encoder and key == "max_perplexity_ratio":
+            masked = f"; {' and '.join(MASKED_KEYS)} are taken at masked tokens" if family.head else ""
+            raise SurgeryError(f"gate.{key}: {family.model_type} predicts no next token; use {cosines}{masked}")
+        if family.encoder and key in MASKED_KEYS and not family.head:
+            raise SurgeryError(f"gate.{key}: {family.model_class} has no masked-LM head; use {cosines}")
+
+
+def missed(gate: Gate | None, evaluation: Evaluation | EncoderEvaluation | None) -> list[str]:
+    """What the evaluation falls short of, one line each."""
+    if gate is None or evaluation is None:
+        return []
+    if isinstance(evaluation, EncoderEvaluation):
+        where, ratio = " at masked tokens", None
+        kl, top1 = evaluation.masked_kl, evaluation.masked_top1_agreement
+        hidden, pooled = evaluation.hidden_cosine, evaluation.pooled_cosine
+    else:
+        where, ratio, kl, top1 = "", evaluation.perplexity_ratio, evaluation.kl, evaluation.top1_agreement
+        hidden = pooled = None
+    lines = [
+        ("perplexity ratio", ratio, gate.max_perplexity_ratio, "most", ""),
+        ("KL", kl, gate.max_kl, "most", f" nats a token{where}"),
+        ("top-1 agreement", top1, gate.min_top1_agreement, "least", where),
+        ("hidden cosine", hidden, gate.min_hidden_cosine, "least", ""),
+        ("pooled cosine", pooled, gate.min_pooled_cosine, "least", ""),
+    ]
+    short = []
+    for name, value, bound, kind, unit in lines:
+        if bound is None:
+            continue
+        if value is None:
+            short.append(f"{name}{unit} could not be measured, at {kind} {bound} wanted")
+        elif not (value <= bound if kind == "most" else value >= bound):
+            short.append(f"{name} {value:.3f}{unit}, at {kind} {bound} wanted")
+    return short
