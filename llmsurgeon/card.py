@@ -7,15 +7,18 @@ from typing import Any
 import yaml
 
 from llmsurgeon import __version__
+from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.write import Written
 from llmsurgeon.summary import Costs, human
 
-LOADS = {
-    "native": "It is a plain `{model_type}` checkpoint and loads wherever the original does: transformers, vLLM, "
-    "llama.cpp's converter.",
-    "surgeon": "Its blocks differ in shape, so its forward pass ships in the checkpoint: read `{code}`, then load with "
-    "`trust_remote_code=True`. AutoModelForCausalLM refuses to load it without; do not name a stock class such as "
-    "LlamaForCausalLM by hand, which would fill what is gone at random. It runs in transformers.",
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModel": "feature-extraction",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageTextToText": "image-text-to-text",
 }
 
 
@@ -24,24 +27,32 @@ def model_card(
     written: Written,
     before: Costs,
     after: Costs,
-    recipe: str,
+    recipe: str | None,
     evaluation: dict[str, Any] | None,
     text: str | None,
     notes: list[str],
     gate: list[str],
 ) -> str:
-    """README.md of a checkpoint, with the metadata block that the hub reads."""
-    meta: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    """README.md of a checkpoint, with the metadata block that the hub reads.
+
+    Without a `recipe` it is the same model in another form.
+    """
+    auto = _auto_class(written)
+    meta: dict[str, Any] = {"library_name": "transformers"}
+    if auto in PIPELINES:
+        meta["pipeline_tag"] = PIPELINES[auto]
     # A path on somebody's disk means nothing to a reader, and the hub refuses it as base_model.
     if base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf"):
         meta["base_model"] = base_model
-    meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.format == "surgeon" else [])]
+    meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.code else [])]
     name = base_model.rstrip("/").rpartition("/")[2]
-    lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {name}, operated on", ""]
+    title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
+    lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     if gate:
         lines += ["> **The quality gate of the recipe failed:** " + "; ".join(gate), ""]
     lines += [
-        f"Made from `{name}` by llmsurgeon {__version__} with the recipe below.",
+        f"Made from `{name}` by llmsurgeon {__version__} "
+        + ("with the recipe below." if recipe else "without a change to what it computes."),
         "",
         "| | parent | this model |",
         "|---|---:|---:|",
@@ -49,29 +60,29 @@ def model_card(
         f"| attentions | {before.attentions} | {after.attentions} |",
         f"| parameters | {human(before.parameters)} | {human(after.parameters)} |",
         f"| FLOPs a token (weights) | {human(before.flops_per_token)} | {human(after.flops_per_token)} |",
-        f"| KV cache bytes a token | {before.kv_bytes_per_token:,} | {after.kv_bytes_per_token:,} |",
     ]
+    if before.kv_bytes_per_token:
+        lines.append(f"| KV cache bytes a token | {before.kv_bytes_per_token:,} | {after.kv_bytes_per_token:,} |")
     if evaluation:
         lines += [
-            f"| perplexity | {evaluation['parent_perplexity']:.2f} | {evaluation['perplexity']:.2f} |",
-            f"| KL to the parent, nats a token | 0 | {evaluation['kl']:.3f} |",
-            f"| same most likely token | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
+            *_quality(evaluation),
             "",
             f"Measured on {evaluation['tokens']:,} tokens held out from the calibration text ({text}). "
             "Other text can fare worse.",
         ]
-    else:
+    elif recipe:
         lines += ["", "Its quality has not been measured: `llmsurgeon eval THIS --against PARENT`."]
-    lines += ["", "## Loading", "", LOADS[written.format].format(
-        model_type=written.config["model_type"], code=", ".join(path.name for path in written.code)
-    )]  # fmt: skip
-    trust = ", trust_remote_code=True" if written.format == "surgeon" else ""
+    trust = ", trust_remote_code=True" if written.code else ""
     lines += [
         "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "## Loading",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+        written.loads,
+        "",
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("PATH"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
         "```",
         "",
@@ -79,5 +90,34 @@ def model_card(
     ]
     if notes:
         lines += ["", "## What was done", "", *(f"- {note}" for note in notes)]
-    lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```", ""]
-    return "\n".join(lines)
+    if recipe:
+        lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
+    return "\n".join([*lines, ""])
+
+
+def _auto_class(written: Written) -> str:
+    """The Auto class of transformers that loads the written class."""
+    if written.tower:
+        return "AutoModelForImageTextToText"
+    name = written.config["architectures"][0].removeprefix("Surgeon")
+    return next((dict(f.heads)[name] for f in FAMILIES.values() if name in dict(f.heads)), "AutoModelForCausalLM")
+
+
+def _quality(evaluation: dict[str, Any]) -> list[str]:
+    """Rows of the table: the parent's figure and the model's."""
+    if "hidden_cosine" not in evaluation:
+        return [
+            f"| perplexity | {evaluation['parent_perplexity']:.2f} | {evaluation['perplexity']:.2f} |",
+            f"| KL to the parent, nats a token | 0 | {evaluation['kl']:.3f} |",
+            f"| same most likely token | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
+        ]
+    rows = [
+        f"| cosine of the last hidden states to the parent's | 1 | {evaluation['hidden_cosine']:.4f} |",
+        f"| cosine of the mean-pooled states to the parent's | 1 | {evaluation['pooled_cosine']:.4f} |",
+    ]
+    if evaluation["masked_kl"] is not None:
+        rows += [
+            f"| KL to the parent at masked tokens, nats | 0 | {evaluation['masked_kl']:.3f} |",
+            f"| same most likely token at masked tokens | 100 % | {100 * evaluation['masked_top1_agreement']:.1f} % |",
+        ]
+    return rows

@@ -19,3 +19,7 @@ class CheckpointError(SurgeryError):
 
 class GateFailed(SurgeryError):
     """A finished run whose quality missed the recipe's gate (exit code 3; the output is kept)."""
+
+
+class Stopped(SurgeryError):
+    """A run that was asked to end (SIGTERM) and has saved its state; started again, it goes on (exit code 143)."""

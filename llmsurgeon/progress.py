@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ class Progress:
     def __init__(self, description: str, total: float | None = None, unit: str = "steps") -> None:
         self.description, self.total, self.unit = description, total, unit
         self.done = 0.0
+        self.note = ""
         self._bar: Any = None
 
     def __enter__(self) -> Progress:
@@ -45,7 +47,7 @@ class Progress:
         if not _quiet and sys.stderr.isatty():
             self._bar = _rich_bar(self.unit)
             self._bar.start()
-            self._task = self._bar.add_task(self.description, total=self.total)
+            self._task = self._bar.add_task(self.description, total=self.total, note=self.note)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -56,12 +58,29 @@ class Progress:
 
     def advance(self, n: float = 1) -> None:
         """Count `n` more units as done."""
-        self.done += n
+        self.reach(self.done + n)
+
+    def reach(self, done: float, total: float | None = None, note: str | None = None) -> None:
+        """Say how many units are done, of how many where that has changed; `note` is shown behind them."""
+        self.done = done
+        self.total = self.total if total is None else total
+        self.note = self.note if note is None else note
         if self._bar is not None:
-            self._bar.advance(self._task, n)
+            self._bar.update(self._task, completed=self.done, total=self.total, note=self.note)
         elif time.monotonic() - self._last_line >= LINE_SECONDS:
             self._last_line = time.monotonic()
             self._line()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to other progress meanwhile."""
+        if self._bar is not None:
+            self._bar.stop()
+        try:
+            yield
+        finally:
+            if self._bar is not None:
+                self._bar.start()
 
     def _line(self) -> None:
         if _quiet:
@@ -72,6 +91,7 @@ class Progress:
         line += f", {_number(rate)} {self.unit}/s"
         if self.total and 0 < self.done < self.total:
             line += f", {_clock((self.total - self.done) / rate)} left"
+        line += f", {self.note}" if self.note else ""
         print(line, file=sys.stderr, flush=True)
 
 
@@ -92,6 +112,7 @@ def _rich_bar(unit: str) -> Any:
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,  # stdout belongs to the report

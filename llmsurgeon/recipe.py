@@ -68,6 +68,12 @@ class Gate(_Part):
     min_top1_agreement: float | None = Field(
         default=None, ge=0, le=1, description="share of tokens whose top token stays"
     )
+    min_hidden_cosine: float | None = Field(
+        default=None, ge=-1, le=1, description="encoders: cosine of the last hidden states to the parent's"
+    )
+    min_pooled_cosine: float | None = Field(
+        default=None, ge=-1, le=1, description="encoders: cosine of the mean-pooled states to the parent's"
+    )
 
 
 class Recipe(_Part):
@@ -79,7 +85,9 @@ class Recipe(_Part):
     calibration: Calibration = Field(default_factory=lambda: Calibration(), description="calibration text")
     steps: tuple[AnyStep, ...] = Field(min_length=1, description="operations in order")
     gate: Gate | None = Field(default=None, description="what the result must reach")
-    format: Literal["auto", "native", "surgeon"] = Field(default="auto", description="form of the written checkpoint")
+    format: Literal["auto", "native", "nemotron-nas", "surgeon"] = Field(
+        default="auto", description="form of the written checkpoint"
+    )
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,24 +18,37 @@ from torch import Tensor
 from llmsurgeon import __version__
 from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, split
-from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.analysis.self_text import SelfText, cached_self_text
+from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.card import model_card
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights, rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, SurgeryError
-from llmsurgeon.evaluation.evaluate import Evaluation, evaluate_hidden
+from llmsurgeon.evaluation.encoders import EncoderEvaluation
+from llmsurgeon.evaluation.evaluate import Evaluation
 from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, legacy, normalised
-from llmsurgeon.formats.write import Written, write_config
+from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised
+from llmsurgeon.formats.towers import Tower, tower_of
+from llmsurgeon.formats.write import FormatName, Written, write_beside, write_config
+from llmsurgeon.healing.curve import html_curves
+from llmsurgeon.healing.data import Rows, training_rows
+from llmsurgeon.healing.distill import Case, Distilled, distill
 from llmsurgeon.healing.refit import Fit, Refit, RefitOptions, overlay
+from llmsurgeon.healing.training import several
 from llmsurgeon.operations import Step, Subject
+from llmsurgeon.operations.base import all_kept, assemble
+from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
-from llmsurgeon.recipe import Gate, Recipe, dump
+from llmsurgeon.proof import check_gate, missed, prove
+from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.spec import ModelSpec
 from llmsurgeon.summary import Costs, costs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Say = Callable[[str], None]
 
@@ -43,7 +58,11 @@ STREAMED_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class Patient:
-    """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only."""
+    """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only.
+
+    `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
+    config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
+    """
 
     name: str
     config: dict[str, Any]
@@ -51,6 +70,30 @@ class Patient:
     spec: ModelSpec
     weights: Mapping[str, Tensor]
     checkpoint: Checkpoint | None
+    model_type: str
+    tower: Tower | None = None
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Names of the tensors that only go along with a text tower."""
+        return self.tower.beside if self.tower else frozenset()
+
+    def form(self, spec: ModelSpec, wanted: FormatName) -> Written:
+        """The form in which a model of this description is written.
+
+        Raises:
+            SurgeryError: the format that is asked for cannot express it.
+        """
+        write = self.tower.write if self.tower else write_config
+        return write(spec, self.family, self.config, wanted)
+
+    def costs(self, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Costs:
+        """Costs of a model with these tensors; what goes along counts as parameters and on the disk alone."""
+        size = self.dtype.itemsize
+        own = {name: shape for name, shape in shapes.items() if name not in self.beside}
+        numbers = sum(prod(shapes[name]) for name in self.beside if name in shapes)
+        made = costs(spec, self.family, own, size)
+        return replace(made, parameters=made.parameters + numbers, disk_bytes=made.disk_bytes + numbers * size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,36 +120,44 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
     checkpoint = open_checkpoint(model, revision=revision)
-    config = normalised(checkpoint.config)
+    tower = tower_of(checkpoint.config, checkpoint)
+    config = normalised(tower.text if tower else checkpoint.config)
     family = family_of(config)
     spec = family.describe(config)
-    weights = canonical(checkpoint, family, spec.tied)
-    patient = Patient(checkpoint.name, config, family, spec, weights, checkpoint)
-    check_shapes(shapes_of(patient.meta()), expected_shapes(empty_model(config)), checkpoint.name)
+    weights = canonical(tower.inner(checkpoint) if tower else checkpoint, family, spec.tied)
+    model_type = checkpoint.config["model_type"]
+    patient = Patient(checkpoint.name, config, family, spec, weights, checkpoint, model_type, tower)
+    expected = expected_shapes(empty_model(config))
+    check_shapes(shapes_of(patient.meta()), expected, checkpoint.name, family, patient.beside)
     return patient
 
 
 def open_config(model: str, revision: str | None = None) -> Patient:
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
-    config = normalised(raw)
+    tower = tower_of(raw)
+    config = normalised(tower.text if tower else raw)
     family = family_of(config)
     dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."))
     shapes = expected_shapes(empty_model(config))
     weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    return Patient(model, config, family, family.describe(config), weights, None)
+    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower)
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Everything that is known before a tensor is read."""
+    """Everything that is known before a tensor is read.
+
+    `weights` are the student's own, `meta` what will be written, on the meta device.
+    """
 
     patient: Patient
     recipe: Recipe
     spec: ModelSpec
     weights: Mapping[str, Tensor]
+    meta: Mapping[str, Tensor]
     written: Written
-    refits: tuple[RefitStep, ...]
+    heals: tuple[Step, ...]
     notes: tuple[str, ...]
     before: Costs
     after: Costs
@@ -114,12 +165,35 @@ class Planned:
     @property
     def peak_bytes(self) -> int:
         """The most that one computed tensor and what it is made from take, when weights are edited."""
-        meta = self.weights if self.patient.checkpoint is None else rebase(self.weights, self.patient.checkpoint.meta())
-        return max((_group_bytes(meta, name) for name in meta), default=0)
+        return max((_group_bytes(self.meta, name) for name in self.meta), default=0)
+
+
+def check_recipe(patient: Patient, recipe: Recipe) -> None:
+    """Raise SurgeryError for what needs no planning to be refused."""
+    check_gate(recipe.gate, patient.family)
+    for step in recipe.steps:
+        patient.subject({}).check(step.op)
+        if patient.tower and step.op == "distill":
+            raise SurgeryError(
+                f"{patient.name}: distill saves the text tower alone, without the rest of this vision-language model "
+                f"({patient.model_type}); heal it with refit"
+            )
+    if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
+        _check_text(patient, recipe.calibration)
+
+
+def _check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
+    if patient.family.encoder and not (wanted.text or wanted.dataset):
+        raise SurgeryError(
+            f"{patient.name}: {patient.family.model_type} is an encoder and cannot sample text from itself; "
+            "give --text FILE or --dataset NAME (in a recipe: under calibration). Only cuts by layer or by weights "
+            "need none, without refit (--no-refit) and gate"
+        )
 
 
 def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned:
     """Resolve and plan every step, choose the format, and check the result on the meta device."""
+    check_recipe(patient, recipe)
     family = patient.family
     subject = patient.subject(scores)
     weights: Mapping[str, Tensor] = patient.weights
@@ -133,21 +207,31 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         weights = TransformedWeights(weights, planned.transforms)
         subject = subject.after(planned)
         notes += planned.notes
-    written = write_config(subject.spec, family, patient.config, recipe.format)
-    meta = weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta())
-    check_shapes(shapes_of(meta), expected_shapes(empty_model(written.config)), "the planned checkpoint")
-    size = patient.dtype.itemsize
+    subject, weights = without_empty_blocks(subject, weights)
+    written = patient.form(subject.spec, recipe.format)
+    meta = written.fit(weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta()))
+    expected = expected_shapes(empty_model(written.config))
+    check_shapes(shapes_of(meta), expected, "the planned checkpoint", family, patient.beside)
     return Planned(
         patient=patient,
         recipe=recipe.model_copy(update={"steps": tuple(resolved)}),
         spec=subject.spec,
         weights=weights,
+        meta=meta,
         written=written,
-        refits=tuple(step for step in resolved if isinstance(step, RefitStep)),
+        heals=tuple(step for step in resolved if step.heals),
         notes=tuple(notes),
-        before=costs(patient.spec, family, shapes_of(patient.meta()), size),
-        after=costs(subject.spec, family, shapes_of(meta), size),
+        before=patient.costs(patient.spec, shapes_of(patient.meta())),
+        after=patient.costs(written.spec, shapes_of(meta)),
     )
+
+
+def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
+    """The same model without blocks that only pass their input on, as published Nemotron-NAS checkpoints have them."""
+    if not any(block.empty for block in subject.spec.blocks):
+        return subject, weights
+    made = assemble(subject, all_kept(subject))
+    return subject.after(made), TransformedWeights(weights, made.transforms)
 
 
 @dataclass(frozen=True)
@@ -169,8 +253,9 @@ class Outcome:
     out: Path
     planned: Planned
     fits: tuple[Fit, ...]
-    evaluation: Evaluation | None
+    evaluation: Evaluation | EncoderEvaluation | None
     gate: tuple[str, ...]
+    trainings: tuple[Distilled, ...] = ()
 
 
 def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | None = None) -> Outcome:
@@ -184,6 +269,11 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     assert patient.checkpoint is not None
     source = patient.checkpoint.path
     Stage.check(out, overwrite=options.overwrite, sources=(source,))
+    if several():
+        raise SurgeryError(
+            "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
+        )
+    check_recipe(patient, recipe)
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
     texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
@@ -194,34 +284,41 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     )
     planned = plan(patient, recipe, scores)
     resolved = dump(planned.recipe.model_copy(update={"model": model}))
-    fingerprint = hashlib.sha256(
-        json.dumps([__version__, resolved, patient.checkpoint.fingerprint, str(options.dtype)]).encode()
-    ).hexdigest()
+    job = [__version__, job_of(planned.recipe, model), patient.checkpoint.fingerprint, str(options.dtype)]
     with Stage.open(
         out,
-        fingerprint=fingerprint,
+        fingerprint=hashlib.sha256(json.dumps(job).encode()).hexdigest(),
         overwrite=options.overwrite,
         sources=(source,),
         needed_bytes=planned.after.disk_bytes,
     ) as stage:
-        weights, fits, evaluation = _heal_and_prove(planned, texts, options, stage)
-        if planned.written.format == "native":
-            weights = legacy(weights, patient.family)
+        healed = heal_and_prove(planned, texts, options, stage.scratch, logs_of(out))
+        weights = planned.written.published(healed.weights, patient.family)
         stage.write_weights(weights, max_shard_size=options.max_shard_size)
-        missed = _missed(recipe.gate, evaluation)
-        _write_beside(stage, planned, resolved, evaluation, texts, fits, missed)
+        short = missed(recipe.gate, healed.evaluation)
+        write_story(stage, planned, resolved, healed, texts, short, patient.checkpoint)
         stage.commit()
-    outcome = Outcome(Path(out), planned, tuple(fits), evaluation, tuple(missed))
-    if missed:
-        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(missed))
+    outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
+    if short:
+        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short))
     return outcome
+
+
+def job_of(recipe: Recipe, model: str) -> str:
+    """What tells a job from another; a run that goes on may change the rest."""
+    return dump(recipe.model_copy(update={"model": model, "steps": tuple(step.job() for step in recipe.steps)}))
+
+
+def logs_of(out: str) -> Path:
+    """The folder that trackers write to: it stays whether OUT appears or not."""
+    return Path(out).expanduser().resolve().with_name(f"{Path(out).name}-logs")
 
 
 class Texts:
     """Calibration text and the parent's runner, made when first asked for."""
 
     def __init__(self, patient: Patient, wanted: recipe_file.Calibration, tokens: int, options: Options) -> None:
-        self.patient, self.options = patient, options
+        self.patient, self.options, self.wanted = patient, options, wanted
         self.calibration = Calibration(wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed)
         self.description = "none"
         self._windows: Tensor | None = None
@@ -231,11 +328,12 @@ class Texts:
     def windows(self) -> Tensor:
         """Calibration tokens [S, T]."""
         if self._windows is None:
+            _check_text(self.patient, self.wanted)
             checkpoint = self.patient.checkpoint
             assert checkpoint is not None
             self._windows = calibration_tokens(
                 self.patient.name,
-                load_tokenizer(str(checkpoint.path)),
+                self.tokenizer(),
                 text=self.calibration.text,
                 dataset=self.calibration.dataset,
                 tokens=self.calibration.tokens,
@@ -247,6 +345,26 @@ class Texts:
             self.description = self.calibration.describe(self._windows)
             self.options.say(self.description)
         return self._windows
+
+    def training(self, step: DistillStep, windows: Tensor) -> list[Rows]:
+        """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
+        checkpoint = self.patient.checkpoint
+        assert checkpoint is not None
+        tokenizer = self.tokenizer()
+
+        def sample(tokens: int, length: int, seed: int) -> Tensor:
+            load = lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device)  # noqa: E731
+            return cached_self_text(load, tokenizer, checkpoint.fingerprint, SelfText(tokens, length, seed))
+
+        rows = training_rows(step.data, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample)
+        for source in rows:
+            self.options.say(f"training text: {source.tokens.size:,} tokens of {source.name}")
+        return rows
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The parent's tokenizer."""
+        assert self.patient.checkpoint is not None
+        return load_tokenizer(str(self.patient.checkpoint.path))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -262,87 +380,104 @@ class Texts:
         return self._runner
 
 
-def _heal_and_prove(
-    planned: Planned, texts: Texts, options: Options, stage: Stage
-) -> tuple[Mapping[str, Tensor], list[Fit], Evaluation | None]:
-    """Refit where the recipe asks for it; measure on held-out text where there is text."""
-    if not planned.refits and planned.recipe.gate is None:
-        return planned.weights, [], None
-    weights, fits = planned.weights, []
-    step = planned.refits[0] if planned.refits else RefitStep()
-    held_out = _held_out(texts.windows, step.held_out)
-    config = normalised(planned.written.config)
-    for place, refit in enumerate(planned.refits):
-        student = LayerRunner(config, weights, texts.dtype, options.device)
-        store = stage.scratch / f"refit-{place}"
+@dataclass(frozen=True)
+class Healed:
+    """The student after healing, what was done to it, and how good it is on held-out text."""
+
+    weights: Mapping[str, Tensor]
+    fits: tuple[Fit, ...] = ()
+    trainings: tuple[Distilled, ...] = ()
+    evaluation: Evaluation | EncoderEvaluation | None = None
+
+
+def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
+    """Refit and distill as the recipe asks; measure on held-out text where there is text.
+
+    `folder` keeps what is done through a kill; trackers write to `logs`.
+    """
+    if not planned.heals and planned.recipe.gate is None:
+        return Healed(planned.weights)
+    healed = Healed(planned.weights)
+    refits = [step for step in planned.heals if isinstance(step, RefitStep)]
+    held_out = _held_out(texts.windows, (refits or [RefitStep()])[0])
+    for place, step in enumerate(planned.heals):
+        store = folder / f"{step.op}-{place}"
         store.mkdir(exist_ok=True)
-        fit = Refit(
-            texts.runner,
-            student,
-            planned.patient.spec,
-            planned.spec,
-            texts.windows,
-            held_out,
-            RefitOptions(refit.ridges, refit.align, refit.align_ridge, refit.join, refit.join_ridge, options.batch),
-            store,
-        )
-        weights = overlay(weights, fit.run())
-        fits += fit.fits
-    tokens = texts.windows[held_out]
-    student = LayerRunner(config, weights, texts.dtype, options.device)
-    mine = walk(student, tokens, [Variant()], batch=options.batch)[0]
-    theirs = walk(texts.runner, tokens, [Variant()], batch=options.batch)[0]
-    evaluation = evaluate_hidden(
-        tokens,
-        lambda row: student.final(mine[row].to(options.device)),
-        lambda row: texts.runner.final(theirs[row].to(options.device)),
+        if isinstance(step, RefitStep):
+            healed = _refitted(healed, step, planned, texts, held_out, store)
+        else:
+            assert isinstance(step, DistillStep)
+            healed = _distilled(healed, step, planned, texts, held_out, store, logs)
+    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, options.device)
+    found = prove(student, texts.runner, texts.windows[held_out], texts.tokenizer, options.batch)
+    return replace(healed, evaluation=found)
+
+
+def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
+    fit = Refit(
+        texts.runner,
+        student,
+        planned.patient.spec,
+        planned.spec,
+        texts.windows,
+        held_out,
+        RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch),
+        store,
     )
-    return weights, fits, evaluation
+    weights = overlay(healed.weights, fit.run())
+    return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
 
 
-def _held_out(windows: Tensor, fraction: float) -> Tensor:
+def _distilled(
+    healed: Healed, step: DistillStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path, logs: Path
+) -> Healed:
+    began = time.monotonic()
+    checkpoint = planned.patient.checkpoint
+    assert checkpoint is not None
+    case = Case(
+        parent=texts.runner,
+        parent_config=planned.patient.config,
+        parent_spec=planned.patient.spec,
+        fingerprint=checkpoint.fingerprint,
+        config=normalised(planned.written.student),
+        spec=planned.spec,
+        weights=healed.weights,
+        text=texts.training(step, texts.windows[~held_out]),
+        held_out=texts.windows[held_out],
+        folder=store,
+        logs=logs,
+        device=texts.options.device,
+        batch=texts.options.batch,
+        say=texts.options.say,
+    )
+    made = distill(case, step, began)
+    return replace(healed, weights=overlay(healed.weights, made.files), trainings=(*healed.trainings, made))
+
+
+def _held_out(windows: Tensor, step: RefitStep) -> Tensor:
     """Mask [S] of the sequences that only judge, spread evenly over the text."""
     rows = torch.arange(len(windows))[:, None]
-    _, held = split(rows, fraction)
+    _, held = split(rows, step.held_out)
     mask = torch.zeros(len(windows), dtype=torch.bool)
     mask[held.flatten()] = True
     return mask
 
 
-def _missed(gate: Gate | None, evaluation: Evaluation | None) -> list[str]:
-    if gate is None or evaluation is None:
-        return []
-    ratio, kl, top1 = evaluation.perplexity_ratio, evaluation.kl, evaluation.top1_agreement
-    assert ratio is not None and kl is not None and top1 is not None
-    missed = []
-    if gate.max_perplexity_ratio is not None and not ratio <= gate.max_perplexity_ratio:
-        missed.append(f"perplexity ratio {ratio:.3f}, at most {gate.max_perplexity_ratio} wanted")
-    if gate.max_kl is not None and not kl <= gate.max_kl:
-        missed.append(f"KL {kl:.3f} nats a token, at most {gate.max_kl} wanted")
-    if gate.min_top1_agreement is not None and not top1 >= gate.min_top1_agreement:
-        missed.append(f"top-1 agreement {top1:.3f}, at least {gate.min_top1_agreement} wanted")
-    return missed
-
-
-def _write_beside(
+def write_story(
     stage: Stage,
     planned: Planned,
     recipe: str,
-    evaluation: Evaluation | None,
+    healed: Healed,
     texts: Texts,
-    fits: list[Fit],
     missed: list[str],
+    source: Checkpoint,
 ) -> None:
-    """Everything but the weights."""
-    config = {**planned.written.config, "transformers_version": _transformers_version()}
-    stage.write_file("config.json", json.dumps(_plain(config), indent=2) + "\n")
-    assert planned.patient.checkpoint is not None
-    for path in planned.patient.checkpoint.tokenizer_files():
-        stage.copy_file(path)
-    for path in planned.written.code:
-        stage.copy_file(path)
+    """Everything but the weights; tokenizer and the like are `source`'s."""
+    write_beside(stage, planned.written, source)
     stage.write_file("recipe.yaml", recipe)
-    measured = evaluation.to_dict() if evaluation else None
+    measured = healed.evaluation.to_dict() if healed.evaluation else None
+    fits, trainings = list(healed.fits), list(healed.trainings)
     surgery = {
         "llmsurgeon": __version__,
         "parent": planned.patient.name,
@@ -353,9 +488,14 @@ def _write_beside(
         "calibration": texts.description,
         "gate_missed": missed,
         "refit": [vars(fit) for fit in fits],
+        "parents": [list(block.parents) for block in planned.spec.blocks],
+        **({"distill": [training.to_dict() for training in trainings]} if trainings else {}),
     }
+    if trainings:
+        stage.write_file("loss.jsonl", "".join(json.dumps(line) + "\n" for made in trainings for line in made.log))
+        stage.write_file("report.html", html_curves(Path(stage.out).name, trainings))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
-    notes = [*planned.notes, *(_fit_note(fits) if fits else [])]
+    notes = [*planned.notes, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
     card = model_card(
         planned.patient.name,
         planned.written,
@@ -394,37 +534,3 @@ def _group_bytes(meta: Mapping[str, Tensor], name: str) -> int:
         return STREAMED_BYTES
     tensors = [meta[name], *(meta.base[source] for source in transform.sources)]
     return sum(t.numel() * t.dtype.itemsize for t in tensors)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-
-
-def _transformers_version() -> str:
-    from importlib.metadata import version
-
-    return version("transformers")
-
-
-def copy_checkpoint(model: str, out: str, overwrite: bool = False) -> Path:
-    """Write a checkpoint as it is as a folder of safetensors: what a GGUF needs before other tools read it.
-
-    Raises:
-        SurgeryError: as `run`.
-    """
-    patient = open_patient(model)
-    checkpoint = patient.checkpoint
-    assert checkpoint is not None
-    size = sum(t.numel() * t.dtype.itemsize for t in patient.meta().values())
-    with Stage.open(
-        out, fingerprint=checkpoint.fingerprint, overwrite=overwrite, sources=(checkpoint.path,), needed_bytes=size
-    ) as stage:
-        stage.write_weights(patient.weights)
-        stage.write_file("config.json", json.dumps(_plain(checkpoint.config), indent=2) + "\n")
-        for path in checkpoint.tokenizer_files():
-            stage.copy_file(path)
-        return stage.commit()

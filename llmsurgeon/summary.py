@@ -8,7 +8,10 @@ from math import prod
 from typing import Any
 
 from llmsurgeon.families import Family
-from llmsurgeon.spec import BlockSpec, ModelSpec
+from llmsurgeon.spec import BlockSpec, FFFSpec, FFNSpec, ModelSpec, MoESpec
+
+# Learnt positions and token types: tables that are looked up, never multiplied.
+LOOKED_UP = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "token_type_embeddings.weight")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,18 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
     parameters = sum(prod(shape) for shape in shapes.values())
     embeddings = {name: shape for name, shape in shapes.items() if name == f"{family.embedding}.weight"}
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
-    positions = sum(prod(shape) for name, shape in shapes.items() if name.endswith("wpe.weight"))
+    positions = sum(prod(shape) for name, shape in shapes.items() if name.endswith(LOOKED_UP))
+    # Of trees, a token multiplies what it visits, whatever is stored.
+    fast = {family.layer(i) + family.fast_ffn: b.ffn for i, b in enumerate(spec.blocks) if isinstance(b.ffn, FFFSpec)}
+    matrices -= sum(
+        prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.rpartition(".")[0] in fast
+    )
+    matrices += sum(ffn.rows * spec.hidden for ffn in fast.values())
+    mixtures = [ffn for block in spec.blocks for ffn in _ffn_specs(block) if isinstance(ffn, MoESpec)]
+    if mixtures:
+        # Of experts, too, a token multiplies those that are chosen for it.
+        idle = 1 - mixtures[0].per_token / mixtures[0].experts
+        matrices -= round(idle * sum(prod(shape) for name, shape in shapes.items() if ".experts." in name))
     # A tied embedding multiplies once, as the head.
     lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
     return Costs(
@@ -47,13 +61,13 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
         ffns=sum(_ffns(block) for block in spec.blocks),
         parameters=parameters,
         flops_per_token=2 * (matrices - lookup - positions),
-        kv_bytes_per_token=spec.kv_numbers_per_token() * bytes_per_number,
+        kv_bytes_per_token=0 if family.encoder else spec.kv_numbers_per_token() * bytes_per_number,
         disk_bytes=parameters * bytes_per_number,
     )
 
 
 def _ffns(block: BlockSpec) -> int:
-    return int(block.ffn is not None) + sum(_ffns(branch) for branch in block.branches)
+    return len(_ffn_specs(block))
 
 
 def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
@@ -65,7 +79,7 @@ def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, 
             {
                 "block": index,
                 "attention": [asdict(a) for a in block.attentions],
-                "ffn": [{"kind": "dense", "width": width} for width in _widths(block)],
+                "ffn": [_ffn_row(ffn) for ffn in _ffn_specs(block)],
                 "parallel": len(block.branches) or None,
                 "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
             }
@@ -73,9 +87,15 @@ def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, 
     return rows
 
 
-def _widths(block: BlockSpec) -> list[int]:
-    own = [block.ffn.width] if block.ffn else []
-    return own + [width for branch in block.branches for width in _widths(branch)]
+def _ffn_specs(block: BlockSpec) -> list[FFNSpec]:
+    own = [block.ffn] if block.ffn else []
+    return own + [ffn for branch in block.branches for ffn in _ffn_specs(branch)]
+
+
+def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
+    if isinstance(ffn, MoESpec):
+        return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
+    return {"kind": "fff" if isinstance(ffn, FFFSpec) else "dense", "width": ffn.width}
 
 
 def human(number: float, unit: str = "") -> str:

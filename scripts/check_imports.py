@@ -16,7 +16,7 @@ PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
 BASE = {"errors", "layers", "progress"}
-RUN_HELPERS = {"memory", "summary", "scores", "card"}
+RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -31,9 +31,12 @@ ARROWS: dict[str, set[str]] = {
     "recipe_files": {"errors"},
     "recipe": BASE | {"operations", "recipe_files"},
     # Scores are taken from the model that a format would build, with the divergence that evaluation reports.
-    "analysis": TOOLS | {"formats.models", "evaluation.agreement", "evaluation.perplexity"},
-    # Refitting is one of the layer-major walks.
-    "healing": TOOLS | {"analysis.walk"},
+    "analysis": TOOLS | {"formats.models", "formats.experts", "evaluation.agreement", "evaluation.perplexity"},
+    # Refitting and what the parent says come from layer-major walks; distillation reads and samples text as calibration
+    # does, is judged as evaluation judges, shows its curves as reports do, and takes its step's settings as they are.
+    "healing": TOOLS
+    | {"analysis.walk", "analysis.calibration", "analysis.self_text", "analysis.report"}
+    | {"formats.models", "evaluation.evaluate", "operations.distill"},
     "formats": TOOLS,
     "evaluation": TOOLS,
     # run's own helpers, each a file beside it.
@@ -41,10 +44,17 @@ ARROWS: dict[str, set[str]] = {
     "summary": TOOLS,
     "scores": TOOLS | {"analysis", "operations"},
     "card": TOOLS | {"formats", "summary"},
+    "proof": TOOLS | {"analysis.walk", "evaluation", "recipe"},
     "run": TOOLS | RUN_HELPERS | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
+    # The same model in another form: opened and checked as run does it.
+    "export": TOOLS | {"card", "formats", "operations", "run", "summary"},
+    # A written student and its parent: opened, healed and written as run does it.
+    "heal": TOOLS | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"},
+    # Called by vLLM; names the config class by path.
+    "vllm_plugin": set(),
     "cli": TOOLS
     | RUN_HELPERS
-    | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run"},
+    | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"},
     "__main__": {"cli"},
     "__init__": set(),
 }

@@ -85,10 +85,10 @@ def main() -> None:
     options.out.mkdir(parents=True)
     parent, analysis, student = (options.out / name for name in ("parent", "analysis", "student"))
 
-    from llmsurgeon.run import copy_checkpoint
+    from llmsurgeon.export import export
 
     print("Unpacking SmolLM2-135M-Instruct from its GGUF file", flush=True)
-    copy_checkpoint(str(find_model()), str(parent))
+    export(str(find_model()), str(parent), "native")
     text = ["--text", options.text] if options.text else []
     llmsurgeon("analyze", str(parent), "--tokens", "2048", "--drop", str(options.drop), "-o", str(analysis), *text)
     recipe = str(analysis / "suggested.yaml")

@@ -23,7 +23,8 @@ HEAD = """\
 Generated from `--help` by `scripts/gen_cli_docs.py`; edit the help texts, not this page.
 
 Every command prints its result on stdout and everything else on stderr. Exit codes: 0 done, 2 error (one message on
-stderr), 3 finished but the recipe's gate was missed (the output is kept), 130 interrupted.
+stderr), 3 finished but the recipe's gate was missed (the output is kept), 130 interrupted, 143
+stopped by SIGTERM with its state saved.
 """
 
 

@@ -131,7 +131,10 @@ def test_a_bad_step(step, message):
         ("version: 1\nsteps: 3\n", "r.yaml:2: steps: expected a list, got 3"),
         ("version: 1\n", "r.yaml:1: the key 'steps' is missing"),
         ("steps: [{op: refit}]\n", "r.yaml:1: the key 'version' is missing"),
-        ("version: 1\nsteps: [{op: refit}]\nformat: nativ\n", "r.yaml:3: format: expected 'auto', 'native' or"),
+        (
+            "version: 1\nsteps: [{op: refit}]\nformat: nativ\n",
+            "r.yaml:3: format: expected 'auto', 'native', 'nemotron-nas' or",
+        ),
         ("version: 1\nsteps: [{op: refit}]\nsteps: [{op: refit}]\n", "r.yaml:3: steps: given twice, first at r.yaml:2"),
         (
             "version: 1\nsteps: [{op: refit}]\ncalibration: {text: a, dataset: b}\n",

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from conftest import FAMILY_NAMES, byte_tokenizer, save_tiny, tiny_model
-from operations.helpers import logits, naive, operate, skip, some_tokens, subject_of
+from operations.helpers import declared, logits, naive, operate, skip, some_tokens, subject_of
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.checkpoint.source import open_checkpoint
@@ -37,7 +37,7 @@ ALL_STEPS = {
     "blocks": ("{op: prune_blocks, layers: [1, 4]}",),
     "parts": ("{op: prune_attention, layers: [0]}", "{op: prune_ffn, layers: [5]}"),
     "width": ("{op: prune_width, width: 40, score: magnitude}",),
-    "parallel": ("{op: parallel_blocks, windows: [1-2]}",),
+    "parallel": ("{op: parallel_blocks, windows: [4-5]}",),
     "all": (
         "{op: prune_blocks, layers: [0]}",
         "{op: prune_width, width: 40, layers: [3], score: magnitude}",
@@ -61,6 +61,8 @@ def test_streaming_is_in_memory_bit_for_bit(tmp_path, steps):
     """Every family, from and into several files of a few kilobytes, in bfloat16 so that casts count."""
     recipe = loads(recipe_of(*ALL_STEPS[steps]))
     for family in FAMILY_NAMES:
+        if any(declared(family).refusal(step.op) for step in recipe.steps):
+            continue
         model = tiny_model(family, dtype=torch.bfloat16)
         model.save_pretrained(tmp_path / family, max_shard_size="40KB")
         assert len(list((tmp_path / family).glob("*.safetensors"))) > 1
@@ -115,6 +117,9 @@ def test_the_files_of_a_run(parent, text, tmp_path):
         "model.safetensors",
         "modeling_surgeon_llama.py",
         "surgeon_blocks.py",
+        "surgeon_fff.py",
+        "surgeon_fff_numba.py",
+        "surgeon_fff_triton.py",
         "recipe.yaml",
         "surgery.json",
         "README.md",
@@ -322,7 +327,7 @@ def test_tied_embeddings_stay_tied(tmp_path):
         ({"intermediate_size": 97}, r"down_proj\.weight has shape \[32, 96\], the config asks for \[32, 97\]"),
         ({"num_attention_heads": 0}, "num_attention_heads|does not describe"),
         ({"hidden_size": 33}, "does not describe|cannot build|disagree"),
-        ({"model_type": "gemma2"}, "'gemma2' is not supported; supported are llama"),
+        ({"model_type": "gptj"}, "'gptj' is not supported; supported are llama"),
     ],
     ids=str,
 )

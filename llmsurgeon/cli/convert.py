@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmsurgeon.cli import say
+from llmsurgeon.cli.options import dtype_of, short_name
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -35,6 +37,21 @@ FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
 PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
 
 
+@dataclass(frozen=True)
+class Job:
+    """What the three commands have in common, as it was given."""
+
+    model: str | None
+    out: str | None
+    dry_run: bool
+    overwrite: bool
+    max_shard_size: str
+    device: str
+    dtype: str | None
+    revision: str | None
+    as_json: bool
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command("run")(run_command)
@@ -59,8 +76,8 @@ def run_command(
 ) -> None:
     """Run a recipe on a checkpoint and write the result as a new one."""
     loaded = _load(recipe, sets, text, dataset)
-    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
-    _go(loaded, Path(recipe).stem, model, out, options, dtype, revision, dry_run, as_json)
+    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
+    _go(loaded, Path(recipe).stem, job)
 
 
 def fuse_command(
@@ -106,8 +123,8 @@ def fuse_command(
         if refit:
             steps.append({"op": "refit"})
         loaded = _built(steps, sets, text, dataset)
-    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
-    _go(loaded, Path(recipe or "fused").stem, model, out, options, dtype, revision, dry_run, as_json)
+    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
+    _go(loaded, Path(recipe or "fused").stem, job)
 
 
 def prune_command(
@@ -154,8 +171,8 @@ def prune_command(
         if refit:
             steps.append({"op": "refit"})
         loaded = _built(steps, sets, text, dataset)
-    options = {"overwrite": overwrite, "max_shard_size": max_shard_size, "device": device}
-    _go(loaded, Path(recipe or "pruned").stem, model, out, options, dtype, revision, dry_run, as_json)
+    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
+    _go(loaded, Path(recipe or "pruned").stem, job)
 
 
 def _split(text: str) -> list[Any]:
@@ -165,7 +182,7 @@ def _split(text: str) -> list[Any]:
 def _load(recipe: str, sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
     from llmsurgeon.recipe import load
 
-    return _with_text(load(recipe, sets or ()), text, dataset)
+    return with_text(load(recipe, sets or ()), text, dataset)
 
 
 def _built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
@@ -173,10 +190,11 @@ def _built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None
 
     from llmsurgeon.recipe import loads
 
-    return _with_text(loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ()), text, dataset)
+    return with_text(loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ()), text, dataset)
 
 
-def _with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
+def with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
+    """The recipe with the text that --text or --dataset names in place of its own."""
     if text and dataset:
         raise SurgeryError("give --text or --dataset, not both")
     if not (text or dataset):
@@ -194,32 +212,22 @@ def _must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
         )
 
 
-def _go(
-    recipe: Recipe,
-    label: str,
-    model: str | None,
-    out: str | None,
-    options: dict[str, Any],
-    dtype: str | None,
-    revision: str | None,
-    dry_run: bool,
-    as_json: bool,
-) -> None:
-    name = model or recipe.model
+def _go(recipe: Recipe, label: str, job: Job) -> None:
+    name = job.model or recipe.model
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
-    if dry_run:
+    if job.dry_run:
         from llmsurgeon.run import open_config, plan
 
-        planned = plan(open_config(name, revision), recipe, {})
-        print(json.dumps(plan_report(planned))) if as_json else print_plan(planned)
+        planned = plan(open_config(name, job.revision), recipe, {})
+        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned)
         return
-    from llmsurgeon.cli.options import dtype_of
     from llmsurgeon.run import Options, run
 
-    target = out or f"{Path(name).stem if name.endswith('.gguf') else Path(name).name}-{label}"
-    outcome = run(recipe, name, target, Options(**options, dtype=dtype_of(dtype), say=say), revision)
-    print(json.dumps(outcome_report(outcome))) if as_json else print_outcome(outcome)
+    target = job.out or f"{short_name(name)}-{label}"
+    options = Options(job.device, dtype_of(job.dtype), job.overwrite, job.max_shard_size, say=say)
+    outcome = run(recipe, name, target, options, job.revision)
+    print(json.dumps(outcome_report(outcome))) if job.as_json else print_outcome(outcome)
 
 
 def plan_report(planned: Planned) -> dict[str, Any]:
@@ -228,6 +236,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "model": planned.patient.name,
         "format": planned.written.format,
         "why": planned.written.why,
+        "loads": planned.written.loads,
         "before": planned.before.to_dict(),
         "after": planned.after.to_dict(),
         "peak_edit_bytes": planned.peak_bytes,
@@ -277,11 +286,7 @@ def print_plan(planned: Planned) -> None:
         )
         console.print(f"  {step.op}: {shown}", highlight=False)
     console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
-    loads = {
-        "native": f"loads in transformers, vLLM and wherever else {planned.patient.family.model_type} does",
-        "surgeon": "loads in transformers with trust_remote_code=True (the modeling file is in the checkpoint)",
-    }
-    console.print(loads[planned.written.format], highlight=False)
+    console.print(planned.written.loads, highlight=False)
     console.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
 
 
@@ -289,11 +294,7 @@ def print_outcome(outcome: Outcome) -> None:
     """The result as tables."""
     print_plan(outcome.planned)
     if outcome.evaluation:
-        e = outcome.evaluation
-        print(
-            f"held-out calibration text: perplexity {e.parent_perplexity:.2f} -> {e.perplexity:.2f} "
-            f"(ratio {e.perplexity_ratio:.3f}), KL {e.kl:.3f}, same top token {100 * (e.top1_agreement or 0):.1f} %"
-        )
+        print(f"held-out calibration text: {outcome.evaluation.sentence()}")
     print(f"wrote {outcome.out}")
 
 

@@ -31,15 +31,14 @@ def inspect_command(
     total = costs(patient.spec, patient.family, shapes, patient.dtype.itemsize)
     rows = block_rows(patient.spec, patient.family, shapes)
     if as_json:
-        report: dict[str, Any] = {"model": model, "model_type": patient.config["model_type"], **total.to_dict()}
+        report: dict[str, Any] = {"model": model, "model_type": patient.model_type, **total.to_dict()}
         print(json.dumps({**report, "layers": rows}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    title = (
-        f"{model}: {patient.config['model_type']}, {human(total.parameters)} parameters, "
-        f"{total.kv_bytes_per_token:,} KV bytes a token"
+    title = f"{model}: {patient.model_type}, {human(total.parameters)} parameters, " + (
+        f"{total.kv_bytes_per_token:,} KV bytes a token" if total.kv_bytes_per_token else "no KV cache"
     )
     table = Table(title=title, title_justify="left")
     for column in ("block", "attention", "FFN", "parameters"):
@@ -50,7 +49,10 @@ def inspect_command(
             + (f", window {a['window']}" if a["window"] else "")
             for a in row["attention"]
         ]
-        widths = [f"{f['kind']} {f['width']}" for f in row["ffn"]]
+        widths = [
+            f"{f['kind']} {f['width']}" + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            for f in row["ffn"]
+        ]
         joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
         table.add_row(str(row["block"]), *joined, human(row["parameters"]))
     Console().print(table)
@@ -91,12 +93,14 @@ def _model_problems(load_model: Any, folder: str) -> list[str]:
     except SurgeryError as error:
         return [str(error)]
     problems = []
-    if model.config.tie_word_embeddings:
-        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-        if head.weight.data_ptr() != embedding.weight.data_ptr():
-            problems.append("the config ties head and embedding, the loaded weights are apart")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.tie_word_embeddings and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
+        problems.append("the config ties head and embedding, the loaded weights are apart")
+    ids = torch.arange(4)[None] % len(embedding.weight)
+    if type(model).__name__.endswith("MultipleChoice"):
+        ids = ids[None]
     with torch.no_grad():
-        logits = model(input_ids=torch.arange(4)[None] % model.config.vocab_size).logits
-    if not torch.isfinite(logits).all():
-        problems.append("a forward pass gives NaN or infinite logits: the weights are damaged")
+        outputs = [output for output in model(input_ids=ids).to_tuple() if isinstance(output, torch.Tensor)]
+    if not all(torch.isfinite(output).all() for output in outputs):
+        problems.append("a forward pass gives NaN or infinite outputs: the weights are damaged")
     return problems

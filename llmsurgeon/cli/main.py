@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
-from llmsurgeon.cli import analyze, bench, convert, evaluate, inspect, output, recipes
-from llmsurgeon.errors import GateFailed, SurgeryError
+from llmsurgeon.cli import analyze, bench, convert, evaluate, export, fff, heal, inspect, output, recipes
+from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
 from llmsurgeon.progress import set_quiet
 
-EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED, EXIT_STOPPED = 2, 3, 130, 143
 
 # Plain help: importing rich's formatter alone would take longer than everything else that --help does.
 app = typer.Typer(
@@ -31,7 +31,9 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Exit codes: 0 done, 2 error, 3 finished but the gate was missed, 130 interrupted.")
+@app.callback(
+    epilog="Exit codes: 0 done, 2 error, 3 finished but the gate was missed, 130 interrupted, 143 stopped by SIGTERM."
+)
 def _global_options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
     version: Annotated[
@@ -46,7 +48,7 @@ def _global_options(
     keep_freed_memory()
 
 
-for _module in (analyze, convert, evaluate, bench, inspect, recipes):
+for _module in (analyze, convert, heal, fff, evaluate, bench, export, inspect, recipes):
     _module.register(app)
 
 
@@ -56,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=_quiet_first(sys.argv[1:] if arguments is None else arguments), prog_name="llmsurgeon")
     except GateFailed as error:
         _fail(str(error), EXIT_GATE)
+    except Stopped as error:
+        _fail(str(error), EXIT_STOPPED)
     except SurgeryError as error:
         _fail(str(error), EXIT_ERROR)
     except KeyboardInterrupt:

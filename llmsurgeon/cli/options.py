@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
     import torch
+
+
+def short_name(model: str) -> str:
+    """The last part of a hub id or path, for names of output folders."""
+    return Path(model).stem if model.endswith(".gguf") else Path(model).name
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Write docs/families.md from the declarations; with --check, only say whether it is up to date (exit code 1 if not)."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmsurgeon.families import DECODERS, ENCODERS, MIXTURES, Family
+from llmsurgeon.families.vision_language import VISION_LANGUAGE
+from llmsurgeon.formats import gguf_model, nemotron_nas
+from llmsurgeon.operations import OPERATIONS
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "families.md"
+
+HEAD = """\
+# Families: what can be done with which
+
+Generated from the declarations by `scripts/gen_family_docs.py`; edit `llmsurgeon/families/`, not this page.
+
+A family is a transformers `model_type`. Its own classes are what a result is held against: every operation below is tested
+on tiny models of each family. A number means that the step is refused, for the reason with that number below; `(n)` that
+some layouts of the family refuse it. [Adding a family](adding-a-family.md) is one declaration.
+"""
+
+ENCODERS_TEXT = """\
+Checkpoints of every class below are read, with their tensors' prefixes and old spellings mended, and every head that the
+file holds goes along. `eval`, `run` and the gate judge by the cosine of the last hidden states to the parent's
+(`hidden_cosine`), that of their means (`pooled_cosine`), and with a masked-LM head on both by how they predict masked tokens
+(`masked_kl`, `masked_top1_agreement`); `analyze` ranks by 1 - cosine. An encoder cannot sample text from itself: give
+`--text` or `--dataset`. `bench` times a forward pass.
+
+Where norms follow the residual sums (all but modernbert), a part is LN(x + f(x)). When it goes its norm stays, LN(x): what
+comes next was trained to read that norm's output. A whole block goes with its norms.
+"""
+
+MIXTURES_TEXT = """\
+Experts keep the names and the bytes that they have in published files; today's classes stack them in memory. A refit moves
+attention alone, and routers and experts stay as they are. Costs count the experts that a token is sent to.
+"""
+
+VISION_TEXT = """\
+The text tower is operated on as the model of its family that it is: analysis, refit, evaluation and costs a token are
+those of the tower. The rest of the file keeps its name and its bytes. A tower of any family above can be written in the
+native form (blocks of one shape, or filled with zeros); one of blocks that differ, in the surgeon form, where the column
+says so. nemotron-nas and GGUF hold text models alone, and `distill` would save the tower without the rest: all three are
+refused.
+"""
+
+
+class Notes:
+    """Reasons, numbered in the order in which they come up."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, int] = {}
+
+    def number(self, reason: str) -> int:
+        """The number of a reason."""
+        return self.numbers.setdefault(reason, len(self.numbers) + 1)
+
+    def lines(self) -> list[str]:
+        """The list of reasons."""
+        return [f"{number}. {reason}" for reason, number in self.numbers.items()]
+
+
+def refused(family: Family, operation: str) -> tuple[str, bool] | None:
+    """(reason, whether all layouts refuse), None where none does."""
+    reason = family.refusal(operation)
+    if reason:
+        return reason, True
+    for settings, fields in family.layouts:
+        if reason := replace(family, **fields).refusal(operation):
+            return f"{reason} ({_settings(settings)})", False
+    return None
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}: {str(value).lower()}`" for key, value in settings.items())
+
+
+def cell(found: tuple[str, bool] | None, notes: Notes) -> str:
+    """`yes`, the number of the reason, or the number in brackets."""
+    if found is None:
+        return "yes"
+    number = notes.number(found[0])
+    return str(number) if found[1] else f"({number})"
+
+
+def formats(family: Family, notes: Notes) -> list[str]:
+    """native, nemotron-nas, surgeon, gguf: as the formats themselves decide."""
+    plain = "its readers know Llama-shaped models alone"
+    nas = "yes" if family.model_type in nemotron_nas.FAMILIES else str(notes.number(f"nemotron-nas: {plain}"))
+    if family.model_type not in gguf_model.ARCHITECTURES:
+        gguf = str(notes.number("gguf: no row for the family in `formats/gguf_model.py`"))
+    elif family.model_type in gguf_model.UNEVEN_FAMILIES:
+        gguf = "yes"
+    else:
+        gguf = (
+            f"({notes.number('gguf: llama.cpp gives all blocks of this architecture one shape; others: native first')})"
+        )
+    return ["yes", nas, "yes", gguf]
+
+
+def table(families: tuple[Family, ...], notes: Notes) -> str:
+    """Family x operation x format."""
+    heads = ["family", *(f"`{name}`" for name in OPERATIONS), "native", "nemotron-nas", "surgeon", "gguf"]
+    rows = [heads, ["---"] * len(heads)]
+    for family in families:
+        cells = [cell(refused(family, operation), notes) for operation in OPERATIONS]
+        rows.append([f"`{family.model_type}`", *cells, *formats(family, notes)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def limits(families: tuple[Family, ...]) -> list[str]:
+    """Settings under which a family is refused as a whole, and blocks that must stay."""
+    lines = []
+    for family in families:
+        lines += [
+            f"- `{family.model_type}` with `{key}: {str(value).lower()}`: {why}" for key, value, why in family.refused
+        ]
+        for key, value, why in family.required:
+            lines.append(f"- `{family.model_type}` with another `{key}` than `{value}`: {why}")
+        if family.first_stays:
+            lines.append(f"- `{family.model_type}`, block 0 cannot go: {family.first_stays}")
+    return lines
+
+
+def page() -> str:
+    """The whole page."""
+    notes = Notes()
+    parts = [HEAD]
+    for title, text, families in (
+        ("Decoders", "", DECODERS),
+        ("Mixtures of experts", MIXTURES_TEXT, MIXTURES),
+        ("Encoders", ENCODERS_TEXT, ENCODERS),
+    ):
+        parts.append(f"## {title}\n\n" + (f"{text}\n" if text else "") + table(families, notes) + "\n")
+        if families is ENCODERS:
+            rows = [f"| `{f.model_type}` | {', '.join(head for head, _ in f.heads)} |" for f in families]
+            parts.append("\n".join(["| family | classes |", "| --- | --- |", *rows, ""]))
+    rows = [
+        f"| `{each.model_type}` | {', '.join(each.uneven)} | {', '.join(each.examples)} |"
+        for each in VISION_LANGUAGE.values()
+    ]
+    vision = ["| model | towers with blocks that differ | examples |", "| --- | --- | --- |", *rows, ""]
+    parts.append(f"## Vision-language\n\n{VISION_TEXT}\n" + "\n".join(vision))
+    parts.append("## Reasons\n\n" + "\n".join(notes.lines()) + "\n")
+    everything = (*DECODERS, *MIXTURES, *ENCODERS)
+    parts.append("## Settings that are refused\n\n" + "\n".join(limits(everything)) + "\n")
+    rows = [f"| `{f.model_type}` | {', '.join(f.examples)} |" for f in everything]
+    parts.append("## Examples\n\n" + "\n".join(["| family | checkpoints |", "| --- | --- |", *rows, ""]))
+    return "\n".join(parts)
+
+
+def main() -> int:
+    """Write the page, or compare it."""
+    wanted = page()
+    if "--check" not in sys.argv[1:]:
+        DOCS.write_text(wanted, encoding="utf-8")
+        return 0
+    found = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
+    if found == wanted:
+        return 0
+    lines = difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/families.md", "declarations")
+    sys.stdout.writelines(lines)
+    print("docs/families.md is out of date: run scripts/gen_family_docs.py", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""`llmsurgeon fff`: what it writes, that it loads, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
+from conftest import save_encoder, save_tiny
+from operations.helpers import logits, some_tokens
+from safetensors import safe_open
+
+from llmsurgeon.checkpoint.manifest import verify_files
+from llmsurgeon.formats.loading import load_model
+from llmsurgeon.modeling import surgeon_fff
+from llmsurgeon.recipe import builtin_recipes, load
+
+
+def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder):  # noqa: F811
+    flags = ("--depth", 2, "--leaf-width", 24, "--shared", 16, "--layers", "1,3-4", "--set", "fff.min_tokens=8")
+    code, out, err = run("fff", "parent", "-o", "out", *flags, "--text", "text.txt", *SMALL, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["format"] == "surgeon" and [s["op"] for s in report["steps"]] == ["fff", "refit"]
+    assert report["after"]["flops_per_token"] < report["before"]["flops_per_token"]
+    assert verify_files(folder / "out") == []
+    names = {path.name for path in (folder / "out").iterdir()}
+    assert {"surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py"} <= names
+    assert "16 shared" in (folder / "out" / "README.md").read_text()
+    model = load_model("out")
+    trees = [m for m in model.modules() if isinstance(m, surgeon_fff.FastFeedForward)]
+    assert len(trees) == 3 and torch.isfinite(logits(model, some_tokens())).all()
+    with safe_open(folder / "out" / "model.safetensors", framework="pt") as opened:
+        assert opened.get_tensor("model.layers.3.mlp.leaf_down").shape == (4, 24, 32)
+
+
+def test_a_budget_and_its_resolved_recipe_repeats_it(run, folder):  # noqa: F811
+    code, _, err = run(
+        *("fff", "parent", "-o", "out", "--keep", 0.5, "--depth", 2, "--set", "fff.min_tokens=8"),
+        *("--text", "text.txt", *SMALL),
+    )
+    assert code == 0, err
+    step = load(folder / "out" / "recipe.yaml").steps[0]
+    assert step.keep is None and step.shapes
+    assert run("fff", "parent", "-o", "again", "-r", "out/recipe.yaml")[0] == 0
+    a, b = (folder / name / "model.safetensors" for name in ("out", "again"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_an_encoder(run, folder):  # noqa: F811
+    save_encoder(folder / "encoder", "bert")
+    code, out, err = run(
+        *("fff", "encoder", "-o", "out", "--form", "node", "--depth", 1, "--text", "text.txt", *SMALL, "--json")
+    )
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "no shape: give --recipe, or --keep, or --depth"),
+        (("--depth", 7, "--leaf-width", 4), "depth 7 makes 128 leaves of 96 neurons"),
+        (("--form", "node", "--depth", 7), "the deepest tree is 6"),
+        (("--depth", 6, "--leaf-width", 4), "are needed (min_tokens); lower depth or raise calibration.tokens"),
+        (("--depth", 2), "the leaf form needs leaf_width"),
+        (("--recipe", "shortgpt"), "this recipe does not fff"),
+    ],
+)
+def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):  # noqa: F811
+    code, _, err = run("fff", "parent", "-o", "out", *flags, "--text", "text.txt")
+    assert code == 2 and message in err
+    assert not (folder / "out").exists() and not list(folder.glob("out*"))
+
+
+def test_mixture_of_experts_layers_are_refused(run, folder):  # noqa: F811
+    save_tiny(folder / "mixture", "mixtral", tokenizer=True)
+    code, _, err = run("fff", "mixture", "-o", "out", "--keep", 0.5, "--text", "text.txt")
+    assert code == 2 and "mixtral: fff: its FFN is a mixture of experts" in err
+    assert not (folder / "out").exists()
+
+
+def test_a_forced_kernel_that_is_not_installed_ends_the_command(run, folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("LLMSURGEON_FFF_KERNEL", "numba")
+    monkeypatch.setattr(surgeon_fff, "installed", lambda name: False)
+    code, _, err = run("fff", "parent", "-o", "out", "--keep", 0.5, "--text", "text.txt", *SMALL)
+    assert code == 2 and "LLMSURGEON_FFF_KERNEL=numba: numba is not installed" in err
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ultrafastbert-1x11", "minilm-fff", "smollm2-fff"])
+def test_the_recipes_are_there(name):
+    assert name in builtin_recipes() and load(name).steps[0].op == "fff"
