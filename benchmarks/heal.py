@@ -28,12 +28,12 @@ from llmsurgeon.recipe import load, loads
 from llmsurgeon.run import Options
 
 
-def quality(student: str, parent: str, texts: list[str], tokens: int) -> dict[str, Any]:
-    """Text -> perplexity ratio with its 95 % interval, and KL, on `tokens` tokens in windows of 512."""
+def quality(student: str, parent: str, texts: list[str], tokens: int, length: int) -> dict[str, Any]:
+    """Text -> perplexity ratio with its 95 % interval, and KL, on `tokens` tokens in windows of `length`."""
     tokenizer, models = load_tokenizer(parent), (load_model(student), load_model(parent))
     found = {}
     for text in texts:
-        windows = calibration_tokens(parent, tokenizer, text=text, tokens=tokens, sequence_length=512, seed=SEED)
+        windows = calibration_tokens(parent, tokenizer, text=text, tokens=tokens, sequence_length=length, seed=SEED)
         measured = evaluate(models[0], windows, models[1])
         found[Path(text).name] = {
             "perplexity_ratio": measured.perplexity_ratio,
@@ -41,6 +41,11 @@ def quality(student: str, parent: str, texts: list[str], tokens: int) -> dict[st
             "kl": measured.kl,
         }
     return found
+
+
+def judged_by(arguments: argparse.Namespace) -> tuple[list[str], int, int]:
+    """Texts, tokens, window."""
+    return arguments.eval, arguments.eval_tokens, arguments.seq_len
 
 
 def healed(arguments: argparse.Namespace, mode: str, out: Path) -> dict[str, Any]:
@@ -62,7 +67,7 @@ def healed(arguments: argparse.Namespace, mode: str, out: Path) -> dict[str, Any
             phases[name] = round(phases.get(name, 0.0) + seconds, 1)
     tokens = sum(training.tokens for _, training in outcome.trainings[0].trainings)
     return {
-        "quality": quality(str(out), arguments.parent, arguments.eval, arguments.eval_tokens),
+        "quality": quality(str(out), arguments.parent, *judged_by(arguments)),
         "seconds": round(outcome.trainings[0].seconds, 1),
         "tokens": tokens,
         "tokens_per_second": round(tokens / outcome.trainings[0].seconds, 1),
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--text", help="what to train on; the parent's own text otherwise")
     parser.add_argument("--eval", action="append", required=True, help="text to measure on; may be repeated")
     parser.add_argument("--eval-tokens", type=int, default=16_384)
+    parser.add_argument("--seq-len", type=int, default=512, help="of the windows that are measured on")
     parser.add_argument("--minutes", type=float, default=30.0, help="for each mode")
     parser.add_argument("--modes", nargs="+", default=["global", "local"], choices=["global", "local"])
     parser.add_argument("--processes", type=int, default=torch.get_num_threads(), help="of local mode")
@@ -88,7 +94,7 @@ def main() -> None:
     report: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "minutes": arguments.minutes,
-        "as it came": quality(arguments.student, arguments.parent, arguments.eval, arguments.eval_tokens),
+        "as it came": quality(arguments.student, arguments.parent, *judged_by(arguments)),
     }
     with tempfile.TemporaryDirectory(prefix="llmsurgeon-heal-") as folder:
         for mode in arguments.modes:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write docs/families.md from the declarations; with --check, only say whether it is up to date (exit code 1 if not)."""
+"""Write docs/families.md from the declarations; with --check, only say if it is up to date (exit code 1 if not)."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ HEAD = """\
 
 Generated from the declarations by `scripts/gen_family_docs.py`; edit `llmsurgeon/families/`, not this page.
 
-A family is a transformers `model_type`. Its own classes are what a result is held against: every operation below is tested
-on tiny models of each family. A number means that the step is refused, for the reason with that number below; `(n)` that
-some layouts of the family refuse it. [Adding a family](adding-a-family.md) is one declaration.
+A family is a transformers `model_type`, and its own classes are what tests hold results against. A number means that
+the step is refused, for the reason with that number below; `(n)` that some layouts of the family refuse it. [Adding a
+family](adding-a-family.md) is one declaration.
 """
 
 ENCODERS_TEXT = """\
-Checkpoints of every class below are read, with their tensors' prefixes and old spellings mended, and every head that the
-file holds goes along. `eval`, `run` and the gate judge by the cosine of the last hidden states to the parent's
-(`hidden_cosine`), that of their means (`pooled_cosine`), and with a masked-LM head on both by how they predict masked tokens
-(`masked_kl`, `masked_top1_agreement`); `analyze` ranks by 1 - cosine. An encoder cannot sample text from itself: give
-`--text` or `--dataset`. `bench` times a forward pass.
+Checkpoints of every class below are read, with their tensors' prefixes and old spellings mended, and every head that
+the file holds goes along. `eval`, `run` and the gate judge by the cosine of the last hidden states to the parent's
+(`hidden_cosine`), that of their means (`pooled_cosine`), and with a masked-LM head on both by how they predict masked
+tokens (`masked_kl`, `masked_top1_agreement`); `analyze` ranks by 1 - cosine. An encoder cannot sample text from
+itself: give `--text` or `--dataset`. `bench` times a forward pass.
 
-Where norms follow the residual sums (all but modernbert), a part is LN(x + f(x)). When it goes its norm stays, LN(x): what
-comes next was trained to read that norm's output. A whole block goes with its norms.
+Where norms follow the residual sums (all but modernbert), a part is LN(x + f(x)). When it goes its norm stays, LN(x):
+what comes next was trained to read that norm's output. A whole block goes with its norms.
 """
 
 MIXTURES_TEXT = """\
-Experts keep the names and the bytes that they have in published files; today's classes stack them in memory. A refit moves
-attention alone, and routers and experts stay as they are. Costs count the experts that a token is sent to.
+Experts keep the names and the bytes that they have in published files; today's classes stack them in memory. A refit
+moves attention alone, and routers and experts stay as they are. Costs count the experts that a token is sent to.
 """
 
 VISION_TEXT = """\
 The text tower is operated on as the model of its family that it is: analysis, refit, evaluation and costs a token are
-those of the tower. The rest of the file keeps its name and its bytes. A tower of any family above can be written in the
-native form (blocks of one shape, or filled with zeros); one of blocks that differ, in the surgeon form, where the column
-says so. nemotron-nas and GGUF hold text models alone, and `distill` would save the tower without the rest: all three are
-refused.
+those of the tower. The rest of the file keeps its name and its bytes. A tower of any decoder above can be written in
+the native form (blocks of one shape, or filled with zeros); one of blocks that differ, in the surgeon form, where the
+column says so. nemotron-nas and GGUF hold text models alone, and `distill` would save the tower without the rest: all
+three are refused.
 """
 
 
@@ -69,11 +69,15 @@ class Notes:
 
 def refused(family: Family, operation: str) -> tuple[str, bool] | None:
     """(reason, whether all layouts refuse), None where none does."""
-    reason = family.refusal(operation)
-    if reason:
-        return reason, True
-    for settings, fields in family.layouts:
-        if reason := replace(family, **fields).refusal(operation):
+    plain = family.refusal(operation)
+    layouts = [(settings, replace(family, **fields).refusal(operation)) for settings, fields in family.layouts]
+    if plain and all(reason for _, reason in layouts):
+        return plain, True
+    if plain:
+        taken = " or ".join(_settings(settings) for settings, reason in layouts if not reason)
+        return f"{plain} (other than with {taken})", False
+    for settings, reason in layouts:
+        if reason:
             return f"{reason} ({_settings(settings)})", False
     return None
 

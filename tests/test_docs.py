@@ -26,6 +26,13 @@ def test_the_cli_reference_is_up_to_date():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_table_of_families_is_up_to_date():
+    command = [sys.executable, ROOT / "scripts" / "gen_family_docs.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_the_example_recipe_loads():
     (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
     assert len(loads(example).steps) == 3

@@ -79,7 +79,7 @@ def tokenizer_fields(source: Path, rows: int, pre: str | None = None) -> Tokeniz
     if kind == "BPE" and not model.get("byte_fallback"):
         fields = _byte_level(description, pre, source, notes)
     elif kind in ("BPE", "Unigram"):
-        fields = _sentence_piece(description, tokens, types, source)
+        fields = _sentence_piece(description, tokens, types, source, notes)
     else:
         raise SurgeryError(
             f"{source}: llama.cpp has no counterpart of a {kind} tokenizer; it knows byte-level BPE and SentencePiece"
@@ -211,7 +211,9 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(left, right) for left, right in split]
 
 
-def _sentence_piece(description: Mapping[str, Any], tokens: list[str], types: list[int], source: Path) -> list[Field]:
+def _sentence_piece(
+    description: Mapping[str, Any], tokens: list[str], types: list[int], source: Path, notes: list[str]
+) -> list[Field]:
     model = description["model"]
     prefix = _space_prefix(description)
     if prefix is None:
@@ -219,6 +221,11 @@ def _sentence_piece(description: Mapping[str, Any], tokens: list[str], types: li
             f"{source}: llama.cpp has no counterpart of this SentencePiece tokenizer's normalizer "
             f"({json.dumps(description.get('normalizer'), ensure_ascii=False)[:200]}) and pre-tokenizer "
             f"({json.dumps(description.get('pre_tokenizer'), ensure_ascii=False)[:200]})"
+        )
+    if prefix and description.get("pre_tokenizer"):
+        notes.append(
+            "llama.cpp puts a space behind special tokens and before text that begins with one, where this tokenizer "
+            "does not"
         )
     scores = _unigram_scores(model, tokens) if "merges" not in model else _merge_scores(model, tokens, types, source)
     return [

@@ -440,7 +440,7 @@ class Refit:
         gain, shift = norm.weight.data, norm.bias.data
         seen: list[Tensor] = []
         hook = norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        # Per channel, for the tokens that fit and those that judge: sums of 1, z, z z, p, z p, p p (z normed, p wanted).
+        # Per channel, of tokens that fit and that judge: sums of 1, z, z z, p, z p, p p (z normed, p wanted).
         sums = torch.zeros(2, 6, len(gain), dtype=torch.float64)
         for part, held in self.parts:
             self.student.feed_forward(index, attended[part].to(self.student.device))

@@ -83,6 +83,7 @@ def fake_report(layers: int, model: str = "lab/model", missing: bool = False, se
         "llmsurgeon": "0.1.0",
         "model": model,
         "family": "llama",
+        "distance": "kl",
         "layers": layers,
         "calibration": {"text": "text sampled from the model", "tokens": 8192, "sequence_length": 256},
         "scores": {
@@ -99,6 +100,7 @@ def fake_report(layers: int, model: str = "lab/model", missing: bool = False, se
             [angular(n, start) if start + n < layers else None for start in range(layers)] for n in range(layers)
         ],
         "suggestion": {
+            "fuses": True,
             "drop_attention": sorted(dropped),
             "fuse_runs": runs,
             "blocks_after": layers - sum(len(run) - 1 for run in runs),

@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / "cut.yaml").write_text(CALIBRATION + CUT)
     (tmp_path / "heal.yaml").write_text(HEAL)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["--quiet", "run", "cut.yaml", "parent", "-o", "student"])
+        cli.main(["run", "cut.yaml", "parent", "-o", "student"])
     assert not stop.value.code
     return tmp_path
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -263,6 +265,36 @@ def test_sentence_piece_in_llamacpp(prefix, tmp_path):
     pytest.importorskip("xllamacpp")
     folder = sentence_piece(tmp_path, prefix)
     assert differing(folder, [*odd_lines(300), "the cat  in  the thing", "théee    123", "  <s>the"]) == []
+
+
+def unigram(folder: Path, scheme: str) -> Path:
+    """A Unigram tokenizer of frequent stretches of text. Made by hand: training breaks ties by chance."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = "".join(line for line in TRAINING[:300] if not set("<▁") & set(line)).replace(" ", "▁")
+    counts = Counter(text[i : i + n] for n in range(1, 6) for i in range(len(text) - n))
+    pieces = [*sorted(set(text)), *(piece for piece, _ in counts.most_common(900) if len(piece) > 1)]
+    # No two ways to cut a word have one score.
+    vocab = {piece: math.log(counts[piece] / len(text)) - i * math.pi / 1000 for i, piece in enumerate(pieces)}
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *vocab.items()], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_unigram_in_llamacpp(scheme, tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = unigram(tmp_path, scheme)
+    loaded = tokenizer_fields(described(folder), 1200)
+    assert {f.key: f.value for f in loaded.fields}["tokenizer.ggml.model"] == "t5"
+    assert any("puts a space behind special tokens" in note for note in loaded.notes) is (scheme == "first")
+    (folder / "config.json").unlink()
+    plain = [line for line in odd_lines(500) if not set("<▁") & set(line) and line[0] != " "]
+    assert differing(folder, plain) == []
 
 
 def test_merges_that_sentence_piece_would_not_make(tmp_path):
