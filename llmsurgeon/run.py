@@ -399,7 +399,7 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
-    held_out = _held_out(texts.windows, (refits or [RefitStep()])[0])
+    held_out = _held_out(texts.windows, (refits or [RefitStep()])[0].held_out)
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         store.mkdir(exist_ok=True)
@@ -455,10 +455,10 @@ def _distilled(
     return replace(healed, weights=overlay(healed.weights, made.files), trainings=(*healed.trainings, made))
 
 
-def _held_out(windows: Tensor, step: RefitStep) -> Tensor:
+def _held_out(windows: Tensor, fraction: float) -> Tensor:
     """Mask [S] of the sequences that only judge, spread evenly over the text."""
     rows = torch.arange(len(windows))[:, None]
-    _, held = split(rows, step.held_out)
+    _, held = split(rows, fraction)
     mask = torch.zeros(len(windows), dtype=torch.bool)
     mask[held.flatten()] = True
     return mask

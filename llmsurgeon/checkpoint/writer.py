@@ -124,10 +124,15 @@ class Stage:
         """Let go of the lock. What was staged stays; a folder with nothing in it to resume does not."""
         if self._lock is None:
             return
-        if not self.committed and all(path.name in (JOURNAL, JOURNAL_NEW) for path in self.path.iterdir()):
+        if not self.committed and not self._resumable():
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
         self._lock = None
+
+    def _resumable(self) -> bool:
+        """True where something besides the journal is there, be it an intermediate result."""
+        names = {path.name for path in self.path.iterdir()} - {JOURNAL, JOURNAL_NEW}
+        return bool(names - {SCRATCH}) or (SCRATCH in names and any((self.path / SCRATCH).iterdir()))
 
     def _resume_or_clear(self, fingerprint: str) -> None:
         journal = self.path / JOURNAL

@@ -74,9 +74,11 @@ def print_analysis(result: Analysis, files: list[Path]) -> None:
     from rich.table import Table
 
     scores = result.measurements.scores
-    table = Table(title=f"{result.model}: {result.layers} layers, {result.text}", title_justify="left")
-    word = "KL" if result.distance == "kl" else "dist"
-    columns = ("layer", f"attn {word}", f"FFN {word}", f"block {word}", "attn sim", "influence", "suggestion")
+    scale = "" if result.distance == "kl" else "; attn, FFN, block removed: 1 - cos to the parent"
+    table = Table(title=f"{result.model}: {result.layers} layers, {result.text}{scale}", title_justify="left")
+    # An encoder's removals are scored by the cosine distance of what leaves it.
+    removed = ("attn KL", "FFN KL", "block KL") if result.distance == "kl" else ("attn", "FFN", "block")
+    columns = ("layer", *removed, "attn sim", "influence", "suggestion")
     for column in columns:
         table.add_column(column, justify="right" if column != "suggestion" else "left", no_wrap=True)
     order = {layer: place + 1 for place, layer in enumerate(result.dropped)}
