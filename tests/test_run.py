@@ -144,7 +144,7 @@ def test_the_files_of_a_run(parent, text, tmp_path):
     assert card["library_name"] == "transformers"
     assert set(card["tags"]) >= {"llmsurgeon", "custom_code"}
     assert "base_model" not in card, "a folder on this disk is nobody else's base model"
-    assert "trust_remote_code=True" in body and "surgeon_blocks.py" in body
+    assert "trust_remote_code=True" in body and "code ships in the checkpoint" in body
     assert "fuse_ffn" in body and "perplexity" in body
 
 
