@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import os
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import typer
+from generated_page import write_or_check
 
 from llmsurgeon.cli.main import app
 
@@ -56,21 +56,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    wanted = page()
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(wanted, encoding="utf-8")
-        return 0
-    found = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
-    if found == wanted:
-        return 0
-    sys.stdout.writelines(
-        difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/cli.md", "--help")
-    )
-    print("docs/cli.md is out of date: run scripts/gen_cli_docs.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(DOCS, page(), "--help"))

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from generated_page import write_or_check
 
 from llmsurgeon.families import DECODERS, ENCODERS, MIXTURES, Family
 from llmsurgeon.families.vision_language import VISION_LANGUAGE
@@ -160,20 +161,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
-    """Write the page, or compare it."""
-    wanted = page()
-    if "--check" not in sys.argv[1:]:
-        DOCS.write_text(wanted, encoding="utf-8")
-        return 0
-    found = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
-    if found == wanted:
-        return 0
-    lines = difflib.unified_diff(found.splitlines(True), wanted.splitlines(True), "docs/families.md", "declarations")
-    sys.stdout.writelines(lines)
-    print("docs/families.md is out of date: run scripts/gen_family_docs.py", file=sys.stderr)
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(DOCS, page(), "declarations"))

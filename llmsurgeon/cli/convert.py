@@ -39,7 +39,7 @@ PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "
 
 @dataclass(frozen=True)
 class Job:
-    """What the three commands have in common, as it was given."""
+    """What the commands that run a recipe have in common, as it was given."""
 
     model: str | None
     out: str | None

@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bert.configuration_bert import BertConfig
 
-from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
 
 
 @strict
@@ -13,24 +13,8 @@ class SurgeonBertConfig(SurgeonConfigMixin, BertConfig):
     block_configs: list | None = None
 
 
-class SurgeonBertBlock(PostNormBlock, bert.BertLayer):
+class SurgeonBertBlock(BertShapedBlock, bert.BertLayer):
     """BertLayer with parts that may be absent."""
-
-    attention_name = "attention"
-    attention_parts = ("attention.self", "attention.output.dense")
-    ffn_parts = ("intermediate", "output.dense")
-    ffn_name = "intermediate"
-    ffn_idle = ("output.dense",)
-
-    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
-        if not hasattr(self.attention, "self"):
-            return self.attention.output.LayerNorm(hidden_BTD)
-        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
-
-    def fed_forward(self, hidden_BTD):
-        if not hasattr(self, "intermediate"):
-            return self.output.LayerNorm(hidden_BTD)
-        return self.feed_forward_chunk(hidden_BTD)
 
 
 class Swapped:

@@ -4,7 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
-from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
 
 
 @strict
@@ -13,24 +13,8 @@ class SurgeonRobertaConfig(SurgeonConfigMixin, RobertaConfig):
     block_configs: list | None = None
 
 
-class SurgeonRobertaBlock(PostNormBlock, roberta.RobertaLayer):
+class SurgeonRobertaBlock(BertShapedBlock, roberta.RobertaLayer):
     """RobertaLayer with parts that may be absent."""
-
-    attention_name = "attention"
-    attention_parts = ("attention.self", "attention.output.dense")
-    ffn_parts = ("intermediate", "output.dense")
-    ffn_name = "intermediate"
-    ffn_idle = ("output.dense",)
-
-    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
-        if not hasattr(self.attention, "self"):
-            return self.attention.output.LayerNorm(hidden_BTD)
-        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
-
-    def fed_forward(self, hidden_BTD):
-        if not hasattr(self, "intermediate"):
-            return self.output.LayerNorm(hidden_BTD)
-        return self.feed_forward_chunk(hidden_BTD)
 
 
 class Swapped:

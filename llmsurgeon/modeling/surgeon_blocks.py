@@ -165,6 +165,26 @@ class PostNormBlock(SurgeonBlock):
         return self.fed_forward(self.attended(hidden_states, *args, **kwargs))
 
 
+class BertShapedBlock(PostNormBlock):
+    """The layout that BERT's layer and RoBERTa's share; mixed in before either."""
+
+    attention_name = "attention"
+    attention_parts = ("attention.self", "attention.output.dense")
+    ffn_parts = ("intermediate", "output.dense")
+    ffn_name = "intermediate"
+    ffn_idle = ("output.dense",)
+
+    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
+        if not hasattr(self.attention, "self"):
+            return self.attention.output.LayerNorm(hidden_BTD)
+        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
+
+    def fed_forward(self, hidden_BTD):
+        if not hasattr(self, "intermediate"):
+            return self.output.LayerNorm(hidden_BTD)
+        return self.feed_forward_chunk(hidden_BTD)
+
+
 class ParallelBlock(GradientCheckpointingLayer):
     """Blocks that read one input: x + sum over branches of (branch(x) - x). FFN Fusion, arXiv 2503.18908, section 5."""
 
