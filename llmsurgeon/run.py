@@ -356,7 +356,9 @@ class Texts:
             load = lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device)  # noqa: E731
             return cached_self_text(load, tokenizer, checkpoint.fingerprint, SelfText(tokens, length, seed))
 
-        rows = training_rows(step.data, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample)
+        rows = training_rows(
+            step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
+        )
         for source in rows:
             self.options.say(f"training text: {source.tokens.size:,} tokens of {source.name}")
         return rows

@@ -105,7 +105,7 @@ def rows_of(windows: Tensor, length: int, name: str, weight: float = 1.0) -> Row
 
 
 def training_rows(
-    sources: Sequence[Source] | None,
+    sources: Sequence[Source],
     length: int,
     seed: int,
     calibration: Calibration,
@@ -113,27 +113,26 @@ def training_rows(
     tokenizer: PreTrainedTokenizerBase,
     sample: Callable[[int, int, int], Tensor],
 ) -> list[Rows]:
-    """The rows to train on: of the recipe's sources, else of all the text that calibration reads, else of `windows`.
+    """The rows to train on, of each of the recipe's sources.
 
     Args:
-        windows: calibration sequences that do not judge [S, T].
+        windows: calibration sequences that do not judge [S, T], trained on where calibration reads no text.
         sample: (tokens, length, seed) -> text from the parent [S, length].
     """
-    if sources is None and not (calibration.text or calibration.dataset):
-        return [rows_of(windows, length, "the parent's own text")]
-    if sources is None:
-        return [read_rows(tokenizer, length, text=calibration.text, dataset=calibration.dataset, seed=seed)]
+    own = "the parent's own text"
     found = []
     for source in sources:
-        if source.sampled is None:
-            limits = {"limit": source.tokens, "seed": seed}
-            rows = read_rows(tokenizer, length, text=source.text, dataset=source.dataset, **limits)
-            rows = replace(rows, weight=source.weight)
-        else:
+        limits = {"limit": source.tokens, "seed": seed}
+        if source.sampled is not None:
             # Calibration samples with seed 0, eval with 1.
-            text = sample(min(source.sampled, source.tokens), length, seed + 2)
-            rows = rows_of(text, length, "the parent's own text", source.weight)
-        found.append(rows)
+            rows = rows_of(sample(min(source.sampled, source.tokens), length, seed + 2), length, own)
+        elif not source.calibration:
+            rows = read_rows(tokenizer, length, text=source.text, dataset=source.dataset, **limits)
+        elif calibration.text or calibration.dataset:
+            rows = read_rows(tokenizer, length, text=calibration.text, dataset=calibration.dataset, **limits)
+        else:
+            rows = rows_of(windows[: max(1, source.tokens // windows.shape[1])], length, own)
+        found.append(replace(rows, weight=source.weight))
     return found
 
 

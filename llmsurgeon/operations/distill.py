@@ -20,20 +20,24 @@ class _Part(BaseModel):
 class Source(_Part):
     """Text to train on: a file, a dataset on the hub (NAME[:CONFIG][:SPLIT]), or so many tokens that the parent writes.
 
+    `calibration: true` stands for what is trained on where no source is named: the text that calibration reads, whole.
     At most `tokens` tokens of it are taken, and drawn as often as `weight` says beside the other sources'.
     """
 
     text: str | None = None
     dataset: str | None = None
     sampled: Count | None = None
+    calibration: Literal[True] | None = None
     weight: Positive = 1.0
     tokens: Count = 10_000_000
 
     @model_validator(mode="after")
     def _one(self) -> Source:
-        given = [name for name in ("text", "dataset", "sampled") if getattr(self, name) is not None]
+        kinds = ("text", "dataset", "sampled", "calibration")
+        given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"takes exactly one of text, dataset and sampled, got {', '.join(given) or 'none'}")
+            found = ", ".join(given) or "none"
+            raise ValueError(f"takes exactly one of text, dataset, sampled and calibration, got {found}")
         return self
 
 
@@ -105,6 +109,11 @@ class Distill(Step):
         if self.data is not None and not self.data:
             raise ValueError("data is empty; leave it out to train on the calibration text")
         return self
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """What is trained on."""
+        return self.data or (Source(calibration=True),)
 
     @property
     def limits(self) -> tuple[int | None, int | None, float | None]:

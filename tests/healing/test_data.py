@@ -12,7 +12,7 @@ from conftest import byte_tokenizer
 from llmsurgeon.analysis.calibration import Calibration
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.data import Corpus, Rows, packed, read_rows, rows_of, training_rows, without_overlap
-from llmsurgeon.operations.distill import Source
+from llmsurgeon.operations.distill import Distill, Source
 
 
 @pytest.fixture(autouse=True)
@@ -113,8 +113,9 @@ def test_the_recipe_says_what_is_trained_on(tmp_path):
     windows = torch.zeros(3, 8, dtype=torch.long)
     sample = lambda tokens, length, seed: torch.full((tokens // length, length), seed)  # noqa: E731
     make = lambda sources, calibration: training_rows(sources, 4, 0, calibration, windows, byte_tokenizer(), sample)  # noqa: E731
-    assert [r.name for r in make(None, Calibration())] == ["the parent's own text"]
-    assert [r.name for r in make(None, Calibration(text=str(text)))] == [str(text)]
+    assert [r.name for r in make((Source(calibration=True),), Calibration())] == ["the parent's own text"]
+    assert [r.name for r in make(Distill().sources, Calibration(text=str(text)))] == [str(text)]
+    assert [len(r.tokens) for r in make((Source(calibration=True, tokens=16, weight=2.0),), Calibration())] == [4]
     both = make((Source(text=str(text), weight=3.0, tokens=40), Source(sampled=16)), Calibration())
     assert [(r.name, len(r.tokens), r.weight) for r in both] == [
         (str(text), 10, 3.0),
