@@ -11,10 +11,12 @@ from pydantic import BaseModel, ConfigDict
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
+from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+# Operations that leave MLGRUs and BitLinears alone.
+AFTER_MIXERS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,13 @@ class Subject:
         """Raise SurgeryError if the family declares that it cannot take `operation`."""
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
-        if operation in AFTER_TREES:
-            return
         for block in self.spec.blocks:
-            if isinstance(block.ffn, FFFSpec):
+            mixer = isinstance(block.attention, MLGRUSpec) or isinstance(block.ffn, BitFFNSpec)
+            if mixer and operation not in AFTER_MIXERS:
+                raise self.refuse(
+                    f"{operation}: layer {block.parents[0]} {block.own_kind}; cut first, matmulfree comes last"
+                )
+            if isinstance(block.ffn, FFFSpec) and operation not in AFTER_TREES:
                 raise self.refuse(
                     f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"
                 )
