@@ -275,8 +275,8 @@ class NoStaticState:
 
     def __init__(self, **kwargs):
         raise ValueError(
-            "a model with MLGRUs takes no static cache; leave cache_implementation out: the states of its default cache "
-            "have one size whatever the length"
+            "a model with MLGRUs takes no static cache; leave cache_implementation out: states have one size whatever "
+            "the length"
         )
 
 
