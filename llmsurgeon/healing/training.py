@@ -182,7 +182,8 @@ def learning_rate(settings: Distill, step: int, progress: float) -> float:
 
 def set_ternary_share(module: nn.Module, reached: float, ramp: float) -> None:
     """Tell ternary linears how far on the way from float weights to ternary ones they are: all of it from `ramp` on."""
-    for part in module.modules():
+    parts: list[Any] = list(module.modules())
+    for part in parts:
         if hasattr(part, "share"):
             part.share = min(1.0, reached / ramp) if ramp else 1.0
 

@@ -200,8 +200,10 @@ def _ternary(subject: Subject, block: NewBlock) -> NewBlock:
     family, ffn, mixer = subject.family, block.spec.ffn, block.spec.attention
     assert isinstance(mixer, MLGRUSpec)
     tensors = dict(block.tensors)
-    groups = [(family.attention_norm, family.attention, ("i_proj", "f_proj", "g_proj"), "o_proj")]
-    projections: tuple[str, ...] = ()
+    mixing = ("i_proj", "f_proj", "g_proj")
+    groups: list[tuple[str, str, tuple[str, ...], str]] = [
+        (family.attention_norm, family.attention, mixing, family.attention_out)
+    ]
     if type(ffn) is FFNSpec and not (ffn.own_norm or ffn.bias):
         projections = tuple(family.ffn_module(name) for name in (*family.ffn_in, family.ffn_out))
         groups.append((family.ffn_norm, family.ffn, family.ffn_in, family.ffn_out))
