@@ -21,8 +21,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.layers import LayerList
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
-from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES, choose_sublayers
+from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, lowest
+from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
 from llmsurgeon.spec import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec
 
 # Of models whose config names no length.
@@ -66,7 +66,10 @@ class MatMulFree(Step):
         if self.layers is not None:
             return self
         if self.count is not None:
-            layers = choose_sublayers(subject, "attention", self.count, self.score, self.op)
+            name, highest = SUBLAYER_SCORES[self.score]
+            values = [float(value) for value in subject.score(f"attention_{name}", self.op)]
+            values = [-value for value in values] if highest else values
+            layers = lowest(values, self._open_to(subject), self.count, self.op)
         else:
             kept = self.keep_attention or ()
             for layer in kept:

@@ -177,6 +177,11 @@ def test_count_takes_the_attentions_that_cost_least():
     assert MatMulFree(count=3).needs() == {"attention_kl"} and not MatMulFree(layers=(1,)).needs()
     again = MatMulFree(count=3).resolve(subject)
     assert again.count is None and again.resolve(subject) == again
+    # Those that are MLGRUs already do not count.
+    hybrid = subject.after(MatMulFree(layers=(1,)).plan(subject))
+    assert MatMulFree(count=2).resolve(hybrid).layers == (3, 5)
+    alike, _, _ = subject_of(tiny_model("llama"), {"attention_similarity": [0.5, 0.1, 0.4, 0.2, 0.9, 0.3]})
+    assert MatMulFree(count=2, score="similarity").resolve(alike).layers == (0, 4)
 
 
 def test_blocks_may_go_before_and_after():
