@@ -280,9 +280,10 @@ class NoStaticState:
         )
 
 
-# What builds caches looks layer types up here.
-cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[CACHE_TYPE] = MLGRUState
-cache_utils.STATIC_LAYER_TYPE_MAPPING[CACHE_TYPE] = NoStaticState
+# What builds caches looks layer types up here. All families import this file: a release without these tables must not
+# stop those that need none.
+getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})[CACHE_TYPE] = MLGRUState
+getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})[CACHE_TYPE] = NoStaticState
 
 
 def state_slot(cache, index):

@@ -15,8 +15,9 @@ from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
 AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
-# Operations that leave MLGRUs and BitLinears alone.
-AFTER_MIXERS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
+# Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
+BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks")
+AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,10 @@ class Subject:
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
         for block in self.spec.blocks:
-            mixer = isinstance(block.attention, MLGRUSpec) or isinstance(block.ffn, BitFFNSpec)
-            if mixer and operation not in AFTER_MIXERS:
-                raise self.refuse(
-                    f"{operation}: layer {block.parents[0]} {block.own_kind}; cut first, matmulfree comes last"
-                )
+            mixer = isinstance(block.attention, MLGRUSpec) and operation in BEFORE_MIXERS
+            if mixer or (isinstance(block.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
+                what = block.own_kind if mixer else "has BitLinears in its FFN"
+                raise self.refuse(f"{operation}: layer {block.parents[0]} {what}; cut first, matmulfree comes last")
             if isinstance(block.ffn, FFFSpec) and operation not in AFTER_TREES:
                 raise self.refuse(
                     f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"

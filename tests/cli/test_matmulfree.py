@@ -41,6 +41,10 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder, hybrid):
     assert code == 0 and out.count("MLGRU 32") == 2
     code, out, err = run("eval", "out", "--against", "parent", "--text", "text.txt", "--seq-len", 32, "--json")
     assert code == 0 and json.loads(out)["kl"] > 0, err
+    code, _, err = run("analyze", "out", "--text", "text.txt", "--tokens", 256, "--seq-len", 16, "--drop", 2)
+    assert code == 0, err
+    code, _, err = run("run", "out-analysis/suggested.yaml", "-o", "again", *SMALL)
+    assert code == 0, err
     sizes = ("--prompt", 16, "--new-tokens", 4, "--batch", 1, "--rounds", 1)
     code, out, err = run("bench", "out", "--against", "parent", *sizes, "--json")
     assert code == 0, err

@@ -16,9 +16,11 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear, MLGRUState
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.matmulfree import MatMulFree, memory_bias, unit_rows
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
+from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.spec import AttentionSpec, BitFFNSpec, MLGRUSpec, from_block_configs, to_block_configs
 from llmsurgeon.summary import block_rows
@@ -194,6 +196,15 @@ def test_blocks_may_go_before_and_after():
     assert spec.blocks[2].attention is None and torch.isfinite(logits(student, some_tokens())).all()
 
 
+def test_ffns_may_be_fused_and_narrowed_before_and_after():
+    parent = tiny_model("llama")
+    cuts = (PruneWidth(width=40, score="magnitude"), PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
+    before, _, spec = operate(parent, *cuts, MatMulFree(layers=(1, 4)))
+    after, _, other = operate(parent, MatMulFree(layers=(1, 4)), *cuts)
+    assert spec == other and spec.blocks[1].ffn.width == 120 and isinstance(spec.blocks[1].attention, MLGRUSpec)
+    torch.testing.assert_close(logits(before, some_tokens()), logits(after, some_tokens()))
+
+
 def test_both_executors_agree_on_a_bfloat16_model():
     student, _, _ = operate(tiny_model("llama", dtype=torch.bfloat16), MatMulFree(layers=(1,)))
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
@@ -232,7 +243,14 @@ def test_encoders_are_refused(family):
             (MatMulFree(layers=(2,)), PruneKVHeads(kv_heads=1)),
             "layer 2 has an MLGRU in the place of its attention;",
         ),
-        ((MatMulFree(layers=(2,)), FuseFFN(runs=((1, 2),))), "cut first, matmulfree comes last"),
+        (
+            (MatMulFree(layers=(2,)), ParallelBlocks(windows=((1, 2),))),
+            "layer 2 has an MLGRU in the place of its attention; cut first, matmulfree comes last",
+        ),
+        (
+            (MatMulFree(layers=(2,), linears="ternary"), PruneWidth(width=16, score="magnitude")),
+            "layer 2 has BitLinears",
+        ),
         ((MatMulFree(layers=(2,), linears="ternary"), Refit()), "layer 2 has BitLinears"),
         ((MatMulFree(count=2),), "needs the score 'attention_kl'"),
     ],
