@@ -11,6 +11,9 @@ from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.write import Written
 from llmsurgeon.summary import Costs, human
 
+# From this many times the parent's perplexity on, a model is no use as it is.
+COLLAPSED = 4.0
+
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModel": "feature-extraction",
@@ -50,6 +53,8 @@ def model_card(
     lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     if gate:
         lines += ["> **The quality gate of the recipe failed:** " + "; ".join(gate), ""]
+    if evaluation and (warning := collapsed(evaluation)):
+        lines += [f"> **{warning}**", ""]
     lines += [
         f"Made from `{name}` by llmsurgeon {__version__} "
         + ("with the recipe below." if recipe else "without a change to what it computes."),
@@ -101,6 +106,17 @@ def _auto_class(written: Written) -> str:
         return "AutoModelForImageTextToText"
     name = written.config["architectures"][0].removeprefix("Surgeon")
     return next((dict(f.heads)[name] for f in FAMILIES.values() if name in dict(f.heads)), "AutoModelForCausalLM")
+
+
+def collapsed(evaluation: dict[str, Any]) -> str | None:
+    """A warning where a model's perplexity says that it no longer works as one, None where it may."""
+    ratio = evaluation.get("perplexity_ratio")
+    if ratio is None or ratio < COLLAPSED:
+        return None
+    return (
+        f"Its quality has collapsed: on held-out text its perplexity is {ratio:.3g} times its parent's. It is a place "
+        "to train from, not a model to use."
+    )
 
 
 def _quality(evaluation: dict[str, Any]) -> list[str]:

@@ -40,6 +40,33 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True)
+class MLGRUSpec(AttentionSpec):
+    """An MLGRU in the place of an attention (arXiv 2406.02528): a gated recurrence with a state of one size.
+
+    The state has a channel for each of the attention's query heads' own; `in_bias` and `out_bias` say which projections
+    have biases beside the forget gate's. `ternary`: its projections are BitLinears.
+    """
+
+    in_bias: bool = False
+    out_bias: bool = False
+    ternary: bool = False
+
+    @classmethod
+    def instead_of(cls, attention: AttentionSpec, **projections: bool) -> MLGRUSpec:
+        """One with as many channels as the attention has, all heads counted."""
+        return cls(attention.heads, attention.heads, attention.head_dim, None, False, **projections)
+
+    @property
+    def width(self) -> int:
+        """Channels of the state, which is what a sequence keeps in the cache."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
 class FFNSpec:
     """A dense feed-forward network with `width` inner channels.
 
@@ -100,6 +127,13 @@ class FFFSpec(FFNSpec):
 
 
 @dataclass(frozen=True)
+class BitFFNSpec(FFNSpec):
+    """A dense FFN whose `projections` are BitLinears: ternary weights, 8-bit activations, a norm of its own each."""
+
+    projections: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class BlockSpec:
     """One layer of the model. `parents` are the layers of the original model whose work it does.
 
@@ -122,6 +156,15 @@ class BlockSpec:
     def empty(self) -> bool:
         """True where the block only passes its input on."""
         return self.attention is None and self.ffn is None and not self.branches
+
+    @property
+    def own_kind(self) -> str | None:
+        """What the block has that no family's own class has, as a verb and its object; None without such a part."""
+        if isinstance(self.attention, MLGRUSpec):
+            return "has an MLGRU in the place of its attention"
+        if isinstance(self.ffn, FFFSpec):
+            return "has a fast feedforward network"
+        return "has BitLinears in its FFN" if isinstance(self.ffn, BitFFNSpec) else None
 
 
 @dataclass(frozen=True)
@@ -154,6 +197,7 @@ class ModelSpec:
         return (
             len(shapes) == 1
             and not self.blocks[0].branches
+            and not self.blocks[0].own_kind
             and None
             not in (
                 self.blocks[0].attention,
@@ -163,8 +207,12 @@ class ModelSpec:
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:
-        """Every attention of the model in cache-slot order."""
+        """Every attention of the model in cache-slot order, MLGRUs included."""
         return tuple(a for block in self.blocks for a in block.attentions)
+
+    def state_numbers(self) -> int:
+        """Numbers that the states of MLGRUs take for a sequence of any length."""
+        return sum(a.width for a in self.attentions if isinstance(a, MLGRUSpec))
 
     def kv_numbers_per_token(self) -> int:
         """Numbers that the KV cache gains for each token (multiply by the dtype's size for bytes)."""
@@ -185,6 +233,7 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
             "n_heads_in_group": attention and attention.heads // attention.kv_heads,
             "num_attention_heads": attention and attention.heads,
             "num_key_value_heads": attention and attention.kv_heads,
+            **(_mlgru_config(attention) if isinstance(attention, MLGRUSpec) else {}),
         },
         "ffn": {
             "no_op": ffn is None,
@@ -194,6 +243,7 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
             **({"own_norm": True} if ffn and ffn.own_norm else {}),
             **({"bias": True} if ffn and ffn.bias else {}),
             **(_fff_config(ffn) if isinstance(ffn, FFFSpec) else {}),
+            **({"kind": "bitlinear", "projections": list(ffn.projections)} if isinstance(ffn, BitFFNSpec) else {}),
             **(
                 {"kind": "moe", "num_experts": ffn.experts, "num_experts_per_tok": ffn.per_token}
                 if isinstance(ffn, MoESpec)
@@ -205,6 +255,20 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
     if block.branches:
         config["parallel"] = [_block_config(branch, hidden) for branch in block.branches]
     return config
+
+
+def _mlgru_config(mixer: MLGRUSpec) -> dict[str, Any]:
+    biases = {"in_bias": mixer.in_bias, "out_bias": mixer.out_bias}
+    return {"kind": "mlgru", "width": mixer.width, **biases, "linears": "ternary" if mixer.ternary else "float"}
+
+
+def _attention_from(config: Mapping[str, Any], head_dim: int, window: int | None, rope: bool) -> AttentionSpec:
+    heads = config["num_attention_heads"]
+    if config.get("kind") == "mlgru":
+        biases = {"in_bias": config["in_bias"], "out_bias": config["out_bias"]}
+        attention = AttentionSpec(heads, heads, config["width"] // heads)
+        return MLGRUSpec.instead_of(attention, **biases, ternary=config["linears"] == "ternary")
+    return AttentionSpec(heads, config["num_key_value_heads"], head_dim, window, rope)
 
 
 def _fff_config(ffn: FFFSpec) -> dict[str, Any]:
@@ -222,6 +286,8 @@ def _ffn_from(config: Mapping[str, Any]) -> FFNSpec:
         return MoESpec(
             config["intermediate_size"], experts=config["num_experts"], per_token=config["num_experts_per_tok"]
         )
+    if config.get("kind") == "bitlinear":
+        return BitFFNSpec(config["intermediate_size"], projections=tuple(config["projections"]))
     return FFNSpec(config["intermediate_size"], config.get("own_norm", False), config.get("bias", False))
 
 
@@ -239,9 +305,7 @@ def from_block_configs(
 def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None, rope: bool) -> BlockSpec:
     attention, ffn = config["attention"], config["ffn"]
     return BlockSpec(
-        attention=None
-        if attention["no_op"]
-        else AttentionSpec(attention["num_attention_heads"], attention["num_key_value_heads"], head_dim, window, rope),
+        attention=None if attention["no_op"] else _attention_from(attention, head_dim, window, rope),
         ffn=None if ffn["no_op"] else _ffn_from(ffn),
         parents=tuple(config.get("parents", ())),
         branches=tuple(_block_from(branch, head_dim, window, rope) for branch in config.get("parallel", ())),

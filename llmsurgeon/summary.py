@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from llmsurgeon.families import Family
-from llmsurgeon.spec import BlockSpec, FFFSpec, FFNSpec, ModelSpec, MoESpec
+from llmsurgeon.spec import AttentionSpec, BitFFNSpec, BlockSpec, FFFSpec, FFNSpec, MLGRUSpec, ModelSpec, MoESpec
 
 # Learnt positions and token types: tables that are looked up, never multiplied.
 LOOKED_UP = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "token_type_embeddings.weight")
@@ -57,7 +57,7 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
     lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
     return Costs(
         blocks=len(spec.blocks),
-        attentions=len(spec.attentions),
+        attentions=sum(not isinstance(a, MLGRUSpec) for a in spec.attentions),
         ffns=sum(_ffns(block) for block in spec.blocks),
         parameters=parameters,
         flops_per_token=2 * (matrices - lookup - positions),
@@ -71,14 +71,14 @@ def _ffns(block: BlockSpec) -> int:
 
 
 def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """One row per block for `inspect`: attention (heads, KV heads, head width, window), FFN width, parameters."""
+    """One row per block for `inspect`: attention (heads, KV heads, head width, window) or MLGRU, FFN, parameters."""
     rows = []
     for index, block in enumerate(spec.blocks):
         prefix = family.layer(index)
         rows.append(
             {
                 "block": index,
-                "attention": [asdict(a) for a in block.attentions],
+                "attention": [_attention_row(a) for a in block.attentions],
                 "ffn": [_ffn_row(ffn) for ffn in _ffn_specs(block)],
                 "parallel": len(block.branches) or None,
                 "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
@@ -92,10 +92,17 @@ def _ffn_specs(block: BlockSpec) -> list[FFNSpec]:
     return own + [ffn for branch in block.branches for ffn in _ffn_specs(branch)]
 
 
+def _attention_row(attention: AttentionSpec) -> dict[str, Any]:
+    if isinstance(attention, MLGRUSpec):
+        return {"kind": "mlgru", "width": attention.width, "linears": "ternary" if attention.ternary else "float"}
+    return asdict(attention)
+
+
 def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
     if isinstance(ffn, MoESpec):
         return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
-    return {"kind": "fff" if isinstance(ffn, FFFSpec) else "dense", "width": ffn.width}
+    kind = "fff" if isinstance(ffn, FFFSpec) else "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
+    return {"kind": kind, "width": ffn.width}
 
 
 def human(number: float, unit: str = "") -> str:

@@ -292,9 +292,13 @@ def print_plan(planned: Planned) -> None:
 
 def print_outcome(outcome: Outcome) -> None:
     """The result as tables."""
+    from llmsurgeon.card import collapsed
+
     print_plan(outcome.planned)
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
+        if warning := collapsed(outcome.evaluation.to_dict()):
+            print(warning)
     print(f"wrote {outcome.out}")
 
 

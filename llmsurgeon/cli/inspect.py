@@ -45,7 +45,9 @@ def inspect_command(
         table.add_column(column, justify="left" if column in ("attention", "FFN") else "right")
     for row in rows:
         heads = [
-            f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
+            f"MLGRU {a['width']}" + (", ternary" if a["linears"] == "ternary" else "")
+            if "kind" in a
+            else f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
             + (f", window {a['window']}" if a["window"] else "")
             for a in row["attention"]
         ]

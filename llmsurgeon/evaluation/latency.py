@@ -240,7 +240,8 @@ def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Round:
             output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, **last_only)
         decode = _now(model) - decode_start
     peak = torch.cuda.max_memory_allocated(model.device) - held + parameter_bytes(model) if cuda else None
-    return _Round(after_prefill - start, decode, prompt_cache, 0 if cache is None else cache_bytes(cache), peak)
+    held_bytes = 0 if cache is None else cache_bytes(cache) + state_bytes(cache)
+    return _Round(after_prefill - start, decode, prompt_cache, held_bytes, peak)
 
 
 def _now(model: PreTrainedModel) -> float:
@@ -285,6 +286,12 @@ def cache_bytes(cache: Cache) -> int:
         for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
         if tensor is not None
     )
+
+
+def state_bytes(cache: Cache) -> int:
+    """Bytes of the recurrent states beside them, which do not grow."""
+    states = (state for layer in cache.layers for state in getattr(layer, "recurrent_states", {}).values())
+    return _bytes(state for state in states if state is not None)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

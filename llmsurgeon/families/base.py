@@ -53,6 +53,8 @@ class Family:
     attention_out: str
     # Modules of attention whose rows belong to key/value heads.
     kv: tuple[str, ...] = ()
+    # Module of attention whose rows belong to query heads, where they are apart from keys and values.
+    queries: str = ""
     # In place of `kv`: one projection, and how its rows lie: all queries, all keys, all values; or per key/value
     # head its queries, its key, its value.
     fused_qkv: tuple[str, Literal["by kind", "by head"]] | None = None
@@ -176,8 +178,23 @@ class Family:
             return "its classes cannot hold another number of key/value heads"
         if operation == "fuse_ffn" and self.ffn_post_norm:
             return "it norms what an FFN gives before adding it, and a sum of normed outputs is not one normed output"
+        if operation == "matmulfree" and (reason := self._no_mlgru()):
+            return reason
         if operation == "fff" and self.ffn_post_norm:
             return "it norms what an FFN gives before adding it, which the fit of a tree does not know"
+        return None
+
+    def _no_mlgru(self) -> str | None:
+        """Why an MLGRU cannot take attention's place, None where it can."""
+        if self.encoder:
+            return "it is an encoder and reads in both directions, an MLGRU reads from left to right alone"
+        if self.experts:
+            return "its FFN is a mixture of experts, and an MLGRU's block is a Llama block"
+        if self.norm != "rms" or not (self.queries and self.kv) or self.attention_post_norm or not self.attention_norm:
+            return (
+                "an MLGRU takes the place of an attention that reads through an RMSNorm, has a projection each for "
+                "queries, keys and values, and adds what it gives as it is, as Llama's does"
+            )
         return None
 
     def is_attention(self, suffix: str) -> bool:

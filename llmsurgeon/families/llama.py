@@ -12,6 +12,7 @@ LLAMA = Family(
     attention_norm="input_layernorm",
     attention_out="o_proj",
     kv=("k_proj", "v_proj"),
+    queries="q_proj",
     ffn="mlp",
     ffn_norm="post_attention_layernorm",
     ffn_in=("gate_proj", "up_proj"),

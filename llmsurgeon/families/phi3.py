@@ -9,6 +9,7 @@ PHI3 = replace(
     model_type="phi3",
     model_class="Phi3ForCausalLM",
     kv=(),
+    queries="",
     fused_qkv=("qkv_proj", "by kind"),
     ffn_in=("gate_up_proj",),
     ffn_stacked=2,

@@ -188,6 +188,12 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
             f"GGUF: no row for {family.model_type} models yet; there are rows for {', '.join(ARCHITECTURES)}. "
             "Format surgeon holds this model"
         )
+    for index, block in enumerate(spec.blocks):
+        if block.own_kind:
+            raise SurgeryError(
+                f"GGUF cannot hold this model: block {index} {block.own_kind}, which llama.cpp has no code for. Format "
+                "surgeon holds it"
+            )
     architecture = ARCHITECTURES[family.model_type]
     odd = _first_odd(spec)
     if odd is None:

@@ -8,7 +8,7 @@ from math import lcm
 from typing import Any
 
 from llmsurgeon.families import Family
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFFSpec, FFNSpec, ModelSpec, MoESpec
+from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpec
 
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
@@ -18,8 +18,8 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
     for index, block in enumerate(spec.blocks):
         if block.branches:
             return f"block {index} runs {len(block.branches)} blocks in parallel"
-        if isinstance(block.ffn, FFFSpec):
-            return f"block {index} has a fast feedforward network"
+        if block.own_kind:
+            return f"block {index} {block.own_kind}"
         if block.ffn and type(block.ffn) not in (FFNSpec, MoESpec):
             return f"block {index} has an FFN that is not dense"
         if block.ffn and (block.ffn.own_norm or block.ffn.bias):

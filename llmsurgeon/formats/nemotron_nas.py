@@ -18,7 +18,7 @@ from typing import Any
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.spec import BlockSpec, FFFSpec, FFNSpec, ModelSpec
+from llmsurgeon.spec import BlockSpec, FFNSpec, ModelSpec
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -69,8 +69,8 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
             return f"block {index} runs {len(block.branches)} blocks in parallel"
         if block.empty:
             return f"block {index} has neither attention nor FFN"
-        if isinstance(block.ffn, FFFSpec):
-            return f"block {index} has a fast feedforward network"
+        if block.own_kind:
+            return f"block {index} {block.own_kind}"
         if block.ffn and type(block.ffn) is not FFNSpec:
             return f"block {index} has an FFN that is not dense"
         attention = block.attention

@@ -26,7 +26,7 @@ from llmsurgeon.families import SURGEON_PREFIX, Family
 from llmsurgeon.formats import native, nemotron_nas
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, surgeon_classes
 from llmsurgeon.formats.padding import fitted
-from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec, to_block_configs
+from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower
@@ -131,7 +131,7 @@ SURGEON_LOADS = (
     "load that does not run that code refuses."
 )
 # surgeon_blocks.py and what it imports.
-BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py")
+BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py")
 DECILM = ("configuration_decilm.py", "modeling_decilm.py")
 
 
@@ -201,8 +201,8 @@ def _first_odd(spec: ModelSpec, family: Family) -> str | None:
             return f"block {index} has no attention"
         if block.ffn is None:
             return f"block {index} has no FFN"
-        if isinstance(block.ffn, FFFSpec):
-            return f"block {index} has a fast feedforward network"
+        if block.own_kind:
+            return f"block {index} {block.own_kind}"
         if block.ffn.own_norm or block.ffn.bias:
             return f"block {index} holds fused FFNs, with a norm or biases that {family.model_type} blocks do not have"
         if family.width_key is None and block.ffn.width != 4 * spec.hidden:

@@ -1,12 +1,14 @@
 """Closed-form healing: after a cut, fit projections of the student to the parent's hidden states by ridge regression.
 
-No gradients: parent and student walk side by side, layer by layer, over calibration text. Three fits for a block:
+No gradients: parent and student walk side by side, layer by layer, over calibration text. The fits for a block:
 
     join    the attention that a changed block keeps takes over what it can of the work of those that went: its output
             projection is regressed on what is missing to the parent's state, next to the outputs of the block's FFNs
             (which are refitted on their own, later).
     align   what a projection reads has drifted from what it read in the parent. The linear map I + M that brings the
             student's normed inputs nearest to the parent's is folded into the weights that read them: W <- W (I + M).
+    mixer   an MLGRU in the place of an attention: its output projection is fitted to what the attention added, from the
+            gated states that it reads.
     refit   the output projection W_o is moved to W_o + dW so that the block's output meets the parent's hidden state
             after the same span: dW = argmin ||A (W_o + dW)^T - Y||^2 + ridge * mean(diag(A^T A)) ||dW||^2.
 
@@ -35,9 +37,11 @@ from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
-from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
+from llmsurgeon.spec import BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 GRAM_COLUMNS = 512
+# An MLGRU's output projection was made for other inputs: there is little in it that a ridge should hold on to.
+MIXER_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -323,7 +327,9 @@ class Refit:
         # A tree's decisions move with what it reads: attention is left where it is.
         trees = isinstance(block.ffn, FFFSpec)
         joins = self.options.join and is_changed and not self.family.post_norm and not trees
-        if joins and block.attention is not None and block.ffn is not None:
+        if isinstance(block.attention, MLGRUSpec) and is_changed:
+            attended = self._fit_mixer(index, block, layer, parent_read[span.index(block.parents[0])])
+        elif joins and block.attention is not None and block.ffn is not None:
             attended = self._join(index, block, layer)
         else:
             attended = self._attended(index)
@@ -374,6 +380,31 @@ class Refit:
         fit = fit_leaves if isinstance(block.ffn, FFFSpec) and block.ffn.form == "leaf" else fit_nodes
         ridge, error = fit(module, torch.cat(read), torch.cat(missing), torch.cat(judges), self.options.ridges)
         self.fits.append(Fit(index, block.parents, self.family.fast_ffn, ridge, error))
+
+    def _fit_mixer(self, index: int, block: BlockSpec, layer: nn.Module, wanted: Tensor) -> Tensor:
+        """Fit an MLGRU's output projection so that the stream behind it meets the parent's behind its attention.
+
+        wanted: that stream, [S, T, D]. Returns the student's behind the moved projection.
+        """
+        device, outlet = self.student.device, self._outlet(layer, "attention")
+        moments = Moments()
+        states: list[Tensor] = []
+        for part, held in self.parts:
+            entered = self.x[part].to(device)
+            contribution = self.student.attend(index, entered)
+            assert contribution is not None
+            states.append(outlet.read.cpu())
+            missing = wanted[part].to(device).float() - (entered + contribution).float()
+            moments.add(outlet.features(), missing.flatten(0, 1), held)
+        outlet.close()
+        update, ridge, error = best_update(moments.complete(), MIXER_RIDGES)
+        self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
+        if update is not None:
+            outlet.move(update)
+        stream = torch.empty_like(self.x)
+        for (part, _), read in zip(self.parts, states, strict=True):
+            stream[part] = (self.x[part].to(device) + outlet.contribution(read.to(device))).cpu()
+        return stream
 
     def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> Tensor:
         """Move the attention's output projection towards what the whole span did in the parent.

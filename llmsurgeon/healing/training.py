@@ -180,6 +180,14 @@ def learning_rate(settings: Distill, step: int, progress: float) -> float:
     return settings.learning_rate * warm * (low + (1 - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
 
 
+def set_ternary_share(module: nn.Module, reached: float, ramp: float) -> None:
+    """Tell ternary linears how far on the way from float weights to ternary ones they are: all of it from `ramp` on."""
+    parts: list[Any] = list(module.modules())
+    for part in parts:
+        if hasattr(part, "share"):
+            part.share = min(1.0, reached / ramp) if ramp else 1.0
+
+
 class Trainer:
     """Trains a module whose forward gives its losses.
 
@@ -213,6 +221,7 @@ class Trainer:
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = settings.batch
         self.module, self.optimizer = accelerator.prepare(module, optimizer_of(settings, module))
         self.moving = [p for p in self.module.parameters() if p.requires_grad]
+        self.module.train()
         self._signal = 0
 
     def run(self) -> Training:
@@ -273,6 +282,7 @@ class Trainer:
         settings, accelerator, state = self.settings, self.accelerator, self.state
         numbers = self._draw()
         share = numbers.reshape(settings.accumulate, accelerator.num_processes, settings.batch)
+        set_ternary_share(self.module, reached, settings.ternary_ramp)
         rate = learning_rate(settings, state.step, reached)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -5,6 +5,7 @@ from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 @strict
@@ -24,6 +25,7 @@ class SurgeonGraniteForCausalLM(GraniteForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.model.layers, config, SurgeonGraniteBlock)
+        pass_padding(self.model)
         self.post_init()
 
 

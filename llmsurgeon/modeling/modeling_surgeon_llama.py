@@ -5,6 +5,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 @strict
@@ -24,6 +25,7 @@ class SurgeonLlamaForCausalLM(LlamaForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.model.layers, config, SurgeonLlamaBlock)
+        pass_padding(self.model)
         self.post_init()
 
 

@@ -5,6 +5,7 @@ from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 @strict
@@ -24,6 +25,7 @@ class SurgeonMistralForCausalLM(MistralForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.model.layers, config, SurgeonMistralBlock)
+        pass_padding(self.model)
         self.post_init()
 
 

@@ -5,6 +5,7 @@ from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 @strict
@@ -24,6 +25,7 @@ class SurgeonQwen2ForCausalLM(Qwen2ForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.model.layers, config, SurgeonQwen2Block)
+        pass_padding(self.model)
         self.post_init()
 
 

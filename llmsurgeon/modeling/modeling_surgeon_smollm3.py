@@ -5,6 +5,7 @@ from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 @strict
@@ -24,6 +25,7 @@ class SurgeonSmolLM3ForCausalLM(SmolLM3ForCausalLM):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.model.layers, config, SurgeonSmolLM3Block)
+        pass_padding(self.model)
         self.post_init()
 
 

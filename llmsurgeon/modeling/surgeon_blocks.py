@@ -3,7 +3,7 @@
 This file ships inside converted checkpoints next to `modeling_surgeon_<family>.py` and needs nothing
 but torch and transformers. `config.block_configs` holds one entry per layer:
 
-    attention: {no_op, num_attention_heads, num_key_value_heads, ...}
+    attention: {no_op, num_attention_heads, num_key_value_heads, ...}     # kind: mlgru: see surgeon_mlgru.py
     ffn:       {no_op, intermediate_size, ...}     # kind: fff, with sizes of its own: see surgeon_fff.py
     parallel:  [entries]     # blocks that read the same input; their contributions add up
 
@@ -19,6 +19,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .surgeon_fff import install_fast_feed_forward
+from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgru, is_mlgru
 
 
 class SurgeonConfigMixin:
@@ -50,22 +51,24 @@ class SurgeonConfigMixin:
     def get_text_config(self, decoder=None, encoder=None):
         # Caches are built from this view. Attentions that are gone must not hold a slot: an empty
         # first slot would report a sequence length of zero for ever.
-        slots = list(attention_layers(self.block_configs or []))
-        if not decoder or not self.block_configs or len(slots) == len(self.block_configs) == len(set(slots)):
+        found = list(cache_slots(self.block_configs or []))
+        slots, mixers = [index for index, _ in found], any(is_mlgru(attention) for _, attention in found)
+        whole = len(slots) == len(self.block_configs or []) == len(set(slots))
+        if not decoder or not self.block_configs or (whole and not mixers):
             return self
         view = copy.copy(self)
         view.block_configs = None
         view.num_hidden_layers = len(slots)
-        if getattr(self, "layer_types", None) is not None:
-            view.layer_types = [self.layer_types[i] for i in slots]
+        if mixers or getattr(self, "layer_types", None) is not None:
+            view.layer_types = cache_types(self, found)
         return view
 
 
-def attention_layers(block_configs):
-    """Layer index of every attention, in the order in which they take cache slots."""
+def cache_slots(block_configs):
+    """(layer index, entry) of every attention or MLGRU, in the order in which they take cache slots."""
     for index, entry in enumerate(block_configs):
         branches = entry.get("parallel") or [entry]
-        yield from (index for branch in branches if not branch["attention"]["no_op"])
+        yield from ((index, branch["attention"]) for branch in branches if not branch["attention"]["no_op"])
 
 
 class SurgeonBlock(GradientCheckpointingLayer):
@@ -118,6 +121,8 @@ class SurgeonBlock(GradientCheckpointingLayer):
         attention = getattr(self, self.attention_name, None)
         if attention is None:
             return None
+        if not isinstance(attention, MLGRU):
+            kwargs.pop("token_mask", None)  # it has a mask of its own
         output = attention(self.attention_input(hidden_BTD), *args, **kwargs)[0]
         return self.added(self.attention_post_norm_name, output)
 
@@ -245,6 +250,8 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
             norm = () if shared else (block.attention_norm_name,)
             remove_parts(block, block.attention_parts or (block.attention_name, *norm))
         else:
+            if is_mlgru(attention):
+                install_mlgru(block, attention, config)
             getattr(block, block.attention_name).layer_idx = slot
             slot += 1
         if ffn["no_op"]:
@@ -252,6 +259,8 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
             remove_parts(block, block.ffn_parts or (block.ffn_name, *norm))
         elif fast:
             install_fast_feed_forward(block, ffn, config)
+        elif ffn.get("kind") == "bitlinear":
+            install_bit_linears(block, ffn["projections"], config)
         return block
 
     for index, entry in enumerate(config.block_configs):

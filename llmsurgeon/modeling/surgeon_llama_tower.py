@@ -8,6 +8,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from .modeling_surgeon_llama import SurgeonLlamaBlock, SurgeonLlamaConfig
 from .surgeon_blocks import swap_blocks
+from .surgeon_mlgru import pass_padding
 
 
 class SurgeonLlamaModel(LlamaModel):
@@ -17,6 +18,7 @@ class SurgeonLlamaModel(LlamaModel):
     def __init__(self, config):
         super().__init__(config)
         swap_blocks(self.layers, config, SurgeonLlamaBlock)
+        pass_padding(self)
         self.post_init()
 
 

@@ -4,6 +4,7 @@ from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
@@ -21,6 +22,7 @@ OPERATIONS: dict[str, type[Step]] = {
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
     "fff": FFF,
+    "matmulfree": MatMulFree,
     "refit": Refit,
     "distill": Distill,
 }

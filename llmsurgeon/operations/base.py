@@ -11,10 +11,13 @@ from pydantic import BaseModel, ConfigDict
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
+from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+# Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
+BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks")
+AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,12 @@ class Subject:
         """Raise SurgeryError if the family declares that it cannot take `operation`."""
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
-        if operation in AFTER_TREES:
-            return
         for block in self.spec.blocks:
-            if isinstance(block.ffn, FFFSpec):
+            mixer = isinstance(block.attention, MLGRUSpec) and operation in BEFORE_MIXERS
+            if mixer or (isinstance(block.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
+                what = block.own_kind if mixer else "has BitLinears in its FFN"
+                raise self.refuse(f"{operation}: layer {block.parents[0]} {what}; cut first, matmulfree comes last")
+            if isinstance(block.ffn, FFFSpec) and operation not in AFTER_TREES:
                 raise self.refuse(
                     f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"
                 )

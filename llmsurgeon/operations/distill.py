@@ -59,6 +59,7 @@ class Distill(Step):
     train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
     hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
         spaced, last included; how many of the parent's tokens and which share of positions carry the second.
+    ternary_ramp: share of the run in which BitLinears go from float weights to ternary ones; 0: ternary throughout.
     targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
     """
 
@@ -80,6 +81,7 @@ class Distill(Step):
     top_k: Count | None = None
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     targets: Literal["disk", "memory"] = "disk"
+    ternary_ramp: Share = 0.5
     optimizer: str = "adamw"
     learning_rate: Positive = 1e-4
     final_learning_rate: Share = 0.1

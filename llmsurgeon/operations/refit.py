@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.spec import BitFFNSpec, MLGRUSpec
 
 
 class Refit(Step):
@@ -34,4 +35,11 @@ class Refit(Step):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
+        for block in subject.spec.blocks:
+            mixer = block.attention
+            if isinstance(block.ffn, BitFFNSpec) or (isinstance(mixer, MLGRUSpec) and mixer.ternary):
+                raise subject.refuse(
+                    f"refit: layer {block.parents[0]} has BitLinears, whose output is not linear in their weights: "
+                    "heal with distill, or refit with linears: float first and make the result ternary"
+                )
         return Plan(subject.spec, ())

@@ -176,6 +176,19 @@ def test_the_surgeon_form_generates_saves_and_can_be_cut_again(name, tmp_path):
     torch.testing.assert_close(seen(cut), seen(model), atol=1e-5, rtol=1e-5)
 
 
+def test_recurrent_mixers_in_a_tower(name, tmp_path):
+    """Cached as in one pass, and blind to padding."""
+    parent = save(tmp_path / "parent", name)
+    out = run(recipe_of("{op: matmulfree, layers: [0, 2]}"), str(parent), str(tmp_path / "out"), Options()).out
+    model = transformers.AutoModelForImageTextToText.from_pretrained(out, trust_remote_code=True).eval()
+    ids, greedy = torch.arange(10, 20)[None], dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    cached, whole = (model.generate(ids, use_cache=use, **greedy) for use in (True, False))
+    assert torch.equal(cached, whole) and torch.isfinite(seen(model)).all()
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
+    mask = torch.cat([torch.zeros(1, 3), torch.ones(1, 10)], 1).long()
+    assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 3:], cached)
+
+
 def test_without_trust_the_surgeon_form_refuses(name, tmp_path):
     """Through the Auto class, and through the stock class by name; in a process that has not run the code."""
     parent = save(tmp_path / "parent", name)

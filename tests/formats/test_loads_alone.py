@@ -15,6 +15,7 @@ from operations.helpers import FALCON_7B, FALCON_RW, declared, logits
 
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
@@ -51,6 +52,14 @@ NAS = {
     "nas-llama": ("llama", {"intermediate_size": 256, "tie_word_embeddings": True}),
     "nas-qwen2": ("qwen2", {"intermediate_size": 256, "use_sliding_window": False}),
 }
+# Recurrent mixers: beside attentions, alone, beside blocks without any, and with ternary linears, whose rounding shows
+# differences of the order of summation.
+MIXERS = {
+    "mlgru-hybrid": ("llama", {"tie_word_embeddings": True}, (MatMulFree(layers=(0, 3)),)),
+    "mlgru-alone": ("qwen2", {}, (MatMulFree(),)),
+    "mlgru-windows": ("mistral", {}, (PruneAttention(layers=(1,)), MatMulFree(layers=(2, 5)))),
+    "mlgru-ternary": ("qwen3", {}, (MatMulFree(layers=(2,), linears="ternary"),)),
+}
 CLOSE = 2e-5
 
 
@@ -62,6 +71,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     for name, (family, changes) in SURGEON.items():
         parent = save_tiny(base / f"parent-{name}", family, **changes)
         steps = tuple(step for step in STEPS if declared(family, changes).refusal(step.op) is None)
+        made[name] = run(Recipe(version=1, steps=steps), str(parent), str(base / name), Options()).out
+    for name, (family, changes, steps) in MIXERS.items():
+        parent = save_tiny(base / f"parent-{name}", family, **changes)
         made[name] = run(Recipe(version=1, steps=steps), str(parent), str(base / name), Options()).out
     for name, (family, changes) in NAS.items():
         parent = save_tiny(base / f"parent-{name}", family, **changes)
@@ -123,7 +135,19 @@ def test_checkpoints_work_alone(reports, folders, name):
     assert found["again"] == 0 and found["same_tensors"]
 
 
-@pytest.mark.parametrize("name", [*SURGEON, *NAS])
+@pytest.mark.parametrize("name", MIXERS)
+def test_recurrent_mixers_work_alone(reports, folders, name):
+    found, close = reports[name], 0.05 if name == "mlgru-ternary" else CLOSE
+    assert found["class"].startswith("Surgeon") and found["loading"] == NOTHING
+    torch.testing.assert_close(torch.tensor(found["logits"]), here(folders[name]), atol=close, rtol=0)
+    assert found["filled"] == [24] * (5 if name == "mlgru-windows" else 6)
+    assert max(found["cached"], found["eager"], found["sdpa"]) < close
+    assert found["generate"] and found["left_padding"]
+    assert found["without_gradient"] == found["checkpointed"] == []
+    assert "surgeon_mlgru.py" in found["saved"] and found["again"] == 0 and found["same_tensors"]
+
+
+@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS])
 def test_a_stock_class_named_by_hand_raises(reports, name):
     """Model class and config class, on what this package wrote and on what transformers saved again."""
     key = "intermediate_size" if name in NAS else "layer"
@@ -133,7 +157,7 @@ def test_a_stock_class_named_by_hand_raises(reports, name):
         assert name in NAS or "load with trust_remote_code=True" in refusal
 
 
-@pytest.mark.parametrize("name", [*SURGEON, *NAS])
+@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS])
 def test_without_trust_the_load_refuses(reports, name):
     for refusal in reports[name]["refusals"]:
         assert refusal is not None, "weights would be filled in at random"
