@@ -226,6 +226,15 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     )
 
 
+def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
+    """For a dry run: what shapes alone say of the scores that the recipe's steps ask for."""
+    scores: dict[str, Any] = {}
+    for step in recipe.steps:
+        for name, values in step.foresee(patient.subject({})).items():
+            scores[name] = {**scores.get(name, {}), **values}
+    return scores
+
+
 def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
     """The same model without blocks that only pass their input on, as published Nemotron-NAS checkpoints have them."""
     if not any(block.empty for block in subject.spec.blocks):
@@ -319,7 +328,9 @@ class Texts:
 
     def __init__(self, patient: Patient, wanted: recipe_file.Calibration, tokens: int, options: Options) -> None:
         self.patient, self.options, self.wanted = patient, options, wanted
-        self.calibration = Calibration(wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed)
+        self.calibration = Calibration(
+            wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
+        )
         self.description = "none"
         self._windows: Tensor | None = None
         self._runner: LayerRunner | None = None
@@ -339,6 +350,7 @@ class Texts:
                 tokens=self.calibration.tokens,
                 sequence_length=self.calibration.sequence_length,
                 seed=self.calibration.seed,
+                sentences=self.calibration.sentences,
                 model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
                 fingerprint=checkpoint.fingerprint,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 FULL_READ = 32
 # Characters of a passage for each token wanted of it; doubled where they turn out too few.
 PASSAGE = 8
+# Where a sentence ends, and the characters below which a piece is rather a heading or an abbreviation.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+SHORTEST_SENTENCE = 40
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Calibration:
     tokens: int = 65536
     sequence_length: int = 512
     seed: int = 0
+    sentences: bool = False
 
     def __post_init__(self) -> None:
         if self.text and self.dataset:
@@ -70,6 +75,7 @@ def calibration_tokens(
     tokens: int = 65536,
     sequence_length: int = 512,
     seed: int = 0,
+    sentences: bool = False,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     fingerprint: str | None = None,
     sampling: Sampling | None = None,
@@ -80,6 +86,7 @@ def calibration_tokens(
         model_name: for messages.
         text: a .txt, .jsonl (key "text") or .parquet (column "text") file; windows are spread over all of it.
         dataset: a hub dataset, NAME[:CONFIG][:SPLIT], streamed.
+        sentences: windows of a text begin or end with a sentence, or do both.
         model: the model to sample from where neither is given, or a function that loads it, called only where the
             text is not in the cache yet; with a function, `fingerprint` (of the weights) must be given.
         sampling: how to sample, the default recipe otherwise.
@@ -90,11 +97,11 @@ def calibration_tokens(
     wanted = Calibration(text, dataset, tokens, sequence_length, seed)
     count = tokens // sequence_length
     if text:
-        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed)
+        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed, sentences)
     if dataset:
         # Documents differ in length and cannot be counted in a stream, so enough text is taken for the whole budget.
         passages = _stream_text(dataset, seed, characters=tokens * PASSAGE)
-        return _cut(passages, dataset, tokenizer, count, sequence_length, seed)
+        return _cut(passages, dataset, tokenizer, count, sequence_length, seed, sentences)
     return _sample(wanted, model_name, tokenizer, model, fingerprint, sampling)
 
 
@@ -274,7 +281,15 @@ def _text_of(row: dict[str, Any]) -> str:
     return text
 
 
-def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+def _cut(
+    text: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int,
+    sentences: bool = False,
+) -> Tensor:
     """`count` windows (fewer where the text is short) spread evenly over the text: int64 [S, L]."""
     if not text.strip():
         raise SurgeryError(f"{name}: the text is empty")
@@ -282,7 +297,9 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
     inner = length - len(start) - len(end)
     if inner < 1:
         raise SurgeryError(f"windows of {length} tokens hold special tokens only; raise --seq-len")
-    if len(text) > FULL_READ * count * inner:
+    if sentences:
+        windows = _sentences(text, tokenizer, count, inner, seed)
+    elif len(text) > FULL_READ * count * inner:
         windows = _passages(text, tokenizer, count, inner, seed)
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -295,6 +312,23 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
     if not windows:
         raise SurgeryError(f"{name}: no passage of it makes a window of {inner} tokens")
     return torch.tensor([start + window + end for window in windows], dtype=torch.long)
+
+
+def _sentences(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:
+    """Windows of whole sentences that follow one another; of every other one the last sentence is cut where the window
+    ends, of the rest the first sentence loses its beginning."""
+    found = (piece.strip() for piece in SENTENCE_END.split(text))
+    pieces = [piece for piece in found if len(piece) > SHORTEST_SENTENCE and piece[-1] in ".!?\"')"]
+    if not pieces:
+        return []
+    windows: list[list[int]] = []
+    run: list[int] = []
+    for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]:
+        run = run + ids
+        if len(run) >= inner:
+            windows.append(run[:inner] if len(windows) % 2 else run[-inner:])
+            run = []
+    return [windows[i] for i in _spread(len(windows), min(count, len(windows)), seed)]
 
 
 def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:

@@ -222,10 +222,11 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.run import open_config, plan
+        from llmsurgeon.run import foreseen, open_config, plan
 
-        planned = plan(open_config(name, job.revision), recipe, {})
-        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned)
+        patient = open_config(name, job.revision)
+        planned = plan(patient, recipe, foreseen(patient, recipe))
+        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
     from llmsurgeon.run import Options, run
 
@@ -260,8 +261,8 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def print_plan(planned: Planned) -> None:
-    """The plan as tables."""
+def print_plan(planned: Planned, notes: bool = False) -> None:
+    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
     from rich.console import Console
     from rich.table import Table
 
@@ -290,6 +291,8 @@ def print_plan(planned: Planned) -> None:
             f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
         )
         console.print(f"  {step.op}: {shown}", highlight=False)
+    for note in planned.notes if notes else ():
+        console.print(f"  {note}", highlight=False, markup=False)
     console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
     console.print(planned.written.loads, highlight=False)
     console.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)

@@ -2,8 +2,8 @@
 
 A few tokens walk their paths one after the other. Many tokens first walk the top of the tree, are then sorted by the
 subtree that they reached, and go on subtree by subtree, so that a subtree's rows stay in the cache for all its tokens.
-For a few tokens the way to the kernel takes longer than the kernel: `Shortcut` goes from the module's forward into machine
-code by addresses, with all prepared that does not change between calls.
+For a few tokens the way to the kernel takes longer than the kernel: `Shortcut` goes from the module's forward into
+machine code by addresses, with all prepared that does not change between calls.
 
 This file ships inside converted checkpoints; surgeon_fff.py imports it where numba is installed.
 
@@ -457,7 +457,7 @@ class Shortcut:
     def holds(self):
         """True while the parameters lie where they lay."""
         parameters = self.parameters
-        for name, address in self.addresses:  # noqa: SIM110 - all() takes twice as long, and this is timed
+        for name, address in self.addresses:
             if parameters[name].data_ptr() != address:
                 return False
         return self.sound

@@ -278,3 +278,21 @@ def test_sampling_errors(tokenizer):
         model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(SurgeryError, match="logits hold NaN"):
         sample_self_text(model, tokenizer, SelfText(16, 8))
+
+
+def test_sentence_windows_begin_or_end_with_a_sentence(tmp_path, tokenizer):
+    text = " = A heading = \n" + " ".join(
+        f"Sentence {LETTERS[i]} has some more words in it, enough of them." for i in range(26)
+    )
+    windows = tokens_of(write(tmp_path, text), tokenizer, tokens=600, sequence_length=60, sentences=True)
+    found = ["".join(tokenizer.convert_ids_to_tokens(window.tolist())) for window in windows]
+    assert windows.shape == (10, 60)
+    assert all("heading" not in window for window in found)
+    begins = [window.startswith("Sentence") for window in found]
+    ends = [window.endswith("them.") for window in found]
+    assert all(a or b for a, b in zip(begins, ends, strict=True)) and any(begins) and any(ends)
+
+
+def test_sentence_windows_of_a_text_without_sentences_are_refused(tmp_path, tokenizer):
+    with pytest.raises(SurgeryError, match="no passage of it makes a window of 8 tokens"):
+        tokens_of(write(tmp_path, "words without an end " * 20), tokenizer, sentences=True)
