@@ -207,7 +207,8 @@ def activated(kind, z):
 
 @njit(fastmath=FAST, inline="always")
 def walk(
-    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, first, last, node, rows, active
+    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, first, last,
+    node, rows, active,
 ):  # fmt: skip
     """Tokens start + order[begin:end] down a tree, levels `first` to `last`, in step: one token's rows arrive while
     another's are multiplied. Fills rows and activations of the neurons that they visit and moves `node` on; these three
@@ -232,7 +233,9 @@ def walk(
                 active[n, level] = activated(kind, branch)
             rows[n, level] = row
             node[n] = 2 * node[n] + 1 + (1 if branch > 0 else 0)
-            prefetch(down, row)
+            # What the top of a tree writes with is read when all tokens are sorted: too far ahead.
+            if last > depth:
+                prefetch(down, row)
             if level + 1 < last and end - begin > 1:
                 prefetch(up, offset + node[n])
                 if gate.shape[0] > 0:
@@ -256,15 +259,15 @@ def _nodes(x, gate, up, down, gate_bias, up_bias, out_bias, trees, depth, kind, 
                 for g in prange(groups):
                     begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                     walk(
-                        x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, 0, top, node,
-                        rows, active,
+                        x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, 0, top,
+                        node, rows, active,
                     )  # fmt: skip
                 order = sorted_by(node[:count], (1 << top) - 1, 1 << top)
             for g in prange(groups):
                 begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                 walk(
-                    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, top, levels, node,
-                    rows, active,
+                    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, top, levels,
+                    node, rows, active,
                 )  # fmt: skip
                 for i in range(begin, end):
                     n = order[i]
