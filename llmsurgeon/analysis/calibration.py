@@ -62,6 +62,8 @@ class Calibration:
             line += f"of dataset {self.dataset}"
         else:
             line += f"sampled from {sampled_from} (no --text given)"
+        if self.sentences:
+            line += f", {len(windows_SL):,} sentences, padding counted"
         wanted = self.tokens // self.sequence_length
         return line if len(windows_SL) >= wanted else f"{line}; {self.tokens:,} were asked for"
 
@@ -86,7 +88,7 @@ def calibration_tokens(
         model_name: for messages.
         text: a .txt, .jsonl (key "text") or .parquet (column "text") file; windows are spread over all of it.
         dataset: a hub dataset, NAME[:CONFIG][:SPLIT], streamed.
-        sentences: windows of a text begin or end with a sentence, or do both.
+        sentences: a window of a text is one sentence, filled up with the tokenizer's padding; what is longer is cut.
         model: the model to sample from where neither is given, or a function that loads it, called only where the
             text is not in the cache yet; with a function, `fingerprint` (of the weights) must be given.
         sampling: how to sample, the default recipe otherwise.
@@ -298,8 +300,8 @@ def _cut(
     if inner < 1:
         raise SurgeryError(f"windows of {length} tokens hold special tokens only; raise --seq-len")
     if sentences:
-        windows = _sentences(text, tokenizer, count, inner, seed)
-    elif len(text) > FULL_READ * count * inner:
+        return _sentences(text, tokenizer, count, length, seed)
+    if len(text) > FULL_READ * count * inner:
         windows = _passages(text, tokenizer, count, inner, seed)
     else:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -314,21 +316,20 @@ def _cut(
     return torch.tensor([start + window + end for window in windows], dtype=torch.long)
 
 
-def _sentences(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:
-    """Windows of whole sentences that follow one another; of every other one the last sentence is cut where the window
-    ends, of the rest the first sentence loses its beginning."""
+def _sentences(text: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+    """`count` sentences (fewer where the text has fewer) spread evenly over the text, padded to `length`: [S, L].
+
+    Headings and other lines that do not end as sentences do are left out; what follows a sentence's L tokens is cut.
+    """
+    if tokenizer.pad_token_id is None:
+        raise SurgeryError("calibration.sentences: the tokenizer has no padding token; leave it out")
     found = (piece.strip() for piece in SENTENCE_END.split(text))
     pieces = [piece for piece in found if len(piece) > SHORTEST_SENTENCE and piece[-1] in ".!?\"')"]
-    if not pieces:
-        return []
-    windows: list[list[int]] = []
-    run: list[int] = []
-    for ids in tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]:
-        run = run + ids
-        if len(run) >= inner:
-            windows.append(run[:inner] if len(windows) % 2 else run[-inner:])
-            run = []
-    return [windows[i] for i in _spread(len(windows), min(count, len(windows)), seed)]
+    chosen = [pieces[i] for i in _spread(len(pieces), min(count, len(pieces)), seed)]
+    if not chosen:
+        raise SurgeryError("calibration.sentences: the text has no sentence; leave it out, or give prose")
+    rows = tokenizer(chosen, truncation=True, max_length=length, verbose=False)["input_ids"]
+    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
 def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:

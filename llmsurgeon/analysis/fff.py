@@ -164,12 +164,16 @@ class _Watch:
     def __call__(self, layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
         if layer != self.layer:
             return
-        self._keep(self.read, self.module.ffn_input(mine.ffn_input))
-        entered = mine.ffn_input.float().flatten(0, -2).cpu()
+        real = self.runner.real(mine.entered)
+        self._keep(self.read, self.module.ffn_input(mine.ffn_input)[real])
+        entered = mine.ffn_input[real].float().cpu()
+        for kept in (self.active, self.branch):
+            if kept:
+                kept[-1] = kept[-1][real.flatten().cpu()]
         self.behind.append(entered + self.active[-1] @ self.down.cpu() + self.bias.cpu())
         sequences = torch.arange(part.start, part.start + len(mine.entered))
         judges = (sequences % JUDGE == JUDGE - 1) | (self.sequences < JUDGE) & (sequences == self.sequences - 1)
-        self.held.append(judges.repeat_interleave(mine.entered.shape[1]))
+        self.held.append(judges.repeat_interleave(real.sum(1).cpu()))
 
     def finish(self) -> None:
         """The walk has left the layer."""

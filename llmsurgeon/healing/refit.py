@@ -205,12 +205,17 @@ class Refit:
         fitting = int((~held_out).sum())
         edges = [*range(0, fitting, options.batch), *range(fitting, len(tokens), options.batch), len(tokens)]
         self.parts = [(slice(a, b), a >= fitting) for a, b in pairwise(edges)]
+        self.real = torch.ones(tokens.shape, dtype=torch.bool)
         self.fits: list[Fit] = []
+
+    def _tokens(self, part: slice, values: Tensor) -> Tensor:
+        """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""
+        return values.reshape(self.real[part].numel(), -1)[self.real[part].flatten().to(values.device)]
 
     def run(self) -> dict[str, Path]:
         """Fit block after block. Returns name -> safetensors file of every tensor that changed."""
         for part, _ in self.parts:
-            self.parent.embed(self.tokens[part])
+            self.real[part] = self.parent.real(self.parent.embed(self.tokens[part])).cpu()
         self.x = torch.cat([self.student.embed(self.tokens[part]).cpu() for part, _ in self.parts])
         self.p = self.x.clone()
         self.sums = torch.empty_like(self.x) if self.family.post_norm else self.p
@@ -365,11 +370,10 @@ class Refit:
             self._align(index, block, f"ffn input of layer {block.parents[0]}", moments, readers(module))
         read, missing, judges = [], [], []
         for part, held in self.parts:
-            inputs = layer.ffn_input(stream[part].to(self.student.device)).flatten(0, 1)
-            wanted = (
-                (self.sums if self.family.post_norm else self.p)[part].to(self.student.device).float().flatten(0, 1)
-            )
-            start = attended[part].to(self.student.device).float().flatten(0, 1)
+            inputs = self._tokens(part, layer.ffn_input(stream[part].to(self.student.device)))
+            summed = self.sums if self.family.post_norm else self.p
+            wanted = self._tokens(part, summed[part].to(self.student.device)).float()
+            start = self._tokens(part, attended[part].to(self.student.device)).float()
             read.append(inputs)
             missing.append((wanted - start) / layer.residual_multiplier - module(inputs).float())
             judges.append(torch.full((len(inputs),), held))
@@ -392,7 +396,7 @@ class Refit:
         for part, held in self.parts:
             self.student.attend(index, self.x[part].to(self.student.device))
             missing = (parent_attended[part].float() - attended[part].float()).to(self.student.device)
-            moments.add(outlet.features(), missing.flatten(0, 1), held)
+            moments.add(self._tokens(part, outlet.features()), self._tokens(part, missing), held)
         outlet.close()
 
         def left(reached: Tensor) -> float:
@@ -448,7 +452,8 @@ class Refit:
                 outputs = [inner[:, r] @ columns[:, r].T * down.factor for r in rows]
             groups = [heads.shape[1], *(output.shape[1] for output in outputs)]
             missing = self.p[part].to(device).float() - attended.float() - ffn.float()
-            moments.add(torch.cat([heads, *outputs], dim=1), missing.flatten(0, 1), held)
+            features = torch.cat([heads, *outputs], dim=1)
+            moments.add(self._tokens(part, features), self._tokens(part, missing), held)
         outlet.close()
         if down:
             down.close()
@@ -484,8 +489,8 @@ class Refit:
         sums = torch.zeros(2, 6, len(gain), dtype=torch.float64)
         for part, held in self.parts:
             self.student.feed_forward(index, attended[part].to(self.student.device))
-            z = F.layer_norm(seen.pop().float(), gain.shape, eps=norm.eps).flatten(0, 1)
-            p = self.p[part].to(z.device).float().flatten(0, 1)
+            z = self._tokens(part, F.layer_norm(seen.pop().float(), gain.shape, eps=norm.eps))
+            p = self._tokens(part, self.p[part].to(z.device).float())
             terms = (torch.ones_like(z), z, z * z, p, z * p, p * p)
             sums[int(held)] += torch.stack([term.sum(0) for term in terms]).double().cpu()
         hook.remove()
@@ -558,7 +563,7 @@ class Refit:
         """What the student reads, against what the parent read, both behind the student's norm."""
         own = norm(mine[part].to(self.student.device)).float()
         wanted = norm(theirs[part].to(self.student.device)).float()
-        moments.add(own.flatten(0, 1), (wanted - own).flatten(0, 1), held)
+        moments.add(self._tokens(part, own), self._tokens(part, wanted - own), held)
 
     def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
         update, ridge, error = best_update(moments.complete(), (self.options.align_ridge,))
@@ -585,7 +590,7 @@ class Refit:
         moments = Moments()
         for part, held in self.parts:
             missing = residual(part)
-            moments.add(outlet.features(), missing, held)
+            moments.add(self._tokens(part, outlet.features()), self._tokens(part, missing), held)
         update, ridge, error = best_update(moments.complete(), self.options.ridges)
         if update is not None:
             before = [kept.clone() for kept in outlet.tensors()]

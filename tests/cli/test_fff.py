@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import save_encoder, save_tiny
+from conftest import encoder_tokenizer, save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 from safetensors import safe_open
 
@@ -81,6 +81,21 @@ def test_an_encoder(run, folder):  # noqa: F811
     )
     assert code == 0, err
     assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
+
+
+def test_an_encoder_on_sentences(run, folder):  # noqa: F811
+    save_encoder(folder / "encoder", "bert")
+    tokenizer = encoder_tokenizer()
+    tokenizer.pad_token = "\n"
+    tokenizer.save_pretrained(folder / "encoder")
+    prose = (f"This is sentence number {i} of a text about nothing at all{', really' * (i % 5)}." for i in range(200))
+    (folder / "prose.txt").write_text(" ".join(prose))
+    flags = ("--depth", 1, "--leaf-width", 48, "--text", "prose.txt", "--set", "calibration.sentences=true")
+    code, out, err = run("fff", "encoder", "-o", "out", *flags, *SMALL, "--json")
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
+    code, _, err = run("fff", "parent", "-o", "no", *flags)
+    assert code == 2 and "calibration.sentences is for encoders" in err and not (folder / "no").exists()
 
 
 @pytest.mark.parametrize(
