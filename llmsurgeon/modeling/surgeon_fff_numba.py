@@ -468,8 +468,8 @@ class Shortcut:
     def __call__(self, x):
         if type(x) is not torch.Tensor or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous():
             return None
-        tokens = x.numel() // self.hidden
-        if tokens > self.most or (tokens >= THREADED_FROM and torch.get_num_threads() > 1):
+        tokens, rest = divmod(x.numel(), self.hidden)
+        if rest or tokens > self.most or (tokens >= THREADED_FROM and torch.get_num_threads() > 1):
             return None
         if not self.holds() or os.environ.get("LLMSURGEON_FFF_KERNEL", "auto") not in ("auto", "numba"):
             return None
