@@ -71,13 +71,7 @@ def tree_ways(arguments: argparse.Namespace) -> dict[str, Way]:
     for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         torch.manual_seed(0)
         layer = NodeFeedForward(arguments.hidden, arguments.depth, "gelu", False, False, trees=1).to(dtype).eval()
-        for kernel in ("numba", "torch"):
-
-            def way(x: torch.Tensor, layer: NodeFeedForward = layer, kernel: str = kernel) -> torch.Tensor:
-                os.environ["LLMSURGEON_FFF_KERNEL"] = kernel
-                return layer(x)
-
-            ways[f"{kernel} {name}"] = way
+        ways |= {f"{kernel} {name}": layer for kernel in ("numba", "torch")}
     return ways
 
 
@@ -106,6 +100,7 @@ def measured(ways: dict[str, Way], batch: int, arguments: argparse.Namespace) ->
                 x = inputs[torch.bfloat16 if "bfloat16" in name else torch.float32]
                 # Short calls are repeated, so that what the other ways left in the caches is not all that is measured.
                 repeats = max(1, 64 // batch) if name.startswith(("numba", "dense")) else 1
+                os.environ["LLMSURGEON_FFF_KERNEL"] = name.split()[0] if name.startswith(("numba", "torch")) else "auto"
                 begin = time.perf_counter()
                 for _ in range(repeats):
                     way(x)

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -38,7 +39,8 @@ def main() -> None:
     parser.add_argument("--shared-part", type=float, default=0.25)
     parser.add_argument("--deep", type=int, default=10, help="depth of the single tree; 0 leaves it out")
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--sequence-length", type=int, default=64)
+    parser.add_argument("--sequence-length", type=int, default=48)
+    parser.add_argument("--sentences", action="store_true", help="encoders: calibrate on sentences, not on windows")
     parser.add_argument("--out", required=True)
     parser.add_argument("--plot")
     arguments = parser.parse_args()
@@ -63,7 +65,9 @@ def main() -> None:
 
     run.compute_scores = once
     for step, keep in zip(steps, [*arguments.keep, None], strict=False):
+        begin = time.monotonic()
         rows.append({"keep": keep, "step": step, **converted(arguments, step, judge)})
+        rows[-1]["seconds"] = round(time.monotonic() - begin)
         print(json.dumps(rows[-1]), flush=True)
         Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
     if arguments.plot:
@@ -74,7 +78,11 @@ def converted(arguments: argparse.Namespace, step: str, judge) -> dict[str, floa
     """Convert with one step and a refit, and judge the result."""
     text = f"""
 version: 1
-calibration: {{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: {arguments.sequence_length}}}
+calibration:
+  text: {arguments.text}
+  tokens: {arguments.tokens}
+  sequence_length: {arguments.sequence_length}
+  sentences: {str(arguments.sentences).lower()}
 steps:
   - {step}
   - {{op: refit, ridge: [0.003, 0.01, 0.03, 0.1]}}
@@ -164,7 +172,7 @@ def plot(rows: list[dict], file: str) -> None:  # type: ignore[type-arg]
     from matplotlib import pyplot
 
     measures = [key for key in rows[0] if ": " in key]
-    curve = [row for row in rows if row["keep"] is not None]
+    curve = sorted((row for row in rows if row["keep"] is not None), key=lambda row: row["keep"])
     figure, axes = pyplot.subplots(figsize=(7, 4))
     for measure in measures:
         axes.plot([100 * row["keep"] for row in curve], [row[measure] for row in curve], marker="o", label=measure)

@@ -34,7 +34,7 @@ def prove(
         return walk(runner, inputs, [Variant()], batch=batch)[0]
 
     def by_row(output: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[int], Tensor]:
-        return lambda row: output(hidden[row].to(student.device))
+        return lambda row: output(hidden[row][student.real(hidden[row])].to(student.device))
 
     mine, theirs = left(student, tokens), left(parent, tokens)
     if not student.family.encoder:

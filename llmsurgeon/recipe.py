@@ -49,6 +49,10 @@ class Calibration(_Part):
     dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
     tokens: int = Field(default=65_536, gt=0, description="how many tokens to use at most")
     sequence_length: int = Field(default=512, gt=1, description="tokens in a window")
+    sentences: bool = Field(
+        default=False,
+        description="of text or dataset: a window is one sentence, as what sentence encoders read; for fff and refit",
+    )
     seed: int = Field(default=0, ge=0, description="seed of sampling and shuffling")
 
     @model_validator(mode="after")

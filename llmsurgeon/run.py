@@ -52,6 +52,9 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
+# The score that padded sentences are measured without their padding for.
+SENTENCE_SCORE = "fff"
+
 # What an edit that is computed a block of rows at a time holds, in float32 with its inputs.
 STREAMED_BYTES = 8 << 20
 
@@ -178,6 +181,13 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
                 f"{patient.name}: distill saves the text tower alone, without the rest of this vision-language model "
                 f"({patient.model_type}); heal it with refit"
             )
+    if recipe.calibration.sentences:
+        others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
+        if not patient.family.encoder or others:
+            raise SurgeryError(
+                f"{patient.name}: calibration.sentences is for encoders, with steps that need no scores, fff and refit"
+                + (f"; here {', '.join(sorted(others))} would be measured on padding, too" if others else "")
+            )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
         _check_text(patient, recipe.calibration)
 
@@ -224,6 +234,15 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         before=patient.costs(patient.spec, shapes_of(patient.meta())),
         after=patient.costs(written.spec, shapes_of(meta)),
     )
+
+
+def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
+    """For a dry run: what shapes alone say of the scores that the recipe's steps ask for."""
+    scores: dict[str, Any] = {}
+    for step in recipe.steps:
+        for name, values in step.foresee(patient.subject({})).items():
+            scores[name] = {**scores.get(name, {}), **values}
+    return scores
 
 
 def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
@@ -319,7 +338,9 @@ class Texts:
 
     def __init__(self, patient: Patient, wanted: recipe_file.Calibration, tokens: int, options: Options) -> None:
         self.patient, self.options, self.wanted = patient, options, wanted
-        self.calibration = Calibration(wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed)
+        self.calibration = Calibration(
+            wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
+        )
         self.description = "none"
         self._windows: Tensor | None = None
         self._runner: LayerRunner | None = None
@@ -339,6 +360,7 @@ class Texts:
                 tokens=self.calibration.tokens,
                 sequence_length=self.calibration.sequence_length,
                 seed=self.calibration.seed,
+                sentences=self.calibration.sentences,
                 model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
                 fingerprint=checkpoint.fingerprint,
             )
@@ -378,8 +400,13 @@ class Texts:
     def runner(self) -> LayerRunner:
         """The parent, layer by layer."""
         if self._runner is None:
-            self._runner = LayerRunner(self.patient.config, self.patient.weights, self.dtype, self.options.device)
+            self._runner = self.walker(self.patient.config, self.patient.weights)
         return self._runner
+
+    def walker(self, config: dict[str, Any], weights: Mapping[str, Tensor]) -> LayerRunner:
+        """A model of this description on the calibration text, layer by layer."""
+        padding = self.tokenizer().pad_token_id if self.calibration.sentences else None
+        return LayerRunner(config, weights, self.dtype, self.options.device, padding)
 
 
 @dataclass(frozen=True)
@@ -410,13 +437,13 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
         else:
             assert isinstance(step, DistillStep)
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
-    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, options.device)
+    student = texts.walker(normalised(planned.written.student), healed.weights)
     found = prove(student, texts.runner, texts.windows[held_out], texts.tokenizer, options.batch)
     return replace(healed, evaluation=found)
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
-    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
+    student = texts.walker(normalised(planned.written.student), healed.weights)
     fit = Refit(
         texts.runner,
         student,

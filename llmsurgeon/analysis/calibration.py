@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 FULL_READ = 32
 # Characters of a passage for each token wanted of it; doubled where they turn out too few.
 PASSAGE = 8
+# Where a sentence ends, and the characters below which a piece is rather a heading or an abbreviation.
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
+SHORTEST_SENTENCE = 40
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Calibration:
     tokens: int = 65536
     sequence_length: int = 512
     seed: int = 0
+    sentences: bool = False
 
     def __post_init__(self) -> None:
         if self.text and self.dataset:
@@ -57,6 +62,8 @@ class Calibration:
             line += f"of dataset {self.dataset}"
         else:
             line += f"sampled from {sampled_from} (no --text given)"
+        if self.sentences:
+            line += f", {len(windows_SL):,} sentences, padding counted"
         wanted = self.tokens // self.sequence_length
         return line if len(windows_SL) >= wanted else f"{line}; {self.tokens:,} were asked for"
 
@@ -70,6 +77,7 @@ def calibration_tokens(
     tokens: int = 65536,
     sequence_length: int = 512,
     seed: int = 0,
+    sentences: bool = False,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     fingerprint: str | None = None,
     sampling: Sampling | None = None,
@@ -80,6 +88,7 @@ def calibration_tokens(
         model_name: for messages.
         text: a .txt, .jsonl (key "text") or .parquet (column "text") file; windows are spread over all of it.
         dataset: a hub dataset, NAME[:CONFIG][:SPLIT], streamed.
+        sentences: a window of a text is one sentence, filled up with the tokenizer's padding; what is longer is cut.
         model: the model to sample from where neither is given, or a function that loads it, called only where the
             text is not in the cache yet; with a function, `fingerprint` (of the weights) must be given.
         sampling: how to sample, the default recipe otherwise.
@@ -90,11 +99,11 @@ def calibration_tokens(
     wanted = Calibration(text, dataset, tokens, sequence_length, seed)
     count = tokens // sequence_length
     if text:
-        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed)
+        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed, sentences)
     if dataset:
         # Documents differ in length and cannot be counted in a stream, so enough text is taken for the whole budget.
         passages = _stream_text(dataset, seed, characters=tokens * PASSAGE)
-        return _cut(passages, dataset, tokenizer, count, sequence_length, seed)
+        return _cut(passages, dataset, tokenizer, count, sequence_length, seed, sentences)
     return _sample(wanted, model_name, tokenizer, model, fingerprint, sampling)
 
 
@@ -274,7 +283,15 @@ def _text_of(row: dict[str, Any]) -> str:
     return text
 
 
-def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+def _cut(
+    text: str,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    length: int,
+    seed: int,
+    sentences: bool = False,
+) -> Tensor:
     """`count` windows (fewer where the text is short) spread evenly over the text: int64 [S, L]."""
     if not text.strip():
         raise SurgeryError(f"{name}: the text is empty")
@@ -282,6 +299,8 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
     inner = length - len(start) - len(end)
     if inner < 1:
         raise SurgeryError(f"windows of {length} tokens hold special tokens only; raise --seq-len")
+    if sentences:
+        return _sentences(text, tokenizer, count, length, seed)
     if len(text) > FULL_READ * count * inner:
         windows = _passages(text, tokenizer, count, inner, seed)
     else:
@@ -295,6 +314,22 @@ def _cut(text: str, name: str, tokenizer: PreTrainedTokenizerBase, count: int, l
     if not windows:
         raise SurgeryError(f"{name}: no passage of it makes a window of {inner} tokens")
     return torch.tensor([start + window + end for window in windows], dtype=torch.long)
+
+
+def _sentences(text: str, tokenizer: PreTrainedTokenizerBase, count: int, length: int, seed: int) -> Tensor:
+    """`count` sentences (fewer where the text has fewer) spread evenly over the text, padded to `length`: [S, L].
+
+    Headings and other lines that do not end as sentences do are left out; what follows a sentence's L tokens is cut.
+    """
+    if tokenizer.pad_token_id is None:
+        raise SurgeryError("calibration.sentences: the tokenizer has no padding token; leave it out")
+    found = (piece.strip() for piece in SENTENCE_END.split(text))
+    pieces = [piece for piece in found if len(piece) > SHORTEST_SENTENCE and piece[-1] in ".!?\"')"]
+    chosen = [pieces[i] for i in _spread(len(pieces), min(count, len(pieces)), seed)]
+    if not chosen:
+        raise SurgeryError("calibration.sentences: the text has no sentence; leave it out, or give prose")
+    rows = tokenizer(chosen, truncation=True, max_length=length, verbose=False)["input_ids"]
+    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], dtype=torch.long)
 
 
 def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:

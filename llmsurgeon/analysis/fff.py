@@ -45,7 +45,8 @@ class Routing:
 
     router_weight, router_bias: hyperplanes [L - 1, D], [L - 1] of the leaf form, breadth first; None without depth.
     neurons: [L, W] or [K, M]; `shared`: [S].
-    error: mean over unseen tokens of ||FFN's change||^2 / ||stream behind it||^2, output projection refitted.
+    error: mean over unseen tokens of ||FFN's change||^2 / ||stream behind it - its mean||^2, output projection refitted
+        (what all tokens have in common tells nothing).
     least_tokens: calibration tokens of the leaf that has fewest.
     """
 
@@ -63,7 +64,8 @@ class Layer:
     """What a dense FFN did to the calibration tokens.
 
     read [n, D]: its input; active [n, H]: inner activations; branch [n, H]: pre-activations that a node branches on;
-    down [H, D]: its output rows; scale [n]: ||stream behind it||^2; held [n]: tokens that only judge.
+    empty in the leaf form; down [H, D]: its output rows; scale [n]: ||stream behind it - its mean||^2; held [n]: tokens
+    that only judge.
     """
 
     read: Tensor
@@ -97,15 +99,16 @@ def route_ffns(
     sequences = max(2, min(len(tokens), HELD_NUMBERS // width // tokens.shape[1]))
     tokens = tokens[torch.linspace(0, len(tokens) - 1, min(sequences, len(tokens))).long()]
     found: dict[int, tuple[Routing, ...]] = {}
-    with Progress("grow trees", len(runner.layers), "layers") as progress:
+    with Progress("grow trees", len(wanted), "layers") as progress:
 
         def done(layer: int, seen: Layer) -> None:
             found[layer] = _route(layer, seen, wanted[layer], assignment, min_tokens, runner.dtype)
+            progress.advance()
 
-        watch = _Watch(runner, frozenset(wanted), len(tokens), done)
+        nodes = any(spec.form == "node" for shapes in wanted.values() for spec in shapes)
+        watch = _Watch(runner, frozenset(wanted), len(tokens), nodes, done)
         walk(runner, tokens, [Variant()], watch, batch=batch, enter=lambda layer, module: watch.enter(layer, module))
         watch.finish()
-        progress.advance(len(runner.layers))
     return found
 
 
@@ -122,8 +125,8 @@ def check_kernel(runner: LayerRunner) -> None:
 class _Watch:
     """Collects each wanted layer's reads and activations while the walk passes, and hands them on when it leaves."""
 
-    def __init__(self, runner: LayerRunner, wanted: frozenset[int], sequences: int, done: Any) -> None:
-        self.runner, self.wanted, self.sequences, self.done = runner, wanted, sequences, done
+    def __init__(self, runner: LayerRunner, wanted: frozenset[int], sequences: int, nodes: bool, done: Any) -> None:
+        self.runner, self.wanted, self.sequences, self.nodes, self.done = runner, wanted, sequences, nodes, done
         self.layer: int | None = None
         self.hooks: list[Any] = []
         self.module: Any = None
@@ -136,7 +139,7 @@ class _Watch:
         family = self.runner.family
         self.layer, self.module = layer, module
         self.read: list[Tensor] = []
-        self.scale: list[Tensor] = []
+        self.behind: list[Tensor] = []
         self.held: list[Tensor] = []
         self.active: list[Tensor] = []
         self.branch: list[Tensor] = []
@@ -145,13 +148,15 @@ class _Watch:
         bias: Any = getattr(out, "bias", None)
         self.down = (weight if family.transposed else weight.T).detach().float().clone()
         self.bias = torch.zeros(()) if bias is None else bias.detach().float().clone()
+        self.hooks = [out.register_forward_pre_hook(lambda _, inputs: self._keep(self.active, inputs[0]))]
+        if not self.nodes:
+            return
         first = module.get_submodule(family.ffn_module(family.ffn_in[0]))
-        self.hooks = [
-            out.register_forward_pre_hook(lambda _, inputs: self._keep(self.active, inputs[0])),
+        self.hooks.append(
             first.register_forward_hook(
                 lambda _, inputs, output: self._keep(self.branch, output.chunk(family.ffn_stacked, dim=-1)[0])
-            ),
-        ]
+            )
+        )
 
     def _keep(self, where: list[Tensor], tensor: Tensor) -> None:
         where.append(tensor.detach().float().flatten(0, -2).cpu())
@@ -159,22 +164,27 @@ class _Watch:
     def __call__(self, layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
         if layer != self.layer:
             return
-        self._keep(self.read, self.module.ffn_input(mine.ffn_input))
-        behind = mine.ffn_input.float().flatten(0, -2).cpu() + self.active[-1] @ self.down.cpu() + self.bias.cpu()
-        self.scale.append(behind.square().sum(-1))
+        real = self.runner.real(mine.entered)
+        self._keep(self.read, self.module.ffn_input(mine.ffn_input)[real])
+        entered = mine.ffn_input[real].float().cpu()
+        for kept in (self.active, self.branch):
+            if kept:
+                kept[-1] = kept[-1][real.flatten().cpu()]
+        self.behind.append(entered + self.active[-1] @ self.down.cpu() + self.bias.cpu())
         sequences = torch.arange(part.start, part.start + len(mine.entered))
         judges = (sequences % JUDGE == JUDGE - 1) | (self.sequences < JUDGE) & (sequences == self.sequences - 1)
-        self.held.append(judges.repeat_interleave(mine.entered.shape[1]))
+        self.held.append(judges.repeat_interleave(real.sum(1).cpu()))
 
     def finish(self) -> None:
         """The walk has left the layer."""
         for hook in self.hooks:
             hook.remove()
         if self.layer is not None:
-            parts = (torch.cat(kept) for kept in (self.read, self.active, self.branch))
-            read, active, branch = parts
-            seen = Layer(read, active, branch, self.down.cpu(), torch.cat(self.scale), torch.cat(self.held))
-            self.read, self.active, self.branch = [], [], []
+            read, active, behind = (torch.cat(kept) for kept in (self.read, self.active, self.behind))
+            branch = torch.cat(self.branch) if self.branch else torch.empty(0)
+            scale = (behind - behind.mean(0)).square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            seen = Layer(read, active, branch, self.down.cpu(), scale, torch.cat(self.held))
+            self.read, self.active, self.branch, self.behind = [], [], [], []
             self.done(self.layer, seen)
         self.layer, self.hooks = None, []
 
@@ -190,6 +200,7 @@ def _route(
     weight, bias = weight.to(dtype).float(), bias.to(dtype).float()
     found: list[Routing] = []
     refusal = ""
+    sums = leaf_sums(seen.active[~seen.held], leaf_of(seen.read[~seen.held], weight, bias, depth), depth)
     for level in sorted({spec.depth for spec in wanted}):
         shapes = [spec for spec in wanted if spec.depth == level]
         leaf = leaf_of(seen.read, weight, bias, level)
@@ -201,7 +212,7 @@ def _route(
                 f"tokens, {min_tokens} are needed (min_tokens); lower depth or raise calibration.tokens"
             )
             continue
-        found += _route_leaves(seen, leaf, shapes, assignment, weight, bias, int(counts[least]))
+        found += _route_leaves(seen, leaf, sums[level], shapes, assignment, weight, bias, int(counts[least]))
     if not found:
         raise SurgeryError(refusal)
     return tuple(found)
@@ -267,6 +278,7 @@ def leaf_of(read: Tensor, weight: Tensor, bias: Tensor, depth: int) -> Tensor:
 def _route_leaves(
     seen: Layer,
     leaf: Tensor,
+    sums: Sequence[Sums],
     shapes: Sequence[FFFSpec],
     assignment: Assignment,
     weight: Tensor,
@@ -275,13 +287,10 @@ def _route_leaves(
 ) -> list[Routing]:
     """Assign neurons for every shape of one depth, and measure what each costs."""
     depth = shapes[0].depth
-    fit = ~seen.held
-    everyone = covariance(seen.active[fit])
-    importance = torch.stack(
-        [_importance(seen.active[fit & (leaf == k)], seen.down, everyone, assignment) for k in range(2**depth)]
-    )
+    everyone = OTHERS * joined(sums).covariance()
+    importance = torch.stack([_importance(leaf_sums, seen.down, everyone, assignment) for leaf_sums in sums])
     shares = [share_out(importance, spec.shared, spec.leaf_width) for spec in shapes]
-    errors = _leaf_errors(seen, leaf, everyone, shares)
+    errors = _leaf_errors(seen, leaf, sums, everyone, shares)
     # Without decisions there are no hyperplanes.
     planes = weight[: 2**depth - 1] if depth else None, bias[: 2**depth - 1] if depth else None
     return [
@@ -290,17 +299,57 @@ def _route_leaves(
     ]
 
 
-def covariance(active: Tensor) -> Tensor:
-    """Covariance [H, H] of activations [n, H]; the mean is left to the leaf's bias."""
-    centred = active - active.mean(0)
-    return centred.T @ centred / max(len(active), 1)
+@dataclass(frozen=True)
+class Sums:
+    """Of the activations A of a leaf's tokens: their number and sums of magnitudes [H]; with A counted from a `centre`
+    [H] that lies near them, the sums of A [H] and A^T A [H, H]."""
+
+    centre: Tensor
+    count: int
+    size: Tensor
+    first: Tensor
+    second: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean activations [H]."""
+        return self.centre + self.first / max(self.count, 1)
+
+    def covariance(self) -> Tensor:
+        """Covariance [H, H] of the activations; the mean is left to the leaf's bias."""
+        mean = self.first / max(self.count, 1)
+        return self.second / max(self.count, 1) - mean[:, None] * mean
 
 
-def _importance(active: Tensor, down: Tensor, everyone: Tensor, assignment: Assignment) -> Tensor:
+def joined(parts: Sequence[Sums]) -> Sums:
+    """The sums over several leaves."""
+    names = ("count", "size", "first", "second")
+    return Sums(parts[0].centre, *(sum(getattr(part, name) for part in parts) for name in names))
+
+
+def leaf_sums(active: Tensor, leaf: Tensor, depth: int) -> list[list[Sums]]:
+    """The sums of each leaf of each level from 0 to `depth`, from activations [n, H] and leaves [n] at `depth`.
+
+    Tokens are multiplied once: a leaf of a shallower tree is the two below it.
+    """
+    centre = active.mean(0)
+    levels = [[_sums(active[leaf == k], centre) for k in range(2**depth)]]
+    while len(levels[0]) > 1:
+        below = levels[0]
+        levels.insert(0, [joined(below[k : k + 2]) for k in range(0, len(below), 2)])
+    return levels
+
+
+def _sums(active: Tensor, centre: Tensor) -> Sums:
+    centred = active - centre
+    return Sums(centre, len(active), active.abs().sum(0), centred.sum(0), centred.T @ centred)
+
+
+def _importance(leaf: Sums, down: Tensor, everyone: Tensor, assignment: Assignment) -> Tensor:
     """How much a leaf needs each neuron [H]: higher is more. Only the order counts."""
     if assignment == "activation":
-        return (active.abs().mean(0) * down.norm(dim=1)).argsort().argsort().float()
-    return elimination_order(covariance(active) + OTHERS * everyone, down)
+        return (leaf.size * down.norm(dim=1)).argsort().argsort().float()
+    return elimination_order(leaf.covariance() + everyone, down)
 
 
 def elimination_order(gram: Tensor, down: Tensor) -> Tensor:
@@ -345,16 +394,17 @@ def share_out(importance: Tensor, shared: int, leaf_width: int) -> tuple[Tensor,
     return always, own.topk(leaf_width, dim=1).indices.sort(dim=1).values
 
 
-def _leaf_errors(seen: Layer, leaf: Tensor, everyone: Tensor, shares: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+def _leaf_errors(
+    seen: Layer, leaf: Tensor, sums: Sequence[Sums], everyone: Tensor, shares: Sequence[tuple[Tensor, Tensor]]
+) -> list[float]:
     """The error of `Routing` for each (shared, neurons); the shared neurons' rows are taken as free in each leaf,
     which they are not quite."""
     totals = [0.0] * len(shares)
-    for k in range(len(shares[0][1])):
-        mine, judge = (seen.active[(leaf == k) & mask] for mask in (~seen.held, seen.held))
+    for k, mine in enumerate(sums):
+        judge = seen.active[(leaf == k) & seen.held]
         if not len(judge):
             continue
-        mean = mine.mean(0)
-        gram = covariance(mine) + OTHERS * everyone
+        mean, gram = mine.mean, mine.covariance() + everyone
         target, wanted = gram @ seen.down, (judge - mean) @ seen.down
         scale = seen.scale[(leaf == k) & seen.held]
         for place, (shared, neurons) in enumerate(shares):

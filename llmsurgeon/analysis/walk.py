@@ -103,11 +103,19 @@ class LayerRunner:
     Args:
         config: normalised config.json, of a stock or a converted model.
         weights: canonical names -> tensors; a layer's tensors are read when the layer is entered.
+        padding: token that fills sequences up to a common length; None where all are of one length. Its places hold
+            exact zeros in every stream, by which they are known: see `real`.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype, device: str = "cpu"
+        self,
+        config: Mapping[str, Any],
+        weights: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: str = "cpu",
+        padding: int | None = None,
     ) -> None:
+        self.padding = padding
         self.family = family_of(config)
         weights = class_form(weights, self.family)
         self.weights, self.dtype, self.device = weights, dtype, device
@@ -132,22 +140,52 @@ class LayerRunner:
         for buffer_owner in self.base.modules():
             for name, buffer in buffer_owner.named_buffers(recurse=False):
                 setattr(buffer_owner, name, buffer.to(device))
-        self._calls: dict[int, list[_Call]] = {}
+        self._calls: dict[Any, list[_Call]] = {}
         self._length = 0
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [s, T] -> [s, T, D]; also learns how the model calls each layer."""
+        given: dict[str, Any] = {} if self.family.encoder else {"use_cache": False}
+        if self.padding is not None:
+            given["attention_mask"] = (tokens != self.padding).long().to(self.device)
         with torch.no_grad():
-            self.base(input_ids=tokens.to(self.device), **({} if self.family.encoder else {"use_cache": False}))
+            self.base(input_ids=tokens.to(self.device), **given)
         catchers: list[_Catcher] = list(self.catchers)  # type: ignore[arg-type]
         if tokens.shape[1] != self._length:
             self._calls, self._length = {}, tokens.shape[1]
-        self._calls[len(tokens)] = [catcher.call for catcher in catchers]
         hidden = catchers[0].hidden
         assert hidden is not None
         for catcher in catchers:
             catcher.hidden = None
+        if self.padding is not None:
+            hidden = hidden * given["attention_mask"][..., None].to(hidden.dtype)
+        self._calls[self._key(hidden)] = [catcher.call for catcher in catchers]
         return hidden
+
+    def real(self, hidden: Tensor) -> Tensor:
+        """Which places of a stream [s, T, D] hold tokens and no padding, bool [s, T]."""
+        if self.padding is None:
+            return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
+        return hidden.any(-1)
+
+    def _only_real(self, hidden: Tensor, contribution: Tensor | None) -> Tensor | None:
+        """A contribution to `hidden`, or what it becomes, with zeros where there is padding."""
+        if contribution is None or self.padding is None:
+            return contribution
+        return contribution * self.real(hidden)[..., None].to(contribution.dtype)
+
+    def _key(self, hidden: Tensor) -> Any:
+        """What tells the calls of one batch from another's: how many sequences, or which places are padding."""
+        return len(hidden) if self.padding is None else self.real(hidden).cpu().numpy().tobytes()
+
+    def _call(self, index: int, hidden: Tensor) -> _Call:
+        if self.padding is None:
+            return self.call_of(index, len(hidden))
+        key = self._key(hidden)
+        if key not in self._calls:
+            # Any other token will do: how layers are called depends on lengths alone.
+            self.embed(torch.where(self.real(hidden).cpu(), int(self.padding == 0), self.padding))
+        return self._calls[key][index]
 
     def call_of(self, index: int, sequences: int) -> _Call:
         """What layer `index` is called with beside the hidden state of so many sequences, as long as the last ones."""
@@ -182,9 +220,8 @@ class LayerRunner:
         layer = self.layers[index]
         if hasattr(layer, "branches"):
             return None
-        args, kwargs = self.call_of(index, len(hidden))
-        contribution: Tensor | None = layer.attend(hidden, *args, **kwargs)
-        return contribution
+        args, kwargs = self._call(index, hidden)
+        return self._only_real(hidden, layer.attend(hidden, *args, **kwargs))
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor | None:
         """The FFN's contribution at the loaded layer, norm included; None where there is none.
@@ -194,22 +231,21 @@ class LayerRunner:
         layer = self.layers[index]
         if hasattr(layer, "branches"):
             return self.whole(index, hidden) - hidden
-        contribution: Tensor | None = layer.feed_forward(hidden)
-        return contribution
+        return self._only_real(hidden, layer.feed_forward(hidden))
 
     def instead(self, index: int, part: Literal["attention", "ffn"], hidden: Tensor) -> Tensor | None:
         """What the loaded layer would contribute in place of a part that goes: LN(x) - x where the norm stays."""
         if not self.family.post_norm:
             return None
         norm = self.family.attention_norm if part == "attention" else self.family.ffn_norm
-        contribution: Tensor = self.layers[index].get_submodule(norm)(hidden) - hidden
-        return contribution
+        return self._only_real(hidden, self.layers[index].get_submodule(norm)(hidden) - hidden)
 
     def whole(self, index: int, hidden: Tensor) -> Tensor:
         """The loaded layer as the model itself runs it."""
-        args, kwargs = self.call_of(index, len(hidden))
+        args, kwargs = self._call(index, hidden)
         output: Any = self.layers[index](hidden, *args, **kwargs)
-        stream: Tensor = output[0] if self.layers[index].returns_tuple else output
+        stream = self._only_real(hidden, output[0] if self.layers[index].returns_tuple else output)
+        assert stream is not None
         return stream
 
     def states(self, hidden: Tensor) -> Tensor:

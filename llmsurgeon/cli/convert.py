@@ -75,9 +75,9 @@ def run_command(
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe on a checkpoint and write the result as a new one."""
-    loaded = _load(recipe, sets, text, dataset)
+    loaded = load(recipe, sets, text, dataset)
     job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    _go(loaded, Path(recipe).stem, job)
+    go(loaded, Path(recipe).stem, job)
 
 
 def fuse_command(
@@ -108,23 +108,23 @@ def fuse_command(
     Example: llmsurgeon fuse --recipe ultra.yaml -o OUT; llmsurgeon fuse MODEL --drop-count 8 -o OUT.
     """
     if recipe:
-        loaded = _load(recipe, sets, text, dataset)
-        _must_have(loaded, FUSE_OPS, "fuse")
+        loaded = load(recipe, sets, text, dataset)
+        must_have(loaded, FUSE_OPS, "fuse")
     else:
         steps: list[dict[str, Any]] = []
         if drop_attention and drop_count:
             raise SurgeryError("give --drop-attention or --drop-count, not both")
         if drop_attention:
-            steps.append({"op": "prune_attention", "layers": _split(drop_attention)})
+            steps.append({"op": "prune_attention", "layers": split(drop_attention)})
         elif drop_count:
             steps.append({"op": "prune_attention", "count": drop_count})
-        chosen: Any = _split(runs) if runs else "auto"
+        chosen: Any = split(runs) if runs else "auto"
         steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
         if refit:
             steps.append({"op": "refit"})
-        loaded = _built(steps, sets, text, dataset)
+        loaded = built(steps, sets, text, dataset)
     job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    _go(loaded, Path(recipe or "fused").stem, job)
+    go(loaded, Path(recipe or "fused").stem, job)
 
 
 def prune_command(
@@ -151,13 +151,13 @@ def prune_command(
 ) -> None:
     """Remove attentions, FFNs, blocks, key/value heads or FFN channels, by a recipe that prunes or by flags."""
     if recipe:
-        loaded = _load(recipe, sets, text, dataset)
-        _must_have(loaded, PRUNE_OPS, "prune")
+        loaded = load(recipe, sets, text, dataset)
+        must_have(loaded, PRUNE_OPS, "prune")
     else:
         steps: list[dict[str, Any]] = []
         for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
             if layers:
-                steps.append({"op": op, "layers": _split(layers)})
+                steps.append({"op": op, "layers": split(layers)})
         if block_count:
             steps.append({"op": "prune_blocks", "count": block_count})
         if kv_heads:
@@ -170,22 +170,25 @@ def prune_command(
             )
         if refit:
             steps.append({"op": "refit"})
-        loaded = _built(steps, sets, text, dataset)
+        loaded = built(steps, sets, text, dataset)
     job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    _go(loaded, Path(recipe or "pruned").stem, job)
+    go(loaded, Path(recipe or "pruned").stem, job)
 
 
-def _split(text: str) -> list[Any]:
+def split(text: str) -> list[Any]:
+    """A list of layers as it is given on the command line: `4,7-9` as [4, "7-9"]."""
     return [int(part) if part.strip().isdigit() else part.strip() for part in text.split(",")]
 
 
-def _load(recipe: str, sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
-    from llmsurgeon.recipe import load
+def load(recipe: str, sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+    """The recipe of a file or built in, with --set, --text and --dataset applied."""
+    from llmsurgeon import recipe as recipes
 
-    return with_text(load(recipe, sets or ()), text, dataset)
+    return with_text(recipes.load(recipe, sets or ()), text, dataset)
 
 
-def _built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+def built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+    """The recipe that flags stand for, from its steps."""
     import yaml
 
     from llmsurgeon.recipe import loads
@@ -203,7 +206,8 @@ def with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def _must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
+def must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
+    """Raise SurgeryError where no step of the recipe is one of `ops`, which `verb` stands for."""
     if not any(step.op in ops for step in recipe.steps):
         found = ", ".join(step.op for step in recipe.steps)
         raise SurgeryError(
@@ -212,15 +216,17 @@ def _must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
         )
 
 
-def _go(recipe: Recipe, label: str, job: Job) -> None:
+def go(recipe: Recipe, label: str, job: Job) -> None:
+    """Plan or run a recipe as the command line asks and print what came of it; `label` is part of OUT's default."""
     name = job.model or recipe.model
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.run import open_config, plan
+        from llmsurgeon.run import foreseen, open_config, plan
 
-        planned = plan(open_config(name, job.revision), recipe, {})
-        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned)
+        patient = open_config(name, job.revision)
+        planned = plan(patient, recipe, foreseen(patient, recipe))
+        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
     from llmsurgeon.run import Options, run
 
@@ -255,8 +261,8 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def print_plan(planned: Planned) -> None:
-    """The plan as tables."""
+def print_plan(planned: Planned, notes: bool = False) -> None:
+    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
     from rich.console import Console
     from rich.table import Table
 
@@ -285,6 +291,8 @@ def print_plan(planned: Planned) -> None:
             f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
         )
         console.print(f"  {step.op}: {shown}", highlight=False)
+    for note in planned.notes if notes else ():
+        console.print(f"  {note}", highlight=False, markup=False)
     console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
     console.print(planned.written.loads, highlight=False)
     console.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)

@@ -22,11 +22,11 @@ from llmsurgeon.cli.convert import (
     Sets,
     ShardSize,
     Text,
-    _built,
-    _go,
-    _load,
-    _must_have,
-    _split,
+    built,
+    go,
+    load,
+    must_have,
+    split,
 )
 from llmsurgeon.errors import SurgeryError
 
@@ -64,15 +64,15 @@ def fff_command(
     Example: llmsurgeon fff MODEL --keep 0.5 --text prose.txt -o OUT.
     """
     if recipe:
-        loaded = _load(recipe, sets, text, dataset)
-        _must_have(loaded, {"fff"}, "fff")
+        loaded = load(recipe, sets, text, dataset)
+        must_have(loaded, {"fff"}, "fff")
     else:
         if keep is None and depth is None:
             raise SurgeryError("no shape: give --recipe, or --keep, or --depth with --leaf-width (or --form node)")
         given = {"keep": keep, "depth": depth, "leaf_width": leaf_width, "shared": shared, "trees": trees}
         step: dict[str, Any] = {"op": "fff", "form": form, **{k: v for k, v in given.items() if v is not None}}
         if layers:
-            step["layers"] = _split(layers)
-        loaded = _built([step, *([{"op": "refit"}] if refit else [])], sets, text, dataset)
+            step["layers"] = split(layers)
+        loaded = built([step, *([{"op": "refit"}] if refit else [])], sets, text, dataset)
     job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    _go(loaded, Path(recipe or "fff").stem, job)
+    go(loaded, Path(recipe or "fff").stem, job)

@@ -14,7 +14,9 @@ POST_NORM = (
         "its norms follow the residual sums: what leaves a block is normed, and a sum of several such outputs is not",
     ),
 )
-NO_NEXT_TOKEN = (("distill", "it reads in both directions, and distillation goes by the next token"),)
+NO_NEXT_TOKEN = (
+    ("distill", "it reads in both directions, and distillation goes by the next token: heal it with refit"),
+)
 
 DECODER_ONLY = "a causal or cross-attending BERT is no encoder"
 

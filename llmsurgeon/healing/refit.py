@@ -209,12 +209,17 @@ class Refit:
         fitting = int((~held_out).sum())
         edges = [*range(0, fitting, options.batch), *range(fitting, len(tokens), options.batch), len(tokens)]
         self.parts = [(slice(a, b), a >= fitting) for a, b in pairwise(edges)]
+        self.real = torch.ones(tokens.shape, dtype=torch.bool)
         self.fits: list[Fit] = []
+
+    def _tokens(self, part: slice, values: Tensor) -> Tensor:
+        """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""
+        return values.reshape(self.real[part].numel(), -1)[self.real[part].flatten().to(values.device)]
 
     def run(self) -> dict[str, Path]:
         """Fit block after block. Returns name -> safetensors file of every tensor that changed."""
         for part, _ in self.parts:
-            self.parent.embed(self.tokens[part])
+            self.real[part] = self.parent.real(self.parent.embed(self.tokens[part])).cpu()
         self.x = torch.cat([self.student.embed(self.tokens[part]).cpu() for part, _ in self.parts])
         self.p = self.x.clone()
         self.sums = torch.empty_like(self.x) if self.family.post_norm else self.p
@@ -324,7 +329,7 @@ class Refit:
                 self._add_drift(moments, layer.attention_input, part, held, self.x, self.p)
             self._align(index, block, "attention input", moments, self._attention_readers(layer))
         parent_read = self._walk_parent(span)
-        # A tree's decisions move with what it reads: attention is left where it is.
+        # A tree's decisions move with what it reads: attention may only bring that nearer to what the parent read.
         trees = isinstance(block.ffn, FFFSpec)
         joins = self.options.join and is_changed and not self.family.post_norm and not trees
         if isinstance(block.attention, MLGRUSpec) and is_changed:
@@ -334,6 +339,8 @@ class Refit:
         else:
             attended = self._attended(index)
         if trees:
+            if self.options.align and drifted and block.attention is not None:
+                attended = self._refit_attention(index, block, layer, attended, parent_read[-1])
             self._fit_trees(index, block, layer, attended, parent_read[-1], drifted)
             return attended
         if self.options.align and block.ffn is not None and not self.family.experts:
@@ -369,11 +376,10 @@ class Refit:
             self._align(index, block, f"ffn input of layer {block.parents[0]}", moments, readers(module))
         read, missing, judges = [], [], []
         for part, held in self.parts:
-            inputs = layer.ffn_input(stream[part].to(self.student.device)).flatten(0, 1)
-            wanted = (
-                (self.sums if self.family.post_norm else self.p)[part].to(self.student.device).float().flatten(0, 1)
-            )
-            start = attended[part].to(self.student.device).float().flatten(0, 1)
+            inputs = self._tokens(part, layer.ffn_input(stream[part].to(self.student.device)))
+            summed = self.sums if self.family.post_norm else self.p
+            wanted = self._tokens(part, summed[part].to(self.student.device)).float()
+            start = self._tokens(part, attended[part].to(self.student.device)).float()
             read.append(inputs)
             missing.append((wanted - start) / layer.residual_multiplier - module(inputs).float())
             judges.append(torch.full((len(inputs),), held))
@@ -405,6 +411,44 @@ class Refit:
         for (part, _), read in zip(self.parts, states, strict=True):
             stream[part] = (self.x[part].to(device) + outlet.contribution(read.to(device))).cpu()
         return stream
+
+    def _refit_attention(
+        self, index: int, block: BlockSpec, layer: Any, attended: Tensor, parent_attended: Tensor
+    ) -> Tensor:
+        """Move the attention's output projection so that the stream behind it comes nearest to the parent's there.
+
+        Returns the student's stream behind the moved attention, [S, T, D]; the given one where the parent has none to
+        hold against, or where the held-out error does not fall.
+        """
+        if self.student.parallel_residual:
+            return attended
+        outlet = self._outlet(layer, "attention")
+        moments = Moments()
+        for part, held in self.parts:
+            self.student.attend(index, self.x[part].to(self.student.device))
+            missing = (parent_attended[part].float() - attended[part].float()).to(self.student.device)
+            moments.add(self._tokens(part, outlet.features()), self._tokens(part, missing), held)
+        outlet.close()
+
+        def left(reached: Tensor) -> float:
+            judged = torch.cat([torch.arange(part.start, part.stop) for part, held in self.parts if held])
+            return (reached[judged].float() - parent_attended[judged].float()).square().sum().item()
+
+        update, ridge, error = best_update(moments.complete(), self.options.ridges)
+        if update is not None:
+            before = [kept.clone() for kept in outlet.tensors()]
+            outlet.move(update)
+            moved = self._attended(index)
+            # Behind a norm the moments promise what holds for small updates: see what this one does.
+            error = left(moved) / left(attended)
+            if error < 1:
+                attended = moved
+            else:
+                for tensor, kept in zip(outlet.tensors(), before, strict=True):
+                    tensor.copy_(kept)
+                ridge, error = None, 1.0
+        self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
+        return attended
 
     def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> Tensor:
         """Move the attention's output projection towards what the whole span did in the parent.
@@ -439,7 +483,8 @@ class Refit:
                 outputs = [inner[:, r] @ columns[:, r].T * down.factor for r in rows]
             groups = [heads.shape[1], *(output.shape[1] for output in outputs)]
             missing = self.p[part].to(device).float() - attended.float() - ffn.float()
-            moments.add(torch.cat([heads, *outputs], dim=1), missing.flatten(0, 1), held)
+            features = torch.cat([heads, *outputs], dim=1)
+            moments.add(self._tokens(part, features), self._tokens(part, missing), held)
         outlet.close()
         if down:
             down.close()
@@ -475,8 +520,8 @@ class Refit:
         sums = torch.zeros(2, 6, len(gain), dtype=torch.float64)
         for part, held in self.parts:
             self.student.feed_forward(index, attended[part].to(self.student.device))
-            z = F.layer_norm(seen.pop().float(), gain.shape, eps=norm.eps).flatten(0, 1)
-            p = self.p[part].to(z.device).float().flatten(0, 1)
+            z = self._tokens(part, F.layer_norm(seen.pop().float(), gain.shape, eps=norm.eps))
+            p = self._tokens(part, self.p[part].to(z.device).float())
             terms = (torch.ones_like(z), z, z * z, p, z * p, p * p)
             sums[int(held)] += torch.stack([term.sum(0) for term in terms]).double().cpu()
         hook.remove()
@@ -549,7 +594,7 @@ class Refit:
         """What the student reads, against what the parent read, both behind the student's norm."""
         own = norm(mine[part].to(self.student.device)).float()
         wanted = norm(theirs[part].to(self.student.device)).float()
-        moments.add(own.flatten(0, 1), (wanted - own).flatten(0, 1), held)
+        moments.add(self._tokens(part, own), self._tokens(part, wanted - own), held)
 
     def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
         update, ridge, error = best_update(moments.complete(), (self.options.align_ridge,))
@@ -576,7 +621,7 @@ class Refit:
         moments = Moments()
         for part, held in self.parts:
             missing = residual(part)
-            moments.add(outlet.features(), missing, held)
+            moments.add(self._tokens(part, outlet.features()), self._tokens(part, missing), held)
         update, ridge, error = best_update(moments.complete(), self.options.ridges)
         if update is not None:
             before = [kept.clone() for kept in outlet.tensors()]

@@ -11,6 +11,7 @@ Shapes: n tokens, D model width, S shared neurons, L leaves, W neurons a leaf (a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,26 +20,40 @@ from torch import Tensor
 from llmsurgeon.healing.refit import Moments, best_update
 
 
-def leaf_updates(
-    shared: Sequence[Tensor], own: Sequence[Tensor], missing: Sequence[Tensor], ridge: float
-) -> tuple[Tensor, list[Tensor]]:
+@dataclass(frozen=True)
+class LeafSums:
+    """What the fit needs of one leaf's tokens: S^T S, S^T A, A^T A and, with what is missing, S^T M, A^T M."""
+
+    shared: Tensor
+    between: Tensor
+    own: Tensor
+    shared_missing: Tensor
+    own_missing: Tensor
+
+    @classmethod
+    def of(cls, shared: Tensor, own: Tensor, missing: Tensor) -> LeafSums:
+        """From activations of shared neurons [n, S], the leaf's own [n, W], and what is missing [n, D]."""
+        return cls(shared.T @ shared, shared.T @ own, own.T @ own, shared.T @ missing, own.T @ missing)
+
+    def __add__(self, other: LeafSums) -> LeafSums:
+        return LeafSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+def leaf_updates(leaves: Sequence[LeafSums], ridge: float) -> tuple[Tensor, list[Tensor]]:
     """argmin over X [S, D] and each leaf's Y_k [W, D] of sum_k ||shared_k X + own_k Y_k - missing_k||^2 + ridges.
 
     A ridge is a multiple of the mean diagonal of its group's Gram matrix, as in `ridge_solution`.
-
-    Args:
-        shared, own, missing: for each leaf, of its tokens: [n_k, S], [n_k, W], [n_k, D].
     """
-    width = shared[0].shape[1]
-    border = damped(torch.stack([s.T @ s for s in shared]).sum(0), ridge)
-    target = torch.stack([s.T @ m for s, m in zip(shared, missing, strict=True)]).sum(0)
+    border = damped(torch.stack([leaf.shared for leaf in leaves]).sum(0), ridge)
+    target = torch.stack([leaf.shared_missing for leaf in leaves]).sum(0)
+    width = len(border)
     solved = []
-    for s, a, m in zip(shared, own, missing, strict=True):
-        sides = torch.cat([a.T @ s, a.T @ m], dim=1)
-        found = torch.linalg.solve(damped(a.T @ a, ridge), sides)
+    for leaf in leaves:
+        sides = torch.cat([leaf.between.T, leaf.own_missing], dim=1)
+        found = torch.linalg.solve(damped(leaf.own, ridge), sides)
         solved.append(found)
-        border -= sides[:, :width].T @ found[:, :width]
-        target -= sides[:, :width].T @ found[:, width:]
+        border -= leaf.between @ found[:, :width]
+        target -= leaf.between @ found[:, width:]
     common = torch.linalg.solve(border, target) if width else target
     return common, [found[:, width:] - found[:, :width] @ common for found in solved]
 
@@ -62,39 +77,31 @@ def fit_leaves(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges:
         read: what the module reads, [n, D]; `held` [n] marks the tokens that only judge.
     """
     leaf = module.route(read)
-    groups: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}
-    for judge in (False, True):
-        for k in range(module.leaves):
-            rows = torch.nonzero((leaf == k) & (held == judge)).flatten()
-            groups[judge].append(_features(module, read[rows], missing[rows], k))
-    before = sum(float(m.square().sum()) for _, _, m in groups[True])
+    sums: list[LeafSums] = []
+    judging: list[tuple[Tensor, Tensor, Tensor]] = []
+    for k in range(module.leaves):
+        fits, judges = (torch.nonzero((leaf == k) & (held == judge)).flatten() for judge in (False, True))
+        sums.append(LeafSums.of(*_features(module, read[fits], missing[fits], k)))
+        judging.append(_features(module, read[judges], missing[judges], k))
+    before = sum(float(m.square().sum()) for _, _, m in judging)
     errors = {}
     for ridge in ridges:
-        common, updates = _updates(groups[False], ridge)
+        common, updates = leaf_updates(sums, ridge)
         after = sum(
-            float((m - s @ common - a @ y).square().sum()) for (s, a, m), y in zip(groups[True], updates, strict=True)
+            float((m - s @ common - a @ y).square().sum()) for (s, a, m), y in zip(judging, updates, strict=True)
         )
         errors[ridge] = after / before if before > 0 else 1.0
     ridge = min(errors, key=lambda r: errors[r])
     if not errors[ridge] < 1:
         return None, 1.0
-    everyone = [
-        (torch.cat([fs, js]), torch.cat([fa, ja]), torch.cat([fm, jm]))
-        for (fs, fa, fm), (js, ja, jm) in zip(groups[False], groups[True], strict=True)
-    ]
-    common, updates = _updates(everyone, ridge)
+    everyone = [mine + LeafSums.of(*features) for mine, features in zip(sums, judging, strict=True)]
+    common, updates = leaf_updates(everyone, ridge)
     if module.shared_width:
         _add(module.shared_down.data, common)
     for k, update in enumerate(updates):
         _add(module.leaf_down.data[k], update[:-1])
         _add(module.leaf_out_bias.data[k], update[-1])
     return ridge, errors[ridge]
-
-
-def _updates(leaves: Sequence[tuple[Tensor, Tensor, Tensor]], ridge: float) -> tuple[Tensor, list[Tensor]]:
-    """`leaf_updates` of (shared, own, missing) for each leaf."""
-    shared, own, missing = zip(*leaves, strict=True)
-    return leaf_updates(shared, own, missing, ridge)
 
 
 def _features(module: Any, read: Tensor, missing: Tensor, leaf: int) -> tuple[Tensor, Tensor, Tensor]:

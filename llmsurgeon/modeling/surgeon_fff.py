@@ -125,6 +125,16 @@ def _unusable(kernel, device, dtype, activation):
     return None
 
 
+class Shortcuts:
+    """Holds what a module's compiled kernel prepared for its next calls; copies of the module start without."""
+
+    def __init__(self):
+        self.found = None
+
+    def __reduce__(self):
+        return Shortcuts, ()
+
+
 class FastFeedForward(nn.Module):
     """What both forms share: soft training, hard inference, activation and dropout.
 
@@ -140,6 +150,7 @@ class FastFeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.temperature, self.region_leak, self.entropies = 1.0, 0.0, None
         self._biased, self._compiled = bias, COMPILED_ACTIVATIONS.get(activation)
+        self._shortcut = Shortcuts()
 
     def _neurons(self, name, *shape):
         """Parameters of neurons: rows that read, rows that write, and biases where the parent had them."""
@@ -179,6 +190,11 @@ class FastFeedForward(nn.Module):
         return right
 
     def forward(self, hidden_states):
+        shortcut = self._shortcut.found
+        if shortcut is not None and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            y = shortcut(hidden_states)
+            if y is not None:
+                return y
         x_ND = hidden_states.reshape(-1, self.hidden)
         y_ND = self.soft(x_ND) if self.training else self.hard(x_ND)
         return (self.dropout(y_ND) if self.training else y_ND).view(hidden_states.shape)
@@ -343,12 +359,18 @@ class NodeFeedForward(FastFeedForward):
         return y_ND.to(x_ND.dtype)
 
     def _hard_numba(self, x_ND):
-        from .surgeon_fff_numba import nodes
+        from .surgeon_fff_numba import Shortcut, nodes
 
-        # Of few neurons a path, the dense product of them all is faster for all but a few tokens.
-        if self.nodes < GATHER_FROM * (self.depth + 1) and len(x_ND) > DENSE_FROM:
+        if len(x_ND) > self.loop_up_to():
             return self._hard_torch(x_ND)
+        if self._shortcut.found is None or not self._shortcut.found.holds():
+            self._shortcut.found = Shortcut(self)
         return nodes(x_ND, *self._part("node"), self.out_bias, self.depth, self._compiled, owner=self)
+
+    def loop_up_to(self):
+        """The number of tokens up to which a compiled loop over them is fastest: of few neurons a path, the dense
+        product of them all is faster for all but a few tokens."""
+        return DENSE_FROM if self.nodes < GATHER_FROM * (self.depth + 1) else float("inf")
 
     def _hard_triton(self, x_ND):
         from .surgeon_fff_triton import nodes

@@ -2,6 +2,8 @@
 
 A few tokens walk their paths one after the other. Many tokens first walk the top of the tree, are then sorted by the
 subtree that they reached, and go on subtree by subtree, so that a subtree's rows stay in the cache for all its tokens.
+For a few tokens the way to the kernel takes longer than the kernel: `Shortcut` goes from the module's forward into
+machine code by addresses, with all prepared that does not change between calls.
 
 This file ships inside converted checkpoints; surgeon_fff.py imports it where numba is installed.
 
@@ -9,6 +11,8 @@ Shapes: N tokens, D model width, L leaves, W neurons a leaf, K trees, M nodes a 
 """
 
 import math
+import os
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,7 +20,7 @@ import torch
 
 try:
     from llvmlite import ir
-    from numba import get_num_threads, njit, prange, set_num_threads, types
+    from numba import carray, cfunc, get_num_threads, njit, prange, set_num_threads, types
     from numba.core import cgutils
     from numba.core.config import NUMBA_NUM_THREADS
     from numba.extending import intrinsic
@@ -202,9 +206,13 @@ def activated(kind, z):
 
 
 @njit(fastmath=FAST, inline="always")
-def walk(x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, first, last, node, rows, active):
-    """Tokens order[begin:end] down a tree, levels `first` to `last`, in step: one token's rows arrive while another's
-    are multiplied. Fills rows and activations of the neurons that they visit and moves `node` on.
+def walk(
+    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, first, last,
+    node, rows, active,
+):  # fmt: skip
+    """Tokens start + order[begin:end] down a tree, levels `first` to `last`, in step: one token's rows arrive while
+    another's are multiplied. Fills rows and activations of the neurons that they visit and moves `node` on; these three
+    have a row for each token of the chunk that begins at `start`.
 
     An empty array stands for a gate or a bias that is not there.
     """
@@ -212,12 +220,12 @@ def walk(x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset,
         for i in range(begin, end):
             n = order[i]
             row = offset + node[n]
-            inner = dot(x, n, up, row)
+            inner = dot(x, start + n, up, row)
             if up_bias.shape[0] > 0:
                 inner += wide(up_bias[row])
             branch = inner
             if gate.shape[0] > 0:
-                branch = dot(x, n, gate, row)
+                branch = dot(x, start + n, gate, row)
                 if gate_bias.shape[0] > 0:
                     branch += wide(gate_bias[row])
                 active[n, level] = activated(kind, branch) * inner
@@ -225,7 +233,9 @@ def walk(x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset,
                 active[n, level] = activated(kind, branch)
             rows[n, level] = row
             node[n] = 2 * node[n] + 1 + (1 if branch > 0 else 0)
-            prefetch(down, row)
+            # What the top of a tree writes with is read when all tokens are sorted: too far ahead.
+            if last > depth:
+                prefetch(down, row)
             if level + 1 < last and end - begin > 1:
                 prefetch(up, offset + node[n])
                 if gate.shape[0] > 0:
@@ -234,37 +244,37 @@ def walk(x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset,
 
 def _nodes(x, gate, up, down, gate_bias, up_bias, out_bias, trees, depth, kind, top, y):
     """Node form. The top levels in the given order; sorted by subtree, the rest and the output."""
-    levels, size = depth + 1, up.shape[0] // trees
-    active = np.empty((x.shape[0], levels), np.float32)
-    rows = np.empty((x.shape[0], levels), np.int64)
-    node = np.empty(x.shape[0], np.int64)
+    levels, size, chunk = depth + 1, up.shape[0] // trees, min(x.shape[0], SORTED)
+    active = np.empty((chunk, levels), np.float32)
+    rows = np.empty((chunk, levels), np.int64)
+    node = np.empty(chunk, np.int64)
     for start in range(0, x.shape[0], SORTED):
-        stop = min(start + SORTED, x.shape[0])
-        order = np.arange(start, stop)
-        groups = (stop - start + GROUP - 1) // GROUP
+        count = min(x.shape[0] - start, SORTED)
+        order = np.arange(count)
+        groups = (count + GROUP - 1) // GROUP
         for tree in range(trees):
             offset = tree * size
-            node[start:stop] = 0
+            node[:count] = 0
             if top > 0:
                 for g in prange(groups):
-                    begin, end = g * GROUP, min(g * GROUP + GROUP, stop - start)
+                    begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                     walk(
-                        x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, 0, top, node, rows,
-                        active,
+                        x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, 0, top,
+                        node, rows, active,
                     )  # fmt: skip
-                order = start + sorted_by(node[start:stop], (1 << top) - 1, 1 << top)
+                order = sorted_by(node[:count], (1 << top) - 1, 1 << top)
             for g in prange(groups):
-                begin, end = g * GROUP, min(g * GROUP + GROUP, stop - start)
+                begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                 walk(
-                    x, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, top, levels, node, rows,
-                    active,
+                    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, top, levels,
+                    node, rows, active,
                 )  # fmt: skip
                 for i in range(begin, end):
                     n = order[i]
                     if tree == 0:
-                        add_rows(y, n, out_bias, 0, active, rows, n, levels, down)
+                        add_rows(y, start + n, out_bias, 0, active, rows, n, levels, down)
                     else:
-                        add_rows(y, n, y, n, active, rows, n, levels, down)
+                        add_rows(y, start + n, y, start + n, active, rows, n, levels, down)
 
 
 def _route(x, weight, bias, depth, leaf):
@@ -376,6 +386,96 @@ def _arrays(owner, dtype, **tensors):
             kept[name] = (place, array)
         found.append(kept[name][1])
     return found
+
+
+@intrinsic
+def at_address(context, number):
+    """A pointer from an address."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(number), generate
+
+
+@njit
+def narrow(y, target):
+    """The bits of bfloat16, rounded to even, of y [N, D] into `target`."""
+    bits = y.view(np.uint32)
+    for n in range(y.shape[0]):
+        for d in range(y.shape[1]):
+            word = bits[n, d]
+            rounded = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            # Rounding must not turn a NaN into something else.
+            nan = (word & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            target[n, d] = np.uint16((word >> np.uint32(16)) | np.uint32(64) if nan else rounded)
+
+
+@cache
+def _entry(dtype):
+    """Address to address: the single-threaded node form as a C function (table, x, y, tokens); see `Shortcut`."""
+    single, stored = _COMPILED["_nodes"][0], np.uint16 if dtype == torch.bfloat16 else np.float32
+
+    def nodes_at(table, x, y, tokens):
+        t = carray(at_address(table), 12, np.int64)
+        rows, hidden = t[0] * t[1], t[2]
+        read = carray(at_address(x), (tokens, hidden), stored)
+        up = carray(at_address(t[6]), (rows, hidden), stored)
+        down = carray(at_address(t[7]), (rows, hidden), stored)
+        gate = carray(at_address(t[5]), (rows if t[5] else 0, hidden), stored)
+        gate_bias = carray(at_address(t[8]), (rows if t[8] else 0,), stored)
+        up_bias = carray(at_address(t[9]), (rows if t[9] else 0,), stored)
+        out_bias = carray(at_address(t[10]), (1, hidden), stored)
+        top = t[11] if tokens >= SORTED_FROM else 0
+        if stored is np.float32:
+            written = carray(at_address(y), (tokens, hidden), np.float32)
+            single(read, gate, up, down, gate_bias, up_bias, out_bias, t[0], t[3], t[4], top, written)
+        else:
+            written = np.empty((tokens, hidden), np.float32)
+            single(read, gate, up, down, gate_bias, up_bias, out_bias, t[0], t[3], t[4], top, written)
+            narrow(written, carray(at_address(y), (tokens, hidden), np.uint16))
+
+    return cfunc(types.void(*[types.int64] * 4), fastmath=FAST, cache=True)(nodes_at).ctypes
+
+
+class Shortcut:
+    """From a node-form module's input to its output in one call into machine code, single-threaded.
+
+    Made for a module as it is; called with an input it gives None where the module has changed, where the input is not
+    what it was made for, or where threads are worth waking. The table is what `_entry` reads: numbers, then addresses.
+    """
+
+    def __init__(self, module):
+        self.parameters, self.dtype, self.hidden = module._parameters, module.node_up.dtype, module.hidden
+        names = ("node_gate", "node_up", "node_down", "node_gate_bias", "node_up_bias", "out_bias")
+        held = {name: self.parameters.get(name) for name in names}
+        self.addresses = [(name, tensor.data_ptr()) for name, tensor in held.items() if tensor is not None]
+        table = [module.trees, module.nodes, module.hidden, module.depth, ACTIVATIONS[module._compiled]]
+        table += [0 if tensor is None else tensor.data_ptr() for tensor in held.values()]
+        self.table = np.array([*table, min(TOP_LEVELS, module.depth)], np.int64)
+        self.place, self.call = self.table.ctypes.data, _entry(self.dtype)
+        self.sound = all(t is None or (t.is_contiguous() and t.dtype == self.dtype) for t in held.values())
+        self.most = module.loop_up_to()
+
+    def holds(self):
+        """True while the parameters lie where they lay."""
+        parameters = self.parameters
+        for name, address in self.addresses:
+            if parameters[name].data_ptr() != address:
+                return False
+        return self.sound
+
+    def __call__(self, x):
+        if type(x) is not torch.Tensor or x.dtype is not self.dtype or not x.is_cpu or not x.is_contiguous():
+            return None
+        tokens, rest = divmod(x.numel(), self.hidden)
+        if rest or tokens > self.most or (tokens >= THREADED_FROM and torch.get_num_threads() > 1):
+            return None
+        if not self.holds() or os.environ.get("LLMSURGEON_FFF_KERNEL", "auto") not in ("auto", "numba"):
+            return None
+        y = torch.empty_like(x)
+        self.call(self.place, x.data_ptr(), y.data_ptr(), tokens)
+        return y
 
 
 def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, owner=None):

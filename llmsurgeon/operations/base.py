@@ -128,6 +128,10 @@ class Step(BaseModel):
         """The same step with every `auto` and `count` replaced by layers."""
         return self
 
+    def foresee(self, subject: Subject) -> Mapping[str, Any]:
+        """Stand-ins for scores that are not computed in a dry run, as far as shapes alone decide the plan."""
+        return {}
+
     def job(self) -> Step:
         """The step without what a run that goes on from a kill may change, such as how long it lasts."""
         return self

@@ -9,7 +9,7 @@ Sources: arXiv 2308.14711 and 2311.10770, where such layers are trained from scr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -23,9 +23,41 @@ from llmsurgeon.spec import FFFSpec, FFNSpec
 
 SCORE = "fff"
 # What the budget form chooses from: shares of the neurons, and depths as shares of the deepest.
-KEPT = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+KEPT = tuple(k / 16 for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14))
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """A routing of which only the shape is known: its tensors hold nothing and can only make more such tensors."""
+
+    spec: FFFSpec
+    hidden: int
+    error: None = None
+
+    @property
+    def neurons(self) -> Tensor:
+        """As in the analysis' routing."""
+        width = self.spec.leaf_width if self.spec.form == "leaf" else 2 ** (self.spec.depth + 1) - 1
+        rows = 2**self.spec.depth if self.spec.form == "leaf" else self.spec.trees
+        return torch.empty(rows, width, dtype=torch.long, device="meta")
+
+    @property
+    def shared(self) -> Tensor:
+        """As in the analysis' routing."""
+        return torch.empty(self.spec.shared, dtype=torch.long, device="meta")
+
+    @property
+    def router_weight(self) -> Tensor | None:
+        """As in the analysis' routing."""
+        nodes = 2**self.spec.depth - 1 if self.spec.form == "leaf" else 0
+        return torch.empty(nodes, self.hidden, device="meta") if nodes else None
+
+    @property
+    def router_bias(self) -> Tensor | None:
+        """As in the analysis' routing."""
+        return None if self.router_weight is None else self.router_weight[:, 0]
 
 
 class Shape(BaseModel):
@@ -160,10 +192,23 @@ class FFF(Step):
             )
         return block.ffn.width
 
+    def foresee(self, subject: Subject) -> Mapping[str, Any]:
+        """Of one shape, that shape; of a budget, the widest shape within its share, the same for every layer."""
+        found = {}
+        for layer, specs in self.wanted(subject).items():
+            spec = specs[0]
+            if self.keep is not None:
+                allowed = self.keep * self._dense(subject, layer) * (3 if spec.gated else 2)
+                spec = max(specs, key=lambda s: (s.rows if s.rows <= allowed else -s.rows, s.depth))
+            found[layer] = (Foreseen(spec, subject.spec.hidden),)
+        return {SCORE: found}
+
     def resolve(self, subject: Subject) -> Step:
         if self.keep is None:
             return self
         routings = subject.score(SCORE, "fff")
+        if _foreseen(routings):
+            return self
         wanted = self.wanted(subject)
         rows = 3 if _neurons(subject, min(wanted))["gated"] else 2
         dense = {layer: rows * self._dense(subject, layer) for layer in wanted}
@@ -195,9 +240,11 @@ class FFF(Step):
         blocks = all_kept(subject)
         notes = []
         before = after = 0
-        for layer, (spec,) in self.wanted(subject).items():
+        for layer, specs in self.wanted(subject).items():
             index = subject.position(layer)
-            routing = next(r for r in routings[layer] if r.spec == spec)
+            # Resolved, a step wants one shape; foreseen, one stands for those to choose from.
+            routing = next(r for r in routings[layer] if r.spec in specs)
+            spec = routing.spec
             dense = blocks[index].spec.ffn
             assert dense
             before += dense.width * (3 if spec.gated else 2)
@@ -205,10 +252,12 @@ class FFF(Step):
             blocks[index] = _converted(subject, blocks[index], routing)
             notes.append(
                 f"layer {layer}: {_words(spec)}, {100 * spec.rows / (dense.width * (3 if spec.gated else 2)):.1f} % of "
-                f"the FFN's multiplications, error {routing.error:.4f} of the stream behind it after a refit"
-                + (f", at least {routing.least_tokens} calibration tokens a leaf" if spec.form == "leaf" else "")
+                "the FFN's multiplications" + _measured(routing)
             )
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
+        if self.keep is not None:
+            total += f" Shapes within the share of {self.keep} are chosen by measured error in the run itself; counted "
+            total += "here are the same ones for every layer."
         return assemble(subject, blocks, [total, *notes])
 
 
@@ -273,6 +322,19 @@ def _neurons(subject: Subject, layer: int) -> dict[str, bool]:
         "gated": len(family.ffn_in) * family.ffn_stacked == 2,
         "in_bias": family.ffn_tensor(family.ffn_in[0], "bias") in names,
     }
+
+
+def _foreseen(routings: Mapping[int, Any]) -> bool:
+    return any(isinstance(routing, Foreseen) for given in routings.values() for routing in given)
+
+
+def _measured(routing: Any) -> str:
+    """What the analysis measured of a routing, in words; nothing in a dry run."""
+    if routing.error is None:
+        return ""
+    words = f", error {routing.error:.4f} of the stream behind it after a refit"
+    leaf = routing.spec.form == "leaf"
+    return words + (f", at least {routing.least_tokens} calibration tokens a leaf" if leaf else "")
 
 
 def _words(spec: FFFSpec) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, encoder_tokenizer, tiny_model
 
 from llmsurgeon.analysis import self_text
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, split
@@ -278,3 +279,29 @@ def test_sampling_errors(tokenizer):
         model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(SurgeryError, match="logits hold NaN"):
         sample_self_text(model, tokenizer, SelfText(16, 8))
+
+
+def test_sentences_are_padded_and_headings_are_left_out(tmp_path):
+    tokenizer = encoder_tokenizer()
+    tokenizer.pad_token = "\n"
+    text = " = A heading that is not a sentence but as long as one = \n" + " ".join(
+        f"Sentence {LETTERS[i]} has some more words in it, enough of them{' and more' * (i % 3)}." for i in range(26)
+    )
+    windows = tokens_of(write(tmp_path, text), tokenizer, tokens=800, sequence_length=80, sentences=True)
+    assert windows.shape == (10, 80)
+    starts, found = set(), [row[row != tokenizer.pad_token_id].tolist() for row in windows]
+    for row, ids in zip(windows.tolist(), found, strict=True):
+        assert row == ids + [tokenizer.pad_token_id] * (80 - len(ids))
+        said = next(s for s in re.split(r"(?<=[.])\s", text.split("\n")[1]) if tokenizer(s)["input_ids"][:80] == ids)
+        starts.add(said)
+    assert len(starts) == 10
+
+
+def test_text_without_sentences_and_tokenizers_without_padding_are_refused(tmp_path):
+    words = write(tmp_path, "words without an end " * 20)
+    encoders = encoder_tokenizer()
+    with pytest.raises(SurgeryError, match="no padding token"):
+        tokens_of(words, encoders, sentences=True)
+    encoders.pad_token = "\n"
+    with pytest.raises(SurgeryError, match="the text has no sentence"):
+        tokens_of(words, encoders, sentences=True)

@@ -12,6 +12,7 @@ from llmsurgeon.analysis.fff import (
     elimination_order,
     grow_tree,
     leaf_of,
+    leaf_sums,
     plant,
     reach_nodes,
     share_out,
@@ -147,3 +148,22 @@ def test_greedy_planting_captures_most_of_the_best():
         for c, d in ((c, d), (d, c))
     )
     assert captured(nodes) >= 0.97 * best
+
+
+def test_the_sums_of_leaves_are_those_of_their_tokens_on_every_level():
+    active, read = tokens(200, 6), tokens(200, seed=1)
+    weight, bias = grow_tree(read, 2)
+    levels = leaf_sums(active, leaf_of(read, weight, bias, 2), 2)
+    assert [len(level) for level in levels] == [1, 2, 4]
+    for depth, level in enumerate(levels):
+        for k, found in enumerate(level):
+            mine = active[leaf_of(read, weight, bias, depth) == k]
+            assert found.count == len(mine)
+            torch.testing.assert_close(found.mean, mine.mean(0))
+            torch.testing.assert_close(found.size, mine.abs().sum(0))
+            torch.testing.assert_close(found.covariance(), torch.cov(mine.T, correction=0), atol=1e-6, rtol=1e-5)
+
+
+def test_a_leaf_without_tokens_has_sums_of_nothing():
+    empty = leaf_sums(tokens(10, 3), torch.zeros(10, dtype=torch.long), 1)[1][1]
+    assert empty.count == 0 and not empty.covariance().any()

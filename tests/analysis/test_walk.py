@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from conftest import LAYERS, tiny_model
+from conftest import ENCODER_NAMES, LAYERS, tiny_encoder, tiny_model
 from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of, taken
 
 from llmsurgeon.analysis import walk as walk_module
@@ -212,3 +212,21 @@ def test_first_difference():
     assert Variant(no_attention=frozenset({3})).first_difference(base, 6) == 3
     assert Variant(no_ffn=frozenset({5, 2})).first_difference(base, 6) == 2
     assert Variant(no_attention=frozenset({3}), runs=((2, 3),)).first_difference(base, 6) == 3
+
+
+@pytest.mark.parametrize("family_name", ENCODER_NAMES)
+def test_padded_sequences_are_those_without_padding(family_name):
+    model = tiny_encoder(family_name)
+    padding, lengths = 3, (9, 16, 12, 5, 16)
+    tokens = some_tokens(5, 16)
+    tokens[tokens == padding] = 7
+    for row, length in zip(tokens, lengths, strict=True):
+        row[length:] = padding
+    _, weights, config = subject_of(model)
+    runner = LayerRunner(config, weights, torch.float32, padding=padding)
+    found = walk(runner, tokens, [Variant()], batch=2)[0]
+    alone = LayerRunner(config, weights, torch.float32)
+    for row, sequence, length in zip(found, tokens, lengths, strict=True):
+        assert not row[length:].any() and runner.real(row).sum() == length
+        expected = walk(alone, sequence[None, :length], [Variant()])[0, 0]
+        torch.testing.assert_close(row[:length], expected, atol=1e-5, rtol=1e-4)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import save_encoder, save_tiny
+from conftest import encoder_tokenizer, save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 from safetensors import safe_open
 
@@ -19,9 +19,14 @@ from llmsurgeon.recipe import builtin_recipes, load
 
 def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder):  # noqa: F811
     flags = ("--depth", 2, "--leaf-width", 24, "--shared", 16, "--layers", "1,3-4", "--set", "fff.min_tokens=8")
+    code, out, err = run("fff", "parent", "-o", "out", *flags, "--dry-run", "--json")
+    assert code == 0, err
+    foreseen = json.loads(out)
+    assert not (folder / "out").exists()
     code, out, err = run("fff", "parent", "-o", "out", *flags, "--text", "text.txt", *SMALL, "--json")
     assert code == 0, err
     report = json.loads(out)
+    assert {k: foreseen[k] for k in foreseen if k != "model"} == {k: report[k] for k in foreseen if k != "model"}
     assert report["format"] == "surgeon" and [s["op"] for s in report["steps"]] == ["fff", "refit"]
     assert report["after"]["flops_per_token"] < report["before"]["flops_per_token"]
     assert verify_files(folder / "out") == []
@@ -48,6 +53,27 @@ def test_a_budget_and_its_resolved_recipe_repeats_it(run, folder):  # noqa: F811
     assert a.read_bytes() == b.read_bytes()
 
 
+@pytest.mark.parametrize("form", ["leaf", "node"])
+def test_a_dry_run_of_a_budget_counts_the_share_and_says_that_shapes_come_later(run, folder, form):  # noqa: F811
+    flags = ("--form", form, "--keep", 0.7, "--dry-run")
+    code, out, err = run("fff", "parent", "-o", "out", *flags)
+    assert code == 0, err
+    said = " ".join(out.split())
+    assert "Shapes within the share of 0.7 are chosen by measured error in the run itself" in said
+    code, out, _ = run("fff", "parent", "-o", "out", *flags, "--json")
+    plan = json.loads(out)
+    assert plan["steps"][0]["keep"] == 0.7 and plan["steps"][0]["shapes"] is None
+    assert 0.4 < plan["after"]["flops_per_token"] / plan["before"]["flops_per_token"] < 1
+    assert not list(folder.glob("out*"))
+
+
+def test_a_dry_run_of_one_shape_names_it(run, folder):  # noqa: F811
+    code, out, err = run("fff", "parent", "--depth", 2, "--leaf-width", 24, "--layers", "1", "--dry-run")
+    assert code == 0, err
+    said = " ".join(out.split())
+    assert "layer 1: depth 2, 4 leaves of 24 neurons, 0 shared, 25.7 % of the FFN's multiplications" in said
+
+
 def test_an_encoder(run, folder):  # noqa: F811
     save_encoder(folder / "encoder", "bert")
     code, out, err = run(
@@ -55,6 +81,21 @@ def test_an_encoder(run, folder):  # noqa: F811
     )
     assert code == 0, err
     assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
+
+
+def test_an_encoder_on_sentences(run, folder):  # noqa: F811
+    save_encoder(folder / "encoder", "bert")
+    tokenizer = encoder_tokenizer()
+    tokenizer.pad_token = "\n"
+    tokenizer.save_pretrained(folder / "encoder")
+    prose = (f"This is sentence number {i} of a text about nothing at all{', really' * (i % 5)}." for i in range(200))
+    (folder / "prose.txt").write_text(" ".join(prose))
+    flags = ("--depth", 1, "--leaf-width", 48, "--text", "prose.txt", "--set", "calibration.sentences=true")
+    code, out, err = run("fff", "encoder", "-o", "out", *flags, *SMALL, "--json")
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
+    code, _, err = run("fff", "parent", "-o", "no", *flags)
+    assert code == 2 and "calibration.sentences is for encoders" in err and not (folder / "no").exists()
 
 
 @pytest.mark.parametrize(
@@ -69,6 +110,9 @@ def test_an_encoder(run, folder):  # noqa: F811
     ],
 )
 def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):  # noqa: F811
+    if "min_tokens" not in message:
+        code, _, err = run("fff", "parent", "-o", "out", *flags, "--dry-run")
+        assert code == 2 and message in err
     code, _, err = run("fff", "parent", "-o", "out", *flags, "--text", "text.txt")
     assert code == 2 and message in err
     assert not (folder / "out").exists() and not list(folder.glob("out*"))

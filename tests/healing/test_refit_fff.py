@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_encoder, tiny_model
 from healing.test_refit import kl_to
 from operations.helpers import some_tokens, subject_of
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
-from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
-from llmsurgeon.healing.refit_fff import fit_leaves, fit_nodes, leaf_updates
+from llmsurgeon.healing.refit_fff import LeafSums, fit_leaves, fit_nodes, leaf_updates
 from llmsurgeon.modeling.surgeon_fff import LeafFeedForward, NodeFeedForward
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.scores import compute_scores
@@ -32,7 +32,7 @@ def test_updates_are_those_of_one_least_squares_problem():
     penalties += [(a.T @ a).diagonal().mean() for a in own for _ in range(4)]
     augmented = torch.cat([rows, (ridge * torch.stack(penalties)).sqrt().diag()])
     expected = torch.linalg.lstsq(augmented, torch.cat([*missing, torch.zeros(11, 5).double()])).solution
-    common, updates = leaf_updates(shared, own, missing, ridge)
+    common, updates = leaf_updates([LeafSums.of(*of) for of in zip(shared, own, missing, strict=True)], ridge)
     torch.testing.assert_close(torch.cat([common, *updates]), expected)
 
 
@@ -41,10 +41,10 @@ def test_without_shared_neurons_each_leaf_is_on_its_own():
     own = [torch.randn(n, 4, generator=generator) for n in (30, 20)]
     missing = [torch.randn(n, 5, generator=generator) for n in (30, 20)]
     empty = [a.new_zeros(len(a), 0) for a in own]
-    _, updates = leaf_updates(empty, own, missing, 0.1)
-    for a, m, update in zip(own, missing, updates, strict=True):
-        alone = leaf_updates([a.new_zeros(len(a), 0)], [a], [m], 0.1)[1][0]
-        torch.testing.assert_close(update, alone)
+    leaves = [LeafSums.of(*of) for of in zip(empty, own, missing, strict=True)]
+    _, updates = leaf_updates(leaves, 0.1)
+    for leaf, update in zip(leaves, updates, strict=True):
+        torch.testing.assert_close(update, leaf_updates([leaf], 0.1)[1][0])
 
 
 @pytest.mark.parametrize("form", ["leaf", "node"])
@@ -87,14 +87,14 @@ def test_an_update_that_does_not_help_unseen_tokens_is_not_made():
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-def refitted(model, step, tokens, store, refit=True):
-    """(config, weights) of the converted model, refitted or not."""
+def refitted(model, step, tokens, store, refit=True, damage=()):
+    """(config, weights) of the converted model, refitted or not; `damage` are edits of the student."""
     subject, base, config = subject_of(model)
     runner = LayerRunner(config, base, model.dtype)
     scores = compute_scores(step.needs(), runner, tokens, [step], lambda s: subject_of(model, s)[0])
     subject = subject_of(model, scores)[0]
     plan = step.resolve(subject).plan(subject)
-    weights = TransformedWeights(base, plan.transforms)
+    weights = TransformedWeights(TransformedWeights(base, plan.transforms), damage)
     after = subject.after(plan)
     written = normalised(write_config(after.spec, after.family, config).config)
     if refit:
@@ -122,9 +122,20 @@ def test_a_refit_brings_the_model_nearer_on_unseen_tokens(tmp_path, family, step
     assert healed < 0.9 * raw
 
 
-def test_encoders_are_fitted_before_their_norm(tmp_path):
-    from conftest import tiny_encoder
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.self_attn.o_proj.weight", "encoder.layer.1.attention.output.dense.weight"]
+)
+def test_attention_behind_the_first_tree_is_brought_back_to_what_the_parent_read(tmp_path, name):
+    """Of a pre-norm and a post-norm model: half an output projection grows, as far as tokens tell where to."""
+    model = tiny_model("llama") if "o_proj" in name else tiny_encoder("bert")
+    step = FFF(depth=0, leaf_width=96, layers=(0, 1))
+    half = [WeightTransform((name,), (name,), lambda weight: weight / 2)]
+    _, weights = refitted(model, step, some_tokens(64, 24), tmp_path / "store", damage=half)
+    base = subject_of(model)[1]
+    assert (weights[name] - base[name]).norm() < 0.45 * base[name].norm()
 
+
+def test_encoders_are_fitted_before_their_norm(tmp_path):
     model = tiny_encoder("bert")
     tokens = some_tokens(64, 24)
     unseen = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(9))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 
 import pytest
 import torch
@@ -132,6 +134,48 @@ def test_many_tokens_are_sorted_and_come_back_in_order(kernel):
         several = x.view(10, 100, 24)
         torch.testing.assert_close(hard(module, several, kernel).view(1000, 24), one_by_one, atol=2e-5, rtol=1e-4)
         assert hard(module, x[:0], kernel).shape == (0, 24)
+
+
+def test_prepared_calls_follow_the_module():
+    """What the compiled kernel prepared is dropped where weights move, and not used where it does not apply."""
+    if "numba" not in kernels():
+        pytest.skip("numba is not installed")
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(3))
+    module = node_form(depth=8, trees=2)
+
+    def agrees(module, x, **close):
+        torch.testing.assert_close(hard(module, x, "numba"), hard(module, x, "torch"), **close or CLOSE)
+
+    agrees(module, x)
+    assert module._shortcut.found is not None
+    agrees(module, x)
+    agrees(module, x.view(1, 5, 24))
+    agrees(module, x.T.contiguous().T)
+    module.node_up.data.mul_(2)
+    agrees(module, x)
+    module.load_state_dict({k: v.flip(0) for k, v in module.state_dict().items()}, assign=True)
+    agrees(module, x)
+    twin = copy.deepcopy(module)
+    assert twin._shortcut.found is None
+    agrees(pickle.loads(pickle.dumps(twin)), x)
+    agrees(module.to(torch.bfloat16), x.bfloat16(), atol=3e-2, rtol=3e-2)
+    agrees(module.float(), x)
+    learned = module(x.requires_grad_())
+    assert learned.requires_grad
+    soft = module.train()(x)
+    assert not torch.allclose(soft, learned)
+
+
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.718281828, 1.00390625, 3.3895e38, math.inf, -math.inf, math.nan])
+def test_bfloat16_is_rounded_as_torch_does(value):
+    kernel = pytest.importorskip("llmsurgeon.modeling.surgeon_fff_numba", exc_type=RuntimeError)
+    wide = torch.tensor([[value, value * 1.001, 1 / 3]])
+    found = torch.empty(1, 3, dtype=torch.bfloat16)
+    kernel.narrow(wide.numpy(), found.view(torch.uint16).numpy())
+    assert torch.equal(found, wide.bfloat16()) or (math.isnan(value) and found[0, 0].isnan())
 
 
 def test_threads_do_not_change_the_result():
