@@ -107,7 +107,7 @@ def seen(model):
     elif "Gemma" not in kind and patches == 1:
         pixels = pixels[None]
     with torch.no_grad():
-        return model(input_ids=ids, pixel_values=pixels, **more).logits
+        return model(input_ids=ids, pixel_values=pixels, use_cache=False, **more).logits
 
 
 def tower(model):
@@ -121,7 +121,9 @@ def operated(name, form):
     if form == "native":
         tower(model).layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != 1)
         if name == "gemma3":  # a layer's kind is looked up by its number
-            del tower(model).config.layer_types[1]
+            config = tower(model).config
+            config.layer_types = [kind for i, kind in enumerate(config.layer_types) if i != 1]
+            config.num_hidden_layers = len(config.layer_types)
         return model
     with torch.no_grad():
         for index in (0, 2):
