@@ -89,8 +89,8 @@ def export_gguf(
     assert patient.checkpoint is not None
     if patient.tower:
         raise SurgeryError(
-            f"{model}: a GGUF holds a text model, and this one is vision-language ({patient.model_type}); "
-            "forms that can hold it: native, surgeon"
+            f"{model}: format gguf holds text models alone, this one is vision-language ({patient.model_type}); "
+            "formats that can: native, surgeon"
         )
     subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
     return write_gguf(

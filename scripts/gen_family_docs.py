@@ -11,6 +11,7 @@ from typing import Any
 
 from generated_page import write_or_check
 
+from llmsurgeon.checkpoint import gguf_architectures
 from llmsurgeon.families import DECODERS, ENCODERS, MIXTURES, Family
 from llmsurgeon.families.vision_language import VISION_LANGUAGE
 from llmsurgeon.formats import gguf_model, nemotron_nas
@@ -99,9 +100,9 @@ def formats(family: Family, notes: Notes) -> list[str]:
     """native, nemotron-nas, surgeon, gguf: as the formats themselves decide."""
     plain = "its readers know Llama-shaped models alone"
     nas = "yes" if family.model_type in nemotron_nas.FAMILIES else str(notes.number(f"nemotron-nas: {plain}"))
-    if family.model_type not in gguf_model.ARCHITECTURES:
-        gguf = str(notes.number("gguf: no row for the family in `formats/gguf_model.py`"))
-    elif family.model_type in gguf_model.UNEVEN_FAMILIES:
+    if why_not := gguf_model.why_not(family.model_type):
+        gguf = str(notes.number(f"gguf: {why_not}"))
+    elif family.model_type in gguf_architectures.UNEVEN_FAMILIES:
         gguf = "yes"
     else:
         gguf = (

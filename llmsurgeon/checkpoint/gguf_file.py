@@ -14,7 +14,7 @@ import numpy as np
 
 from llmsurgeon.errors import CheckpointError
 
-STRING, ARRAY = 8, 9
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 MAX_DIMENSIONS = 4
 
@@ -31,6 +31,16 @@ def dequantises(kind: int) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class Field:
+    """One metadata value of a GGUF file: `kind` is its GGUF type, `inner` that of an array's elements."""
+
+    key: str
+    value: Any
+    kind: int
+    inner: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,11 @@ class GGUFFile:
         row_bytes = entry.shape[-1] // block * block_bytes
         raw = np.frombuffer(self._map, np.uint8, (last - first) * row_bytes, entry.start + first * row_bytes)
         return dequantize(raw.reshape(last - first, row_bytes), kind).astype(np.float32, copy=False)
+
+    def same_bytes(self, one: GGUFEntry, other: GGUFEntry) -> bool:
+        """True where two tensors hold the same."""
+        with memoryview(self._map) as data, data[one.start : one.end] as first, data[other.start : other.end] as second:
+            return first == second
 
     def _take(self, fields: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + fields, self._map, self._at)

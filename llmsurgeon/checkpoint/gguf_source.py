@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint in Hugging Face names: dequantised a tensor at a time, tokenizer written on demand.
 
-The config is what transformers makes of the file's metadata; names come from the gguf package.
+`gguf_architectures` says how the numbers lie, `gguf_config` what the metadata mean.
 """
 
 from __future__ import annotations
@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
-from math import isclose, log, pi, prod
+from math import prod
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -20,20 +21,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.gguf_architectures import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    UNEVEN,
+    Architecture,
+    file_name,
+    order,
+    tensor_map,
+)
+from llmsurgeon.checkpoint.gguf_config import model_type_of, read_config, scaled_rope
 from llmsurgeon.checkpoint.gguf_file import GGUFEntry, GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError
 
-UNEVEN = "deci"  # blocks of differing shape
-# Architectures whose tensors differ by layout at most.
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gpt2", UNEVEN)
-PAIRED = ("llama", "mistral", UNEVEN)  # rows of queries and keys in an order of their own
-ROPE_FACTORS = "rope_freqs.weight"
-# GPT-2 of transformers stores these transposed (Conv1D).
-TRANSPOSED = ("attn_qkv.weight", "attn_output.weight", "ffn_up.weight", "ffn_down.weight")
+SUPPORTED = tuple(dict.fromkeys(row.name for row in (*ARCHITECTURES.values(), UNEVEN)))
+# Read into the config, not as weights.
+FACTORS = {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}
 ROWS_AT_ONCE = 2**22  # numbers dequantised in float32 before they are cast
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of the rows of a tensor of the file, from row `first` on, which are one tensor of the model.
+
+    `shape` is as they lie there, `less` is taken off each number (Gemma's gains are stored as 1 + w), `back` puts them
+    in transformers' order.
+    """
+
+    entry: GGUFEntry
+    first: int
+    shape: tuple[int, ...]
+    less: float = 0.0
+    back: Callable[[Tensor], Tensor] | None = None
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -52,7 +76,8 @@ class GGUFCheckpoint(Checkpoint):
         self._tokenizer_folder: Path | None = None
         self._file = GGUFFile(path)
         self._architecture = str(self._file.metadata.get("general.architecture"))
-        if self._architecture not in SUPPORTED:
+        model_type = model_type_of(self._file)
+        if model_type is None and self._architecture != UNEVEN.name:
             raise CheckpointError(
                 f"{path}: GGUF architecture {self._architecture!r} is not supported; supported are "
                 f"{', '.join(SUPPORTED)}. Use the model's safetensors instead"
@@ -62,44 +87,38 @@ class GGUFCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{path}: its metadata promises {blocks} blocks, and it has {len(self._file.entries)} tensors"
             )
-        self._blocks = blocks
         self._dtype = dtype or self._stored_dtype()
-        self.config, wanted = self._uneven() if self._architecture == UNEVEN else self._described()
+        self._row = ARCHITECTURES[model_type] if model_type else UNEVEN
+        self.config, self._shape_of = self._described(model_type) if model_type else self._uneven()
         self.config["dtype"] = str(self._dtype).removeprefix("torch.")
-        self.config["rope_parameters"] = self._rope(self.config)
-        if self.config["rope_parameters"] is None:
-            del self.config["rope_parameters"]
-        self._entry_of, self._shape_of = self._match(wanted)
+        self._piece_of = self._match(blocks)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entry_of[name]
-        rows = prod(entry.shape[:-1])
-        step = max(1, ROWS_AT_ONCE // entry.shape[-1])
-        made = torch.empty(rows, entry.shape[-1], dtype=self._dtype)
+        piece = self._piece_of[name]
+        rows, width = prod(piece.shape[:-1]), piece.shape[-1]
+        step = max(1, ROWS_AT_ONCE // width)
+        made = torch.empty(rows, width, dtype=self._dtype)
         for first in range(0, rows, step):
             last = min(rows, first + step)
-            made[first:last] = torch.from_numpy(np.array(self._file.rows(entry.name, first, last)))
-        made = made.view(entry.shape)
-        if self._architecture in PAIRED:
-            made = self._unpermute(entry.name, made)
-        if self._architecture == "gpt2" and entry.name.endswith(TRANSPOSED):
-            made = made.T.contiguous()
-        return made.reshape(self._shape_of[name])
+            numbers = self._file.rows(piece.entry.name, piece.first + first, piece.first + last)
+            made[first:last] = torch.from_numpy(numbers - piece.less if piece.less else np.array(numbers))
+        made = made.view(piece.shape)
+        return piece.back(made) if piece.back else made
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entry_of)
+        return iter(self._piece_of)
 
     def __len__(self) -> int:
-        return len(self._entry_of)
+        return len(self._piece_of)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entry_of
+        return name in self._piece_of
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shape_of[name]
 
     def dtype(self, name: str) -> torch.dtype:
-        if name not in self._entry_of:
+        if name not in self._piece_of:
             raise KeyError(name)
         return self._dtype
 
@@ -140,113 +159,87 @@ class GGUFCheckpoint(Checkpoint):
         if "token_embd.weight" not in entries:
             raise CheckpointError(f"{self.path}: has no token_embd.weight")
         config["vocab_size"] = entries["token_embd.weight"].shape[0]
+        config["rope_parameters"] = scaled_rope(
+            self._file, config["rope_parameters"], config["max_position_embeddings"]
+        )
         head_dim = self._file.metadata["deci.attention.key_length"]
         return config, uneven_shapes(config, head_dim, config["vocab_size"])
 
-    def _described(self) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    def _described(self, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
         """The same of a model that transformers knows, from an empty one."""
-        model = self._meta_model()
-        config = model.config.to_diff_dict()
-        for key in ("_name_or_path", "_model_name_or_path", "quantization_config", "transformers_version"):
-            config.pop(key, None)
-        config["architectures"] = [type(model).__name__]
-        config["tie_word_embeddings"] = model.config.tie_word_embeddings
-        tied = set(getattr(model, "all_tied_weights_keys", ())) if model.config.tie_word_embeddings else set()
-        return config, {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
-
-    def _meta_model(self) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
 
+        values = read_config(self._file, model_type)
         quiet = logging.getLogger("transformers")
         level = quiet.level
         quiet.setLevel(logging.ERROR)
         try:
-            config = AutoConfig.from_pretrained(str(self.path.parent), gguf_file=self.path.name)
-            config.tie_word_embeddings = "output.weight" not in self._file.entries
-            # What the file says and transformers leaves at the default of the config's class.
-            for attribute, key in (("max_position_embeddings", "context_length"), ("head_dim", "attention.key_length")):
-                value = self._file.metadata.get(f"{self._architecture}.{key}")
-                if value is not None and hasattr(config, attribute):
-                    setattr(config, attribute, value)
+            config = AutoConfig.for_model(**values)
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config)
         except Exception as error:  # transformers raises whatever a lying value leads it into
             raise CheckpointError(f"{self.path}: its metadata does not describe a model: {error}") from error
         finally:
             quiet.setLevel(level)
+        said = config.to_diff_dict()
+        said.pop("transformers_version", None)
+        described = {**said, "architectures": [type(model).__name__], "tie_word_embeddings": config.tie_word_embeddings}
+        repeated = set(getattr(model, "all_tied_weights_keys", ())) if config.tie_word_embeddings else set()
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in repeated}
+        return described, experts_apart(shapes, self._row)
 
-    def _rope(self, config: dict[str, Any]) -> dict[str, Any] | None:
-        """`rope_parameters` with the file's scaling."""
-        base = config.get("rope_parameters")
-        found = {
-            key.removeprefix(prefix): value
-            for key, value in self._file.metadata.items()
-            if key.startswith(prefix := f"{self._architecture}.rope.scaling.")
-        }
-        scaling = found.get("type", "none")
-        if base is None or (scaling == "none" and ROPE_FACTORS not in self._file.entries):
-            return base
-        if ROPE_FACTORS in self._file.entries:
-            return self._llama3_rope(base)
-        if scaling not in ("linear", "yarn") or "factor" not in found:
-            raise CheckpointError(f"{self.path}: RoPE scaling {scaling!r} of a GGUF file is not supported")
-        made = base | {"rope_type": scaling, "factor": found["factor"]}
-        if scaling == "yarn":
-            original = found.get("original_context_length", config["max_position_embeddings"])
-            made["original_max_position_embeddings"] = original
-            if found.get("attn_factor", 1.0) != 1.0:  # llama.cpp multiplies its own factor by it
-                made["attention_factor"] = found["attn_factor"] * (0.1 * log(found["factor"]) + 1)
-        return made
-
-    def _llama3_rope(self, base: dict[str, Any]) -> dict[str, Any]:
-        """Llama 3.1's RoPE scaling (`apply_scaling` of its model code), kept in GGUF as one factor a frequency."""
-        factors = self._file.rows(ROPE_FACTORS, 0, 1).reshape(-1)
-        low, high, original, factor = 1.0, 4.0, 8192, float(factors.max())
-        for i, found in enumerate(factors):
-            turns = original / (2 * pi * base["rope_theta"] ** (i / len(factors)))
-            smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-            expected = 1 / ((1 - smooth) / factor + smooth)
-            if not isclose(found, expected, rel_tol=1e-3):
-                raise CheckpointError(f"{self.path}: {ROPE_FACTORS} is not Llama 3.1's RoPE scaling; not supported")
-        if factor == 1.0:
-            return base
-        return base | {
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low,
-            "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }
-
-    def _match(self, wanted: dict[str, tuple[int, ...]]) -> tuple[dict[str, GGUFEntry], dict[str, tuple[int, ...]]]:
-        """For each name of the model: the file's tensor, and the shape that the model wants."""
-        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-        architecture = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-        known = architecture.get(self._architecture) or architecture["llama"]  # mistral files use llama's names
-        names = get_tensor_name_map(known, self._blocks)
-        entry_of: dict[str, GGUFEntry] = {}
-        for name, asked in wanted.items():
-            stem, _, suffix = name.rpartition(".")
-            entry = self._file.entries.get(f"{names.get_name(stem)}.{suffix}")
+    def _match(self, blocks: int) -> dict[str, Piece]:
+        """For each name of the model: where its numbers lie."""
+        names = tensor_map(self._row.name, blocks)
+        pieces: dict[str, Piece] = {}
+        parts: dict[str, int] = {}
+        for name, asked in self._shape_of.items():
+            target, part = file_name(names, name)
+            entry = self._file.entries.get(target or "")
             if entry is None:
                 raise CheckpointError(f"{self.path}: its metadata promises {name}, which the file does not have")
-            transposed = self._architecture == "gpt2" and entry.name.endswith(TRANSPOSED)
-            shape = entry.shape[::-1] if transposed else entry.shape
-            if shape != asked:
-                raise CheckpointError(f"{self.path}: {entry.name} has shape {shape}, its metadata asks for {asked}")
-            entry_of[name] = entry
-        unused = set(self._file.entries) - {entry.name for entry in entry_of.values()} - {ROPE_FACTORS}
+            attention = self._attention(int(entry.name.split(".")[1])) if entry.name.startswith("blk.") else (1, 1, 1)
+            found = order(self._row, entry.name, *attention)
+            there = asked[::-1] if found and self._row.transposed else asked
+            less = float(self._row.gains_from_one and entry.name.endswith("norm.weight"))
+            pieces[name] = Piece(entry, (part or 0) * prod(asked[:-1]), there, less, found and found.back)
+            parts[entry.name] = parts.get(entry.name, 0) + 1
+            whole = entry.shape if part is None else entry.shape[1:]
+            if whole != there:
+                raise CheckpointError(f"{self.path}: {entry.name} has shape {whole}, its metadata asks for {there}")
+            if part is not None and part >= entry.shape[0]:
+                raise CheckpointError(f"{self.path}: {entry.name} has {entry.shape[0]} parts, and there is no {part}")
+        head = {"output.weight"} if self.config["tie_word_embeddings"] else set()
+        unused = set(self._file.entries) - parts.keys() - FACTORS - head
         if unused:
             raise CheckpointError(f"{self.path}: {min(unused)} has no place in a {self.config['model_type']} model")
-        return entry_of, wanted
+        return pieces
 
-    def _unpermute(self, name: str, weight: Tensor) -> Tensor:
-        """Undo llama.cpp's order of query and key rows: it pairs neighbours for RoPE, transformers pairs halves."""
-        key = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(name.split(".")[-2])
-        if key is None:
-            return weight
-        blocks = self.config.get("block_configs")
-        heads = (blocks[int(name.split(".")[1])]["attention"] if blocks else self.config)[key]
-        pairs = weight.shape[0] // heads // 2
-        return weight.view(heads, pairs, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+    def _attention(self, block: int) -> tuple[int, int, int]:
+        """Heads, key/value heads and width of a head of one block."""
+
+        def value(key: str, default: int) -> int:
+            found = self._file.metadata.get(f"{self._architecture}.{key}", default)
+            return int(found[block] if isinstance(found, list) else found)
+
+        heads = value("attention.head_count", 1)
+        width = value("embedding_length", 1) // (heads or 1)
+        return heads, value("attention.head_count_kv", heads), value("attention.key_length", width)
+
+
+def experts_apart(shapes: Mapping[str, tuple[int, ...]], row: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shapes under the class's names, which stack a layer's experts, under those of published files."""
+    if row.experts is None:
+        return dict(shapes)
+    module, gate, up, down = row.experts
+    made: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        own = name.replace(".mlp.", f".{module}.")
+        stem, _, kind = own.rpartition(".")
+        if not stem.endswith(".experts"):
+            made[own] = shape
+            continue
+        count, rows, columns = shape
+        kinds = {gate: rows // 2, up: rows // 2} if kind == "gate_up_proj" else {down: rows}
+        made |= {f"{stem}.{i}.{part}.weight": (high, columns) for i in range(count) for part, high in kinds.items()}
+    return made

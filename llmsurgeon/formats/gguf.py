@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsurgeon.checkpoint.gguf_file import STRING
+from llmsurgeon.checkpoint.gguf_file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
 from llmsurgeon.checkpoint.writer import disk_trouble, file_order, meta_weights, raise_unless_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.formats.gguf_model import lay_out
-from llmsurgeon.formats.gguf_tokenizer import UINT32, Field, tokenizer_fields
+from llmsurgeon.formats.gguf_model import Layout, lay_out, why_not
+from llmsurgeon.formats.gguf_tokenizer import tokenizer_fields
+from llmsurgeon.formats.write import formats_that_can
 from llmsurgeon.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ TYPES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", 
 TERNARY = ("TQ1_0", "TQ2_0")
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 POSITIONS = "position_embd.weight"
+ROUTER = "ffn_gate_inp.weight"
 NUMBERS_AT_ONCE = 2**22  # converted in float32
 
 
@@ -68,8 +70,9 @@ def write_gguf(
     """Write a model as one GGUF file.
 
     `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
-    tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases and learnt positions stay float32.
-    `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in total).
+    tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
+    float32. `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in
+    total).
 
     Raises:
         SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, or the disk fails.
@@ -77,7 +80,7 @@ def write_gguf(
     path = Path(out).expanduser().absolute()
     kind = _known_type(type)
     _check_out(path, source, overwrite)
-    layout = lay_out(config, family, spec, weights)
+    layout = _laid_out(config, family, spec, weights)
     tokenizer = tokenizer_fields(source, spec.vocab, pre)
     notes = [*layout.notes, *tokenizer.notes]
     tensors = TransformedWeights(weights, layout.transforms)
@@ -99,6 +102,19 @@ def write_gguf(
     return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
 
 
+def _laid_out(config: Mapping[str, Any], family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Layout:
+    try:
+        return lay_out(config, family, spec, weights)
+    except SurgeryError as error:
+        others = formats_that_can(spec, family, config)
+        # What native fills up with zeros is of one shape.
+        then = "native" in others and not spec.uniform and why_not(family.model_type) is None
+        hint = " (a GGUF can be made of native, which fills up with zeros)" if then else ""
+        raise SurgeryError(
+            f"format gguf cannot hold this model: {error}; formats that can: {', '.join(others)}{hint}"
+        ) from error
+
+
 def _known_type(name: str) -> GGMLQuantizationType:
     from gguf import GGMLQuantizationType
 
@@ -111,11 +127,11 @@ def _known_type(name: str) -> GGMLQuantizationType:
 
 
 def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type of one tensor: vectors stay float32, embeddings and head are spared the coarsest types."""
+    """The type of one tensor: vectors and routers stay float32, embeddings and head are spared the coarsest types."""
     from gguf import GGML_QUANT_SIZES
     from gguf import GGMLQuantizationType as Kind
 
-    if len(shape) < 2 or "norm" in name or name == POSITIONS:
+    if len(shape) < 2 or "norm" in name or name == POSITIONS or name.endswith(ROUTER):
         return Kind.F32
     if name in EMBEDDINGS and wanted not in (Kind.F32, Kind.BF16, Kind.F16):
         wanted = Kind.F16 if wanted.name in TERNARY else Kind.Q8_0

@@ -1,154 +1,42 @@
-"""What llama.cpp runs under which name, and how a family's weights and config become what it reads there.
+"""How a family's weights and config become what llama.cpp reads, or why they cannot.
 
-A family is one row of `ARCHITECTURES`. The names of tensors are the `gguf` package's own; what remains are the keys,
-the few tensors that lie in another order, and the settings that llama.cpp has no word for.
+A family is one row of `ARCHITECTURES`, which reading goes by, too.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsurgeon.checkpoint.gguf_file import ARRAY, STRING
+from llmsurgeon.checkpoint.gguf_architectures import (
+    ARCHITECTURES,
+    LONG_FACTORS,
+    NO_CAP,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    UNEVEN,
+    UNEVEN_FAMILIES,
+    Architecture,
+    Key,
+    file_name,
+    order,
+    tensor_map,
+)
+from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
 from llmsurgeon.checkpoint.transform import WeightTransform, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
-from llmsurgeon.formats.gguf_tokenizer import BOOL, FLOAT32, INT32, UINT32, Field
 from llmsurgeon.spec import AttentionSpec, BlockSpec, ModelSpec
 
 Config = Mapping[str, Any]
-ROPE_FACTORS = "rope_freqs.weight"
-LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """One `general.architecture` and what its code takes for granted.
-
-    rope: neighbours ("pairs") or halves of a head turn together; transformers always turns halves.
-    activations: what its FFN may compute, in transformers' words.
-    windows: "periodic" where every nth block attends to everything and the others slide.
-    by_head: the fused projection whose rows lie head by head; llama.cpp wants queries, then keys, then values.
-    settings: config values that its code takes for granted.
-    keys: further metadata, without the architecture's prefix.
-    """
-
-    name: str
-    rope: Literal["none", "halves", "pairs"] = "halves"
-    activations: tuple[str, ...] = ("silu", "swish")
-    windows: Literal["none", "periodic"] = "none"
-    by_head: str = ""
-    # Norm gains are stored as w and used as 1 + w.
-    gains_from_one: bool = False
-    # A tied model needs its head written all the same.
-    own_head: bool = False
-    # Heads may be wider or fewer than the model is wide.
-    free_heads: bool = False
-    settings: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-    keys: Callable[[Config], Mapping[str, Any]] = field(default=lambda config: {})
-    # Every nth block has no rotary positions; 0: all have.
-    bare_every: int = 0
-    # The attention scale that its code uses, where it is not 1 / sqrt(head_dim): from spec and config.
-    scale: Callable[[ModelSpec], float] | None = None
-
-
-def _granite_keys(config: Config) -> dict[str, float]:
-    return {
-        "logit_scale": float(config["logits_scaling"]),
-        "residual_scale": float(config["residual_multiplier"]),
-        "embedding_scale": float(config["embedding_multiplier"]),
-        "attention.scale": float(config["attention_multiplier"]),
-    }
-
-
-def _gemma_scale(layers_of_27b: int) -> Callable[[ModelSpec], float]:
-    """llama.cpp tells the 27B models, which scale by the model's width, by their number of layers."""
-
-    def scale(spec: ModelSpec) -> float:
-        attention = _any_attention(spec)
-        wide = len(spec.blocks) == layers_of_27b
-        return (spec.hidden // attention.heads if wide else attention.head_dim) ** -0.5
-
-    return scale
-
-
-GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_python_tanh")
-# llama.cpp computes the tanh form for all of them; the two differ by 5e-4 at most.
-GELU = ("gelu", *GELU_TANH)
-LLAMA = Architecture("llama", rope="pairs", free_heads=True)
-GEMMA = Architecture("gemma2", activations=GELU_TANH, windows="periodic", gains_from_one=True, free_heads=True)
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": Architecture("qwen2"),
-    "qwen3": Architecture("qwen3", free_heads=True, settings=(("attention_bias", (False,)),)),
-    "gpt2": Architecture(
-        "gpt2",
-        rope="none",
-        activations=GELU_TANH,
-        settings=(("scale_attn_weights", (True,)), ("reorder_and_upcast_attn", (False,))),
-    ),
-    "gpt_neox": Architecture(
-        "gptneox",
-        activations=GELU,
-        by_head="query_key_value",
-        own_head=True,
-        settings=(("attention_bias", (True,)),),
-        keys=lambda config: {"use_parallel_residual": bool(config["use_parallel_residual"])},
-    ),
-    "phi3": Architecture("phi3"),
-    "gemma2": replace(
-        GEMMA,
-        settings=(("attention_bias", (False,)),),
-        keys=lambda config: {
-            # No key means the default of Gemma 2; a huge cap is none.
-            "attn_logit_softcapping": float(config["attn_logit_softcapping"] or 1e30),
-            "final_logit_softcapping": float(config["final_logit_softcapping"] or 1e30),
-        },
-        scale=_gemma_scale(46),
-    ),
-    "gemma3_text": replace(
-        GEMMA,
-        name="gemma3",
-        settings=(
-            ("attention_bias", (False,)),
-            ("final_logit_softcapping", (None,)),
-            ("attn_logit_softcapping", (None,)),
-        ),
-        scale=_gemma_scale(62),
-    ),
-    "olmo2": Architecture("olmo2", own_head=True, settings=(("attention_bias", (False,)),)),
-    "granite": Architecture("granite", rope="pairs", free_heads=True, keys=_granite_keys),
-    "smollm3": Architecture(
-        "smollm3",
-        rope="pairs",
-        free_heads=True,
-        bare_every=4,
-        settings=(("attention_bias", (False,)), ("mlp_bias", (False,))),
-    ),
-    "stablelm": Architecture("stablelm", own_head=True),
-    "falcon": Architecture(
-        "falcon",
-        activations=GELU,
-        by_head="query_key_value",
-        settings=(("parallel_attn", (True,)), ("bias", (False,)), ("alibi", (False,))),
-    ),
-    "bloom": Architecture(
-        "bloom",
-        rope="none",
-        by_head="query_key_value",
-        settings=(("apply_residual_connection_post_layernorm", (False,)),),
-    ),
-}
-# Blocks of differing shape: Llama's block with a width, a number of heads, or no attention, of its own.
-UNEVEN = Architecture("deci", rope="pairs", free_heads=True)
-UNEVEN_FAMILIES = ("llama", "mistral", "qwen2")
+# Why no GGUF is written of families that llama.cpp knows.
+ENCODER = "makes one vector of a text with an encoder and has no masked-LM head; no GGUF of encoders is written yet"
+NOT_RUN = dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), ENCODER)
 
 
 @dataclass(frozen=True)
@@ -167,6 +55,33 @@ def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[st
     Raises:
         SurgeryError: llama.cpp cannot run it; names the first block or setting that does not fit.
     """
+    architecture, fields, factors, notes = _described(config, family, spec)
+    transforms = _transforms(architecture, config, family, spec, weights)
+    transforms += [_constant(name, values) for name, values in factors.items()]
+    prefixed = tuple(_field(f"{architecture.name}.{key}", value) for key, value in fields.items())
+    return Layout(architecture.name, prefixed, tuple(transforms), tuple(notes))
+
+
+def misfit(spec: ModelSpec, family: Family, config: Config) -> str | None:
+    """Why llama.cpp cannot run this model, None where it can."""
+    try:
+        _described(config, family, spec)
+    except SurgeryError as error:
+        return str(error)
+    return None
+
+
+def why_not(model_type: str) -> str | None:
+    """Why there is no GGUF of a family, None where there is."""
+    if model_type in ARCHITECTURES:
+        return None
+    return f"llama.cpp {NOT_RUN.get(model_type, f'has no architecture for {model_type} models')}"
+
+
+def _described(
+    config: Config, family: Family, spec: ModelSpec
+) -> tuple[Architecture, dict[str, Any], dict[str, Tensor], list[str]]:
+    """Architecture, metadata, tensors of factors on rotary frequencies, and notes."""
     architecture = _choose(family, spec)
     _check_settings(architecture, config, spec)
     _check_parts(architecture, spec)
@@ -174,20 +89,20 @@ def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[st
     fields = _sizes(architecture, spec, config)
     fields |= _windows(architecture, spec, notes)
     rope, factors = _rope(architecture, config, spec, notes)
-    fields |= rope | dict(architecture.keys(config))
-    transforms = _transforms(architecture, config, family, spec, weights)
-    transforms += [_constant(name, values) for name, values in factors.items()]
-    prefixed = tuple(_field(f"{architecture.name}.{key}", value) for key, value in fields.items())
-    return Layout(architecture.name, prefixed, tuple(transforms), tuple(notes))
+    fields |= rope | {key.name: _value(key, config) for key in architecture.keys}
+    return architecture, fields, factors, notes
+
+
+def _value(key: Key, config: Config) -> Any:
+    """A config value as metadata: no soft cap is one that no score reaches."""
+    value = config[key.config]
+    return NO_CAP if value is None else key.kind(value)
 
 
 def _choose(family: Family, spec: ModelSpec) -> Architecture:
     """The architecture for these blocks."""
     if family.model_type not in ARCHITECTURES:
-        raise SurgeryError(
-            f"GGUF: no row for {family.model_type} models yet; there are rows for {', '.join(ARCHITECTURES)}. "
-            "Format surgeon holds this model"
-        )
+        raise SurgeryError(why_not(family.model_type) or "")
     for index, block in enumerate(spec.blocks):
         if block.own_kind:
             raise SurgeryError(
@@ -200,14 +115,11 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
         return architecture
     index, what = odd
     if family.model_type not in UNEVEN_FAMILIES:
-        raise SurgeryError(
-            f"GGUF cannot hold this model: block {index} {what}, and llama.cpp's {architecture.name} has one shape for "
-            "all blocks. Format surgeon holds it"
-        )
+        raise SurgeryError(f"block {index} {what}, and llama.cpp's {architecture.name} has one shape for all blocks")
     for index, block in enumerate(spec.blocks):
         reason = _not_deci(index, block)
         if reason:
-            raise SurgeryError(f"GGUF cannot hold this model: block {index} {reason}. Format surgeon holds it")
+            raise SurgeryError(f"block {index} {reason}")
     return UNEVEN
 
 
@@ -252,7 +164,7 @@ def _any_attention(spec: ModelSpec) -> AttentionSpec:
 
 def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec) -> None:
     """Refuse settings under which llama.cpp would compute something else."""
-    where = f"GGUF cannot hold this model: llama.cpp's {architecture.name}"
+    where = f"llama.cpp's {architecture.name}"
     for key, allowed in architecture.settings:
         if key in config and config[key] not in allowed:
             raise SurgeryError(f"{where} takes {key} {allowed[0]} for granted, config.json says {config[key]}")
@@ -270,7 +182,7 @@ def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec)
 
 def _check_parts(architecture: Architecture, spec: ModelSpec) -> None:
     """Refuse what a block may have here and llama.cpp has no place for."""
-    where = f"GGUF cannot hold this model: llama.cpp's {architecture.name}"
+    where = f"llama.cpp's {architecture.name}"
     for index, block in enumerate(spec.blocks):
         turns = architecture.bare_every == 0 or (index + 1) % architecture.bare_every != 0
         if block.attention and block.attention.rope != turns:
@@ -315,8 +227,8 @@ def _windows(architecture: Architecture, spec: ModelSpec, notes: list[str]) -> d
             if all((window is not None) == (i % period < period - 1) for i, window in enumerate(windows)):
                 return {"attention.sliding_window": max(found), "attention.sliding_window_pattern": period}
         raise SurgeryError(
-            f"GGUF cannot hold this model: in llama.cpp's {architecture.name} every nth block attends to everything, "
-            f"and the blocks that are left have no such pattern. Format surgeon holds it"
+            f"in llama.cpp's {architecture.name} every nth block attends to everything, and the blocks that are left "
+            "have no such pattern"
         )
     if not found or min(found) >= (spec.max_positions or 2048):
         return {}
@@ -338,7 +250,7 @@ def _rope(
     if "full_attention" in parameters:  # Gemma 3: blocks that slide turn at a base of their own
         local = parameters["sliding_attention"]
         if local.get("rope_type", "default") != "default":
-            raise SurgeryError(f"GGUF cannot hold RoPE scaling {local['rope_type']!r} of the sliding blocks")
+            raise SurgeryError(f"llama.cpp has no RoPE scaling {local['rope_type']!r} in sliding blocks")
         keys["rope.freq_base_swa"] = float(local["rope_theta"])
         parameters = parameters["full_attention"]
     dimensions = int(_any_attention(spec).head_dim * parameters.get("partial_rotary_factor", 1.0))
@@ -354,7 +266,7 @@ def _rope(
         return keys | _yarn(parameters, spec), {}
     if scaling == "longrope" and architecture.name == "phi3":
         return _longrope(keys, config, parameters, spec, notes)
-    raise SurgeryError(f"GGUF cannot hold this model: llama.cpp's {architecture.name} has no RoPE scaling {scaling!r}")
+    raise SurgeryError(f"llama.cpp's {architecture.name} has no RoPE scaling {scaling!r}")
 
 
 def llama3_factors(parameters: Config, dimensions: int) -> Tensor:
@@ -373,7 +285,7 @@ def _yarn(parameters: Config, spec: ModelSpec) -> dict[str, Any]:
     usual = {"mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
     for key, value in usual.items():
         if parameters.get(key, value) not in (value, None):
-            raise SurgeryError(f"GGUF cannot hold this model: llama.cpp has no YaRN with {key} {parameters[key]}")
+            raise SurgeryError(f"llama.cpp has no YaRN with {key} {parameters[key]}")
     factor = float(parameters["factor"])
     keys: dict[str, Any] = {
         "rope.scaling.type": "yarn",
@@ -411,79 +323,45 @@ def _longrope(
 def _transforms(
     architecture: Architecture, config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]
 ) -> list[WeightTransform]:
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    known = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
-    names = get_tensor_name_map(known, len(spec.blocks))
+    names = tensor_map(architecture.name, len(spec.blocks))
     made: list[WeightTransform] = []
-    stacked: dict[str, list[str]] = {}
+    stacked: dict[str, dict[int, str]] = {}
     for name in weights:
-        stem, _, kind = name.rpartition(".")
-        if ".norms." in stem:  # StableLM 2 12B: a norm for each head
-            stacked.setdefault(f"{stem[: stem.index('.norms.')]}.{kind}", []).append(name)
+        target, part = file_name(names, name)
+        if target is None:
+            raise SurgeryError(f"tensor {name} has no place in llama.cpp's {architecture.name}")
+        if part is not None:
+            stacked.setdefault(target, {})[part] = name
             continue
-        # Some names are known without the prefix of today's classes.
-        found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))
-        if found is None:
-            raise SurgeryError(f"GGUF: tensor {name} has no place in llama.cpp's {architecture.name}")
-        made.append(_transform(architecture, config, family, spec, name, f"{found}.{kind}"))
-    for name, parts in stacked.items():
-        stem, _, kind = name.rpartition(".")
-        parts.sort(key=lambda part: int(part.split(".norms.")[1].split(".")[0]))
-        made.append(WeightTransform(tuple(parts), (f"{names.get_name(stem)}.{kind}",), _stack))
+        made.append(_transform(architecture, config, spec, name, target))
+    for target, parts in stacked.items():
+        made.append(WeightTransform(tuple(parts[i] for i in sorted(parts)), (target,), _stack))
     if architecture.own_head and f"{family.head}.weight" not in weights:
         made.append(rename(f"{family.embedding}.weight", "output.weight"))
     return made
 
 
-def _transform(
-    architecture: Architecture, config: Config, family: Family, spec: ModelSpec, name: str, target: str
-) -> WeightTransform:
+def _transform(architecture: Architecture, config: Config, spec: ModelSpec, name: str, target: str) -> WeightTransform:
     """The edit that makes one tensor."""
-    part, _, kind = target.rpartition(".")
-    block, _, part = part.rpartition(".")
-    attention = spec.blocks[int(block.split(".")[1])].attention if block else None
-    if part in ("attn_q", "attn_k") and architecture.rope == "pairs" and attention:
-        heads = attention.heads if part == "attn_q" else attention.kv_heads
-        return WeightTransform((name,), (target,), _pairs(heads))
-    if part == "attn_q" and architecture.scale and architecture.name != "gemma3":
-        return WeightTransform((name,), (target,), _times(_gemma_ratio(architecture, config, spec)))
-    if part == "attn_qkv" and architecture.by_head and attention:
-        return WeightTransform((name,), (target,), _by_kind(attention))
+    part = target.split(".")[-2]
+    ratio = _query_ratio(architecture, config, spec) if part in ("attn_q", "attn_q_norm") else 1.0
     if architecture.gains_from_one and part.endswith("norm"):
-        ratio = _gemma_ratio(architecture, config, spec) if part == "attn_q_norm" else 1.0
         return WeightTransform((name,), (target,), _gain(ratio))
-    if family.transposed and kind == "weight" and part in ("attn_qkv", "attn_output", "ffn_up", "ffn_down"):
-        return WeightTransform((name,), (target,), _transposed)
-    return rename(name, target)
+    # Gemma 3 norms its queries, so there the gain of that norm has the ratio.
+    if ratio != 1.0 and architecture.name != "gemma3":
+        return WeightTransform((name,), (target,), _times(ratio))
+    attention = spec.blocks[int(target.split(".")[1])].attention if target.startswith("blk.") else None
+    found = order(architecture, target, *(attention.shape if attention else (1, 1, 1)))
+    return WeightTransform((name,), (target,), found.there) if found else rename(name, target)
 
 
-def _gemma_ratio(architecture: Architecture, config: Config, spec: ModelSpec) -> float:
+def _query_ratio(architecture: Architecture, config: Config, spec: ModelSpec) -> float:
     """What queries are multiplied by, so that the scale that llama.cpp uses comes out as the config's."""
-    assert architecture.scale is not None
-    return config["query_pre_attn_scalar"] ** -0.5 / architecture.scale(spec)
-
-
-def _pairs(heads: int) -> Callable[[Tensor], Tensor]:
-    """Rows of queries or keys in llama.cpp's order: what turns together lies side by side, not half a head apart."""
-
-    def reorder(weight: Tensor) -> Tensor:
-        half = weight.shape[0] // heads // 2
-        return weight.view(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
-
-    return reorder
-
-
-def _by_kind(attention: AttentionSpec) -> Callable[[Tensor], Tensor]:
-    """Rows of a fused projection: all queries, all keys, all values."""
-    group = attention.heads // attention.kv_heads
-
-    def reorder(weight: Tensor) -> Tensor:
-        rows = weight.view(attention.kv_heads, group + 2, attention.head_dim, *weight.shape[1:])
-        parts = (rows[:, :group], rows[:, group], rows[:, group + 1])
-        return torch.cat([part.reshape(-1, *weight.shape[1:]) for part in parts])
-
-    return reorder
+    if not architecture.wide_layers:
+        return 1.0
+    attention = _any_attention(spec)
+    width = architecture.query_width(len(spec.blocks), spec.hidden, attention.heads, attention.head_dim)
+    return math.sqrt(width / config["query_pre_attn_scalar"])
 
 
 def _gain(ratio: float) -> Callable[[Tensor], Tensor]:
@@ -491,11 +369,7 @@ def _gain(ratio: float) -> Callable[[Tensor], Tensor]:
 
 
 def _times(ratio: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: weight if ratio == 1 else weight.float() * ratio
-
-
-def _transposed(weight: Tensor) -> Tensor:
-    return weight.T
+    return lambda weight: weight.float() * ratio
 
 
 def _stack(*parts: Tensor) -> Tensor:

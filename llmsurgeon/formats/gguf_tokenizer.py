@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon.checkpoint.gguf_file import ARRAY, STRING, GGUFFile
+from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field, GGUFFile
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, recognise
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
 
-UINT32, INT32, FLOAT32, BOOL = 4, 5, 6, 7  # GGUF value types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF token types
 SPACE = "▁"
 UNREACHED = -1e4  # score of pieces that no merge makes
@@ -31,16 +30,6 @@ END_OF_TEXT = {
 }
 PHI3 = ("phi-3", "phi3")
 PHI3_KEEPS = {"<unk>", "<s>", "<|endoftext|>"}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One metadata value of a GGUF file: `kind` is its GGUF type, `inner` that of an array's elements."""
-
-    key: str
-    value: Any
-    kind: int
-    inner: int | None = None
 
 
 @dataclass(frozen=True)

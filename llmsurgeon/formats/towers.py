@@ -60,7 +60,7 @@ class Tower:
         if wanted == "nemotron-nas":
             raise SurgeryError(
                 "format nemotron-nas holds text models alone, this one is vision-language "
-                f"({self.declared.model_type}); formats that can hold it: native, surgeon"
+                f"({self.declared.model_type}); formats that can: native, surgeon"
             )
         made = write_config(spec, family, config, wanted)
         if made.format == "nemotron-nas":
@@ -81,7 +81,11 @@ class Tower:
         """config.json of the whole model."""
         apart = ("architectures", "auto_map", "transformers_version")
         text = {key: value for key, value in written.config.items() if key not in apart}
-        made = {key: value for key, value in self.raw.items() if key != "auto_map"}
+        if self.declared.text_type:
+            text["model_type"] = self.declared.text_type[0]
+        # Old configs hold the text model's sizes beside the vision model's.
+        flat = set() if "text_config" in self.raw else text.keys() | {"rope_scaling", "rope_theta"}
+        made = {key: value for key, value in self.raw.items() if key != "auto_map" and key not in flat}
         name = self.declared.model_type
         made |= {"text_config": text, "model_type": name, "architectures": [self.declared.model_class]}
         made["tie_word_embeddings"] = bool(written.config.get("tie_word_embeddings"))
@@ -141,8 +145,10 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # config classes raise their validators' own types
         first = str(error).strip().splitlines()[0]
         raise SurgeryError(f"config.json does not describe a {raw['model_type']} model: {first}") from error
-    tied = bool(whole.tie_word_embeddings)
-    text = {**whole.text_config.to_dict(), "model_type": whole.text_config.model_type, "tie_word_embeddings": tied}
+    tied, model_type = bool(whole.tie_word_embeddings), whole.text_config.model_type
+    text_type = VISION_LANGUAGE[raw["model_type"]].text_type
+    family = text_type[1] if text_type and text_type[0] == model_type else model_type
+    text = {**whole.text_config.to_dict(), "model_type": family, "tie_word_embeddings": tied}
     if raw.get("dtype") or raw.get("torch_dtype"):
         text["dtype"] = raw.get("dtype") or raw.get("torch_dtype")
     return text

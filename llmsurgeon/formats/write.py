@@ -8,7 +8,7 @@ surgeon         anything else: own model_type, block_configs, modeling files in 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -23,7 +23,7 @@ from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.formats import native, nemotron_nas
+from llmsurgeon.formats import gguf_model, native, nemotron_nas
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, surgeon_classes
 from llmsurgeon.formats.padding import fitted
 from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs
@@ -135,23 +135,35 @@ BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeo
 DECILM = ("configuration_decilm.py", "modeling_decilm.py")
 
 
+Misfit = Callable[[ModelSpec, Family, Mapping[str, Any]], str | None]
+# What keeps a form from holding a model, None where nothing does.
+MISFITS: dict[str, Misfit] = {
+    "native": native.misfit,
+    "nemotron-nas": nemotron_nas.misfit,
+    "surgeon": lambda spec, family, config: None,
+    "gguf": gguf_model.misfit,
+}
+
+
+def formats_that_can(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> list[str]:
+    """The forms that can hold a model."""
+    return [name for name, misfit in MISFITS.items() if misfit(spec, family, config) is None]
+
+
 def _choose(
     spec: ModelSpec, family: Family, config: Mapping[str, Any], wanted: FormatName, odd: str | None
 ) -> tuple[WrittenFormat, str]:
     """The format and the reason."""
-    misfits: dict[WrittenFormat, str | None] = {
-        "native": native.misfit(spec, family, config),
-        "nemotron-nas": nemotron_nas.misfit(spec, family, config),
-        "surgeon": None,
-    }
     if wanted != "auto":
-        if reason := misfits[wanted]:
-            others = ", ".join(name for name, other in misfits.items() if other is None)
-            raise SurgeryError(f"format {wanted} cannot hold this model: {reason}; formats that can: {others}")
+        if reason := MISFITS[wanted](spec, family, config):
+            raise SurgeryError(
+                f"format {wanted} cannot hold this model: {reason}; formats that can: "
+                f"{', '.join(formats_that_can(spec, family, config))}"
+            )
         return wanted, odd or "asked for"
     if odd is None:
         return "native", "every block has the family's own shape"
-    against = misfits["nemotron-nas"] or nemotron_nas.waste(spec)
+    against = nemotron_nas.misfit(spec, family, config) or nemotron_nas.waste(spec)
     return ("surgeon", f"{odd}; not nemotron-nas: {against}") if against else ("nemotron-nas", odd)
 
 

@@ -119,3 +119,20 @@ def test_export_to_gguf(run, folder):
     """The writer has tests of its own; here, that the command reaches it and its refusals."""
     code, _, err = run("export", "student", "--to", "gguf", "-o", "out.gguf", "--type", "Q3")
     assert code == 2 and "GGUF type 'Q3'" in err and not list(folder.glob("*.gguf*"))
+
+
+def test_what_gguf_cannot_hold(run, folder):
+    """The first block, and the forms that can hold the model; nothing is left behind."""
+    recipe = loads("version: 1\nsteps:\n  - {op: prune_ffn, layers: [3]}\nformat: surgeon\n")
+    run_recipe(recipe, "parent", "lone", Options())
+    before = sorted(folder.rglob("*"))
+    code, _, err = run("export", "lone", "--to", "gguf", "-o", "new/out.gguf")
+    assert code == 2 and "format gguf cannot hold this model: block 3 has attention and no FFN" in err
+    assert "formats that can: native, nemotron-nas, surgeon (a GGUF can be made of native" in err
+    assert sorted(folder.rglob("*")) == before and "Traceback" not in err
+    # Where another form is refused, gguf is among those that can.
+    recipe = loads("version: 1\nsteps:\n  - {op: prune_attention, layers: [2]}\nformat: surgeon\n")
+    save_tiny(folder / "window", "mistral", intermediate_size=256)
+    run_recipe(recipe, "window", "cut", Options())
+    code, _, err = run("export", "cut", "--to", "nemotron-nas", "-o", "nas")
+    assert code == 2 and "block 0 has a sliding window; formats that can: native, surgeon, gguf" in err

@@ -45,6 +45,17 @@ VISION = {
 }
 IMAGE = 5
 SAMPLE = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40
+# Text models of their own, whose uneven form no modeling file knows.
+OWN_TEXT = {
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8},
+    "qwen2_vl": {"model_type": "qwen2_vl_text", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+}
+OWN_TEXT["qwen2_vl"] |= {"bos_token_id": 1, "eos_token_id": 2}
+OWN_TEXT["gemma3"]["layer_types"] = ["sliding_attention", "full_attention"] * 2
+OWN_TEXT["qwen2_vl"]["rope_parameters"]["mrope_section"] = [1, 1, 2]
+OWN_TEXT["qwen2_5_vl"] = {**OWN_TEXT["qwen2_vl"], "model_type": "qwen2_5_vl_text"}
+FAMILY = {"gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
+UNEVEN = [name for name in NAMES if VISION_LANGUAGE[name].uneven]
 CUTS = {
     "native": "{op: prune_blocks, layers: [1]}",
     "surgeon": "{op: prune_attention, layers: [0, 2]}",
@@ -57,9 +68,18 @@ def tiny(name, **text):
     if name == "llava":
         extra = {"vision_config": {"model_type": "clip_vision_model", "projection_dim": 16, **VISION}}
         extra |= {"image_token_index": IMAGE, "image_seq_length": 4}
+    elif name == "gemma3":
+        extra = {"vision_config": {"model_type": "siglip_vision_model", **VISION}, "image_token_index": IMAGE}
+        extra |= {"mm_tokens_per_image": 1}
+    elif name == "qwen2_vl":
+        vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+        extra = {"vision_config": vision, "image_token_id": IMAGE}
+    elif name == "qwen2_5_vl":
+        vision = {"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "patch_size": 4}
+        extra = {"vision_config": {**vision, "intermediate_size": 32, "window_size": 16}, "image_token_id": IMAGE}
     else:
         extra = {"vision_config": VISION, "image_token_id": IMAGE, "scale_factor": 2}
-    config = transformers.AutoConfig.for_model(name, text_config={**TEXT, **text}, **extra)
+    config = transformers.AutoConfig.for_model(name, text_config={**TEXT, **OWN_TEXT.get(name, {}), **text}, **extra)
     torch.manual_seed(0)
     model = getattr(transformers, declared.model_class)(config).eval()
     with torch.no_grad():
@@ -77,11 +97,17 @@ def save(folder, name, **text):
 
 def seen(model):
     """Logits for a text with an image in it."""
-    patches = 4 if "Llava" in type(model).__name__ else 1
+    kind = type(model).__name__
+    patches = 4 if "Llava" in kind else 1
     ids = torch.tensor([[7, 8, *[IMAGE] * patches, 9, 10, 11]])
-    pixels = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
+    pixels, more = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2)), {}
+    if "Qwen" in kind:  # patches in rows, each twice in time
+        pixels, more = pixels.view(4, 48).repeat(1, 2), {"image_grid_thw": torch.tensor([[1, 2, 2]])}
+        more["mm_token_type_ids"] = (ids == IMAGE).int()
+    elif "Gemma" not in kind and patches == 1:
+        pixels = pixels[None]
     with torch.no_grad():
-        return model(input_ids=ids, pixel_values=pixels if patches == 4 else pixels[None]).logits
+        return model(input_ids=ids, pixel_values=pixels, use_cache=False, **more).logits
 
 
 def tower(model):
@@ -94,6 +120,10 @@ def operated(name, form):
     layers = tower(model).layers
     if form == "native":
         tower(model).layers = torch.nn.ModuleList(layer for i, layer in enumerate(layers) if i != 1)
+        if name == "gemma3":  # a layer's kind is looked up by its number
+            config = tower(model).config
+            config.layer_types = [kind for i, kind in enumerate(config.layer_types) if i != 1]
+            config.num_hidden_layers = len(config.layer_types)
         return model
     with torch.no_grad():
         for index in (0, 2):
@@ -110,7 +140,7 @@ def name(request):
     return request.param
 
 
-@pytest.mark.parametrize("form", CUTS)
+@pytest.mark.parametrize(("name", "form"), [(n, f) for n in NAMES for f in CUTS if f == "native" or n in UNEVEN])
 def test_what_is_written_loads_in_transformers_and_sees(name, form, tmp_path):
     parent = save(tmp_path / "parent", name)
     out = run(recipe_of(CUTS[form]), str(parent), str(tmp_path / "out"), Options()).out
@@ -121,7 +151,7 @@ def test_what_is_written_loads_in_transformers_and_sees(name, form, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     torch.testing.assert_close(seen(model.eval()), seen(operated(name, form)), atol=1e-5, rtol=1e-5)
     before, after = open_checkpoint(str(parent)), open_checkpoint(str(out))
-    beside = [n for n in before if "vision" in n or "connector" in n or "projector" in n]
+    beside = [n for n in before if any(part in n for part in ("vision", "connector", "projector", "visual"))]
     assert len(beside) > 20 and all(torch.equal(before[n], after[n]) for n in beside)
     config = json.loads((out / "config.json").read_text())
     assert config["text_config"]["vocab_size"] == 64 and config["vision_config"]
@@ -156,6 +186,7 @@ def test_zeros_in_the_native_form(name, tmp_path):
     torch.testing.assert_close(seen(model.eval()), seen(operated(name, "surgeon")), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", UNEVEN)
 def test_the_surgeon_form_generates_saves_and_can_be_cut_again(name, tmp_path):
     parent = save(tmp_path / "parent", name)
     first = run(recipe_of(CUTS["surgeon"]), str(parent), str(tmp_path / "first"), Options()).out
@@ -176,6 +207,7 @@ def test_the_surgeon_form_generates_saves_and_can_be_cut_again(name, tmp_path):
     torch.testing.assert_close(seen(cut), seen(model), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", UNEVEN)
 def test_recurrent_mixers_in_a_tower(name, tmp_path):
     """Cached as in one pass, and blind to padding."""
     parent = save(tmp_path / "parent", name)
@@ -189,6 +221,7 @@ def test_recurrent_mixers_in_a_tower(name, tmp_path):
     assert torch.equal(model.generate(padded, attention_mask=mask, **greedy)[:, 3:], cached)
 
 
+@pytest.mark.parametrize("name", UNEVEN)
 def test_without_trust_the_surgeon_form_refuses(name, tmp_path):
     """Through the Auto class, and through the stock class by name; in a process that has not run the code."""
     parent = save(tmp_path / "parent", name)
@@ -235,7 +268,7 @@ def test_costs_and_inspect(name, tmp_path):
     text = plan(open_config(str(parent)), recipe_of(CUTS["native"]), {})
     assert made.before.flops_per_token == text.before.flops_per_token
     assert all(made.weights.origin(n) for n in patient.beside)
-    assert patient.model_type == name and patient.family.model_type == "llama"
+    assert patient.model_type == name and patient.family.model_type == FAMILY.get(name, "llama")
 
 
 def test_other_text_towers(tmp_path):
@@ -250,6 +283,35 @@ def test_other_text_towers(tmp_path):
     filled = recipe_of(CUTS["surgeon"], more="format: native\n")
     assert run(filled, str(parent), str(tmp_path / "filled"), Options()).planned.written.format == "native"
     assert not (tmp_path / "no").exists()
+
+
+def test_towers_that_no_modeling_file_knows(tmp_path):
+    parent = save(tmp_path / "parent", "gemma3")
+    with pytest.raises(SurgeryError, match=r"gemma3 with a text tower of gemma3_text has no form for blocks .*native"):
+        run(recipe_of(CUTS["surgeon"]), str(parent), str(tmp_path / "no"), Options())
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_configs_without_a_text_config(name, tmp_path):
+    """Published ones hold the text model's sizes beside the vision model's, and its tensors under Qwen2's names."""
+    parent = save(tmp_path / "parent", name)
+    config = json.loads((parent / "config.json").read_text())
+    text = config.pop("text_config")
+    flat = {key: value for key, value in text.items() if key not in ("model_type", "rope_parameters")}
+    flat |= {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}
+    (parent / "config.json").write_text(json.dumps({**flat, **config}))
+    tensors = load_file(parent / "model.safetensors")
+    old = {
+        n.replace("model.language_model.", "model.").replace("model.visual.", "visual."): t for n, t in tensors.items()
+    }
+    save_file(old, parent / "model.safetensors", {"format": "pt"})
+    out = run(recipe_of(CUTS["native"]), str(parent), str(tmp_path / "out"), Options()).out
+    written = json.loads((out / "config.json").read_text())
+    assert written["text_config"]["num_hidden_layers"] == 3 and "num_hidden_layers" not in written
+    assert written["text_config"]["model_type"] == f"{name}_text"
+    model = transformers.AutoModelForImageTextToText.from_pretrained(out)
+    torch.testing.assert_close(seen(model.eval()), seen(operated(name, "native")), atol=1e-5, rtol=1e-5)
 
 
 def test_what_is_refused(tmp_path):
@@ -268,7 +330,7 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(SurgeryError, match=message):
             run(recipe_of(step, more=more), str(parent), str(tmp_path / "out"), Options())
-    with pytest.raises(SurgeryError, match="a GGUF holds a text model, and this one is vision-language"):
+    with pytest.raises(SurgeryError, match="format gguf holds text models alone, this one is vision-language"):
         export_gguf(str(parent), str(tmp_path / "out.gguf"))
     tensors = {n: t for n, t in load_file(parent / "model.safetensors").items() if "text_model" not in n}
     save_file(tensors, parent / "model.safetensors", {"format": "pt"})
