@@ -183,6 +183,10 @@ def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[st
 
 def _choose(family: Family, spec: ModelSpec) -> Architecture:
     """The architecture for these blocks."""
+    if spec.block_transformer:
+        raise SurgeryError(
+            "GGUF cannot hold this model: llama.cpp knows no block transformers. Format surgeon holds it"
+        )
     if family.model_type not in ARCHITECTURES:
         raise SurgeryError(
             f"GGUF: no row for {family.model_type} models yet; there are rows for {', '.join(ARCHITECTURES)}. "

@@ -14,7 +14,7 @@ from llmsurgeon.families import Family
 from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "block", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class Subject:
         """Raise SurgeryError if the family declares that it cannot take `operation`."""
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
+        if self.spec.block_transformer and operation != "distill":
+            raise self.refuse(
+                f"{operation}: the model is a block transformer already, whose layers are not one stack; cut first, "
+                "block comes last, and distill heals it"
+            )
         if operation in AFTER_TREES:
             return
         for block in self.spec.blocks:
