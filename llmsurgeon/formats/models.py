@@ -252,6 +252,15 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dty
         parameter.requires_grad_(parameter.is_floating_point())
 
 
+def filled_model(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str
+) -> PreTrainedModel:
+    """The model of this config with these weights, whole in memory."""
+    model = empty_model(normalised(config))
+    fill(model, weights, dtype, device)
+    return model
+
+
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) or type(error).__name__

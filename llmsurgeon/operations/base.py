@@ -14,7 +14,7 @@ from llmsurgeon.families import Family
 from llmsurgeon.spec import BlockSpec, FFFSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "block", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
