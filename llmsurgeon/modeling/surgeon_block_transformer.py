@@ -208,6 +208,10 @@ class BlockTransformerBody:
         """The state that this call starts from."""
         if cache is None:
             cache = BlockCache(self.block_slots, self.token_slots)
+        if not isinstance(cache, BlockCache):
+            raise ValueError(
+                f"a block transformer keeps a cache of its own: leave past_key_values out at first, not {type(cache)}"
+            )
         if cache.ids is None:
             padding = self.block_length - 1 if padding is None else padding
             if not 0 <= padding < self.block_length:

@@ -136,7 +136,7 @@ def test_what_a_block_model_cannot_be_asked(run, folder):  # noqa: F811
     """Analysis, cuts, other formats, contexts beyond the parent's positions."""
     assert run("block", "parent", "-o", "out")[0] == 0
     for command, message in (
-        (("analyze", "out", *TEXT), "cannot be walked layer by layer"),
+        (("analyze", "out", "--text", "text.txt", "--tokens", 64, "--seq-len", 16), "cannot be walked layer by layer"),
         (("prune", "out", "-o", "cut", "--attention", "1", "--no-refit"), "prune_attention: the model is a block"),
         (("block", "out", "-o", "cut"), "block: the model is a block transformer already"),
         (("export", "out", "-o", "cut", "--to", "native"), "it is a block transformer"),
@@ -146,4 +146,4 @@ def test_what_a_block_model_cannot_be_asked(run, folder):  # noqa: F811
     ):
         code, _, err = run(*command)
         assert code == 2 and message in err, (command, err)
-        assert not list(folder.glob("cut*"))
+        assert not list(folder.glob("cut*")) and not list(folder.glob("out-*"))

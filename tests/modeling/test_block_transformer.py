@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from operations.helpers import logits, operate
 from torch.nn import functional as F
+from transformers import DynamicCache
 
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
@@ -390,6 +391,8 @@ def test_what_cannot_be_asked():
         model(input_ids=ids, block_padding=4)
     with pytest.raises(ValueError, match="129 tokens: this model was made for at most 128"):
         model(input_ids=text(1, 129))
+    with pytest.raises(ValueError, match=r"keeps a cache of its own.*DynamicCache"):
+        model(input_ids=ids, past_key_values=DynamicCache())
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(NotImplementedError, match="cannot go back"):
         cache.crop(-1)
