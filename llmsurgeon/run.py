@@ -415,9 +415,7 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
     if planned.spec.block_transformer:
         whole = filled_model(planned.written.student, healed.weights, texts.dtype, options.device)
-        return replace(
-            healed, evaluation=prove_whole(whole, texts.runner, texts.windows[held_out], options.batch)
-        )
+        return replace(healed, evaluation=prove_whole(whole, texts.runner, texts.windows[held_out], options.batch))
     student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, options.device)
     found = prove(student, texts.runner, texts.windows[held_out], texts.tokenizer, options.batch)
     return replace(healed, evaluation=found)

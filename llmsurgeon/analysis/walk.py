@@ -112,8 +112,8 @@ class LayerRunner:
         self.family = family_of(config)
         if config.get("block_transformer"):
             raise SurgeryError(
-                "a block transformer is not one stack of layers, and cannot be walked layer by layer; analyse and refit "
-                "the model that it is made from, before the block step"
+                "a block transformer is not one stack of layers, and cannot be walked layer by layer; analyse and "
+                "refit the model that it is made from, before the block step"
             )
         weights = class_form(weights, self.family)
         self.weights, self.dtype, self.device = weights, dtype, device

@@ -258,7 +258,7 @@ class GlobalTask:
         }
 
     def _padding(self, step: int) -> dict[str, int]:
-        """A block transformer's blocks begin elsewhere at each step, so that the first may have any number of tokens."""
+        """A block transformer's first block has another number of tokens at each step, as prompts have."""
         if self.case.spec.block_transformer is None:
             return {}
         rng = np.random.default_rng([self.settings.seed, step, 1])

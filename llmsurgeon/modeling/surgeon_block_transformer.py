@@ -1,20 +1,20 @@
 """Block Transformer (arXiv 2406.02657) out of a family's own decoder layers; ships inside converted checkpoints.
 
-The text is cut into blocks of L tokens. The block decoder, the layers before `split`, attends over one embedding a block:
-global context, with a KV cache of one entry a block. The token decoder, the other layers, writes the tokens of the next
-block from the context that the block decoder gives, and attends within that block alone: its cache is used anew for
-each block. config.block_transformer holds
+The text is cut into blocks of L tokens. The block decoder, the layers before `split`, attends over one embedding a
+block: global context, with a KV cache of one entry a block. The token decoder, the other layers, writes the tokens of
+the next block from the context that the block decoder gives, and attends within that block alone: its cache is used
+anew for each block. config.block_transformer holds
 
     block_length, split
     embedder        projected: a linear map of L whole embeddings; concat: L embeddings of D / L numbers side by side
     decoder         how the token decoder reads the context c: prefix (`prefix_length` tokens before the block's own),
                     summation (a map of c is added to each token), cross_attention (to `prefix_length` vectors)
 
-Where blocks begin: `block_padding` says how many masked places, 0 to L - 1, the first block has before the first column.
-Left out it is L - 1: the first token is alone in its block, and all others are predicted, as in any causal model. A
-prompt of `generate` ends where a block ends. No token of a row's first block is predicted: the logits there are zeros, and
-a loss leaves them out. All rows of a batch share the grid of blocks; padding on the left moves a row on that grid, and
-whole blocks of padding change nothing.
+Where blocks begin: `block_padding` says how many masked places, 0 to L - 1, the first block has before the first
+column. Left out it is L - 1: the first token is alone in its block, and all others are predicted, as in any causal
+model. A prompt of `generate` ends where a block ends. No token of a row's first block is predicted: the logits there
+are zeros, and a loss leaves them out. All rows of a batch share the grid of blocks; padding on the left moves a row on
+that grid, and whole blocks of padding change nothing.
 
 Shapes: B batch, T tokens, L tokens a block, n blocks, M = B * n rows of the token decoder, D model width.
 """
@@ -36,8 +36,8 @@ from .surgeon_blocks import SurgeonBlock, attention_layers, swap_blocks
 class BlockCache(Cache):
     """Keys and values of both decoders, and the block that is being written.
 
-    Beside them [B, ...]: tokens of the open block and which of them are real (`ids`, `real`), which of the closed blocks
-    hold a real token (`blocks`), the last closed block's context and last token.
+    Beside them [B, ...]: tokens of the open block and which of them are real (`ids`, `real`), which of the closed
+    blocks hold a real token (`blocks`), the last closed block's context and last token.
     """
 
     def __init__(self, block_slots, token_slots):
@@ -111,7 +111,7 @@ class BlockTransformerLayer(SurgeonBlock):
 
 
 def cross_attend(attention, hidden_BTD, context_BCD):
-    """Attention of the hidden states to the context, with the projections of a family's self-attention; no positions."""
+    """Attention of the hidden states to the context by the projections of a family's self-attention; no positions."""
 
     def heads(projection, norm, inputs):
         split = projection(inputs).unflatten(-1, (-1, attention.head_dim))

@@ -139,7 +139,7 @@ class Distill(Step):
         if self.train == "changed":
             raise subject.refuse("distill: train changed names no layer of a block transformer: all of them work anew")
         if self.positions < 1:
-            raise subject.refuse("distill: positions is not for block transformers: all tokens but a few are learnt from")
+            raise subject.refuse("distill: positions is not for block transformers, which learn from all but the first")
         if self.sequence_length < 2 * block_length:
             raise subject.refuse(
                 f"distill: sequence_length {self.sequence_length} does not hold a block of {block_length} tokens to "

@@ -20,7 +20,7 @@ from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.refit import Refit
-from llmsurgeon.spec import FFFSpec, BlockTransformerSpec, from_block_transformer, to_block_transformer
+from llmsurgeon.spec import BlockTransformerSpec, FFFSpec, from_block_transformer, to_block_transformer
 
 NEW = "model.block_embedder.embed_tokens.weight"
 
@@ -132,7 +132,9 @@ def test_split_is_numbered_as_in_the_parent():
     assert Block(split=0).plan(subject).spec.block_transformer.split == 0
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILY_NAMES if name not in ("llama", "qwen3", "mistral", "qwen2")])
+@pytest.mark.parametrize(
+    "family", [name for name in FAMILY_NAMES if name not in ("llama", "qwen3", "mistral", "qwen2")]
+)
 def test_other_families_are_refused_by_name(family):
     assert refusal(tiny_model(family), Block()) == (
         f"{family}: block: its class has no block form; llama, mistral, qwen2, qwen3 have one"
@@ -163,7 +165,10 @@ FUSED = (PruneAttention(layers=(3,)), FuseFFN(runs=((2, 3),)))
         ((Block(), PruneAttention(layers=(1,))), "prune_attention: the model is a block transformer already"),
         ((Block(), Refit()), "refit: the model is a block transformer already"),
         ((Block(), FuseFFN(runs=((0, 1),))), "fuse_ffn: the model is a block transformer already"),
-        ((*FUSED, Block(split=3)), "split 3 goes through the layers 2 to 3, which an earlier step made one; use 2 or 4"),
+        (
+            (*FUSED, Block(split=3)),
+            "split 3 goes through the layers 2 to 3, which an earlier step made one; use 2 or 4",
+        ),
         (
             (PruneAttention(layers=(4,)), Block(decoder="cross_attention")),
             "cross_attention starts from each layer's own attention",
