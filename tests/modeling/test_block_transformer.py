@@ -90,7 +90,7 @@ def cross(layer, x, context):
 
 @torch.no_grad()
 def slow(model, ids, padding):
-    """Logits [T, V] of one row, a token at a time: the block decoder over everything, the token decoder from scratch."""
+    """Logits [T, V] of one row, a token at a time: the block decoder over all, the token decoder from scratch."""
     halves, body = model.config.block_transformer, model.model
     length, split, decoder = halves["block_length"], halves["split"], halves["decoder"]
     found = []
@@ -212,7 +212,7 @@ def test_pieces_through_the_cache_are_the_whole(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_generation_with_and_without_cache_and_in_batches(shape):
-    """A batch of unequal prompts, padded on the left, is each prompt alone, which is the full forward token by token."""
+    """A batch of unequal prompts, padded on the left, is each prompt alone, which is the full forward by tokens."""
     model, ids = made(*shape), text(3, 13)
     lengths, settings = (13, 10, 6), dict(max_new_tokens=11, min_new_tokens=11, do_sample=False, pad_token_id=0)
     mask = torch.stack([torch.arange(13) >= 13 - n for n in lengths]).long()
