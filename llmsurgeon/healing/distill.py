@@ -246,8 +246,8 @@ class GlobalTask:
         """Ask the parent."""
         self.targets.prepare(numbers)
 
-    def batch(self, numbers: np.ndarray, step: int, device: torch.device) -> dict[str, Tensor]:
-        """ids, the parent's answers, and the positions that carry the KL."""
+    def batch(self, numbers: np.ndarray, step: int, device: torch.device) -> dict[str, Any]:
+        """ids, the parent's answers, the positions that carry the KL, and a block transformer's padding."""
         tokens = self.corpus.tokens(numbers)
         answers = {name: values.to(device) for name, values in self.targets.of(numbers, tokens).items()}
         return {

@@ -344,6 +344,10 @@ class BlockTransformerForCausalLM:
         block_padding=None,
         **kwargs,
     ):
+        if kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "a block transformer counts its own positions, from attention_mask: leave position_ids out"
+            )
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -157,8 +157,12 @@ def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] 
     Raises:
         SurgeryError: nothing, or no attention at all, would be left.
     """
+    halves = subject.spec.block_transformer
+    if halves:
+        # Only empty blocks go after the step that parted the layers: the second half begins where it began.
+        halves = replace(halves, split=sum(not block.spec.empty for block in blocks[: halves.split]))
     blocks = [block for block in blocks if not block.spec.empty]
-    spec = subject.spec.with_blocks([block.spec for block in blocks])
+    spec = replace(subject.spec.with_blocks([block.spec for block in blocks]), block_transformer=halves)
     if subject.family.first_stays and (
         not blocks or blocks[0].spec.branches or blocks[0].spec.parents[:1] != subject.spec.blocks[0].parents[:1]
     ):

@@ -68,6 +68,25 @@ def test_streaming_is_in_memory(run, folder):  # noqa: F811
         assert torch.equal(logits(load_model(f"out-{number}"), tokens), logits(student, tokens))
 
 
+def test_a_block_that_vanishes_moves_the_split(run, folder):  # noqa: F811
+    """Layer 1 loses attention and FFN in two steps, and goes as a whole."""
+    (folder / "r.yaml").write_text(
+        "version: 1\nsteps:\n  - {op: prune_attention, layers: [1]}\n  - {op: prune_ffn, layers: [1]}\n"
+        "  - {op: block, block_length: 1, split: 6, prefix_length: 1}\n"
+    )
+    for split in (6, 3):
+        code, out, err = run(
+            *("run", "r.yaml", "parent", "-o", "out", "--overwrite", "--set", f"block.split={split}", "--json")
+        )
+        assert code == 0, err
+        assert json.loads(out)["blocks"] == [[0], [2], [3], [4], [5]]
+        assert load_model("out").model.split == split - 1
+    assert run("run", "r.yaml", "parent", "-o", "out", "--overwrite")[0] == 0
+    assert run("prune", "parent", "-o", "pruned", "--blocks", "1", "--no-refit")[0] == 0
+    tokens = some_tokens()
+    assert torch.equal(logits(load_model("out"), tokens), logits(load_model("pruned"), tokens))
+
+
 def test_a_dry_run_counts_what_is_multiplied(run, folder):  # noqa: F811
     code, out, _ = run("block", "parent", "--dry-run", "--json")
     assert code == 0 and not (folder / "parent-block-4").exists()

@@ -387,6 +387,8 @@ def test_what_cannot_be_asked():
     model, ids = made(4), text(1, 8)
     with pytest.raises(ValueError, match="give input_ids, not inputs_embeds"):
         model(inputs_embeds=torch.zeros(1, 4, 32))
+    with pytest.raises(ValueError, match="leave position_ids out"):
+        model(input_ids=ids, position_ids=torch.arange(8)[None])
     with pytest.raises(ValueError, match="block_padding 4: expected 0 to 3"):
         model(input_ids=ids, block_padding=4)
     with pytest.raises(ValueError, match="129 tokens: this model was made for at most 128"):
