@@ -123,7 +123,7 @@ def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
     subject, weights = without_empty_blocks(student.subject({}), student.weights)
     spec = _with_parents(subject.spec, parent.spec, student)
     for step in recipe.steps:
-        step.plan(parent.subject({}))
+        step.plan(replace(parent.subject({}), spec=spec))
     written = write_config(spec, parent.family, parent.config, _form(student.checkpoint.config))
     meta = written.fit(rebase(weights, student.checkpoint.meta()))
     check_shapes(shapes_of(meta), expected_shapes(empty_model(written.config)), "the healed checkpoint", parent.family)

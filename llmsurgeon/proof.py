@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
@@ -15,7 +16,7 @@ from llmsurgeon.families import Family
 from llmsurgeon.recipe import Gate
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ENCODER_KEYS = ("min_hidden_cosine", "min_pooled_cosine")
 MASKED_KEYS = ("max_kl", "min_top1_agreement")
@@ -45,6 +46,18 @@ def prove(
         masked = left(student, masking.inputs), left(parent, masking.inputs)
         logits = by_row(student.final, masked[0]), by_row(parent.final, masked[1])
     return evaluate_states(tokens, (by_row(student.states, mine), by_row(parent.states, theirs)), masking, logits)
+
+
+def prove_whole(student: PreTrainedModel, parent: LayerRunner, tokens: Tensor, batch: int) -> Evaluation:
+    """The same of a student that is no stack of layers, in memory as a whole."""
+    theirs = walk(parent, tokens, [Variant()], batch=batch)[0]
+
+    def mine(row: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = student(input_ids=tokens[row, None].to(student.device), use_cache=False).logits
+        return logits[0]
+
+    return evaluate_hidden(tokens, mine, lambda row: parent.final(theirs[row].to(parent.device)))
 
 
 def check_gate(gate: Gate | None, family: Family) -> None:

@@ -29,7 +29,7 @@ from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.evaluate import Evaluation
 from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised
+from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, filled_model, normalised
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.formats.write import FormatName, Written, write_beside, write_config
 from llmsurgeon.healing.curve import html_curves
@@ -41,7 +41,7 @@ from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
-from llmsurgeon.proof import check_gate, missed, prove
+from llmsurgeon.proof import check_gate, missed, prove, prove_whole
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.spec import ModelSpec
@@ -176,6 +176,11 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
     check_gate(recipe.gate, patient.family)
     for step in recipe.steps:
         patient.subject({}).check(step.op)
+        if patient.tower and step.op == "block":
+            raise SurgeryError(
+                f"{patient.name}: block is for text models; this is the text tower of a vision-language model "
+                f"({patient.model_type}), whose images enter as embeddings that no block of tokens holds"
+            )
         if patient.tower and step.op == "distill":
             raise SurgeryError(
                 f"{patient.name}: distill saves the text tower alone, without the rest of this vision-language model "
@@ -437,6 +442,9 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
         else:
             assert isinstance(step, DistillStep)
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
+    if planned.spec.block_transformer:
+        whole = filled_model(planned.written.student, healed.weights, texts.dtype, options.device)
+        return replace(healed, evaluation=prove_whole(whole, texts.runner, texts.windows[held_out], options.batch))
     student = texts.walker(normalised(planned.written.student), healed.weights)
     found = prove(student, texts.runner, texts.windows[held_out], texts.tokenizer, options.batch)
     return replace(healed, evaluation=found)

@@ -8,7 +8,7 @@ Puzzle / Nemotron-NAS checkpoints use (arXiv 2411.19146), extended where those h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from llmsurgeon.errors import SurgeryError
@@ -168,8 +168,54 @@ class BlockSpec:
 
 
 @dataclass(frozen=True)
+class BlockTransformerSpec:
+    """A decoder in two halves (Block Transformer, arXiv 2406.02657), `block_length` tokens to a block of text.
+
+    split: layers before it form the block decoder, which attends over blocks; the others the token decoder, which
+        attends within one.
+    embedder: `concat` looks up hidden / block_length numbers a token and lays them side by side; `projected` looks up
+        whole embeddings and projects them to one.
+    decoder: how the token decoder reads a block's context: as `prefix_length` tokens before its own, as a summand on
+        each, or by cross-attention to `prefix_length` vectors.
+    """
+
+    block_length: int
+    split: int
+    embedder: Literal["concat", "projected"] = "projected"
+    decoder: Literal["prefix", "summation", "cross_attention"] = "prefix"
+    prefix_length: int = 2
+
+    @property
+    def lead(self) -> int:
+        """Positions of the token decoder before it has said a block's first token."""
+        return self.prefix_length if self.decoder == "prefix" else 1
+
+    @property
+    def positions(self) -> int:
+        """Positions of the token decoder for one block: what its cache holds at most."""
+        return self.lead + self.block_length - 1
+
+    @property
+    def contexts(self) -> int:
+        """Vectors that a block's context is expanded to."""
+        return self.block_length if self.decoder == "summation" else self.prefix_length
+
+    def sentence(self) -> str:
+        """The description in a line."""
+        how = {"prefix": f"a prefix of {self.prefix_length}", "summation": "summation"}
+        reads = how.get(self.decoder, f"cross-attention to {self.prefix_length}")
+        return (
+            f"block transformer: {self.block_length} token{'s' if self.block_length > 1 else ''} a block, embedder "
+            f"{self.embedder}, layers before {self.split} over blocks, the others within one, by {reads}"
+        )
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """A decoder: embeddings, `blocks`, final norm, head. Sizes are in numbers, not bytes."""
+    """A decoder: embeddings, `blocks`, final norm, head. Sizes are in numbers, not bytes.
+
+    `block_transformer` is there where the layers work in two halves, over blocks of text and within them.
+    """
 
     family: str
     hidden: int
@@ -177,10 +223,15 @@ class ModelSpec:
     blocks: tuple[BlockSpec, ...]
     tied: bool
     max_positions: int | None = None
+    block_transformer: BlockTransformerSpec | None = None
 
     def with_blocks(self, blocks: Sequence[BlockSpec]) -> ModelSpec:
         """The same model with other blocks."""
         return replace(self, blocks=tuple(blocks))
+
+    def with_halves(self, halves: BlockTransformerSpec) -> ModelSpec:
+        """The same layers as a block transformer."""
+        return replace(self, block_transformer=halves)
 
     def check_layer(self, index: int, what: str = "layer") -> None:
         """Raise SurgeryError unless `index` names a block."""
@@ -195,7 +246,8 @@ class ModelSpec:
         """True where every block has attention and FFN of one shape (window aside): the family's own form."""
         shapes = {(b.attention and b.attention.shape, b.ffn, bool(b.branches)) for b in self.blocks}
         return (
-            len(shapes) == 1
+            self.block_transformer is None
+            and len(shapes) == 1
             and not self.blocks[0].branches
             and not self.blocks[0].own_kind
             and None
@@ -215,8 +267,14 @@ class ModelSpec:
         return sum(a.width for a in self.attentions if isinstance(a, MLGRUSpec))
 
     def kv_numbers_per_token(self) -> int:
-        """Numbers that the KV cache gains for each token (multiply by the dtype's size for bytes)."""
-        return sum(a.kv_width for a in self.attentions)
+        """Numbers that the KV cache gains for each token (multiply by the dtype's size for bytes).
+
+        A block transformer's gains those of the block decoder once a block; the token decoder's does not grow.
+        """
+        if self.block_transformer is None:
+            return sum(a.kv_width for a in self.attentions)
+        over_blocks = self.blocks[: self.block_transformer.split]
+        return -(-sum(a.kv_width for b in over_blocks for a in b.attentions) // self.block_transformer.block_length)
 
 
 def to_block_configs(spec: ModelSpec) -> list[dict[str, Any]]:
@@ -269,6 +327,44 @@ def _attention_from(config: Mapping[str, Any], head_dim: int, window: int | None
         attention = AttentionSpec(heads, heads, config["width"] // heads)
         return MLGRUSpec.instead_of(attention, **biases, ternary=config["linears"] == "ternary")
     return AttentionSpec(heads, config["num_key_value_heads"], head_dim, window, rope)
+
+
+def to_block_transformer(spec: BlockTransformerSpec) -> dict[str, Any]:
+    """`block_transformer` of config.json."""
+    return asdict(spec)
+
+
+def from_block_transformer(config: Mapping[str, Any], layers: int, hidden: int) -> BlockTransformerSpec:
+    """The inverse of `to_block_transformer`, for a model of so many layers of this width.
+
+    Raises:
+        SurgeryError: keys are missing or unknown, or values cannot be.
+    """
+    try:
+        spec = BlockTransformerSpec(**config)
+        sizes = (spec.block_length, spec.split, spec.prefix_length)
+        if not all(type(size) is int for size in sizes):
+            raise TypeError(f"sizes {sizes}")
+    except TypeError as error:
+        raise SurgeryError(f"config.json: block_transformer cannot be read: {error}") from error
+    check_block_transformer(spec, layers, hidden)
+    return spec
+
+
+def check_block_transformer(spec: BlockTransformerSpec, layers: int, hidden: int) -> None:
+    """Raise SurgeryError for sizes that no model can have."""
+    if spec.block_length < 1 or spec.prefix_length < 1 or not 0 <= spec.split <= layers:
+        raise SurgeryError(
+            f"block transformer: block_length {spec.block_length}, prefix_length {spec.prefix_length} and split "
+            f"{spec.split} must be at least 1, at least 1, and from 0 to the {layers} layers"
+        )
+    if spec.embedder == "concat" and hidden % spec.block_length:
+        raise SurgeryError(
+            f"block transformer: embedder concat gives each of {spec.block_length} tokens an equal part of the hidden "
+            f"size {hidden}, which {spec.block_length} does not divide; use embedder projected or another block_length"
+        )
+    if spec.embedder not in ("concat", "projected") or spec.decoder not in ("prefix", "summation", "cross_attention"):
+        raise SurgeryError(f"block transformer: unknown embedder {spec.embedder!r} or decoder {spec.decoder!r}")
 
 
 def _fff_config(ffn: FFFSpec) -> dict[str, Any]:

@@ -53,6 +53,8 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
         # Of experts, too, a token multiplies those that are chosen for it.
         idle = 1 - mixtures[0].per_token / mixtures[0].experts
         matrices -= round(idle * sum(prod(shape) for name, shape in shapes.items() if ".experts." in name))
+    if spec.block_transformer:
+        matrices = _block_matrices(spec, family, shapes, matrices)
     # A tied embedding multiplies once, as the head.
     lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
     return Costs(
@@ -64,6 +66,25 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
         kv_bytes_per_token=0 if family.encoder else spec.kv_numbers_per_token() * bytes_per_number,
         disk_bytes=parameters * bytes_per_number,
     )
+
+
+def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]], all_of_them: int) -> int:
+    """What a block transformer multiplies for each token, on average over a block, of `all_of_them`.
+
+    Block decoder, embedder and expansion work once a block; the token decoder at each of its positions, of which there
+    are more than tokens where the context is a prefix; the block embedding is looked up.
+    """
+    halves = spec.block_transformer
+    assert halves
+    body = family.embedding.rpartition(".")[0]
+    within = tuple(family.layer(i) for i in range(halves.split, len(spec.blocks)))
+    once = (*(family.layer(i) for i in range(halves.split)), f"{body}.block_embedder.projection", f"{body}.context_exp")
+    sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    over_blocks = sum(size for name, size in sizes.items() if name.startswith(once))
+    in_block = sum(size for name, size in sizes.items() if name.startswith(within))
+    table = sizes[f"{body}.block_embedder.embed_tokens.weight"]
+    rest = all_of_them - over_blocks - in_block - table
+    return rest + round((over_blocks + in_block * halves.positions) / halves.block_length)
 
 
 def _ffns(block: BlockSpec) -> int:

@@ -152,8 +152,10 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _empty_cache(model: PreTrainedModel, length: int) -> DynamicCache:
+def _empty_cache(model: PreTrainedModel, length: int) -> DynamicCache | None:
     """The model's own kind of cache, full attention layers with room for `length` tokens."""
+    if getattr(model.config, "block_transformer", None):
+        return None  # it makes one of its own kind
     cache = DynamicCache(config=model.config)
     # Sliding windows and other kinds keep transformers' own layers.
     cache.layers = [RoomyLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
@@ -224,6 +226,7 @@ def _continue(
     cache = _empty_cache(model, text_BL.shape[1])
     for step in range(text_BL.shape[1] - 1):
         output = model(input_ids=text_BL[:, step : step + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
         drawn_B = _draw(output.logits[:, -1].index_fill(1, banned, -torch.inf), sampling, generator)
         text_BL[:, step + 1] = torch.where(text_BL[:, step + 1] < 0, drawn_B, text_BL[:, step + 1])
         advance(len(text_BL))

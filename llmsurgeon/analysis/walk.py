@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import family_of
 from llmsurgeon.formats.experts import class_form
 from llmsurgeon.formats.models import as_surgeon, empty_model
@@ -117,6 +118,11 @@ class LayerRunner:
     ) -> None:
         self.padding = padding
         self.family = family_of(config)
+        if config.get("block_transformer"):
+            raise SurgeryError(
+                "a block transformer is not one stack of layers, and cannot be walked layer by layer; analyse and "
+                "refit the model that it is made from, before the block step"
+            )
         weights = class_form(weights, self.family)
         self.weights, self.dtype, self.device = weights, dtype, device
         self.parallel_residual = self.family.parallel_residual(config)

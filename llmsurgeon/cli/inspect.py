@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,8 @@ def inspect_command(
     rows = block_rows(patient.spec, patient.family, shapes)
     if as_json:
         report: dict[str, Any] = {"model": model, "model_type": patient.model_type, **total.to_dict()}
-        print(json.dumps({**report, "layers": rows}))
+        halves = {"block_transformer": asdict(patient.spec.block_transformer)} if patient.spec.block_transformer else {}
+        print(json.dumps({**report, **halves, "layers": rows}))
         return
     from rich.console import Console
     from rich.table import Table
@@ -40,6 +42,8 @@ def inspect_command(
     title = f"{model}: {patient.model_type}, {human(total.parameters)} parameters, " + (
         f"{total.kv_bytes_per_token:,} KV bytes a token" if total.kv_bytes_per_token else "no KV cache"
     )
+    if patient.spec.block_transformer:
+        title += f"\n{patient.spec.block_transformer.sentence()}"
     table = Table(title=title, title_justify="left")
     for column in ("block", "attention", "FFN", "parameters"):
         table.add_column(column, justify="left" if column in ("attention", "FFN") else "right")

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
-from llmsurgeon.cli import analyze, bench, convert, evaluate, export, fff, heal, inspect, matmulfree, output, recipes
+from llmsurgeon.cli import (
+    analyze,
+    bench,
+    block,
+    convert,
+    evaluate,
+    export,
+    fff,
+    heal,
+    inspect,
+    matmulfree,
+    output,
+    recipes,
+)
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
 from llmsurgeon.progress import set_quiet
 
@@ -48,7 +61,7 @@ def _global_options(
     keep_freed_memory()
 
 
-for _module in (analyze, convert, heal, fff, matmulfree, evaluate, bench, export, inspect, recipes):
+for _module in (analyze, convert, heal, fff, matmulfree, block, evaluate, bench, export, inspect, recipes):
     _module.register(app)
 
 

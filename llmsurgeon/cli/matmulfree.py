@@ -22,11 +22,11 @@ from llmsurgeon.cli.convert import (
     Sets,
     ShardSize,
     Text,
-    _built,
-    _go,
-    _load,
-    _must_have,
-    _split,
+    built,
+    go,
+    load,
+    must_have,
+    split,
 )
 
 
@@ -63,13 +63,13 @@ def matmulfree_command(
     Example: llmsurgeon matmulfree MODEL --count 3 --text prose.txt -o OUT.
     """
     if recipe:
-        loaded = _load(recipe, sets, text, dataset)
-        _must_have(loaded, {"matmulfree"}, "matmulfree")
+        loaded = load(recipe, sets, text, dataset)
+        must_have(loaded, {"matmulfree"}, "matmulfree")
     else:
         step: dict[str, Any] = {"op": "matmulfree", "linears": linears}
         step |= {key: value for key, value in (("count", count), ("context", context)) if value is not None}
-        step |= {key: _split(value) for key, value in (("layers", layers), ("keep_attention", keep_attention)) if value}
+        step |= {key: split(value) for key, value in (("layers", layers), ("keep_attention", keep_attention)) if value}
         heals = [{"op": "refit"}] if refit and linears == "float" else []
-        loaded = _built([step, *heals], sets, text, dataset)
+        loaded = built([step, *heals], sets, text, dataset)
     job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    _go(loaded, Path(recipe or "matmulfree").stem, job)
+    go(loaded, Path(recipe or "matmulfree").stem, job)

@@ -10,7 +10,18 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpec, from_block_configs
+from llmsurgeon.spec import (
+    AttentionSpec,
+    BlockSpec,
+    FFNSpec,
+    ModelSpec,
+    MoESpec,
+    from_block_configs,
+    from_block_transformer,
+)
+
+# Families with a modeling file of the block form, modeling_block_<model_type>.py.
+BLOCK_FORMS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -174,6 +185,10 @@ class Family:
         """Why `operation` cannot be done on this family, None where it can."""
         if reason := dict(self.unsupported).get(operation):
             return reason
+        if operation == "block" and self.encoder:
+            return "it is an encoder: it predicts no next token, and so no next block"
+        if operation == "block" and self.model_type not in BLOCK_FORMS:
+            return f"its class has no block form; {', '.join(BLOCK_FORMS)} have one"
         if operation == "prune_kv_heads" and not (self.kv or self.fused_qkv):
             return "its classes cannot hold another number of key/value heads"
         if operation == "fuse_ffn" and self.ffn_post_norm:
@@ -251,6 +266,7 @@ class Family:
                 BlockSpec(AttentionSpec(heads, kv_heads, head_dim, window, rope), self._ffn(config, width))
                 for window, rope in zip(windows, ropes, strict=True)
             )
+        halves = config.get("block_transformer")
         return ModelSpec(
             family=self.model_type,
             hidden=hidden,
@@ -258,6 +274,7 @@ class Family:
             blocks=tuple(_with_parents(block, (i,)) for i, block in enumerate(blocks)),
             tied=bool(self.head and config.get("tie_word_embeddings", False)),
             max_positions=self._positions(config),
+            block_transformer=from_block_transformer(halves, layers, hidden) if halves else None,
         )
 
     def _ffn(self, config: Mapping[str, Any], width: int) -> FFNSpec:

@@ -101,6 +101,10 @@ def _value(key: Key, config: Config) -> Any:
 
 def _choose(family: Family, spec: ModelSpec) -> Architecture:
     """The architecture for these blocks."""
+    if spec.block_transformer:
+        raise SurgeryError(
+            "GGUF cannot hold this model: llama.cpp knows no block transformers. Format surgeon holds it"
+        )
     if family.model_type not in ARCHITECTURES:
         raise SurgeryError(why_not(family.model_type) or "")
     for index, block in enumerate(spec.blocks):

@@ -48,14 +48,19 @@ def as_surgeon(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**config, "model_type": SURGEON_PREFIX + family.model_type, "block_configs": blocks}
 
 
-def surgeon_module(family: Family) -> Any:
-    """The modeling file of `family` that ships inside checkpoints, imported from this package."""
-    return importlib.import_module(f"llmsurgeon.modeling.modeling_surgeon_{family.model_type}")
+def modeling_file(family: Family, halves: bool = False) -> str:
+    """Name of the modeling file of `family` that ships inside checkpoints; `halves`: of block transformers."""
+    return f"modeling_{'block' if halves else 'surgeon'}_{family.model_type}"
 
 
-def surgeon_classes(family: Family) -> tuple[type, type]:
-    """(config class, model class) of the surgeon format for `family`."""
-    module = surgeon_module(family)
+def surgeon_module(family: Family, halves: bool = False) -> Any:
+    """That file, imported from this package."""
+    return importlib.import_module(f"llmsurgeon.modeling.{modeling_file(family, halves)}")
+
+
+def surgeon_classes(family: Family, halves: bool = False) -> tuple[type, type]:
+    """(config class, model class) of the surgeon format for `family`; `halves`: of block transformers."""
+    module = surgeon_module(family, halves)
     config_class = next(
         c for c in vars(module).values() if isinstance(c, type) and getattr(c, "model_type", "").startswith("surgeon_")
     )
@@ -78,7 +83,7 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
     try:
         if is_surgeon(raw):
-            return surgeon_classes(family)[0].from_dict(values)  # type: ignore[attr-defined]
+            return surgeon_classes(family, _halves(raw, family))[0].from_dict(values)  # type: ignore[attr-defined]
         return AutoConfig.for_model(raw["model_type"], **values)
     except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         raise SurgeryError(
@@ -90,6 +95,15 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
             message = f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}"
             raise SurgeryError(message) from error
         raise
+
+
+def _halves(raw: Mapping[str, Any], family: Family) -> bool:
+    """True for the config of a block transformer."""
+    if not raw.get("block_transformer"):
+        return False
+    if reason := family.refusal("block"):
+        raise SurgeryError(f"config.json: block_transformer in a {family.model_type} model: {reason}")
+    return True
 
 
 def normalised(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +122,10 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
     raw = readable(raw)
     config = load_config(raw)
     family = family_of(raw)
-    model_class = surgeon_classes(family)[1] if is_surgeon(raw) else getattr(transformers, family.model_class)
+    if is_surgeon(raw):
+        model_class = surgeon_classes(family, _halves(raw, family))[1]
+    else:
+        model_class = getattr(transformers, family.model_class)
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = model_class(config).eval()
@@ -233,6 +250,15 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dty
         raise CheckpointError(f"no tensor for {', '.join(left[:4])}; the checkpoint is incomplete")
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+
+
+def filled_model(
+    config: Mapping[str, Any], weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str
+) -> PreTrainedModel:
+    """The model of this config with these weights, whole in memory."""
+    model = empty_model(normalised(config))
+    fill(model, weights, dtype, device)
+    return model
 
 
 def _first_line(error: BaseException) -> str:

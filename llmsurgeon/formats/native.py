@@ -13,6 +13,8 @@ from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpe
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
     """What no padding can bring into the family's own form, None where all can be."""
+    if spec.block_transformer:
+        return f"it is a {spec.block_transformer.sentence()}"
     kv_heads = {a.kv_heads for a in spec.attentions}
     widths = {ffn.width for ffn in _ffns(spec)}
     for index, block in enumerate(spec.blocks):

@@ -57,6 +57,8 @@ def width_of(ffn_mult: float, hidden: int) -> int:
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
     """Why the format cannot hold the model, None where it can. `config` is the source's, normalised."""
+    if spec.block_transformer:
+        return "its readers know one stack of layers, and this is a block transformer"
     if family.model_type not in FAMILIES:
         return f"its readers know Llama-shaped models ({', '.join(FAMILIES)}), not {family.model_type}"
     if config.get("hidden_act") != "silu":

@@ -24,9 +24,9 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
 from llmsurgeon.formats import gguf_model, native, nemotron_nas
-from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, surgeon_classes
+from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
-from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs
+from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs, to_block_transformer
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower
@@ -80,7 +80,8 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     Raises:
         SurgeryError: the format that is asked for cannot express some block; the message names it.
     """
-    config = {k: v for k, v in source.items() if k not in ("auto_map", "block_configs", "_name_or_path")}
+    left_out = ("auto_map", "block_configs", "block_transformer", "_name_or_path")
+    config = {k: v for k, v in source.items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
     config[family.layers_key] = len(spec.blocks)
     if family.experts and family.experts.published_count_key:
@@ -132,6 +133,7 @@ SURGEON_LOADS = (
 )
 # surgeon_blocks.py and what it imports.
 BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py")
+HALVES = ("surgeon_block_transformer.py",)
 DECILM = ("configuration_decilm.py", "modeling_decilm.py")
 
 
@@ -168,8 +170,9 @@ def _choose(
 
 
 def _surgeon(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[Path, ...]]:
-    config_class, model_class = surgeon_classes(family)
-    module = f"modeling_surgeon_{family.model_type}"
+    halves = spec.block_transformer
+    config_class, model_class = surgeon_classes(family, halves is not None)
+    module = modeling_file(family, halves is not None)
     made = {
         **config,
         "model_type": SURGEON_PREFIX + family.model_type,
@@ -181,9 +184,10 @@ def _surgeon(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> tupl
             family.auto_class: f"{module}.{model_class.__name__}",
         },
         "block_configs": to_block_configs(spec),
+        **({"block_transformer": to_block_transformer(halves)} if halves else {}),
         family.layers_key: config_class.layers_in_file,  # type: ignore[attr-defined]
     }
-    return made, modeling_files((*BLOCKS, f"{module}.py"))
+    return made, modeling_files((*BLOCKS, *(HALVES if halves else ()), f"{module}.py"))
 
 
 def modeling_files(names: tuple[str, ...]) -> tuple[Path, ...]:
@@ -205,6 +209,8 @@ def _first_odd(spec: ModelSpec, family: Family) -> str | None:
     def shape(block: BlockSpec) -> Any:
         return block.attention and block.attention.shape, block.ffn
 
+    if spec.block_transformer:
+        return f"it is a {spec.block_transformer.sentence()}"
     usual = shape(max(spec.blocks, key=lambda b: (b.attention is not None, b.ffn is not None, not b.branches)))
     for index, block in enumerate(spec.blocks):
         if block.branches:

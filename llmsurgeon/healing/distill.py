@@ -23,7 +23,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.evaluate import evaluate_hidden
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.data import Corpus, Rows, without_overlap
-from llmsurgeon.healing.losses import chunked_kl, cosine_distance
+from llmsurgeon.healing.losses import NextTokens, Target, chunked_kl, cosine_distance
 from llmsurgeon.healing.refit import changed, spans
 from llmsurgeon.healing.targets import (
     AHEAD,
@@ -85,31 +85,53 @@ class Distiller(nn.Module):
     Called with ids [B, L] and the parent's answers it gives the losses; with ids alone, the logits of the first row.
     """
 
-    def __init__(self, student: TappedModel, targets: Targets, hidden: float, kl: float) -> None:
+    def __init__(
+        self, student: TappedModel, targets: Targets, hidden: float, kl: float, cross_entropy: float = 0.0
+    ) -> None:
         super().__init__()
-        self.student, self.hidden, self.kl = student, hidden, kl
+        self.student, self.hidden, self.kl, self.cross_entropy = student, hidden, kl, cross_entropy
         self._logits = targets.logits
 
-    def forward(self, ids: Tensor, positions: Tensor | None = None, **answers: Tensor) -> dict[str, Tensor]:
-        """`loss` and its parts; `positions` are those that carry the KL."""
-        ends, states_BLD = self.student(ids)
-        if not answers:
+    def forward(
+        self, ids: Tensor, positions: Tensor | None = None, padding: int | None = None, **answers: Tensor
+    ) -> dict[str, Tensor]:
+        """`loss` and its parts; `positions` are those that carry the KL, all by default.
+
+        `padding` is a block transformer's: so many masked places begin its first block, whose tokens nothing predicts.
+        """
+        ends, states_BLD = self.student(ids, **({} if padding is None else {"block_padding": padding}))
+        if not self.training:
             return {"logits": self.student.logits(states_BLD[0])}
         losses: dict[str, Tensor] = {}
         if ends:
             distances = [cosine_distance(end, answers["hidden"][:, place]) for place, end in enumerate(ends)]
             losses["hidden"] = torch.stack(distances).mean()
+        if padding is not None:
+            first = self.student.model.config.block_transformer["block_length"] - 1 - padding
+            ids, states_BLD = ids[:, first:], states_BLD[:, first:]
+            answers = {name: values[:, first:] for name, values in answers.items()}
+        if self.cross_entropy:
+            target = next_tokens(ids)
+            losses["cross_entropy"] = self._divergence(states_BLD[:, :-1], target)
         if self.kl:
             says = {name: values for name, values in answers.items() if name != "hidden"}
             if positions is not None:
                 states_BLD = states_BLD[:, positions]
                 says = {name: values[:, positions] for name, values in says.items()}
-            head = list(self.student.model.get_output_embeddings().parameters())
-            target = distribution(says, self._logits)
-            losses["kl"] = chunked_kl(states_BLD.flatten(0, 1), self.student.logits, head, target)
-        weights = {"hidden": self.hidden, "kl": self.kl}
+            losses["kl"] = self._divergence(states_BLD, distribution(says, self._logits))
+        weights = {"hidden": self.hidden, "kl": self.kl, "cross_entropy": self.cross_entropy}
         losses["loss"] = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
         return losses
+
+    def _divergence(self, states_BLD: Tensor, target: Callable[[slice], Target]) -> Tensor:
+        head = list(self.student.model.get_output_embeddings().parameters())
+        return chunked_kl(states_BLD.flatten(0, 1), self.student.logits, head, target)
+
+
+def next_tokens(ids_BL: Tensor) -> Callable[[slice], Target]:
+    """Rows of the flattened batch, the last column left out -> the tokens that follow there."""
+    following = ids_BL[:, 1:].flatten()
+    return lambda rows: NextTokens(following[rows])
 
 
 def build_student(case: Case, settings: Distill, dtype: torch.dtype) -> Any:
@@ -162,7 +184,7 @@ def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
             if settings.train == "blocks" or changed(block, span, case.parent_spec)
         ]
         chosen = {name for name in names if name.startswith(tuple(wanted))}
-    if not settings.kl:
+    if not settings.kl and not settings.cross_entropy:
         # Nothing behind the last block is read: it would never get a gradient.
         behind = (f"{family.final_norm}.", *(() if case.spec.tied else (f"{family.head}.",)))
         chosen = {name for name in chosen if not name.startswith(behind)}
@@ -224,11 +246,23 @@ class GlobalTask:
         """Ask the parent."""
         self.targets.prepare(numbers)
 
-    def batch(self, numbers: np.ndarray, step: int, device: torch.device) -> dict[str, Tensor]:
-        """ids, the parent's answers, and the positions that carry the KL."""
+    def batch(self, numbers: np.ndarray, step: int, device: torch.device) -> dict[str, Any]:
+        """ids, the parent's answers, the positions that carry the KL, and a block transformer's padding."""
         tokens = self.corpus.tokens(numbers)
         answers = {name: values.to(device) for name, values in self.targets.of(numbers, tokens).items()}
-        return {"ids": tokens.to(device), **answers, **self._positions(tokens.shape[1], step, device)}
+        return {
+            "ids": tokens.to(device),
+            **answers,
+            **self._positions(tokens.shape[1], step, device),
+            **self._padding(step),
+        }
+
+    def _padding(self, step: int) -> dict[str, int]:
+        """A block transformer's first block has another number of tokens at each step, as prompts have."""
+        if self.case.spec.block_transformer is None:
+            return {}
+        rng = np.random.default_rng([self.settings.seed, step, 1])
+        return {"padding": int(rng.integers(self.case.spec.block_transformer.block_length))}
 
     def _positions(self, length: int, step: int, device: torch.device) -> dict[str, Tensor]:
         """A share of the positions, other ones at each step; the same for all sequences and processes."""
@@ -280,7 +314,7 @@ def distill_globally(case: Case, settings: Distill, began: float) -> Training:
     else:
         targets = LiveTargets(case.parent_config, case.parent, wanted, case.parent.dtype)
     student = TappedModel(build_student(case, settings, torch.float32), case.parent.family.layers, mine)
-    module = Distiller(student, targets, settings.hidden, settings.kl)
+    module = Distiller(student, targets, settings.hidden, settings.kl, settings.cross_entropy)
     task = GlobalTask(case, settings, corpus, targets)
     trainer = Trainer(module, task, settings, accelerator, case.folder, prefix="student.model.", began=began)
     training = trainer.run()

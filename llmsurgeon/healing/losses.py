@@ -3,6 +3,7 @@
 cosine     1 - cos(student's hidden state, parent's), mean over tokens (arXiv 2411.19146, section 5)
 KL         KL(parent || student) of the next token, nats a token; over all of the vocabulary, or over the parent's
            K likeliest tokens and one cell for all others
+CE         cross-entropy of the text's own next token, nats a token
 local      MSE(student's block, parent's) / MSE(parent's, 0) (block-local distillation, arXiv 2411.19146, section 3)
 """
 
@@ -30,7 +31,14 @@ class TopTokens:
     log_p: Tensor
 
 
-Target = Tensor | TopTokens
+@dataclass(frozen=True)
+class NextTokens:
+    """The tokens that the text goes on with [T]: a distribution that is sure of them."""
+
+    ids: Tensor
+
+
+Target = Tensor | TopTokens | NextTokens
 
 
 def cosine_distance(student: Tensor, parent: Tensor) -> Tensor:
@@ -47,7 +55,7 @@ def normalised_mse(output: Tensor, target: Tensor) -> Tensor:
 def chunked_kl(
     hidden: Tensor, head: Head, parameters: Sequence[Tensor], target: Callable[[slice], Target], chunk: int = CHUNK
 ) -> Tensor:
-    """Mean KL(parent || student) in nats, without ever holding the logits of all tokens.
+    """Mean KL(target || student) in nats, without ever holding the logits of all tokens.
 
     The gradient is found chunk by chunk along with the value, so that no logits wait for the backward pass.
 
@@ -55,7 +63,8 @@ def chunked_kl(
         hidden: the student's last hidden states [T, D].
         head: [t, D] -> logits [t, V].
         parameters: what `head` reads that may need gradients.
-        target: rows -> the parent's logits [t, V] or its top tokens, for those rows of `hidden`.
+        target: rows -> the parent's logits [t, V] or its top tokens, for those rows of `hidden`; or the text's next
+            tokens, of which the KL is the cross-entropy.
     """
     kl: Tensor = _ChunkedKL.apply(hidden, head, target, chunk, *parameters)
     return kl
@@ -66,6 +75,11 @@ def kl_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     log_q = torch.log_softmax(logits.float(), -1)
     if isinstance(target, TopTokens):
         return _top_kl(log_q, target)
+    if isinstance(target, NextTokens):
+        loss = -log_q.gather(-1, target.ids[:, None])[:, 0]
+        gradient = log_q.exp_()
+        gradient[torch.arange(len(gradient), device=gradient.device), target.ids] -= 1
+        return loss, gradient
     log_p = torch.log_softmax(target.float(), -1)
     p = log_p.exp()
     kl = (p * log_p.sub_(log_q)).sum(-1)

@@ -43,6 +43,11 @@ class Wanted:
     taps: tuple[int, ...]
     top_k: int | None
 
+    @property
+    def nothing(self) -> bool:
+        """True where the losses do not ask the parent."""
+        return not self.taps and self.top_k == 0
+
 
 class Targets(Protocol):
     """Something that knows what the parent says."""
@@ -77,6 +82,8 @@ class StoredTargets:
 
     def prepare(self, numbers: np.ndarray) -> None:
         """Run the parent over the rows whose answers are not there yet, each of its layers once."""
+        if self.wanted.nothing:
+            return
         places = [self.corpus.place(int(number)) for number in numbers]
         todo = [i for i, (source, row) in enumerate(places) if not self.stores[source].known(row)]
         if not todo:
@@ -130,6 +137,8 @@ class LiveTargets:
     @torch.no_grad()
     def of(self, numbers: np.ndarray, tokens: Tensor) -> dict[str, Tensor]:
         """The answers, computed now."""
+        if self.wanted.nothing:
+            return {}
         ends, states = self.model(tokens.to(self.runner.device))
         answers = {"hidden": torch.stack(ends, dim=1)} if ends else {}
         if self.wanted.top_k == 0:
@@ -165,10 +174,10 @@ class TappedModel(nn.Module):
 
         return hook
 
-    def forward(self, ids: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Hidden states behind the taps, and behind the final norm."""
+    def forward(self, ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
+        """Hidden states behind the taps, and behind the final norm; `kwargs` are for the model's body."""
         self._seen.clear()
-        states = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        states = self.model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
         ends = [self._seen[tap] for tap in self.taps]
         return ends, states
 

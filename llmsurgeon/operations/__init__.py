@@ -1,6 +1,7 @@
 """The operations that a recipe can name."""
 
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
@@ -23,6 +24,7 @@ OPERATIONS: dict[str, type[Step]] = {
     "parallel_blocks": ParallelBlocks,
     "fff": FFF,
     "matmulfree": MatMulFree,
+    "block": Block,
     "refit": Refit,
     "distill": Distill,
 }

@@ -14,9 +14,9 @@ from llmsurgeon.families import Family
 from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "matmulfree", "block", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 # Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
-BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks")
+BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks", "block")
 AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
@@ -57,6 +57,11 @@ class Subject:
         """Raise SurgeryError if the family declares that it cannot take `operation`."""
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
+        if self.spec.block_transformer and operation != "distill":
+            raise self.refuse(
+                f"{operation}: the model is a block transformer already, whose layers are not one stack; cut first, "
+                "block comes last, and distill heals it"
+            )
         for block in self.spec.blocks:
             mixer = isinstance(block.attention, MLGRUSpec) and operation in BEFORE_MIXERS
             if mixer or (isinstance(block.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
@@ -161,8 +166,12 @@ def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] 
     Raises:
         SurgeryError: nothing, or no attention at all, would be left.
     """
+    halves = subject.spec.block_transformer
+    if halves:
+        # Only empty blocks go after the step that parted the layers: the second half begins where it began.
+        halves = replace(halves, split=sum(not block.spec.empty for block in blocks[: halves.split]))
     blocks = [block for block in blocks if not block.spec.empty]
-    spec = subject.spec.with_blocks([block.spec for block in blocks])
+    spec = replace(subject.spec.with_blocks([block.spec for block in blocks]), block_transformer=halves)
     if subject.family.first_stays and (
         not blocks or blocks[0].spec.branches or blocks[0].spec.parents[:1] != subject.spec.blocks[0].parents[:1]
     ):

@@ -60,6 +60,7 @@ class Distill(Step):
     hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
         spaced, last included; how many of the parent's tokens and which share of positions carry the second.
     ternary_ramp: share of the run in which BitLinears go from float weights to ternary ones; 0: ternary throughout.
+    cross_entropy: the weight of the loss on the text's own next tokens, which asks no parent.
     targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
     """
 
@@ -78,6 +79,7 @@ class Distill(Step):
     hidden: Annotated[float, Field(ge=0)] = 1.0
     hidden_layers: Count | None = None
     kl: Annotated[float, Field(ge=0)] = 1.0
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
     top_k: Count | None = None
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     targets: Literal["disk", "memory"] = "disk"
@@ -102,8 +104,10 @@ class Distill(Step):
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:
-        if self.mode == "global" and not self.hidden and not self.kl:
-            raise ValueError("hidden and kl are both 0: there is nothing to learn from")
+        if self.mode == "global" and not self.hidden and not self.kl and not self.cross_entropy:
+            raise ValueError("hidden and kl are both 0: there is nothing to learn from (cross_entropy is 0, too)")
+        if self.mode == "local" and self.cross_entropy:
+            raise ValueError("cross_entropy is of next tokens, which single blocks of local mode do not predict")
         if self.mode == "local" and self.lora is not None:
             raise ValueError("local mode trains whole blocks; lora belongs to global mode")
         if self.mode == "global" and self.processes > 1:
@@ -130,4 +134,25 @@ class Distill(Step):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
+        if halves := subject.spec.block_transformer:
+            self._check_halves(subject, halves.block_length)
         return Plan(subject.spec, ())
+
+    def _check_halves(self, subject: Subject, block_length: int) -> None:
+        """Raise SurgeryError for what a block transformer cannot be trained with."""
+        if self.mode == "local":
+            raise subject.refuse("distill: mode local trains single layers on the parent's inputs, which blocks lack")
+        if self.hidden:
+            raise subject.refuse(
+                "distill: a block transformer has no hidden states that correspond to the parent's; set hidden: 0 "
+                "(and cross_entropy: 1)"
+            )
+        if self.train == "changed":
+            raise subject.refuse("distill: train changed names no layer of a block transformer: all of them work anew")
+        if self.positions < 1:
+            raise subject.refuse("distill: positions is not for block transformers, which learn from all but the first")
+        if self.sequence_length < 2 * block_length:
+            raise subject.refuse(
+                f"distill: sequence_length {self.sequence_length} does not hold a block of {block_length} tokens to "
+                f"read and one to predict; give at least {2 * block_length}"
+            )

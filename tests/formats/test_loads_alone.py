@@ -14,6 +14,7 @@ from conftest import FAMILY_NAMES, save_tiny
 from operations.helpers import FALCON_7B, FALCON_RW, declared, logits
 
 from llmsurgeon.formats.loading import load_model
+from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
@@ -60,6 +61,13 @@ MIXERS = {
     "mlgru-windows": ("mistral", {}, (PruneAttention(layers=(1,)), MatMulFree(layers=(2, 5)))),
     "mlgru-ternary": ("qwen3", {}, (MatMulFree(layers=(2,), linears="ternary"),)),
 }
+# Block transformers: name -> (family, changes, the step).
+BLOCK = {
+    "block-llama": ("llama", {"tie_word_embeddings": True}, Block(block_length=4)),
+    "block-mistral": ("mistral", {"sliding_window": None}, Block(block_length=2, decoder="summation")),
+    "block-qwen2": ("qwen2", {"use_sliding_window": False}, Block(block_length=2, embedder="concat", split=2)),
+    "block-qwen3": ("qwen3", {}, Block(block_length=4, decoder="cross_attention", prefix_length=1)),
+}
 CLOSE = 2e-5
 
 
@@ -79,6 +87,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         parent = save_tiny(base / f"parent-{name}", family, **changes)
         recipe = loads(f"version: 1\nformat: nemotron-nas\nsteps:{NAS_STEPS}")
         made[name] = run(recipe, str(parent), str(base / name), Options()).out
+    for name, (family, changes, step) in BLOCK.items():
+        parent = save_tiny(base / f"parent-{name}", family, **changes)
+        made[name] = run(Recipe(version=1, steps=(step,)), str(parent), str(base / name), Options()).out
     for family in FAMILY_NAMES:
         recipe = loads("version: 1\nsteps:\n  - {op: prune_blocks, layers: [1, 4]}\n")
         made[f"native-{family}"] = run(
@@ -147,7 +158,25 @@ def test_recurrent_mixers_work_alone(reports, folders, name):
     assert "surgeon_mlgru.py" in found["saved"] and found["again"] == 0 and found["same_tensors"]
 
 
-@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS])
+@pytest.mark.parametrize("name", BLOCK)
+def test_block_transformers_work_alone(reports, folders, name):
+    found, step = reports[name], BLOCK[name][2]
+    length, split = step.block_length, step.split or 3
+    assert found["class"].startswith("Block") and found["loading"] == NOTHING
+    torch.testing.assert_close(torch.tensor(found["logits"]), here(folders[name]), atol=CLOSE, rtol=0)
+    # The first of 24 tokens is alone in its block; of the block that is open, the token decoder has read all.
+    blocks, opened = divmod(24 + length - 1, length)
+    lead = step.prefix_length if step.decoder == "prefix" else 1
+    assert found["filled"] == [blocks] * split + [lead + opened] * (6 - split)
+    assert found["cached"] < CLOSE and found["eager"] < CLOSE and found["sdpa"] < CLOSE
+    assert found["generate"] and found["left_padding"]
+    assert found["without_gradient"] == found["checkpointed"] == []
+    assert set(found["saved"]) == {path.name for path in folders[name].glob("*.py")}
+    assert "surgeon_block_transformer.py" in found["saved"]
+    assert found["again"] == 0 and found["same_tensors"]
+
+
+@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS, *BLOCK])
 def test_a_stock_class_named_by_hand_raises(reports, name):
     """Model class and config class, on what this package wrote and on what transformers saved again."""
     key = "intermediate_size" if name in NAS else "layer"
@@ -157,7 +186,7 @@ def test_a_stock_class_named_by_hand_raises(reports, name):
         assert name in NAS or "load with trust_remote_code=True" in refusal
 
 
-@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS])
+@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS, *BLOCK])
 def test_without_trust_the_load_refuses(reports, name):
     for refusal in reports[name]["refusals"]:
         assert refusal is not None, "weights would be filled in at random"

@@ -1,0 +1,33 @@
+"""Llama as a block transformer; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
+
+from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
+from .surgeon_blocks import SurgeonConfigMixin
+
+
+@strict
+class BlockLlamaConfig(SurgeonConfigMixin, LlamaConfig):
+    model_type = "surgeon_llama"
+    block_configs: list | None = None
+    block_transformer: dict | None = None
+
+
+class BlockLlamaLayer(BlockTransformerLayer, LlamaDecoderLayer):
+    """LlamaDecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
+
+
+class BlockLlamaModel(BlockTransformerBody, LlamaModel):
+    layer_class = BlockLlamaLayer
+
+
+class BlockLlamaForCausalLM(BlockTransformerForCausalLM, LlamaForCausalLM):
+    config_class = BlockLlamaConfig
+    body_class = BlockLlamaModel
+    _no_split_modules = ["BlockLlamaLayer", "ParallelBlock"]
+
+
+BlockLlamaConfig.register_for_auto_class()
+BlockLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,33 @@
+"""Qwen3 as a block transformer; ships inside converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
+
+from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
+from .surgeon_blocks import SurgeonConfigMixin
+
+
+@strict
+class BlockQwen3Config(SurgeonConfigMixin, Qwen3Config):
+    model_type = "surgeon_qwen3"
+    block_configs: list | None = None
+    block_transformer: dict | None = None
+
+
+class BlockQwen3Layer(BlockTransformerLayer, Qwen3DecoderLayer):
+    """Qwen3DecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
+
+
+class BlockQwen3Model(BlockTransformerBody, Qwen3Model):
+    layer_class = BlockQwen3Layer
+
+
+class BlockQwen3ForCausalLM(BlockTransformerForCausalLM, Qwen3ForCausalLM):
+    config_class = BlockQwen3Config
+    body_class = BlockQwen3Model
+    _no_split_modules = ["BlockQwen3Layer", "ParallelBlock"]
+
+
+BlockQwen3Config.register_for_auto_class()
+BlockQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
