@@ -36,11 +36,14 @@ from llmsurgeon.healing.curve import html_curves
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.healing.distill import Case, Distilled, distill
 from llmsurgeon.healing.refit import Fit, Refit, RefitOptions, overlay
+from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
+from llmsurgeon.healing.ternary import summary as ternary_summary
 from llmsurgeon.healing.training import several
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
+from llmsurgeon.operations.ternary import Ternary, refuse_ternary
 from llmsurgeon.proof import check_gate, missed, prove
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
@@ -120,6 +123,7 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
     checkpoint = open_checkpoint(model, revision=revision)
+    refuse_quantised(checkpoint.config, checkpoint.name)
     tower = tower_of(checkpoint.config, checkpoint)
     config = normalised(tower.text if tower else checkpoint.config)
     family = family_of(config)
@@ -132,9 +136,20 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
     return patient
 
 
+def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
+    """Raise SurgeryError for a checkpoint whose weights are packed or scaled by a quantizer."""
+    found = config.get("quantization_config")
+    if found:
+        raise SurgeryError(
+            f"{name}: its weights are quantised already (quantization_config: {found.get('quant_method')}), and "
+            "operations work on plain numbers; take the checkpoint that it was made from"
+        )
+
+
 def open_config(model: str, revision: str | None = None) -> Patient:
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
+    refuse_quantised(raw, model)
     tower = tower_of(raw)
     config = normalised(tower.text if tower else raw)
     family = family_of(config)
@@ -182,6 +197,18 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
         _check_text(patient, recipe.calibration)
 
 
+def refuse_ternary_parent(patient: Patient, recipe: Recipe) -> None:
+    """Raise SurgeryError where a linear that is to become ternary is so already, or has no whole groups."""
+    subject = patient.subject({})
+    for step in (step for step in recipe.steps if isinstance(step, Ternary)):
+        for index, names in step.chosen(subject).items():
+            for name in names:
+                full = patient.family.layer(index) + name
+                weight = patient.weights[full]
+                step.grid.group(weight.shape[0 if patient.family.transposed else 1])
+                refuse_ternary(full, weight, patient.family.transposed)
+
+
 def _check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
     if patient.family.encoder and not (wanted.text or wanted.dataset):
         raise SurgeryError(
@@ -202,6 +229,8 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     for step in recipe.steps:
         if resolved and resolved[-1].heals and not step.heals:
             raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")
+        if not (step.heals or step.op == "ternary") and any(done.op == "ternary" for done in resolved):
+            raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)
@@ -274,6 +303,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
         )
     check_recipe(patient, recipe)
+    refuse_ternary_parent(patient, recipe)
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
     texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
@@ -388,6 +418,7 @@ class Healed:
     fits: tuple[Fit, ...] = ()
     trainings: tuple[Distilled, ...] = ()
     evaluation: Evaluation | EncoderEvaluation | None = None
+    ternary: tuple[Ternarised, ...] = ()
 
 
 def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
@@ -399,12 +430,15 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
-    held_out = _held_out(texts.windows, (refits or [RefitStep()])[0].held_out)
+    ternary = [step for step in planned.heals if isinstance(step, Ternary)]
+    held_out = _held_out(texts.windows, [*refits, *ternary, RefitStep()][0].held_out)
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         store.mkdir(exist_ok=True)
         if isinstance(step, RefitStep):
             healed = _refitted(healed, step, planned, texts, held_out, store)
+        elif isinstance(step, Ternary):
+            healed = _ternarised(healed, step, planned, texts, held_out, store)
         else:
             assert isinstance(step, DistillStep)
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
@@ -427,6 +461,15 @@ def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, h
     )
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
+
+
+def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
+    subject = Subject(planned.spec, planned.patient.family, frozenset(planned.weights))
+    options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
+    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store)
+    weights = overlay(healed.weights, work.run())
+    return replace(healed, weights=weights, ternary=(*healed.ternary, *work.made))
 
 
 def _distilled(
@@ -489,13 +532,15 @@ def write_story(
         "gate_missed": missed,
         "refit": [vars(fit) for fit in fits],
         "parents": [list(block.parents) for block in planned.spec.blocks],
+        **({"ternary": [vars(entry) for entry in healed.ternary]} if healed.ternary else {}),
         **({"distill": [training.to_dict() for training in trainings]} if trainings else {}),
     }
     if trainings:
         stage.write_file("loss.jsonl", "".join(json.dumps(line) + "\n" for made in trainings for line in made.log))
         stage.write_file("report.html", html_curves(Path(stage.out).name, trainings))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
-    notes = [*planned.notes, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
+    ternary = [ternary_summary(healed.ternary)] if healed.ternary else []
+    notes = [*planned.notes, *ternary, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
     card = model_card(
         planned.patient.name,
         planned.written,

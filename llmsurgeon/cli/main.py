@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
-from llmsurgeon.cli import analyze, bench, convert, evaluate, export, fff, heal, inspect, output, recipes
+from llmsurgeon.cli import analyze, bench, convert, evaluate, export, fff, heal, inspect, output, recipes, ternary
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
 from llmsurgeon.progress import set_quiet
 
@@ -48,7 +48,7 @@ def _global_options(
     keep_freed_memory()
 
 
-for _module in (analyze, convert, heal, fff, evaluate, bench, export, inspect, recipes):
+for _module in (analyze, convert, heal, fff, ternary, evaluate, bench, export, inspect, recipes):
     _module.register(app)
 
 
