@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -28,6 +28,7 @@ from llmsurgeon.errors import GateFailed, SurgeryError
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.evaluate import Evaluation
 from llmsurgeon.families import Family, family_of
+from llmsurgeon.formats.bitnet import one_scale, packing_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised
 from llmsurgeon.formats.towers import Tower, tower_of
@@ -241,6 +242,11 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     meta = written.fit(weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta()))
     expected = expected_shapes(empty_model(written.config))
     check_shapes(shapes_of(meta), expected, "the planned checkpoint", family, patient.beside)
+    after = patient.costs(written.spec, shapes_of(meta))
+    if written.format == "bitnet":
+        packing = packing_of(written.config, meta, ternary_names(resolved, subject))
+        written = replace(written, packing=packing)
+        after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
     return Planned(
         patient=patient,
         recipe=recipe.model_copy(update={"steps": tuple(resolved)}),
@@ -251,8 +257,24 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         heals=tuple(step for step in resolved if step.heals),
         notes=tuple(notes),
         before=patient.costs(patient.spec, shapes_of(patient.meta())),
-        after=patient.costs(written.spec, shapes_of(meta)),
+        after=after,
     )
+
+
+def ternary_names(steps: Sequence[Step], subject: Subject) -> list[str]:
+    """Names of the linears' weights that the steps make ternary with one scale each.
+
+    Raises:
+        SurgeryError: a step gives them several.
+    """
+    prefix = subject.family.layer
+    chosen = [step for step in steps if isinstance(step, Ternary)]
+    for step in chosen:
+        if step.granularity != "tensor":
+            raise one_scale("a linear", f"one for each {step.granularity}")
+    names = [prefix(i) + name for step in chosen for i, inside in step.chosen(subject).items() for name in inside]
+    head = [f"{subject.family.head}.weight"] if any(step.head for step in chosen) else []
+    return [*dict.fromkeys(names), *head]
 
 
 def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
