@@ -88,11 +88,12 @@ def export_gguf(
     out: str,
     *,
     type: str = "F16",
+    float_type: str | None = None,
     pre: str | None = None,
     options: Options | None = None,
     revision: str | None = None,
 ) -> GGUF:
-    """Write `model` as the GGUF file `out`, for llama.cpp. `type` and `pre` as in `write_gguf`.
+    """Write `model` as the GGUF file `out`, for llama.cpp. `type`, `float_type` and `pre` as in `write_gguf`.
 
     Raises:
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
@@ -114,6 +115,7 @@ def export_gguf(
         weights=weights,
         source=patient.checkpoint.path,
         type=type,
+        float_type=float_type,
         name=Path(patient.name).stem,
         pre=pre,
         overwrite=options.overwrite,

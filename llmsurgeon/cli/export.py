@@ -35,6 +35,9 @@ def export_command(
         str | None, typer.Option("--out", "-o", help="Folder, or .gguf file, to write; default: MODEL-FORM.")
     ] = None,
     type: Annotated[str | None, typer.Option(help="gguf: type of the matrices, F16 unless given; Q8_0 ...")] = None,
+    float_type: Annotated[
+        str | None, typer.Option(help="gguf: type of what is not ternary, beside TQ2_0 and TQ1_0; F16 unless given.")
+    ] = None,
     pre: Annotated[str | None, typer.Option(help="gguf: the pre-tokenizer's name, where it is not recognised.")] = None,
     linear_class: Annotated[
         str | None, typer.Option(help="bitnet: autobitlinear (unpacks on loading) or bitlinear (stays packed, slower).")
@@ -63,13 +66,13 @@ def export_command(
     if to is Form.GGUF:
         kind = type or "F16"
         target = out or f"{short_name(model)}-{kind}.gguf"
-        file = export_gguf(model, target, type=kind, pre=pre, options=options, revision=revision)
+        file = export_gguf(model, target, type=kind, float_type=float_type, pre=pre, options=options, revision=revision)
         report: dict[str, Any] = {"out": str(file.path), "format": "gguf", "architecture": file.architecture}
         report |= {"type": file.type, "bytes": file.size, "notes": list(file.notes)}
         lines = [f"wrote {file.path} ({file.architecture}, {file.type}, {file.size:,} bytes)", *file.notes]
     else:
-        if type or pre:
-            raise SurgeryError(f"--type and --pre are for --to gguf, not {to.value}")
+        if type or float_type or pre:
+            raise SurgeryError(f"--type, --float-type and --pre are for --to gguf, not {to.value}")
         form: Any = to.value
         reader: Any = linear_class
         target = out or f"{short_name(model)}-{form}"

@@ -173,6 +173,17 @@ def optimizer_of(settings: Distill, module: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+class Latent(nn.Module):
+    """A module that is used as something coarser than what trains, to the share `share`; wholly so when judged."""
+
+    share: float = 1.0
+
+
+def coarse_share(settings: Distill, reached: float) -> float:
+    """lambda of `Latent` modules: from 0 to 1 over the first part of the run."""
+    return min(1.0, reached / settings.ternary_warmup) if settings.ternary_warmup else 1.0
+
+
 def learning_rate(settings: Distill, step: int, progress: float) -> float:
     """Linear warm-up over the first steps, then a cosine down to `final_learning_rate` of the peak."""
     warm = min(1.0, (step + 1) / (settings.warmup + 1))
@@ -205,6 +216,7 @@ class Trainer:
         self.task, self.settings, self.accelerator, self.folder = task, settings, accelerator, folder
         self.title, self.prefix, self.limits = title, prefix, limits or settings.limits
         self.state = State(seconds=time.monotonic() - began if began is not None else 0.0)
+        self.latent = [part for part in module.modules() if isinstance(part, Latent)]
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.length = task.corpus.sources[0].tokens.shape[1]
         self.rows_a_step = settings.batch * settings.accumulate * accelerator.num_processes
@@ -276,6 +288,8 @@ class Trainer:
         rate = learning_rate(settings, state.step, reached)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for part in self.latent:
+            part.share = coarse_share(settings, reached)
         sums: dict[str, Tensor] = {}
         norm: Any = None
         for mine in share[:, accelerator.process_index]:

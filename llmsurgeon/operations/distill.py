@@ -55,6 +55,8 @@ class Distill(Step):
     train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
     hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
         spaced, last included; how many of the parent's tokens and which share of positions carry the second.
+    ternary_warmup: ternary linears train by latent weights W, and the model sees W + lambda (W' - W), W' ternary: the
+        share of the run over which lambda grows from 0 to 1; 0: it is 1 from the start.
     targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
     """
 
@@ -70,6 +72,7 @@ class Distill(Step):
     minutes: Positive | None = None
     train: Literal["all", "blocks", "changed"] | tuple[str, ...] = "all"
     lora: Lora | None = None
+    ternary_warmup: Share = 0.5
     hidden: Annotated[float, Field(ge=0)] = 1.0
     hidden_layers: Count | None = None
     kl: Annotated[float, Field(ge=0)] = 1.0
