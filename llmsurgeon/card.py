@@ -22,6 +22,28 @@ PIPELINES = {
 }
 
 
+# Perplexity of a model beside its parent's, or cosine of an encoder's sentence states, at which a model is of no use.
+COLLAPSED_RATIO, COLLAPSED_COSINE = 3.0, 0.5
+
+
+def collapse(evaluation: dict[str, Any] | None) -> str | None:
+    """A plain warning where the measured quality has collapsed, None where it has not or was not measured."""
+    if not evaluation:
+        return None
+    if "hidden_cosine" in evaluation:
+        cosine = evaluation["pooled_cosine"]
+        if cosine >= COLLAPSED_COSINE:
+            return None
+        return f"Quality has collapsed: the cosine of pooled states to the parent's is {cosine:.2f}."
+    ratio = evaluation["perplexity"] / evaluation["parent_perplexity"]
+    if ratio <= COLLAPSED_RATIO:  # not so where it is not a number
+        return None
+    return (
+        f"Quality has collapsed: perplexity is {ratio:,.1f} times the parent's. Do not use it as it is: change less or "
+        "train it (op: distill)."
+    )
+
+
 def model_card(
     base_model: str,
     written: Written,
@@ -48,6 +70,8 @@ def model_card(
     name = base_model.rstrip("/").rpartition("/")[2]
     title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
     lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
+    if warning := collapse(evaluation):
+        lines += [f"> **{warning}**", ""]
     if gate:
         lines += ["> **The quality gate of the recipe failed:** " + "; ".join(gate), ""]
     lines += [

@@ -20,7 +20,7 @@ from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, split
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
 from llmsurgeon.analysis.walk import LayerRunner
-from llmsurgeon.card import model_card
+from llmsurgeon.card import collapse, model_card
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights, rebase
 from llmsurgeon.checkpoint.writer import Stage
@@ -552,6 +552,7 @@ def write_story(
         "evaluation": measured,
         "calibration": texts.description,
         "gate_missed": missed,
+        **({"warning": warning} if (warning := collapse(measured)) else {}),
         "refit": [vars(fit) for fit in fits],
         "parents": [list(block.parents) for block in planned.spec.blocks],
         **({"ternary": [vars(entry) for entry in healed.ternary]} if healed.ternary else {}),

@@ -252,7 +252,14 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
         **plan_report(outcome.planned),
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
         "gate_missed": list(outcome.gate),
+        "warning": _warning(outcome),
     }
+
+
+def _warning(outcome: Outcome) -> str | None:
+    from llmsurgeon.card import collapse
+
+    return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
 
 
 def print_plan(planned: Planned) -> None:
@@ -295,6 +302,8 @@ def print_outcome(outcome: Outcome) -> None:
     print_plan(outcome.planned)
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
+    if warning := _warning(outcome):
+        print(f"WARNING: {warning}")
     print(f"wrote {outcome.out}")
 
 

@@ -80,14 +80,13 @@ class Case:
 
     def dense(self, name: str) -> Tensor | None:
         """The parent's tensor where the student has `name`, None where it has none of this shape."""
-        family = self.parent.family
+        family, wanted = self.parent.family, self.weights[name].shape
         if name.startswith(f"{family.layers}."):
             number, _, inside = name.removeprefix(f"{family.layers}.").partition(".")
             parents = self.spec.blocks[int(number)].parents
             name = family.layer(parents[0]) + inside if len(parents) == 1 else ""
-        weights = self.parent.weights
-        found = weights[name] if name in weights else None
-        return found if found is None or found.shape == self.weights[name].shape else None
+        found = self.parent.weights.get(name)
+        return found if found is not None and found.shape == wanted else None
 
     def corpus(self, seed: int) -> Corpus:
         """The training text in its order from the beginning, rows that share text with the held-out sequences left out.
@@ -315,20 +314,15 @@ def distill_globally(case: Case, settings: Distill, began: float) -> Training:
     trainer = Trainer(module, task, settings, accelerator, case.folder, prefix="student.model.", began=began)
     training = trainer.run()
     if settings.lora is None or training.file is None:
-        training = _packed(case, training, accelerator.is_main_process)
+        stored = {name: case.weights[name].dtype for name in case.weights}
+        transposed = case.parent.family.transposed
+        training = packed(training, stored.__getitem__, transposed, write=accelerator.is_main_process)
         accelerator.wait_for_everyone()
         return training
     if accelerator.is_main_process:
         _merge(case, settings, Path(training.file))
     accelerator.wait_for_everyone()
     return replace(training, file=str(case.folder / MERGED))
-
-
-def _packed(case: Case, training: Training, main: bool) -> Training:
-    """The training with ternary linears in place of their latent weights; the main process alone writes them."""
-    if main:
-        return packed(training, lambda name: case.weights[name].dtype, case.parent.family.transposed)
-    return training
 
 
 def _merge(case: Case, settings: Distill, adapters: Path) -> None:

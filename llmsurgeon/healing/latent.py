@@ -1,7 +1,7 @@
 """Latent weights: what trains where a linear is ternary. The model sees W + lambda (W' - W), W' ternary, lambda to 1.
 
-Gradients pass straight through the rounding to W; the scale of W' trains, too. Where the parent's weight W_p is there, W
-starts as the number nearest to W_p that rounds to the code which the student has: training begins at the dense parent
+Gradients pass straight through the rounding to W; the scale of W' trains, too. Where the parent's weight W_p is there,
+W starts as the number nearest to W_p that rounds to the code which the student has: training begins at the dense parent
 while lambda is small, and the codes that the student came with are not lost. When the model is judged, and in the end,
 lambda is 1. Compare BitNet b1.58 (arXiv 2402.17764); the schedule is that of fine-tuned Llama 3 (HF1BitLLM).
 
@@ -125,8 +125,11 @@ def ternary_block(weights: Mapping[str, Tensor], prefix: str, transposed: bool) 
     return any(is_ternary(t.T if transposed and t.dim() == 2 else t) for t in tensors)
 
 
-def packed(training: Training, stored: Callable[[str], torch.dtype], transposed: bool) -> Training:
-    """The training with a file whose linears are ternary again, in place of latent weights and scales."""
+def packed(training: Training, stored: Callable[[str], torch.dtype], transposed: bool, write: bool = True) -> Training:
+    """The training with a file whose linears are ternary again, in place of latent weights and scales.
+
+    `write` is False where another process writes that file.
+    """
     from safetensors.torch import load_file, save_file
 
     if training.file is None:
@@ -135,12 +138,14 @@ def packed(training: Training, stored: Callable[[str], torch.dtype], transposed:
     scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith(f".{SCALE}")}
     if not scales:
         return training
+    file = Path(training.folder) / PACKED
+    if not write:
+        return replace(training, file=str(file))
     for name, scale in scales.items():
         key = name.removesuffix(SCALE) + "weight"
         latent = tensors[key].T if transposed else tensors[key]
         made = ternary_of(latent, scale, stored(key))
         tensors[key] = (made.T if transposed else made).contiguous()
-    file = Path(training.folder) / PACKED
     save_file(tensors, file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)
     return replace(training, file=str(file))

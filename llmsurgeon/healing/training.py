@@ -357,6 +357,10 @@ class Trainer:
 
     def _diverges(self, loss: float) -> bool:
         state = self.state
+        if any(part.share < 1 for part in self.latent):
+            # What the model computes gets coarser step by step: its loss may rise.
+            state.recent, state.lowest = [loss], math.inf
+            return False
         state.recent = [*state.recent, loss][-WINDOW:]
         if len(state.recent) < WINDOW:
             return False

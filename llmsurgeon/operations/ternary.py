@@ -189,7 +189,11 @@ class Ternary(Step):
     def _note(self, chosen: Mapping[int, tuple[str, ...]]) -> str:
         per = {"tensor": "tensor", "row": "row", "group": f"{self.group_size} numbers of a row"}[self.granularity]
         count = sum(len(names) for names in chosen.values())
-        how = "codes compensate each other" if self.method == "compensated" else "by rounding"
+        how = (
+            "codes compensate each other"
+            if self.method == "compensated"
+            else "by rounding, which training is to make up for"
+        )
         more = [name for name, wanted in (("embedding", self.embeddings), ("head", self.head)) if wanted]
         also = f" and {' and '.join(more)}" if more else ""
         return f"Ternary: {count} linears of {len(chosen)} blocks{also}, a scale for each {per} ({self.scale}), {how}."
