@@ -453,7 +453,8 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
     ternary = [step for step in planned.heals if isinstance(step, Ternary)]
-    held_out = _held_out(texts.windows, [*refits, *ternary, RefitStep()][0].held_out)
+    shares = [step.held_out for step in refits] + [step.held_out for step in ternary] + [RefitStep().held_out]
+    held_out = _held_out(texts.windows, shares[0])
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         store.mkdir(exist_ok=True)

@@ -60,8 +60,8 @@ def compute_scores(
             scores["fff"] |= route_ffns(runner, tokens, wanted, step.assign, step.min_tokens, batch)
     if "ternary" in needed:
         scores["ternary"], scores["ternary_bytes"] = {}, stored_bytes(runner.weights)
-        for step in (step for step in steps if isinstance(step, Ternary) and step.needs()):
-            wanted = step.chosen(subject({}))
-            for layer, found in ternary_costs(runner, few(tokens, TERNARY_TOKENS), wanted, step.grid, batch).items():
+        for budget in (step for step in steps if isinstance(step, Ternary) and step.needs()):
+            linears, sample = budget.chosen(subject({})), few(tokens, TERNARY_TOKENS)
+            for layer, found in ternary_costs(runner, sample, linears, budget.grid, batch).items():
                 scores["ternary"].setdefault(layer, {}).update(found)
     return scores

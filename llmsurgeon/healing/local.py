@@ -152,12 +152,13 @@ def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[i
         student.embed(corpus.tokens(np.zeros(size, np.int64)))
     jobs = [_job(case, settings, index, ends, student, sizes, wanted, judges, corpus) for index, ends in todo.items()]
     _run(jobs, settings, began)
-    transposed = case.parent.family.transposed
-    made = [(job.index, Training(**json.loads((job.folder / "result.json").read_text()))) for job in jobs]
-    return [
-        (job.index, packed(t, lambda _, job=job: job.stored, transposed))
-        for job, (_, t) in zip(jobs, made, strict=True)
-    ]
+    return [(job.index, _trained(job, case.parent.family.transposed)) for job in jobs]
+
+
+def _trained(job: BlockJob, transposed: bool) -> Training:
+    """What a job's folder says of its training, ternary linears in place of their latent weights."""
+    training = Training(**json.loads((job.folder / "result.json").read_text()))
+    return packed(training, lambda name: job.stored, transposed)
 
 
 def _held_out(case: Case, settings: Distill) -> Rows:

@@ -87,13 +87,13 @@ def test_the_share_grows_over_the_first_part_of_the_run():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2"])
 @pytest.mark.parametrize("mode", ["global", "local"])
 def test_it_heals_and_the_result_is_exactly_ternary(tmp_path, family, mode):
-    case = case_of(tmp_path, FFNS, family=family)
+    case = case_of(tmp_path, (Ternary(method="round"),), family=family)
     transposed = case.parent.family.transposed
     names, before = ternary_in(case.weights, transposed), kl_of(case, case.weights)
-    assert len(names) in (4, 6)
-    made = distill(case, settings_of(mode=mode, steps=40))
+    assert len(names) in (24, 42)
+    made = distill(case, settings_of(mode=mode, steps=60, ternary_warmup=0.2, learning_rate=1e-3))
     weights = overlay(case.weights, made.files)
-    assert kl_of(case, weights) < 0.9 * before
+    assert kl_of(case, weights) < 0.8 * before
     assert ternary_in(weights, transposed) == names and not any("ternary_scale" in name for name in made.files)
     assert any(not torch.equal(weights[name], case.weights[name]) for name in names), "codes or scales moved"
     changed = [(torch.sign(weights[n]) != torch.sign(case.weights[n])).float().mean().item() for n in names]
