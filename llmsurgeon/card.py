@@ -11,9 +11,6 @@ from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.write import Written
 from llmsurgeon.summary import Costs, human
 
-# From this many times the parent's perplexity on, a model is no use as it is.
-COLLAPSED = 4.0
-
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModel": "feature-extraction",
@@ -23,6 +20,28 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForImageTextToText": "image-text-to-text",
 }
+
+
+# Perplexity of a model beside its parent's, or cosine of an encoder's sentence states, at which a model is of no use.
+COLLAPSED_RATIO, COLLAPSED_COSINE = 3.0, 0.5
+
+
+def collapse(evaluation: dict[str, Any] | None) -> str | None:
+    """A plain warning where the measured quality has collapsed, None where it has not or was not measured."""
+    if not evaluation:
+        return None
+    if "hidden_cosine" in evaluation:
+        cosine = evaluation["pooled_cosine"]
+        if cosine >= COLLAPSED_COSINE:
+            return None
+        return f"Quality has collapsed: the cosine of pooled states to the parent's is {cosine:.2f}."
+    ratio = evaluation["perplexity"] / evaluation["parent_perplexity"]
+    if ratio <= COLLAPSED_RATIO:  # not so where it is not a number
+        return None
+    return (
+        f"Quality has collapsed: perplexity is {ratio:,.1f} times the parent's. Do not use it as it is: change less or "
+        "train it (op: distill)."
+    )
 
 
 def model_card(
@@ -51,10 +70,10 @@ def model_card(
     name = base_model.rstrip("/").rpartition("/")[2]
     title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
     lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
+    if warning := collapse(evaluation):
+        lines += [f"> **{warning}**", ""]
     if gate:
         lines += ["> **The quality gate of the recipe failed:** " + "; ".join(gate), ""]
-    if evaluation and (warning := collapsed(evaluation)):
-        lines += [f"> **{warning}**", ""]
     lines += [
         f"Made from `{name}` by llmsurgeon {__version__} "
         + ("with the recipe below." if recipe else "without a change to what it computes."),
@@ -106,17 +125,6 @@ def _auto_class(written: Written) -> str:
         return "AutoModelForImageTextToText"
     name = written.config["architectures"][0].removeprefix("Surgeon")
     return next((dict(f.heads)[name] for f in FAMILIES.values() if name in dict(f.heads)), "AutoModelForCausalLM")
-
-
-def collapsed(evaluation: dict[str, Any]) -> str | None:
-    """A warning where a model's perplexity says that it no longer works as one, None where it may."""
-    ratio = evaluation.get("perplexity_ratio")
-    if ratio is None or ratio < COLLAPSED:
-        return None
-    return (
-        f"Its quality has collapsed: on held-out text its perplexity is {ratio:.3g} times its parent's. It is a place "
-        "to train from, not a model to use."
-    )
 
 
 def _quality(evaluation: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.bitnet import LinearClass, packing_of, ternary_linears
 from llmsurgeon.formats.gguf import Exported as GGUF
 from llmsurgeon.formats.gguf import write_gguf
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
@@ -21,7 +22,7 @@ from llmsurgeon.formats.write import Written, write_beside
 from llmsurgeon.run import Options, Patient, open_patient, shapes_of, without_empty_blocks
 from llmsurgeon.summary import Costs
 
-CheckpointForm = Literal["native", "nemotron-nas", "surgeon"]
+CheckpointForm = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ class Exported:
 
 
 def export(
-    model: str, out: str, to: CheckpointForm, options: Options | None = None, *, revision: str | None = None
+    model: str,
+    out: str,
+    to: CheckpointForm,
+    options: Options | None = None,
+    *,
+    revision: str | None = None,
+    linear_class: LinearClass | None = None,
 ) -> Exported:
     """Write `model` (hub id, folder or GGUF file) to the folder `out` as a checkpoint of the form `to`.
 
     Tensors that the form takes as they are go by byte range; the rest is computed a block of rows at a time.
+    bitnet packs the linears whose weights are ternary, for transformers' `linear_class`.
 
     Raises:
         SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
@@ -56,7 +64,12 @@ def export(
     expected = expected_shapes(empty_model(written.config))
     check_shapes(shapes, expected, "the planned checkpoint", patient.family, patient.beside)
     after = patient.costs(written.spec, shapes)
-    job = json.dumps([__version__, "export", to, checkpoint.fingerprint])
+    if to == "bitnet":
+        meta = written.fit(rebase(weights, checkpoint.meta()))
+        packing = packing_of(written.config, meta, ternary_linears(weights, written.config), linear_class)
+        written = replace(written, packing=packing)
+        after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
+    job = json.dumps([__version__, "export", to, linear_class, checkpoint.fingerprint])
     with Stage.open(
         out,
         fingerprint=hashlib.sha256(job.encode()).hexdigest(),
@@ -75,11 +88,12 @@ def export_gguf(
     out: str,
     *,
     type: str = "F16",
+    float_type: str | None = None,
     pre: str | None = None,
     options: Options | None = None,
     revision: str | None = None,
 ) -> GGUF:
-    """Write `model` as the GGUF file `out`, for llama.cpp. `type` and `pre` as in `write_gguf`.
+    """Write `model` as the GGUF file `out`, for llama.cpp. `type`, `float_type` and `pre` as in `write_gguf`.
 
     Raises:
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
@@ -101,6 +115,7 @@ def export_gguf(
         weights=weights,
         source=patient.checkpoint.path,
         type=type,
+        float_type=float_type,
         name=Path(patient.name).stem,
         pre=pre,
         overwrite=options.overwrite,

@@ -89,7 +89,7 @@ class Recipe(_Part):
     calibration: Calibration = Field(default_factory=lambda: Calibration(), description="calibration text")
     steps: tuple[AnyStep, ...] = Field(min_length=1, description="operations in order")
     gate: Gate | None = Field(default=None, description="what the result must reach")
-    format: Literal["auto", "native", "nemotron-nas", "surgeon"] = Field(
+    format: Literal["auto", "native", "bitnet", "nemotron-nas", "surgeon"] = Field(
         default="auto", description="form of the written checkpoint"
     )
 

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
@@ -20,7 +20,7 @@ from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, split
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
 from llmsurgeon.analysis.walk import LayerRunner
-from llmsurgeon.card import model_card
+from llmsurgeon.card import collapse, model_card
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights, rebase
 from llmsurgeon.checkpoint.writer import Stage
@@ -28,6 +28,7 @@ from llmsurgeon.errors import GateFailed, SurgeryError
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.evaluate import Evaluation
 from llmsurgeon.families import Family, family_of
+from llmsurgeon.formats.bitnet import one_scale, packing_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, filled_model, normalised
 from llmsurgeon.formats.towers import Tower, tower_of
@@ -36,11 +37,14 @@ from llmsurgeon.healing.curve import html_curves
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.healing.distill import Case, Distilled, distill
 from llmsurgeon.healing.refit import Fit, Refit, RefitOptions, overlay
+from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
+from llmsurgeon.healing.ternary import summary as ternary_summary
 from llmsurgeon.healing.training import several
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
+from llmsurgeon.operations.ternary import Ternary, refuse_ternary
 from llmsurgeon.proof import check_gate, missed, prove, prove_whole
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
@@ -123,6 +127,7 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
     checkpoint = open_checkpoint(model, revision=revision)
+    refuse_quantised(checkpoint.config, checkpoint.name)
     tower = tower_of(checkpoint.config, checkpoint)
     config = normalised(tower.text if tower else checkpoint.config)
     family = family_of(config)
@@ -135,9 +140,20 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
     return patient
 
 
+def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
+    """Raise SurgeryError for a checkpoint whose weights are packed or scaled by a quantizer."""
+    found = config.get("quantization_config")
+    if found:
+        raise SurgeryError(
+            f"{name}: its weights are quantised already (quantization_config: {found.get('quant_method')}), and "
+            "operations work on plain numbers; take the checkpoint that it was made from"
+        )
+
+
 def open_config(model: str, revision: str | None = None) -> Patient:
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
+    refuse_quantised(raw, model)
     tower = tower_of(raw)
     config = normalised(tower.text if tower else raw)
     family = family_of(config)
@@ -197,6 +213,18 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
         _check_text(patient, recipe.calibration)
 
 
+def refuse_ternary_parent(patient: Patient, recipe: Recipe) -> None:
+    """Raise SurgeryError where a linear that is to become ternary is so already, or has no whole groups."""
+    subject = patient.subject({})
+    for step in (step for step in recipe.steps if isinstance(step, Ternary)):
+        for index, names in step.chosen(subject).items():
+            for name in names:
+                full = patient.family.layer(index) + name
+                weight = patient.weights[full]
+                step.grid.group(weight.shape[0 if patient.family.transposed else 1])
+                refuse_ternary(full, weight, patient.family.transposed)
+
+
 def _check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
     if patient.family.encoder and not (wanted.text or wanted.dataset):
         raise SurgeryError(
@@ -217,6 +245,8 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     for step in recipe.steps:
         if resolved and resolved[-1].heals and not step.heals:
             raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")
+        if not (step.heals or step.op == "ternary") and any(done.op == "ternary" for done in resolved):
+            raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)
@@ -227,6 +257,11 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     meta = written.fit(weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta()))
     expected = expected_shapes(empty_model(written.config))
     check_shapes(shapes_of(meta), expected, "the planned checkpoint", family, patient.beside)
+    after = patient.costs(written.spec, shapes_of(meta))
+    if written.format == "bitnet":
+        packing = packing_of(written.config, meta, ternary_names(resolved, subject))
+        written = replace(written, packing=packing)
+        after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
     return Planned(
         patient=patient,
         recipe=recipe.model_copy(update={"steps": tuple(resolved)}),
@@ -237,7 +272,7 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         heals=tuple(step for step in resolved if step.heals),
         notes=tuple(notes),
         before=patient.costs(patient.spec, shapes_of(patient.meta())),
-        after=patient.costs(written.spec, shapes_of(meta)),
+        after=after,
     )
 
 
@@ -248,6 +283,22 @@ def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
         for name, values in step.foresee(patient.subject({})).items():
             scores[name] = {**scores.get(name, {}), **values}
     return scores
+
+
+def ternary_names(steps: Sequence[Step], subject: Subject) -> list[str]:
+    """Names of the linears' weights that the steps make ternary with one scale each.
+
+    Raises:
+        SurgeryError: a step gives them several.
+    """
+    prefix = subject.family.layer
+    chosen = [step for step in steps if isinstance(step, Ternary)]
+    for step in chosen:
+        if step.granularity != "tensor":
+            raise one_scale("a linear", f"one for each {step.granularity}")
+    names = [prefix(i) + name for step in chosen for i, inside in step.chosen(subject).items() for name in inside]
+    head = [f"{subject.family.head}.weight"] if any(step.head for step in chosen) else []
+    return [*dict.fromkeys(names), *head]
 
 
 def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
@@ -298,6 +349,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
         )
     check_recipe(patient, recipe)
+    refuse_ternary_parent(patient, recipe)
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
     texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
@@ -422,6 +474,7 @@ class Healed:
     fits: tuple[Fit, ...] = ()
     trainings: tuple[Distilled, ...] = ()
     evaluation: Evaluation | EncoderEvaluation | None = None
+    ternary: tuple[Ternarised, ...] = ()
 
 
 def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
@@ -433,12 +486,16 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
-    held_out = _held_out(texts.windows, (refits or [RefitStep()])[0].held_out)
+    ternary = [step for step in planned.heals if isinstance(step, Ternary)]
+    shares = [step.held_out for step in refits] + [step.held_out for step in ternary] + [RefitStep().held_out]
+    held_out = _held_out(texts.windows, shares[0])
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         store.mkdir(exist_ok=True)
         if isinstance(step, RefitStep):
             healed = _refitted(healed, step, planned, texts, held_out, store)
+        elif isinstance(step, Ternary):
+            healed = _ternarised(healed, step, planned, texts, held_out, store)
         else:
             assert isinstance(step, DistillStep)
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
@@ -464,6 +521,15 @@ def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, h
     )
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
+
+
+def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
+    subject = Subject(planned.spec, planned.patient.family, frozenset(planned.weights))
+    options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
+    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store)
+    weights = overlay(healed.weights, work.run())
+    return replace(healed, weights=weights, ternary=(*healed.ternary, *work.made))
 
 
 def _distilled(
@@ -524,15 +590,18 @@ def write_story(
         "evaluation": measured,
         "calibration": texts.description,
         "gate_missed": missed,
+        **({"warning": warning} if (warning := collapse(measured)) else {}),
         "refit": [vars(fit) for fit in fits],
         "parents": [list(block.parents) for block in planned.spec.blocks],
+        **({"ternary": [vars(entry) for entry in healed.ternary]} if healed.ternary else {}),
         **({"distill": [training.to_dict() for training in trainings]} if trainings else {}),
     }
     if trainings:
         stage.write_file("loss.jsonl", "".join(json.dumps(line) + "\n" for made in trainings for line in made.log))
         stage.write_file("report.html", html_curves(Path(stage.out).name, trainings))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
-    notes = [*planned.notes, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
+    ternary = [ternary_summary(healed.ternary)] if healed.ternary else []
+    notes = [*planned.notes, *ternary, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
     card = model_card(
         planned.patient.name,
         planned.written,

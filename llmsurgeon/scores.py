@@ -10,13 +10,16 @@ from torch import Tensor
 from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
 from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions
+from llmsurgeon.analysis.ternary import stored_bytes, ternary_costs
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.ternary import Ternary
 
 MEASURE_TOKENS = 8192
+TERNARY_TOKENS = 4096
 BY_MEASURE = frozenset(
     f"{part}_{score}" for part in ("attention", "ffn", "block") for score in ("kl", "similarity")
 ) | {"block_influence", "angular_distance", "block_dependency", "ffn_channel"}
@@ -55,4 +58,10 @@ def compute_scores(
         scores["fff"] = {}
         for step, wanted in trees:
             scores["fff"] |= route_ffns(runner, tokens, wanted, step.assign, step.min_tokens, batch)
+    if "ternary" in needed:
+        scores["ternary"], scores["ternary_bytes"] = {}, stored_bytes(runner.weights)
+        for budget in (step for step in steps if isinstance(step, Ternary) and step.needs()):
+            linears, sample = budget.chosen(subject({})), few(tokens, TERNARY_TOKENS)
+            for layer, found in ternary_costs(runner, sample, linears, budget.grid, batch).items():
+                scores["ternary"].setdefault(layer, {}).update(found)
     return scores

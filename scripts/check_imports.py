@@ -15,13 +15,14 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"errors", "layers", "progress"}
+BASE = {"errors", "layers", "progress", "ternary"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "layers": {"errors"},
     "progress": set(),
+    "ternary": {"errors"},
     "spec": {"errors"},
     "modeling": set(),
     "checkpoint": {"errors"},

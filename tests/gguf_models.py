@@ -95,6 +95,16 @@ def save_uneven(folder: Path, family: str = "llama", shapes: Sequence[Any] = UNE
     return folder
 
 
+def ternary_folder(folder: Path, **step: Any) -> Path:
+    """A checkpoint beside `folder` whose linears are ternary, by rounding."""
+    from llmsurgeon.recipe import loads
+    from llmsurgeon.run import Options, run
+
+    recipe = {"version": 1, "steps": [{"op": "ternary", "method": "round", **step}]}
+    run(loads(json.dumps(recipe)), str(folder), f"{folder}-ternary", Options())
+    return folder.with_name(f"{folder.name}-ternary")
+
+
 def export(model: Path, out: Path, type: str = "F32", **options: Any) -> Exported:
     """The checkpoint as a GGUF file."""
     patient = open_patient(str(model))

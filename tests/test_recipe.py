@@ -133,7 +133,7 @@ def test_a_bad_step(step, message):
         ("steps: [{op: refit}]\n", "r.yaml:1: the key 'version' is missing"),
         (
             "version: 1\nsteps: [{op: refit}]\nformat: nativ\n",
-            "r.yaml:3: format: expected 'auto', 'native', 'nemotron-nas' or",
+            "r.yaml:3: format: expected 'auto', 'native', 'bitnet', 'nemotron-nas' or",
         ),
         ("version: 1\nsteps: [{op: refit}]\nsteps: [{op: refit}]\n", "r.yaml:3: steps: given twice, first at r.yaml:2"),
         (

@@ -258,7 +258,14 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
         **plan_report(outcome.planned),
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
         "gate_missed": list(outcome.gate),
+        "warning": _warning(outcome),
     }
+
+
+def _warning(outcome: Outcome) -> str | None:
+    from llmsurgeon.card import collapse
+
+    return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
 
 
 def print_plan(planned: Planned, notes: bool = False) -> None:
@@ -300,13 +307,12 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
 
 def print_outcome(outcome: Outcome) -> None:
     """The result as tables."""
-    from llmsurgeon.card import collapsed
 
     print_plan(outcome.planned)
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
-        if warning := collapsed(outcome.evaluation.to_dict()):
-            print(warning)
+    if warning := _warning(outcome):
+        print(f"WARNING: {warning}")
     print(f"wrote {outcome.out}")
 
 

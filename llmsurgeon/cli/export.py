@@ -17,6 +17,7 @@ class Form(StrEnum):
     """What `--to` takes."""
 
     NATIVE = "native"
+    BITNET = "bitnet"
     NEMOTRON_NAS = "nemotron-nas"
     SURGEON = "surgeon"
     GGUF = "gguf"
@@ -34,7 +35,13 @@ def export_command(
         str | None, typer.Option("--out", "-o", help="Folder, or .gguf file, to write; default: MODEL-FORM.")
     ] = None,
     type: Annotated[str | None, typer.Option(help="gguf: type of the matrices, F16 unless given; Q8_0 ...")] = None,
+    float_type: Annotated[
+        str | None, typer.Option(help="gguf: type of what is not ternary, beside TQ2_0 and TQ1_0; F16 unless given.")
+    ] = None,
     pre: Annotated[str | None, typer.Option(help="gguf: the pre-tokenizer's name, where it is not recognised.")] = None,
+    linear_class: Annotated[
+        str | None, typer.Option(help="bitnet: autobitlinear (unpacks on loading) or bitlinear (stays packed, slower).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
@@ -44,26 +51,32 @@ def export_command(
 
     native: a plain checkpoint of its family; what was cut is filled with zeros, which is exact and not faster.
     nemotron-nas: for vLLM, SGLang, TensorRT-LLM and mlx-lm. surgeon: any model, with code for transformers.
-    gguf: one file for llama.cpp.
+    bitnet: ternary linears packed, for transformers' own quantizer. gguf: one file for llama.cpp.
 
     Example: llmsurgeon export smollm2-fused --to nemotron-nas -o smollm2-nas.
     """
     from llmsurgeon.export import export, export_gguf
     from llmsurgeon.run import Options
 
+    if linear_class and to is not Form.BITNET:
+        raise SurgeryError(f"--linear-class is for --to bitnet, not {to.value}")
+    if linear_class not in (None, "autobitlinear", "bitlinear"):
+        raise SurgeryError(f"--linear-class {linear_class}: expected autobitlinear or bitlinear")
     options = Options(overwrite=overwrite, max_shard_size=max_shard_size, say=say)
     if to is Form.GGUF:
         kind = type or "F16"
         target = out or f"{short_name(model)}-{kind}.gguf"
-        file = export_gguf(model, target, type=kind, pre=pre, options=options, revision=revision)
+        file = export_gguf(model, target, type=kind, float_type=float_type, pre=pre, options=options, revision=revision)
         report: dict[str, Any] = {"out": str(file.path), "format": "gguf", "architecture": file.architecture}
         report |= {"type": file.type, "bytes": file.size, "notes": list(file.notes)}
         lines = [f"wrote {file.path} ({file.architecture}, {file.type}, {file.size:,} bytes)", *file.notes]
     else:
-        if type or pre:
-            raise SurgeryError(f"--type and --pre are for --to gguf, not {to.value}")
+        if type or float_type or pre:
+            raise SurgeryError(f"--type, --float-type and --pre are for --to gguf, not {to.value}")
         form: Any = to.value
-        made = export(model, out or f"{short_name(model)}-{form}", form, options, revision=revision)
+        reader: Any = linear_class
+        target = out or f"{short_name(model)}-{form}"
+        made = export(model, target, form, options, revision=revision, linear_class=reader)
         report = {"out": str(made.out), "format": made.format, "loads": made.loads}
         report |= {"before": made.before.to_dict(), "after": made.after.to_dict()}
         lines = [f"wrote {made.out} ({made.format})", made.loads]

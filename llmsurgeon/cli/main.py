@@ -22,6 +22,7 @@ from llmsurgeon.cli import (
     matmulfree,
     output,
     recipes,
+    ternary,
 )
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
 from llmsurgeon.progress import set_quiet
@@ -61,7 +62,7 @@ def _global_options(
     keep_freed_memory()
 
 
-for _module in (analyze, convert, heal, fff, matmulfree, block, evaluate, bench, export, inspect, recipes):
+for _module in (analyze, convert, heal, fff, ternary, matmulfree, block, evaluate, bench, export, inspect, recipes):
     _module.register(app)
 
 

@@ -26,6 +26,7 @@ from llmsurgeon.checkpoint.writer import disk_trouble, file_order, meta_weights,
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
 from llmsurgeon.formats.gguf_model import Layout, lay_out, why_not
+from llmsurgeon.formats.gguf_ternary import exact_kind, ternary_q4_0
 from llmsurgeon.formats.gguf_tokenizer import tokenizer_fields
 from llmsurgeon.formats.write import formats_that_can
 from llmsurgeon.spec import ModelSpec
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # What the `gguf` package can make, best first.
 TYPES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ2_0", "TQ1_0")
 TERNARY = ("TQ1_0", "TQ2_0")
+FLOATS = ("F32", "F16", "BF16")
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 POSITIONS = "position_embd.weight"
 ROUTER = "ffn_gate_inp.weight"
@@ -62,6 +64,7 @@ def write_gguf(
     weights: Mapping[str, Tensor],
     source: Path,
     type: str = "F16",
+    float_type: str | None = None,
     name: str | None = None,
     pre: str | None = None,
     overwrite: bool = False,
@@ -71,7 +74,8 @@ def write_gguf(
 
     `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
     tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
-    float32. `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in
+    float32. With a ternary type, tensors that it cannot hold exactly are Q4_0 where that holds them, else `float_type`
+    (F16). `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in
     total).
 
     Raises:
@@ -86,7 +90,18 @@ def write_gguf(
     tensors = TransformedWeights(weights, layout.transforms)
     meta = meta_weights(tensors)
     kinds = {tensor: _kind_of(tensor, tuple(meta[tensor].shape), kind) for tensor in file_order(tensors)}
-    narrow = [tensor for tensor, chosen in kinds.items() if _fell_back(tensor, meta[tensor].dim(), chosen, kind)]
+    if kind.name in TERNARY:
+        kinds, said = _ternary_kinds(tensors, kinds, kind, _float_type(float_type))
+        notes += said
+    elif float_type:
+        raise SurgeryError(
+            f"a float type goes with {' and '.join(TERNARY)}, for what is not ternary; {kind.name} is one"
+        )
+    narrow = (
+        []
+        if kind.name in TERNARY
+        else [tensor for tensor, chosen in kinds.items() if _fell_back(tensor, meta[tensor].dim(), chosen, kind)]
+    )
     if narrow:
         notes.append(
             f"{len(narrow)} tensors, {narrow[0]} the first, are F16: their rows are not whole blocks of {kind.name}"
@@ -98,7 +113,7 @@ def write_gguf(
         _staged(path, sum(sizes.values())) as partial,
         closing(_writer(partial, layout.architecture, fields, meta, kinds, sizes)) as writer,
     ):
-        _write_tensors(writer, tensors, kinds, sizes, progress)
+        _write_tensors(writer, tensors, kinds, sizes, progress, exact=kind.name in TERNARY)
     return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
 
 
@@ -136,6 +151,46 @@ def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
     if name in EMBEDDINGS and wanted not in (Kind.F32, Kind.BF16, Kind.F16):
         wanted = Kind.F16 if wanted.name in TERNARY else Kind.Q8_0
     return Kind.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
+
+
+def _float_type(name: str | None) -> GGMLQuantizationType:
+    from gguf import GGMLQuantizationType
+
+    if name is not None and name.upper() not in FLOATS:
+        raise SurgeryError(f"GGUF float type {name!r}: expected one of {', '.join(FLOATS)}")
+    return GGMLQuantizationType[(name or "F16").upper()]
+
+
+def _ternary_kinds(
+    tensors: TransformedWeights,
+    kinds: Mapping[str, GGMLQuantizationType],
+    wanted: GGMLQuantizationType,
+    float_type: GGMLQuantizationType,
+) -> tuple[dict[str, GGMLQuantizationType], list[str]]:
+    """The types of a ternary file: `wanted` or Q4_0 for the tensors that they hold exactly, and what there is to say.
+
+    Raises:
+        SurgeryError: no tensor is ternary.
+    """
+    made: dict[str, GGMLQuantizationType] = {}
+    for name, kind in kinds.items():
+        matrix = kind.name != "F32"
+        found = exact_kind(tensors[name], wanted) if matrix and name not in EMBEDDINGS else None
+        made[name] = found or (float_type if matrix else kind)
+        tensors.release()
+    narrow = [name for name, kind in made.items() if kind.name == "Q4_0"]
+    if not narrow and wanted not in made.values():
+        raise SurgeryError(
+            f"GGUF type {wanted.name} is for ternary weights, and this model has none; run `llmsurgeon ternary` first, "
+            "or choose another type"
+        )
+    if not narrow:
+        return made, []
+    said = (
+        f"{len(narrow)} ternary tensors, {narrow[0]} the first, are Q4_0, which holds them exactly: their rows are not "
+        f"whole blocks of {wanted.name} with one scale each"
+    )
+    return made, [said]
 
 
 def _fell_back(name: str, dimensions: int, chosen: GGMLQuantizationType, wanted: GGMLQuantizationType) -> bool:
@@ -190,8 +245,9 @@ def _write_tensors(
     kinds: Mapping[str, GGMLQuantizationType],
     sizes: Mapping[str, int],
     progress: Callable[[int, int], None] | None,
+    exact: bool,
 ) -> None:
-    """The whole file: header, metadata, and each tensor some rows at a time."""
+    """The whole file: header, metadata, and each tensor some rows at a time; `exact`: Q4_0 is of ternary weights."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -199,7 +255,7 @@ def _write_tensors(
     file, done, total = writer.fout[0], 0, sum(sizes.values())
     writer.write_padding(file, file.tell())
     for tensor, kind in kinds.items():
-        for part in _encoded(tensors, tensor, kind):
+        for part in _encoded(tensors, tensor, kind, exact):
             file.write(part)
             done += len(part)
             if progress:
@@ -211,7 +267,9 @@ def _write_tensors(
     os.fsync(file.fileno())
 
 
-def _encoded(weights: TransformedWeights, name: str, kind: GGMLQuantizationType) -> Iterator[memoryview]:
+def _encoded(
+    weights: TransformedWeights, name: str, kind: GGMLQuantizationType, exact: bool = False
+) -> Iterator[memoryview]:
     """The bytes of one tensor, some rows at a time."""
     from gguf.quants import quantize
 
@@ -222,7 +280,9 @@ def _encoded(weights: TransformedWeights, name: str, kind: GGMLQuantizationType)
             raise_unless_finite(name, numbers)
             if kind.name == "F16" and numbers.abs().max() > torch.finfo(torch.float16).max:
                 raise SurgeryError(f"GGUF: {name} holds numbers beyond float16's range; write it with --type BF16")
-            yield np.ascontiguousarray(quantize(numbers.contiguous().numpy(), kind)).view(np.uint8).reshape(-1).data
+            rows_of_block = numbers.contiguous().numpy()
+            made = ternary_q4_0(rows_of_block) if exact and kind.name == "Q4_0" else quantize(rows_of_block, kind)
+            yield np.ascontiguousarray(made).view(np.uint8).reshape(-1).data
 
 
 def _check_out(path: Path, source: Path, overwrite: bool) -> None:

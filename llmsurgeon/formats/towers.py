@@ -57,9 +57,9 @@ class Tower:
         Raises:
             SurgeryError: a form that text models alone have, or uneven blocks in a tower that no modeling file knows.
         """
-        if wanted == "nemotron-nas":
+        if wanted in ("nemotron-nas", "bitnet"):
             raise SurgeryError(
-                "format nemotron-nas holds text models alone, this one is vision-language "
+                f"format {wanted} holds text models alone, this one is vision-language "
                 f"({self.declared.model_type}); formats that can: native, surgeon"
             )
         made = write_config(spec, family, config, wanted)

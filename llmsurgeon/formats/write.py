@@ -1,6 +1,7 @@
 """From a ModelSpec to config.json, the files beside it, and what the form asks of the weights.
 
 native          every block has one shape, or is given it with zeros: the family's own model_type, loads everywhere
+bitnet          the same with ternary linears packed, for transformers' own quantizer
 nemotron-nas    Llama-shaped blocks that differ: DeciLM's description, which several engines read
 surgeon         anything else: own model_type, block_configs, modeling files in the checkpoint
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
 from llmsurgeon.formats import gguf_model, native, nemotron_nas
+from llmsurgeon.formats.bitnet import Packing
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
 from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs, to_block_transformer
@@ -31,8 +33,8 @@ from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs, to_block_tra
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower
 
-WrittenFormat = Literal["native", "nemotron-nas", "surgeon"]
-FormatName = Literal["auto", "native", "nemotron-nas", "surgeon"]
+WrittenFormat = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
+FormatName = Literal["auto", "native", "bitnet", "nemotron-nas", "surgeon"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Written:
     spec: what the checkpoint describes; padding included.
     student: the config under which the student's own tensors run, before `transforms`.
     transforms: what the form asks of the weights, so that they fit `config`.
+    packing: how ternary linears are packed on top of that; of format bitnet, set once it is known which are ternary.
     """
 
     format: WrittenFormat
@@ -58,6 +61,7 @@ class Written:
     transforms: tuple[WeightTransform, ...] = ()
     # The vision-language model that this is the text tower of.
     tower: Tower | None = None
+    packing: Packing | None = None
 
     def fit(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The student's weights as `config` describes them, under the names of today's classes."""
@@ -66,11 +70,15 @@ class Written:
     def published(self, weights: Mapping[str, Tensor], family: Family) -> Mapping[str, Tensor]:
         """The same under the names that the file has."""
         made = legacy(self.fit(weights), family) if self.format == "native" else self.fit(weights)
+        if self.packing:
+            made = TransformedWeights(made, self.packing.transforms)
         return self.tower.outer(made) if self.tower else made
 
     @property
     def file_config(self) -> dict[str, Any]:
         """What config.json says."""
+        if self.packing:
+            return {**self.config, "quantization_config": self.packing.quantization_config}
         return self.tower.config_of(self) if self.tower else self.config
 
 
@@ -80,6 +88,12 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     Raises:
         SurgeryError: the format that is asked for cannot express some block; the message names it.
     """
+    if wanted == "bitnet":
+        plain = write_config(spec, family, source, "native")
+        if plain.transforms:
+            raise SurgeryError("format bitnet takes blocks of one shape, and these would be filled up with zeros")
+        why = "ternary linears are packed as asked for"
+        return replace(plain, format="bitnet", why=why, loads=BITNET_LOADS.format(model_type=family.model_type))
     left_out = ("auto_map", "block_configs", "block_transformer", "_name_or_path")
     config = {k: v for k, v in source.items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
@@ -117,6 +131,11 @@ def write_beside(stage: Stage, written: Written, checkpoint: Checkpoint) -> None
 NATIVE_LOADS = (
     "It is a plain {model_type} checkpoint and loads wherever the original does: transformers, vLLM, llama.cpp's "
     "converter."
+)
+BITNET_LOADS = (
+    "It is a {model_type} checkpoint whose ternary linears are packed, two bits a weight: stock transformers loads it "
+    "by its own bitnet quantizer (which needs accelerate). That rounds what these linears read to int8, so it "
+    "computes something slightly different from the same model in plain numbers."
 )
 PADDED = (
     " What was cut is there as zeros: it computes exactly what the cut model does, and is no smaller and no faster "

@@ -23,6 +23,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.evaluate import evaluate_hidden
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.data import Corpus, Rows, without_overlap
+from llmsurgeon.healing.latent import install, packed, ternary_block
 from llmsurgeon.healing.losses import NextTokens, Target, chunked_kl, cosine_distance
 from llmsurgeon.healing.refit import changed, spans
 from llmsurgeon.healing.targets import (
@@ -36,6 +37,7 @@ from llmsurgeon.healing.targets import (
 )
 from llmsurgeon.healing.training import Trainer, Training, engine
 from llmsurgeon.spec import ModelSpec
+from llmsurgeon.ternary import is_ternary
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.distill import Distill, Lora
@@ -69,6 +71,22 @@ class Case:
     device: str = "cpu"
     batch: int = 8
     say: Callable[[str], None] = lambda line: None
+
+    def changed(self, index: int, span: tuple[int, ...]) -> bool:
+        """True where block `index`, which does the work of the parent's layers `span`, is not simply one of them."""
+        family = self.parent.family
+        shape = changed(self.spec.blocks[index], span, self.parent_spec)
+        return shape or ternary_block(self.weights, family.layer(index), family.transposed)
+
+    def dense(self, name: str) -> Tensor | None:
+        """The parent's tensor where the student has `name`, None where it has none of this shape."""
+        family, wanted = self.parent.family, self.weights[name].shape
+        if name.startswith(f"{family.layers}."):
+            number, _, inside = name.removeprefix(f"{family.layers}.").partition(".")
+            parents = self.spec.blocks[int(number)].parents
+            name = family.layer(parents[0]) + inside if len(parents) == 1 else ""
+        found = self.parent.weights.get(name)
+        return found if found is not None and found.shape == wanted else None
 
     def corpus(self, seed: int) -> Corpus:
         """The training text in its order from the beginning, rows that share text with the held-out sequences left out.
@@ -148,6 +166,10 @@ def build_student(case: Case, settings: Distill, dtype: torch.dtype) -> Any:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     moving = trainable(model, case, settings)
+    if settings.lora is None:
+        moving = install(
+            model, moving, case.dense, lambda name: case.weights[name].dtype, case.parent.family.transposed
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in moving)
     if settings.lora is not None:
@@ -180,8 +202,8 @@ def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
         blocks = zip(case.spec.blocks, spans(case.spec, len(case.parent_spec.blocks)), strict=True)
         wanted = [
             family.layer(index)
-            for index, (block, span) in enumerate(blocks)
-            if settings.train == "blocks" or changed(block, span, case.parent_spec)
+            for index, (_, span) in enumerate(blocks)
+            if settings.train == "blocks" or case.changed(index, span)
         ]
         chosen = {name for name in names if name.startswith(tuple(wanted))}
     if not settings.kl and not settings.cross_entropy:
@@ -208,6 +230,13 @@ def _adapt(model: Any, lora: Lora, moving: set[str], seed: int) -> None:
     if not linear:
         raise SurgeryError(f"distill.lora: none of the linear layers that train is called {', '.join(lora.targets)}")
     transposed = isinstance(model.get_submodule(min(linear)), Conv1D)
+    for name in sorted(linear):
+        weight: Any = model.get_submodule(name).weight
+        if is_ternary(weight.T if transposed else weight):
+            raise SurgeryError(
+                f"distill.lora: {name} is ternary, and an adapter merged into it would not leave it so; name other "
+                "targets, or train without lora"
+            )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
@@ -319,6 +348,10 @@ def distill_globally(case: Case, settings: Distill, began: float) -> Training:
     trainer = Trainer(module, task, settings, accelerator, case.folder, prefix="student.model.", began=began)
     training = trainer.run()
     if settings.lora is None or training.file is None:
+        stored = {name: case.weights[name].dtype for name in case.weights}
+        transposed = case.parent.family.transposed
+        training = packed(training, stored.__getitem__, transposed, write=accelerator.is_main_process)
+        accelerator.wait_for_everyone()
         return training
     if accelerator.is_main_process:
         _merge(case, settings, Path(training.file))

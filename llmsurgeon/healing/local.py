@@ -28,8 +28,9 @@ from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import as_surgeon, empty_model
 from llmsurgeon.healing.data import Corpus, Rows, rows_of
 from llmsurgeon.healing.distill import Case
+from llmsurgeon.healing.latent import install, packed
 from llmsurgeon.healing.losses import normalised_mse
-from llmsurgeon.healing.refit import changed, spans
+from llmsurgeon.healing.refit import spans
 from llmsurgeon.healing.targets import StoredTargets, Wanted
 from llmsurgeon.healing.training import Trainer, Training, engine
 from llmsurgeon.progress import Progress, set_quiet
@@ -47,7 +48,8 @@ class BlockJob:
 
     enters, leaves: parent layers behind which the block's input and wanted output are.
     calls: how the model calls the layer, by the number of sequences: arguments beside the hidden state.
-    weights: file with the block's tensors, named as inside the block.
+    weights: file with the block's tensors, named as inside the block; dense: the same with those that the parent has.
+    stored: what the tensors are stored in.
     """
 
     config: dict[str, Any]
@@ -56,6 +58,8 @@ class BlockJob:
     leaves: int
     calls: dict[int, Call]
     weights: Path
+    dense: Path
+    stored: torch.dtype
     corpus: Corpus
     held_out: Rows
     fingerprint: str
@@ -132,11 +136,7 @@ def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[i
         Stopped: on SIGTERM, with all states saved.
     """
     through = spans(case.spec, len(case.parent_spec.blocks))
-    todo = {
-        index: (span[0] - 1, span[-1])
-        for index, (block, span) in enumerate(zip(case.spec.blocks, through, strict=True))
-        if changed(block, span, case.parent_spec)
-    }
+    todo = {index: (span[0] - 1, span[-1]) for index, span in enumerate(through) if case.changed(index, span)}
     if not todo:
         raise SurgeryError("distill, mode local: no block of this student differs from its parent's layer")
     wanted = Wanted(tuple(sorted({tap for ends in todo.values() for tap in ends})), 0)
@@ -152,7 +152,13 @@ def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[i
         student.embed(corpus.tokens(np.zeros(size, np.int64)))
     jobs = [_job(case, settings, index, ends, student, sizes, wanted, judges, corpus) for index, ends in todo.items()]
     _run(jobs, settings, began)
-    return [(job.index, Training(**json.loads((job.folder / "result.json").read_text()))) for job in jobs]
+    return [(job.index, _trained(job, case.parent.family.transposed)) for job in jobs]
+
+
+def _trained(job: BlockJob, transposed: bool) -> Training:
+    """What a job's folder says of its training, ternary linears in place of their latent weights."""
+    training = Training(**json.loads((job.folder / "result.json").read_text()))
+    return packed(training, lambda name: job.stored, transposed)
 
 
 def _held_out(case: Case, settings: Distill) -> Rows:
@@ -195,6 +201,9 @@ def _job(
     names = [name for name in student.layers[index].state_dict()]
     weights = folder / "before.safetensors"
     save_file({name: case.weights[prefix + name].float().contiguous() for name in names}, weights)
+    dense = folder / "dense.safetensors"
+    theirs = {name: case.dense(prefix + name) for name in names}
+    save_file({name: t.float().contiguous() for name, t in theirs.items() if t is not None}, dense)
     return BlockJob(
         config=case.config,
         index=index,
@@ -202,6 +211,8 @@ def _job(
         leaves=ends[1],
         calls={size: student.call_of(index, size) for size in sizes},
         weights=weights,
+        dense=dense,
+        stored=case.weights[prefix + names[0]].dtype,
         corpus=corpus,
         held_out=judges,
         fingerprint=case.fingerprint,
@@ -305,6 +316,11 @@ def train_block(job: BlockJob) -> Training:
     model = empty_model(as_surgeon(job.config))
     layer = model.get_submodule(family_of(job.config).layers)[job.index]
     layer.load_state_dict(load_file(job.weights), assign=True)
+    names, dense = {name for name, _ in layer.named_parameters()}, load_file(job.dense)
+    transposed = family_of(job.config).transposed
+    moving = install(layer, names, dense.get, lambda name: job.stored, transposed)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name in moving)
     module = BlockStudent(layer, _in_float32(job.calls))
     title = f"distill block {job.index}"
     return Trainer(

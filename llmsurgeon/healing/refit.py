@@ -12,6 +12,7 @@ No gradients: parent and student walk side by side, layer by layer, over calibra
     refit   the output projection W_o is moved to W_o + dW so that the block's output meets the parent's hidden state
             after the same span: dW = argmin ||A (W_o + dW)^T - Y||^2 + ridge * mean(diag(A^T A)) ||dW||^2.
 
+Ternary weights (llmsurgeon/ternary.py) stay as they are; they count as a change that the others make up for.
 Inputs are always the student's own, so errors of earlier blocks are corrected by later ones. Part of the calibration
 sequences is held out: it chooses the ridge, and an update that does not lower its error there is not made.
 
@@ -38,6 +39,7 @@ from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.ternary import is_ternary
 
 GRAM_COLUMNS = 512
 # An MLGRU's output projection was made for other inputs: there is little in it that a ridge should hold on to.
@@ -180,6 +182,11 @@ def changed(block: BlockSpec, span: tuple[int, ...], parent: ModelSpec) -> bool:
     )
 
 
+def holds_ternary(layer: nn.Module, transposed: bool) -> bool:
+    """True where some linear of a loaded layer is ternary."""
+    return any(is_ternary(weight.T if transposed and weight.dim() == 2 else weight) for weight in layer.parameters())
+
+
 class Refit:
     """Parent and student side by side over one calibration batch.
 
@@ -228,8 +235,8 @@ class Refit:
         todo = spans(self.spec, len(self.parent.layers))
         with torch.no_grad(), Progress("refit", len(todo), "blocks") as progress:
             for index, (block, span) in enumerate(zip(self.spec.blocks, todo, strict=True)):
-                is_changed = changed(block, span, self.parent_spec)
                 with self.student.loaded(index) as layer:
+                    is_changed = changed(block, span, self.parent_spec) or holds_ternary(layer, self.family.transposed)
                     attended = None
                     if is_changed or drifted:
                         file, attended = self._fitted(index, block, span, layer, is_changed, drifted)
@@ -323,15 +330,16 @@ class Refit:
         is_changed: bool,
         drifted: bool,
     ) -> Tensor | None:
-        if self.options.align and block.attention is not None and drifted:
+        if self.options.align and block.attention is not None and drifted and (own := self._attention_readers(layer)):
             moments = Moments()
             for part, held in self.parts:
                 self._add_drift(moments, layer.attention_input, part, held, self.x, self.p)
-            self._align(index, block, "attention input", moments, self._attention_readers(layer))
+            self._align(index, block, "attention input", moments, own)
         parent_read = self._walk_parent(span)
         # A tree's decisions move with what it reads: attention may only bring that nearer to what the parent read.
         trees = isinstance(block.ffn, FFFSpec)
         joins = self.options.join and is_changed and not self.family.post_norm and not trees
+        joins = joins and not self._is_ternary(layer, f"{self.family.attention}.{self.family.attention_out}")
         if isinstance(block.attention, MLGRUSpec) and is_changed:
             attended = self._fit_mixer(index, block, layer, parent_read[span.index(block.parents[0])])
         elif joins and block.attention is not None and block.ffn is not None:
@@ -347,16 +355,16 @@ class Refit:
             read = self.x if self.student.parallel_residual else attended
             for parent in block.parents:
                 rows = self._rows(block, parent)
-                if rows and (drifted or parent != block.parents[0]):
+                readers = self._ffn_readers(layer, rows) if rows else []
+                if readers and (drifted or parent != block.parents[0]):
                     moments = Moments()
                     for part, held in self.parts:
                         theirs = parent_read[span.index(parent)]
                         self._add_drift(moments, layer.ffn_input, part, held, read, theirs)
-                    readers = self._ffn_readers(layer, rows)
                     self._align(index, block, f"ffn input of layer {parent}", moments, readers)
         if is_changed and self.family.post_norm:
             self._refit_norm(index, block, layer, attended)
-        if is_changed and self._has_linear_end(block):
+        if is_changed and self._has_linear_end(block) and not self._ends_ternary(block, layer):
             self._refit_output(index, block, layer, attended)
         # Without an FFN it was attention's own output that moved.
         return None if is_changed and block.ffn is None else attended
@@ -507,6 +515,17 @@ class Refit:
             return self.family.experts is None
         return not self.family.post_norm
 
+    def _ends_ternary(self, block: BlockSpec, layer: nn.Module) -> bool:
+        """True where the block's last projection is ternary, which no update may move."""
+        family = self.family
+        end = f"{family.attention}.{family.attention_out}" if block.ffn is None else family.ffn_module(family.ffn_out)
+        return self._is_ternary(layer, end)
+
+    def _is_ternary(self, layer: nn.Module, name: str) -> bool:
+        """True where a linear's weight is ternary."""
+        weight = getattr(dict(layer.named_modules()).get(name), "weight", None)
+        return weight is not None and is_ternary(weight.T if self.family.transposed else weight)
+
     def _refit_norm(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
         """Give the norm that ends the block the gain and shift that bring each channel nearest to the parent's.
 
@@ -575,17 +594,19 @@ class Refit:
     def _attention_readers(self, layer: nn.Module) -> list[Tensor]:
         """Weights [O, D] that read the attention norm's output, as views."""
         attention = getattr(layer, self.family.attention)
-        return [
+        weights = [
             module.weight.data.T if self.family.transposed else module.weight.data
             for name, module in attention.named_modules()
             if name != self.family.attention_out and getattr(module, "weight", torch.empty(0)).dim() == 2
         ]
+        return [weight for weight in weights if not is_ternary(weight)]
 
     def _ffn_readers(self, layer: nn.Module, rows: slice) -> list[Tensor]:
         """Rows [rows, D] of the weights that read the FFN norm's output, as views."""
         family = self.family
         weights: list[Any] = [layer.get_submodule(family.ffn_module(name)).weight for name in family.ffn_in]
         oriented = [weight.data.T if family.transposed else weight.data for weight in weights]
+        oriented = [weight for weight in oriented if not is_ternary(weight)]
         return [part[rows] for weight in oriented for part in weight.chunk(family.ffn_stacked)]
 
     def _add_drift(

@@ -173,19 +173,22 @@ def optimizer_of(settings: Distill, module: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
+class Latent(nn.Module):
+    """A module that is used as something coarser than what trains, to the share `share`; wholly so when judged."""
+
+    share: float = 1.0
+
+
+def coarse_share(settings: Distill, reached: float) -> float:
+    """lambda of `Latent` modules and of BitLinears: from 0 to 1 over the first part of the run."""
+    return min(1.0, reached / settings.ternary_warmup) if settings.ternary_warmup else 1.0
+
+
 def learning_rate(settings: Distill, step: int, progress: float) -> float:
     """Linear warm-up over the first steps, then a cosine down to `final_learning_rate` of the peak."""
     warm = min(1.0, (step + 1) / (settings.warmup + 1))
     low = settings.final_learning_rate
     return settings.learning_rate * warm * (low + (1 - low) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2)
-
-
-def set_ternary_share(module: nn.Module, reached: float, ramp: float) -> None:
-    """Tell ternary linears how far on the way from float weights to ternary ones they are: all of it from `ramp` on."""
-    parts: list[Any] = list(module.modules())
-    for part in parts:
-        if hasattr(part, "share"):
-            part.share = min(1.0, reached / ramp) if ramp else 1.0
 
 
 class Trainer:
@@ -213,6 +216,8 @@ class Trainer:
         self.task, self.settings, self.accelerator, self.folder = task, settings, accelerator, folder
         self.title, self.prefix, self.limits = title, prefix, limits or settings.limits
         self.state = State(seconds=time.monotonic() - began if began is not None else 0.0)
+        everything: list[Any] = list(module.modules())
+        self.latent = [part for part in everything if hasattr(part, "share")]
         self.names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         self.length = task.corpus.sources[0].tokens.shape[1]
         self.rows_a_step = settings.batch * settings.accumulate * accelerator.num_processes
@@ -282,10 +287,11 @@ class Trainer:
         settings, accelerator, state = self.settings, self.accelerator, self.state
         numbers = self._draw()
         share = numbers.reshape(settings.accumulate, accelerator.num_processes, settings.batch)
-        set_ternary_share(self.module, reached, settings.ternary_ramp)
         rate = learning_rate(settings, state.step, reached)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        for part in self.latent:
+            part.share = coarse_share(settings, reached)
         sums: dict[str, Tensor] = {}
         norm: Any = None
         for mine in share[:, accelerator.process_index]:
@@ -353,6 +359,10 @@ class Trainer:
 
     def _diverges(self, loss: float) -> bool:
         state = self.state
+        if any(part.share < 1 for part in self.latent):
+            # What the model computes gets coarser step by step: its loss may rise.
+            state.recent, state.lowest = [loss], math.inf
+            return False
         state.recent = [*state.recent, loss][-WINDOW:]
         if len(state.recent) < WINDOW:
             return False

@@ -13,6 +13,7 @@ from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
+from llmsurgeon.operations.ternary import Ternary
 
 OPERATIONS: dict[str, type[Step]] = {
     "prune_attention": PruneAttention,
@@ -23,6 +24,7 @@ OPERATIONS: dict[str, type[Step]] = {
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
     "fff": FFF,
+    "ternary": Ternary,
     "matmulfree": MatMulFree,
     "block": Block,
     "refit": Refit,

@@ -59,7 +59,8 @@ class Distill(Step):
     train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
     hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
         spaced, last included; how many of the parent's tokens and which share of positions carry the second.
-    ternary_ramp: share of the run in which BitLinears go from float weights to ternary ones; 0: ternary throughout.
+    ternary_warmup: ternary linears and BitLinears train by latent weights W, and the model sees W + lambda (W' - W),
+        W' ternary: the share of the run over which lambda grows from 0 to 1; 0: it is 1 from the start.
     cross_entropy: the weight of the loss on the text's own next tokens, which asks no parent.
     targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
     """
@@ -76,6 +77,7 @@ class Distill(Step):
     minutes: Positive | None = None
     train: Literal["all", "blocks", "changed"] | tuple[str, ...] = "all"
     lora: Lora | None = None
+    ternary_warmup: Share = 0.5
     hidden: Annotated[float, Field(ge=0)] = 1.0
     hidden_layers: Count | None = None
     kl: Annotated[float, Field(ge=0)] = 1.0
@@ -83,7 +85,6 @@ class Distill(Step):
     top_k: Count | None = None
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     targets: Literal["disk", "memory"] = "disk"
-    ternary_ramp: Share = 0.5
     optimizer: str = "adamw"
     learning_rate: Positive = 1e-4
     final_learning_rate: Share = 0.1

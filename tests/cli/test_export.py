@@ -83,7 +83,10 @@ BAD = {
     "unknown form": (["student", "--to", "onnx"], "onnx"),
     "no form": (["student"], "--to"),
     "no model": (["nowhere", "--to", "native"], "nowhere: no such"),
-    "type for a checkpoint": (["student", "--to", "native", "--type", "Q8_0"], "--type and --pre are for --to gguf"),
+    "type for a checkpoint": (
+        ["student", "--to", "native", "--type", "Q8_0"],
+        "--type, --float-type and --pre are for --to gguf",
+    ),
     "source as output": (["student", "--to", "native", "-o", "student"], "student"),
     "shard size": (["student", "--to", "native", "-o", "out", "--max-shard-size", "big"], "'big' is not a file size"),
 }

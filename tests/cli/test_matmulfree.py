@@ -11,7 +11,6 @@ from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
 from conftest import save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 
-from llmsurgeon.card import collapsed
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU
 from llmsurgeon.recipe import builtin_recipes, load
@@ -91,12 +90,6 @@ def test_a_missed_gate_says_so(run, folder):  # noqa: F811
     code, _, err = run("matmulfree", "parent", "-r", "gated.yaml", "-o", "out", "--text", "text.txt", *SMALL)
     assert code == 3 and "it misses the recipe's gate: KL" in err
     assert "The quality gate of the recipe failed" in (folder / "out" / "README.md").read_text()
-
-
-def test_where_quality_collapses_it_says_so():
-    assert collapsed({"perplexity_ratio": 3.9}) is None and collapsed({"perplexity_ratio": None}) is None
-    assert collapsed({"pooled_cosine": 0.1}) is None
-    assert "perplexity is 123 times its parent's" in collapsed({"perplexity_ratio": 123.4})
 
 
 @pytest.mark.parametrize(

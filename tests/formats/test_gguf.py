@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config
-from gguf_models import UNEVEN, export, largest_difference, save_uneven, save_uniform
+from gguf_models import UNEVEN, export, largest_difference, save_uneven, save_uniform, ternary_folder
 
 from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.errors import SurgeryError
@@ -192,6 +192,8 @@ def test_metadata_and_tensors_of_an_uneven_model(tmp_path):
 @pytest.mark.parametrize("name", TYPES)
 def test_types(name, tmp_path):
     folder = save_uniform(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1)
+    if name.startswith("TQ"):
+        folder = ternary_folder(folder)
     made = export(folder, tmp_path / "model.gguf", type=name.lower())
     file = GGUFFile(made.path)
     kinds = {tensor: Kind(entry.kind).name for tensor, entry in file.entries.items()}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import tiny_model
@@ -14,8 +12,6 @@ from operations.helpers import some_tokens
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.healing.distill import distill
 from llmsurgeon.healing.refit import overlay
-from llmsurgeon.healing.training import set_ternary_share
-from llmsurgeon.modeling.surgeon_mlgru import BitLinear
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 
@@ -116,11 +112,3 @@ def test_a_ternary_student_learns_and_is_judged_as_ternary(tmp_path, mode):
     # kl_of runs the student in eval mode: all of the way to ternary.
     assert kl_of(case, overlay(case.weights, made.files)) < 0.9 * before
     assert any(name.endswith("q_proj.gain") or name.endswith("i_proj.gain") for name in made.files)
-
-
-def test_the_ramp():
-    layer = BitLinear(4, 4, False, 1e-6)
-    holder = SimpleNamespace(modules=lambda: [layer, torch.nn.Linear(2, 2)])
-    for reached, ramp, share in ((0.0, 0.5, 0.0), (0.25, 0.5, 0.5), (0.5, 0.5, 1.0), (0.9, 0.5, 1.0), (0.0, 0.0, 1.0)):
-        set_ternary_share(holder, reached, ramp)
-        assert layer.share == share

@@ -1,0 +1,73 @@
+"""What each linear costs when it becomes ternary: how far its layer's output moves, on one walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.progress import Progress
+from llmsurgeon.ternary import Grid, rounded
+
+Cost = tuple[float, int, int]
+
+
+def ternary_costs(
+    runner: LayerRunner, tokens: Tensor, wanted: Mapping[int, Sequence[str]], grid: Grid, batch: int = 4
+) -> dict[int, dict[str, Cost]]:
+    """Layer -> weight's name inside it -> (error, numbers, bytes of one of them).
+
+    The error is that of rounding this weight alone: mean over tokens of ||change of what leaves the layer||^2 /
+    ||what leaves it||^2.
+
+    Args:
+        tokens: [S, T].
+        wanted: layer -> the weights to measure.
+    """
+    parts = [slice(start, start + batch) for start in range(0, len(tokens), batch)]
+    stream = torch.cat([runner.embed(tokens[part]).cpu() for part in parts])
+    found: dict[int, dict[str, Cost]] = {}
+    with torch.no_grad(), Progress("measure ternary linears", len(runner.layers), "layers") as progress:
+        for index in range(len(runner.layers)):
+            with runner.loaded(index) as layer:
+                entered = stream.clone()
+                for part in parts:
+                    stream[part] = runner.whole(index, entered[part].to(runner.device)).cpu()
+                for name in wanted.get(index, ()):
+                    stored = runner.weights[runner.family.layer(index) + name]
+                    error = _error(runner, index, layer, name, grid, entered, stream, parts)
+                    found.setdefault(index, {})[name] = (error, stored.numel(), stored.dtype.itemsize)
+            progress.advance()
+    return found
+
+
+def _error(
+    runner: LayerRunner,
+    index: int,
+    layer: Any,
+    name: str,
+    grid: Grid,
+    entered: Tensor,
+    left: Tensor,
+    parts: Sequence[slice],
+) -> float:
+    """The error of `Cost` for one weight of the loaded layer."""
+    module = layer.get_submodule(name.removesuffix(".weight"))
+    dense = module.weight.data
+    weight = rounded(dense.T if runner.family.transposed else dense, grid)
+    module.weight.data = weight.T if runner.family.transposed else weight
+    total = 0.0
+    for part in parts:
+        before = left[part].to(runner.device).float()
+        after = runner.whole(index, entered[part].to(runner.device)).float()
+        total += float(((after - before).square().sum(-1) / before.square().sum(-1).clamp_min(1e-30)).sum())
+    module.weight.data = dense
+    return total / left[..., 0].numel()
+
+
+def stored_bytes(weights: Mapping[str, Tensor]) -> int:
+    """Bytes of all tensors; read as views, so the disk is not touched."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in map(weights.__getitem__, weights))

@@ -1,0 +1,344 @@
+"""Ternary linears whose codes compensate: layer by layer, on what each linear reads behind the ternary ones before it.
+
+The dense student and the ternary one walk side by side. In each block, group by group in the order in which data flows
+(what reads the attention's input, its output projection, what reads the FFN's input, its output projection):
+
+    align       once something before it is ternary, a linear reads something else than it did. It is moved by ridge
+                regression to give what the dense student's gave; a projection that writes the stream also makes up for
+                what the stream has drifted. Linears that stay dense are moved, too.
+    ternarise   codes in GPTQ's column order with error compensation, scales fitted anew (llmsurgeon/ternary.py).
+
+Part of the sequences is held out; it chooses the ridge, and a move that does not lower the error there is not made.
+
+Shapes: S sequences, T tokens, D model width, I inputs and O outputs of a linear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsurgeon.analysis.walk import LayerRunner, Streams
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.healing.refit import Moments, best_update
+from llmsurgeon.progress import Progress
+from llmsurgeon.ternary import Grid, compensated, is_ternary
+
+
+@dataclass(frozen=True)
+class Ternarised:
+    """What became of one linear. Errors are ||change of its output||^2 relative to the output.
+
+    zeros: share of the codes; rounding: what plain rounding of the same weight would err.
+    moved: held-out error of the alignment relative to none.
+    """
+
+    block: int
+    linear: str
+    error: float
+    rounding: float
+    zeros: float
+    moved: float
+
+
+@dataclass(frozen=True)
+class TernaryOptions:
+    """ridges: candidates for aligning, as multiples of the mean diagonal of X^T X; none: nothing is aligned."""
+
+    grid: Grid
+    ridges: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of one block that read the same input; `writes` where what they give is added to the stream."""
+
+    part: str
+    modules: tuple[str, ...]
+    writes: bool
+
+
+class _Reached(Exception):
+    """The forward pass has come to what was waited for."""
+
+
+class Ternarise:
+    """Dense and ternary student side by side over one calibration batch.
+
+    Args:
+        runner: over the dense student's weights (canonical names).
+        chosen: block -> names inside it of the weights that become ternary.
+        tokens: [S, T]; `held_out` [S] marks the sequences that only judge.
+        store: folder in which each block's new tensors are kept as soon as they are found: a killed run goes on there.
+    """
+
+    def __init__(
+        self,
+        runner: LayerRunner,
+        chosen: Mapping[int, Sequence[str]],
+        tokens: Tensor,
+        held_out: Tensor,
+        options: TernaryOptions,
+        store: Path,
+    ) -> None:
+        self.runner, self.chosen, self.options, self.store = runner, chosen, options, store
+        self.family = runner.family
+        # Batches hold either fitting or judging sequences, never both.
+        order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
+        self.tokens = tokens[order]
+        fitting = int((~held_out).sum())
+        edges = [*range(0, fitting, options.batch), *range(fitting, len(tokens), options.batch), len(tokens)]
+        self.parts = [(slice(a, b), a >= fitting) for a, b in pairwise(edges)]
+        self.made: list[Ternarised] = []
+
+    def run(self) -> dict[str, Path]:
+        """Block after block. Returns name -> safetensors file of every tensor that changed.
+
+        Raises:
+            SurgeryError: a weight is ternary already.
+        """
+        for index, names in self.chosen.items():
+            for name in names:
+                self._refuse_ternary(self.family.layer(index) + name)
+        self.x = torch.cat([self.runner.embed(self.tokens[part]).cpu() for part, _ in self.parts])
+        self.p = self.x
+        found: dict[str, Path] = {}
+        with torch.no_grad(), Progress("ternarise", len(self.runner.layers), "blocks") as progress:
+            for index in range(len(self.runner.layers)):
+                with self.runner.loaded(index) as layer:
+                    if index in self.chosen or self._drifted:
+                        file = self._block(index, layer)
+                        found.update({self.family.layer(index) + name: file for name in _names(file)})
+                    else:
+                        self.x = self.p = self._advanced(index, self.x)
+                progress.advance()
+        return found
+
+    @property
+    def _drifted(self) -> bool:
+        return self.x is not self.p
+
+    def _refuse_ternary(self, name: str) -> None:
+        weight = self.runner.weights[name]
+        if is_ternary(weight.T if self.family.transposed else weight):
+            raise SurgeryError(
+                f"ternary: {name} is ternary already, and each further rounding shrinks its scale; start from the "
+                "weights before, or name other layers"
+            )
+
+    def _block(self, index: int, layer: nn.Module) -> Path:
+        """Ternarise one loaded layer, or take what an earlier run stored. Returns the file of its new tensors."""
+        from safetensors.torch import load_file, save_file
+
+        file = self.store / f"block-{index:04d}.safetensors"
+        if file.exists():
+            # The same sums in the same order as the run that stored it.
+            left = self._dense(index, layer, ())[0][""]
+            stored = {name: tensor.to(self.runner.dtype) for name, tensor in load_file(file).items()}
+            layer.load_state_dict({**layer.state_dict(), **stored}, assign=True)
+            self.x = self._left(index, self._attended(index))
+            self.p = left
+            self.made += [Ternarised(**entry) for entry in _stored(file)]
+            return file
+        known, before = len(self.made), layer.state_dict()
+        groups = self._groups(layer)
+        wanted, attended = self._dense(index, layer, groups)
+        layer.load_state_dict({name: tensor.clone() for name, tensor in before.items()}, assign=True)
+        left = wanted.pop("")
+        behind: Tensor | None = None
+        for group in groups:
+            if group.part == "ffn" and behind is None:
+                behind = self._attended(index)
+            self._group(index, layer, group, wanted, (self.p, attended), behind)
+        self.x = self._left(index, self._attended(index) if behind is None else behind)
+        self.p = left
+        prefix, state = self.family.layer(index), layer.state_dict()
+        new = {name: t.contiguous() for name, t in state.items() if not torch.equal(t, before[name])}
+        new = {name: t.to(self.runner.weights[prefix + name].dtype) for name, t in new.items()}
+        records = json.dumps([vars(entry) for entry in self.made[known:]])
+        save_file(new, file.with_suffix(".partial"), metadata={"ternary": records})
+        file.with_suffix(".partial").rename(file)
+        return file
+
+    def _groups(self, layer: nn.Module) -> list[Group]:
+        """The block's linears in the order in which data flows."""
+        family, groups = self.family, []
+        inside = f"{family.attention}."
+        linears = [name for name, m in layer.named_modules() if getattr(m, "weight", torch.empty(0)).dim() == 2]
+        out = inside + family.attention_out
+        readers = tuple(name for name in linears if name.startswith(inside) and name != out)
+        if readers:
+            groups += [Group("attention", readers, False), Group("attention", (out,), True)]
+        ffn = tuple(name for p in family.ffn_in if (name := family.ffn_module(p)) in linears)
+        if ffn and not family.experts:
+            groups += [Group("ffn", ffn, False), Group("ffn", (family.ffn_module(family.ffn_out),), True)]
+        return groups
+
+    def _dense(self, index: int, layer: nn.Module, groups: Sequence[Group]) -> tuple[dict[str, Tensor], Tensor]:
+        """What the dense student does here: linear -> its outputs [S, T, O], "" -> what leaves the block [S, T, D]; and
+        the stream behind its attention."""
+        seen: dict[str, list[Tensor]] = {}
+
+        def keep(name: str) -> Any:
+            return lambda module, inputs, output: seen.setdefault(name, []).append(output.cpu())
+
+        names = [name for group in groups for name in group.modules] if self.options.ridges else []
+        hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        left, attended = torch.empty_like(self.p), torch.empty_like(self.p)
+        try:
+            for part, _ in self.parts:
+                hidden = self.p[part].to(self.runner.device)
+                attention = self.runner.attend(index, hidden)
+                middle = hidden if attention is None else hidden + attention
+                ffn = self.runner.feed_forward(index, hidden if self.runner.parallel_residual else middle)
+                attended[part], left[part] = middle.cpu(), (middle if ffn is None else middle + ffn).cpu()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {"": left, **{name: torch.cat(outputs) for name, outputs in seen.items()}}, attended
+
+    def _group(
+        self,
+        index: int,
+        layer: Any,
+        group: Group,
+        wanted: dict[str, Tensor],
+        streams: tuple[Tensor, Tensor],
+        behind: Tensor | None,
+    ) -> None:
+        """Align and ternarise linears that read one input.
+
+        `streams`: the dense student's when it entered the block and behind its attention; `behind`: the ternary one's
+        behind its attention, where that is known.
+        """
+        chosen = [name for name in group.modules if f"{name}.weight" in self.chosen.get(index, ())]
+        # An earlier group of this block may have made a difference, too.
+        drifted = self._drifted or any(entry.block == index for entry in self.made)
+        aligns = drifted and bool(self.options.ridges)
+        if not chosen and not aligns:
+            return
+        mine = self.x if behind is None else behind
+        drift = self._drift(layer, group, streams[0] if group.part == "attention" else streams[1], mine)
+        moments, modules = Moments(), [layer.get_submodule(name) for name in group.modules]
+        for part, held in self.parts:
+            features = self._read(index, layer, group, part, mine)
+            residual = features.new_zeros(len(features), 0)
+            if aligns:
+                missing = [
+                    wanted[name][part].to(features.device).float().flatten(0, -2) - module(features).float()
+                    for name, module in zip(group.modules, modules, strict=True)
+                ]
+                residual = torch.cat(missing, dim=1)
+                if drift is not None:
+                    residual = residual + drift[part].to(features.device).float().flatten(0, 1)
+            moments.add(features, residual, held)
+        moments.complete()
+        update, _, moved = best_update(moments, self.options.ridges) if aligns else (None, None, 1.0)
+        gram = moments.gram[0] + moments.gram[1]
+        sizes = [self._weight(module).shape[0] for module in modules]
+        updates = update.T.split(sizes) if update is not None else [None] * len(sizes)
+        for name, module, change in zip(group.modules, modules, updates, strict=True):
+            weight = self._weight(module)
+            if change is not None:
+                weight.copy_((weight.float() + change).to(weight.dtype))
+            if name in chosen:
+                stored = self.runner.weights[f"{self.family.layer(index)}{name}.weight"].dtype
+                made, error, rounding = compensated(weight, gram, self.options.grid, stored)
+                weight.copy_(made)
+                zeros = float((made == 0).float().mean())
+                self.made.append(Ternarised(index, name, error, rounding, zeros, moved))
+
+    def _drift(self, layer: Any, group: Group, dense: Tensor, mine: Tensor) -> Tensor | None:
+        """What a projection that writes the stream is to make up for, before the factor on it, [S, T, D]."""
+        family = self.family
+        post_norm = family.attention_post_norm if group.part == "attention" else family.ffn_post_norm
+        if not group.writes or post_norm or dense is mine:
+            return None
+        return (dense.float() - mine.float()) / float(layer.residual_multiplier)
+
+    def _read(self, index: int, layer: nn.Module, group: Group, part: slice, mine: Tensor) -> Tensor:
+        """What the group's linears read of some sequences, [n, I]."""
+        seen: list[Tensor] = []
+
+        def reached(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0].detach().flatten(0, -2))
+            raise _Reached
+
+        hooks = [layer.get_submodule(name).register_forward_pre_hook(reached) for name in group.modules]
+        try:
+            if group.part == "attention":
+                self.runner.attend(index, self.x[part].to(self.runner.device))
+            else:
+                read = self.x if self.runner.parallel_residual else mine
+                self.runner.feed_forward(index, read[part].to(self.runner.device))
+        except _Reached:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen[0]
+
+    def _weight(self, module: Any) -> Tensor:
+        """A linear's weight as a view [O, I]."""
+        weight: Tensor = module.weight.data
+        return weight.T if self.family.transposed else weight
+
+    def _attended(self, index: int) -> Tensor:
+        """The ternary student's stream behind the loaded block's attention."""
+        attended = self.x.clone()
+        for part, _ in self.parts:
+            contribution = self.runner.attend(index, self.x[part].to(self.runner.device))
+            if contribution is not None:
+                attended[part] += contribution.cpu()
+        return attended
+
+    def _left(self, index: int, attended: Tensor) -> Tensor:
+        """The ternary student's stream behind the loaded block."""
+        left = attended.clone()
+        for part, _ in self.parts:
+            read = self.x if self.runner.parallel_residual else attended
+            ffn = self.runner.feed_forward(index, read[part].to(self.runner.device))
+            if ffn is not None:
+                left[part] += ffn.cpu()
+        return left
+
+    def _advanced(self, index: int, stream: Tensor) -> Tensor:
+        """A stream behind the loaded block."""
+        left = Streams(1, tuple(stream.shape), stream.dtype).data[0]
+        for part, _ in self.parts:
+            left[part] = self.runner.whole(index, stream[part].to(self.runner.device)).cpu()
+        return left
+
+
+def summary(made: Sequence[Ternarised]) -> str:
+    """One line for the model card."""
+    mean = sum(entry.error for entry in made) / len(made)
+    rounding = sum(entry.rounding for entry in made) / len(made)
+    zeros = sum(entry.zeros for entry in made) / len(made)
+    return (
+        f"Ternarised {len(made)} linears, codes and scales fitted to calibration text: their outputs err by {mean:.3f} "
+        f"of their size (squared; rounding {rounding:.3f}), {100 * zeros:.0f} % of the codes are 0."
+    )
+
+
+def _names(file: Path) -> list[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _stored(file: Path) -> list[dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        entries: list[dict[str, Any]] = json.loads(opened.metadata()["ternary"])
+    return entries

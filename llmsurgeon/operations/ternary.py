@@ -1,0 +1,234 @@
+"""Ternary linears: weights become -1, 0, 1 times a scale of the tensor, of each row, or of each group of a row.
+
+`round` needs no text and is an edit like any other: it streams. `compensated` chooses codes by what each layer reads,
+the ternary layers before it included, on a walk over calibration text; that is healing/ternary.py. Which linears: all
+of the blocks' or a part of them, or those that cost least (`share`, `max_bytes`), by a score of analysis/ternary.py.
+Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04711), GPTQ (arXiv 2210.17323).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmsurgeon.checkpoint.transform import WeightTransform
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.layers import LayerList
+from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.ternary import Grid, Rule, is_ternary, rounded
+
+SCORE, BYTES = "ternary", "ternary_bytes"
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+class Ternary(Step):
+    """Make linears ternary.
+
+    linears: whose: the FFNs', the attentions', or all of the blocks'.
+    layers: of which layers; all by default.
+    modules: or a list of layers for each linear, by its path inside a block (mlp.down_proj: [0-5]).
+    share, max_bytes: of these, those whose rounding changes their layers' output least, until this share of their
+        numbers is ternary, or the model (ternary weights packed, 2 bits each) is no larger than this.
+    method: compensated (codes make up for each other's errors on calibration text) or round.
+    scale: the rule for codes and scale; granularity: what has one: the tensor, a row, or group_size numbers of it.
+    embeddings, head: these, too, by rounding.
+    align: with compensated, first move each linear of changed and later layers to give what it gave before, be it
+        made ternary or not; ridge: as multiples of mean(diag(X^T X)), the best on held-out tokens is taken.
+    """
+
+    op: Literal["ternary"] = "ternary"
+    linears: Literal["ffn", "attention", "all"] = "all"
+    layers: LayerList | None = None
+    modules: dict[str, LayerList] | None = None
+    share: Share | None = None
+    max_bytes: Annotated[int, Field(ge=1)] | None = None
+    method: Literal["compensated", "round"] = "compensated"
+    scale: Rule = "least_squares"
+    granularity: Literal["tensor", "row", "group"] = "tensor"
+    group_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
+    embeddings: bool = False
+    head: bool = False
+    align: bool = True
+    ridge: tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Ternary:
+        if (self.granularity == "group") != (self.group_size is not None):
+            raise ValueError("ternary: granularity group goes with group_size, the others without")
+        if self.share is not None and self.max_bytes is not None:
+            raise ValueError("ternary takes share or max_bytes, not both")
+        if self.modules is not None and (self.layers or self.share or self.max_bytes or self.linears != "all"):
+            raise ValueError("ternary: modules name their layers; leave out linears, layers, share and max_bytes")
+        return self
+
+    @property
+    def heals(self) -> bool:  # type: ignore[override]
+        """Codes that compensate are found as a refit is: on a walk, after all cuts."""
+        return self.method == "compensated"
+
+    @property
+    def grid(self) -> Grid:
+        """What shares a scale, and by which rule it is chosen."""
+        return Grid(self.scale, self.granularity, self.group_size)
+
+    def needs(self) -> frozenset[str]:
+        return frozenset({SCORE} if self.share or self.max_bytes else ())
+
+    def chosen(self, subject: Subject) -> dict[int, tuple[str, ...]]:
+        """Block -> names inside it of the weights that become ternary; a budget has not been drawn from yet.
+
+        Raises:
+            SurgeryError: a block has no such linears.
+        """
+        subject.check(self.op)
+        if subject.spec.tied and (self.head or self.embeddings):
+            raise subject.refuse(
+                "ternary: head and embedding are one tied tensor, and a ternary head costs more than all blocks; leave "
+                "out embeddings and head"
+            )
+        if self.modules is not None:
+            return self._by_module(subject, self.modules)
+        found: dict[int, tuple[str, ...]] = {}
+        for index, block in enumerate(subject.spec.blocks):
+            if self.layers is not None and not set(self.layers) & set(block.parents):
+                continue
+            found[index] = self._linears(subject, index)
+        for layer in self.layers or ():
+            if not found[subject.position(layer, "ternary: layer")]:
+                raise subject.refuse(f"ternary: layer {layer} has no linears of {self.linears}")
+        return {index: names for index, names in found.items() if names}
+
+    def _by_module(self, subject: Subject, modules: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[str, ...]]:
+        found: dict[int, tuple[str, ...]] = {}
+        for module, layers in modules.items():
+            for layer in layers:
+                index = subject.position(layer, f"ternary: {module} of layer")
+                known = linears_of(subject, index)
+                if f"{module}.weight" not in known:
+                    names = ", ".join(name.removesuffix(".weight") for name in known)
+                    raise subject.refuse(f"ternary: layer {layer} has no linear {module}; it has {names}")
+                found[index] = (*found.get(index, ()), f"{module}.weight")
+        return dict(sorted(found.items()))
+
+    def _linears(self, subject: Subject, index: int) -> tuple[str, ...]:
+        if subject.spec.blocks[index].branches:
+            layer = subject.spec.blocks[index].parents[0]
+            raise subject.refuse(
+                f"ternary: layer {layer} is one of parallel blocks, which have no linears of their own"
+            )
+        family, known = subject.family, linears_of(subject, index)
+        if self.linears != "attention" and family.experts:
+            raise subject.refuse("ternary: its FFN is a mixture of experts; linears: attention is possible")
+        if self.linears == "all":
+            return known
+        return tuple(name for name in known if family.is_attention(name) == (self.linears == "attention"))
+
+    def resolve(self, subject: Subject) -> Step:
+        if not self.needs():
+            return self
+        costs, everything = subject.score(SCORE, "ternary"), subject.score(BYTES, "ternary")
+        candidates = {
+            (subject.spec.blocks[index].parents[0], name): index
+            for index, names in self.chosen(subject).items()
+            for name in names
+        }
+        for layer, name in candidates:
+            if name not in costs.get(layer, {}):
+                raise subject.refuse(
+                    f"ternary: {name} of layer {layer} is not as in the checkpoint and was not measured; name modules "
+                    "instead of share or max_bytes"
+                )
+        cheapest = sorted(candidates, key=lambda at: (costs[at[0]][at[1]][0] / costs[at[0]][at[1]][1], at))
+        numbers = sum(costs[layer][name][1] for layer, name in candidates)
+        modules: dict[str, list[int]] = {}
+        done, left = 0, everything
+        for layer, name in cheapest:
+            if done >= self.share * numbers if self.share is not None else left <= (self.max_bytes or 0):
+                break
+            _, count, size = costs[layer][name]
+            done, left = done + count, left - count * size + count // 4
+            modules.setdefault(name.removesuffix(".weight"), []).append(layer)
+        if self.max_bytes is not None and left > self.max_bytes:
+            raise subject.refuse(
+                f"ternary: max_bytes {self.max_bytes:,} is out of reach: with all of {self.linears} ternary "
+                f"{left:,} bytes are left, of {everything:,}"
+            )
+        if not modules:
+            raise subject.refuse(f"ternary: the model has {everything:,} bytes already; nothing would become ternary")
+        chosen = {module: tuple(sorted(layers)) for module, layers in sorted(modules.items())}
+        update = {"share": None, "max_bytes": None, "layers": None, "linears": "all", "modules": chosen}
+        return self.model_copy(update=update)
+
+    def plan(self, subject: Subject) -> Plan:
+        chosen, family = self.chosen(subject), subject.family
+        edit = edited(self.grid, family.transposed)
+        blocks = all_kept(subject)
+        if self.method == "round":
+            for index, names in chosen.items():
+                tensors: dict[str, str | Computed] = dict(blocks[index].tensors)
+                for name in names:
+                    source = str(blocks[index].tensors[name])
+                    tensors[name] = Computed((source,), partial(edit, source))
+                blocks[index] = NewBlock(blocks[index].spec, tensors)
+        plan = assemble(subject, blocks, [self._note(chosen)])
+        outside = [(f"{family.embedding}.weight", self.embeddings), (f"{family.head}.weight", self.head)]
+        plain = edited(self.grid, transposed=False)
+        transforms = []
+        for name, wanted in outside:
+            if wanted and name not in subject.names:
+                raise subject.refuse(f"ternary: this model has no {name}")
+            if wanted:
+                transforms.append(WeightTransform((name,), (name,), partial(plain, name)))
+        return Plan(plan.spec, (*plan.transforms, *transforms), plan.notes)
+
+    def _note(self, chosen: Mapping[int, tuple[str, ...]]) -> str:
+        per = {"tensor": "tensor", "row": "row", "group": f"{self.group_size} numbers of a row"}[self.granularity]
+        count = sum(len(names) for names in chosen.values())
+        how = (
+            "codes compensate each other"
+            if self.method == "compensated"
+            else "by rounding, which training is to make up for"
+        )
+        more = [name for name, wanted in (("embedding", self.embeddings), ("head", self.head)) if wanted]
+        also = f" and {' and '.join(more)}" if more else ""
+        return f"Ternary: {count} linears of {len(chosen)} blocks{also}, a scale for each {per} ({self.scale}), {how}."
+
+
+def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
+    """Names inside block `index` of the weights of its attention's and its FFN's linears, in order."""
+    family, there = subject.family, subject.tensors(index)
+    ffn = () if family.experts else tuple(family.ffn_tensor(p) for p in (*family.ffn_in, family.ffn_out))
+    attention = (
+        name
+        for name in there
+        if name.startswith(f"{family.attention}.") and name.endswith(".weight") and "norm" not in name.lower()
+    )
+    return (*attention, *(name for name in ffn if name in there))
+
+
+def edited(grid: Grid, transposed: bool) -> Callable[[str, Tensor], Tensor]:
+    """The edit that rounds one weight, whose name it takes first; a `transposed` weight is [I, O]."""
+
+    def edit(name: str, weight: Tensor) -> Tensor:
+        refuse_ternary(name, weight, transposed)
+        made = rounded(weight.T if transposed else weight, grid)
+        return made.T.contiguous() if transposed else made
+
+    return edit
+
+
+def refuse_ternary(name: str, weight: Tensor, transposed: bool = False) -> None:
+    """Raise SurgeryError for a weight that is ternary already."""
+    if is_ternary(weight.T if transposed else weight):
+        raise SurgeryError(
+            f"ternary: {name} is ternary already, and each further rounding shrinks its scale; start from the weights "
+            "before, or name other layers"
+        )
+
+
+__all__ = ["Ternary", "edited", "linears_of", "refuse_ternary"]

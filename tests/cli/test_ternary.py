@@ -1,0 +1,112 @@
+"""`llmsurgeon ternary`: what it writes, that it loads, and how bad input ends."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
+from conftest import save_encoder, save_tiny
+from operations.helpers import logits, some_tokens
+from transformers import AutoModelForCausalLM
+
+from llmsurgeon.checkpoint.manifest import verify_files
+from llmsurgeon.formats.loading import load_model
+from llmsurgeon.recipe import load
+from llmsurgeon.ternary import grid_of, is_ternary
+
+TEXT = ("--text", "text.txt", *SMALL)
+
+
+def ternary_names(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    return {name for name, t in model.state_dict().items() if t.dim() == 2 and is_ternary(t)}
+
+
+def test_flags_write_a_plain_checkpoint_that_everything_loads(run, folder):  # noqa: F811
+    code, out, err = run(
+        *("ternary", "parent", "-o", "out", "--linears", "ffn", "--layers", "1,3-4", "--granularity", "row"),
+        *("--refit", *TEXT, "--json"),
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["format"] == "native" and [s["op"] for s in report["steps"]] == ["ternary", "refit"]
+    assert report["evaluation"]["kl"] > 0 and verify_files(folder / "out") == []
+    assert json.loads((folder / "out/config.json").read_text())["model_type"] == "llama"
+    assert ternary_names("out") == {
+        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (1, 3, 4) for n in ("gate", "up", "down")
+    }
+    assert grid_of(AutoModelForCausalLM.from_pretrained("out").model.layers[3].mlp.up_proj.weight).granularity == "row"
+    stock, ours = AutoModelForCausalLM.from_pretrained("out"), load_model("out")
+    assert torch.equal(logits(stock, some_tokens()), logits(ours, some_tokens()))
+    story = json.loads((folder / "out/surgery.json").read_text())
+    assert len(story["ternary"]) == 9 and {"error", "rounding", "zeros"} <= set(story["ternary"][0])
+    card = (folder / "out/README.md").read_text()
+    assert "Ternary: 9 linears of 3 blocks, a scale for each row" in card and "Ternarised 9 linears" in card
+
+
+def test_rounding_needs_no_text_and_a_resolved_recipe_repeats_it(run, folder):  # noqa: F811
+    code, _, err = run("ternary", "parent", "-o", "out", "--method", "round")
+    assert code == 0, err
+    assert len(ternary_names("out")) == 42
+    code, _, err = run("ternary", "parent", "-o", "half", "--share", 0.5, "--method", "round", *TEXT)
+    assert code == 0, err
+    step = load(folder / "half/recipe.yaml").steps[0]
+    assert step.share is None and sum(map(len, step.modules.values())) < 42
+    assert run("run", "half/recipe.yaml", "parent", "-o", "again")[0] == 0
+    a, b = (folder / name / "model.safetensors" for name in ("half", "again"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_dry_run_tells_the_plan(run, folder):  # noqa: F811
+    code, out, _ = run("ternary", "parent", "--layers", 2, "--dry-run")
+    assert code == 0 and "ternary: " in out and not (folder / "parent-ternary").exists()
+
+
+def test_an_encoder(run, folder):  # noqa: F811
+    save_encoder(folder / "encoder", "bert")
+    code, out, err = run("ternary", "encoder", "-o", "out", "--linears", "ffn", *TEXT, "--json")
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--granularity", "group"), "granularity group goes with group_size"),
+        (("--granularity", "group", "--group-size", 64), "numbers are not whole groups of 64; group_size may be 32"),
+        (("--share", 0.5, "--max-bytes", 100), "share or max_bytes, not both"),
+        (("--max-bytes", 100), "max_bytes 100 is out of reach"),
+        (("--set", "ternary.head=true"), "head and embedding are one tied tensor"),
+        (("--recipe", "shortgpt"), "this recipe does not ternary"),
+    ],
+)
+@pytest.mark.parametrize("method", ["round", "compensated"])
+def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message, method):  # noqa: F811
+    save_tiny(folder / "tied", "llama", tokenizer=True, tie_word_embeddings=True)
+    code, _, err = run("ternary", "tied", "-o", "out", "--method", method, *flags, "--text", "text.txt")
+    assert code == 2 and message in err
+    assert not list(folder.glob("out*"))
+
+
+def test_what_is_ternary_or_quantised_is_refused(run, folder):  # noqa: F811
+    assert run("ternary", "parent", "-o", "once", "--method", "round", "--layers", 2)[0] == 0
+    for method in ("round", "compensated"):
+        code, _, err = run("ternary", "once", "-o", "out", "--method", method, "--text", "text.txt")
+        assert code == 2 and "model.layers.2.self_attn" in err and "is ternary already" in err
+    config = json.loads((folder / "parent/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "parent/config.json").write_text(json.dumps(config))
+    for more in ((), ("--dry-run",)):
+        code, _, err = run("ternary", "parent", "-o", "out", *more)
+        assert code == 2 and "its weights are quantised already (quantization_config: gptq)" in err
+    assert not list(folder.glob("out*"))
+
+
+def test_cuts_come_before(run, folder):  # noqa: F811
+    (folder / "r.yaml").write_text(
+        "version: 1\nsteps:\n  - {op: ternary, method: round}\n  - {op: prune_ffn, layers: [1]}\n"
+    )
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 2 and "step prune_ffn comes after ternary" in err

@@ -1,0 +1,142 @@
+"""Codes that compensate, found on a walk: nearer to the dense student than rounding, exactly ternary, resumable."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import ENCODER_NAMES, FAMILY_NAMES, tiny_encoder, tiny_model
+from operations.helpers import some_tokens, subject_of
+from safetensors import safe_open
+
+from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
+from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary
+from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.ternary import Grid, compensated, grid_of, is_ternary
+
+TOKENS = some_tokens(48, 16)
+HELD = torch.arange(48) % 8 == 7
+
+
+def made_of(folder, model, step, ridges=(0.03, 0.3), tokens=TOKENS):
+    """(weights of the ternary model, the work)."""
+    folder.mkdir(exist_ok=True)
+    subject, weights, config = subject_of(model)
+    runner = LayerRunner(config, weights, model.dtype)
+    work = Ternarise(runner, step.chosen(subject), tokens, HELD, TernaryOptions(step.grid, ridges, 8), folder)
+    return overlay(weights, work.run()), work
+
+
+def distance(model, weights):
+    """Mean squared relative distance of the last hidden states on held-out sequences."""
+    _, base, config = subject_of(model)
+    ends = [walk(LayerRunner(config, w, model.dtype), TOKENS[HELD], [Variant()])[0].float() for w in (base, weights)]
+    return ((ends[0] - ends[1]).square().sum() / ends[0].square().sum()).item()
+
+
+def rounded_weights(model, step):
+    subject, weights, _ = subject_of(model)
+    return TransformedWeights(weights, step.model_copy(update={"method": "round"}).plan(subject).transforms)
+
+
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, *ENCODER_NAMES])
+def test_it_errs_less_than_rounding(tmp_path, family):
+    model = (tiny_encoder if family in ENCODER_NAMES else tiny_model)(family)
+    step = Ternary(granularity="row", layers=(1, 3))
+    weights, work = made_of(tmp_path, model, step)
+    assert distance(model, weights) < 0.95 * distance(model, rounded_weights(model, step))
+    subject = subject_of(model)[0]
+    names = {subject.family.layer(i) + n for i, names in step.chosen(subject).items() for n in names}
+    assert len(work.made) == len(names) and all(entry.error <= entry.rounding for entry in work.made)
+    for name in weights:
+        tensor = weights[name].T if subject.family.transposed and weights[name].dim() == 2 else weights[name]
+        assert is_ternary(tensor) == (name in names), name
+        if name in names:
+            assert grid_of(tensor).granularity == "row"
+    assert summary(work.made).startswith(f"Ternarised {len(names)} linears")
+
+
+def test_the_first_linear_is_the_plain_function_on_what_it_reads(tmp_path):
+    model = tiny_model("llama")
+    weights, _ = made_of(tmp_path, model, Ternary(layers=(2,), linears="attention"))
+    read = []
+    hook = model.model.layers[2].self_attn.q_proj.register_forward_pre_hook(
+        lambda m, i: read.append(i[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        model(input_ids=TOKENS)
+    hook.remove()
+    name = "model.layers.2.self_attn.q_proj.weight"
+    expected, _, _ = compensated(model.state_dict()[name], read[0].T @ read[0], Grid(), torch.float32)
+    agree = (torch.sign(expected) == torch.sign(weights[name])).float().mean()
+    assert agree > 0.99 and weights[name].abs().max() == pytest.approx(expected.abs().max().item(), rel=2e-2)
+
+
+def test_what_stays_dense_makes_up_for_what_became_ternary(tmp_path):
+    model = tiny_model("llama")
+    step = Ternary(linears="ffn", layers=(0, 1, 2))
+    still, _ = made_of(tmp_path / "a", model, step, ridges=())
+    aligned, work = made_of(tmp_path / "b", model, step)
+    assert distance(model, aligned) < 0.9 * distance(model, still)
+    base = subject_of(model)[1]
+    unmoved = [n for n in base if n.startswith("model.layers.") and torch.equal(base[n], still[n])]
+    assert len(unmoved) == len([n for n in base if n.startswith("model.layers.")]) - 9
+    moved = {n for n in base if not torch.equal(base[n], aligned[n])}
+    assert {"model.layers.1.self_attn.q_proj.weight", "model.layers.2.self_attn.o_proj.weight"} <= moved
+    assert not {n for n in moved if n.startswith("model.layers.0.self_attn") or "norm" in n or "embed" in n}
+    assert any(entry.moved < 1 for entry in work.made)
+
+
+def test_scales_are_numbers_of_the_stored_dtype(tmp_path):
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    weights, _ = made_of(tmp_path, model, Ternary(linears="ffn"))
+    weight = weights["model.layers.5.mlp.up_proj.weight"]
+    assert weight.dtype == torch.bfloat16 and is_ternary(weight)
+    assert torch.equal(weight.half().bfloat16(), weight)
+
+
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
+    model = tiny_model("llama")
+    step = Ternary(layers=(1, 2, 4))
+    whole, work = made_of(tmp_path / "whole", model, step)
+    files = sorted((tmp_path / "whole").glob("block-*.safetensors"))
+    assert [int(f.stem[-4:]) for f in files] == [1, 2, 3, 4, 5]
+    for kept in (1, 3):
+        folder = tmp_path / f"after-{kept}"
+        folder.mkdir()
+        for file in files[:kept]:
+            (folder / file.name).write_bytes(file.read_bytes())
+        resumed, again = made_of(folder, model, step)
+        assert again.made == work.made
+        assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+        for file in files:
+            with safe_open(file, "pt") as a, safe_open(folder / file.name, "pt") as b:
+                assert all(torch.equal(a.get_tensor(n), b.get_tensor(n)) for n in a.keys())  # noqa: SIM118
+
+
+def test_what_is_ternary_is_refused(tmp_path):
+    model = tiny_model("llama")
+    weights, _ = made_of(tmp_path, model, Ternary(layers=(2,)))
+    model.load_state_dict(dict(weights))
+    with pytest.raises(SurgeryError, match=r"model\.layers\.2\.\S+ is ternary already"):
+        made_of(tmp_path / "again", model, Ternary())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bert"])
+def test_refit_moves_what_is_dense_and_leaves_ternary_alone(tmp_path, family):
+    model = (tiny_encoder if family == "bert" else tiny_model)(family)
+    step = Ternary(linears="ffn", layers=(1, 2))
+    weights = rounded_weights(model, step)
+    subject, base, config = subject_of(model)
+    parent, student = LayerRunner(config, base, model.dtype), LayerRunner(config, weights, model.dtype)
+    refit = Refit(parent, student, subject.spec, subject.spec, TOKENS, HELD, RefitOptions(), tmp_path)
+    healed = overlay(weights, refit.run())
+    names = {subject.family.layer(i) + n for i, names in step.chosen(subject).items() for n in names}
+    assert all(torch.equal(healed[name], weights[name]) for name in names)
+    assert any(not torch.equal(healed[name], weights[name]) for name in weights)
+    assert not any(
+        fit.projection == subject.family.ffn_module(subject.family.ffn_out) for fit in refit.fits if fit.block in (1, 2)
+    )
+    assert distance(model, healed) < distance(model, weights)
