@@ -30,7 +30,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .surgeon_blocks import SurgeonBlock, attention_layers, swap_blocks
+from .surgeon_blocks import SurgeonBlock, cache_slots, swap_blocks
 
 
 class BlockCache(Cache):
@@ -151,7 +151,7 @@ class BlockTransformerBody:
         self.block_length, self.split, self.decoder = (halves[key] for key in ("block_length", "split", "decoder"))
         self.lead = halves["prefix_length"] if self.decoder == "prefix" else 1
         swap_blocks(self.layers, config, self.layer_class)
-        slots = list(attention_layers(config.block_configs))
+        slots = [index for index, _ in cache_slots(config.block_configs)]
         self.block_slots = sum(index < self.split for index in slots)
         self.token_slots = len(slots) - self.block_slots
         for layer in self.layers[self.split :]:
