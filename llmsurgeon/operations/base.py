@@ -14,7 +14,7 @@ from llmsurgeon.families import Family
 from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "matmulfree", "block", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 # Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
 BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks", "block")
 AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
