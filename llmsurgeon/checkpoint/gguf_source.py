@@ -169,15 +169,16 @@ class GGUFCheckpoint(Checkpoint):
         """The same of a model that transformers knows, from an empty one."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        values = read_config(self._file, model_type)
         quiet = logging.getLogger("transformers")
         level = quiet.level
         quiet.setLevel(logging.ERROR)
         try:
-            config = AutoConfig.for_model(**values)
+            config = AutoConfig.for_model(**read_config(self._file, model_type))
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
-        except Exception as error:  # transformers raises whatever a lying value leads it into
+        except CheckpointError:
+            raise
+        except Exception as error:  # whatever a lying value leads transformers, or arithmetic, into
             raise CheckpointError(f"{self.path}: its metadata does not describe a model: {error}") from error
         finally:
             quiet.setLevel(level)
