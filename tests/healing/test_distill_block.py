@@ -140,7 +140,7 @@ os.environ["LLMSURGEON_CACHE"] = {cache!r}
 from pathlib import Path
 from healing.test_distill_block import BLOCKS, TEXT, case_of, distill, settings_of
 losses = {{**TEXT, "cross_entropy": 0.1, "kl": 1.0}}
-settings = settings_of(**{{**losses, "steps": 16, "evaluations": 2, "save_steps": 4}})
+settings = settings_of(**{{**losses, "steps": 24, "evaluations": 2, "save_steps": 5, "accumulate": 2}})
 made = distill(case_of(Path({folder!r}), BLOCKS), settings)
 print(next(iter(made.files.values())))
 """
@@ -157,7 +157,7 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
         )
 
     whole, killed = job("whole"), job("killed")
-    wait_for(killed, tmp_path / "killed" / "loss.jsonl", 8)
+    wait_for(killed, tmp_path / "killed" / "loss.jsonl", 12)
     killed.kill()
     killed.communicate()
     assert not (tmp_path / "killed" / "result.json").exists()
@@ -168,4 +168,4 @@ def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
         files.append(load_file(out.strip().splitlines()[-1]))
     assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
     logs = [losses_of(tmp_path / name / "loss.jsonl") for name in ("whole", "killed")]
-    assert len(logs[0]) == 16 and logs[0] == logs[1]
+    assert len(logs[0]) == 24 and logs[0] == logs[1]
