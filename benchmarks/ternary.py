@@ -2,9 +2,9 @@
 
     python benchmarks/ternary.py --hidden 1024 --width 2816 --layers 4 --threads 1
 
-A random Llama with ternary linears is written plain and packed, and loaded four ways: plain, packed by llmsurgeon, and by
-stock transformers with autobitlinear and with bitlinear. Rounds are interleaved; times are medians. transformers compiles
-its small functions (torch.compile), which the warm-up pays for.
+A random Llama with ternary linears is written plain and packed, and loaded four ways: plain, packed by llmsurgeon, and
+by stock transformers with autobitlinear and with bitlinear. Rounds are interleaved; times are medians. transformers
+compiles its small functions (torch.compile), which the warm-up pays for; --eager leaves that out.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--eager", action="store_true", help="do not compile transformers' functions")
     arguments = parser.parse_args()
+    torch.compiler.set_stance("force_eager" if arguments.eager else "default")
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():

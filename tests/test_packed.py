@@ -13,7 +13,6 @@ from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.packed import PackedLinear, pack_linears, resident_bytes
 from llmsurgeon.ternary import Grid, rounded, taken_apart
 
-
 TENSOR = Grid()
 
 
