@@ -21,6 +21,7 @@ from llmsurgeon.ternary import grid_of, is_ternary, taken_apart
 ROWS = 4  # of one byte
 # Tokens up to which products come straight from the packed weights: an unpacked matrix serves more at once.
 DECODED = 8
+Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 class PackedLinear(nn.Module):
@@ -41,8 +42,11 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in x's dtype."""
         rows = x.reshape(-1, self.in_features)
-        kernel = _kernel() if len(rows) <= DECODED and x.device.type == "cpu" and not torch.is_grad_enabled() else None
-        made = self._unpacked(rows) if kernel is None else self._straight(rows, kernel)
+        kernels = _kernels() if x.device.type == "cpu" and not x.requires_grad else None
+        if kernels and len(rows) <= DECODED:
+            made = self._straight(rows.detach(), kernels[0])
+        else:
+            made = nn.functional.linear(rows, self._codes(kernels).to(rows.dtype)) * self.scale.to(rows.dtype)  # type: ignore[operator]
         return (made if self.bias is None else made + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _straight(self, rows: Tensor, kernel: Callable[..., Any]) -> Tensor:
@@ -52,11 +56,12 @@ class PackedLinear(nn.Module):
         ]
         return (torch.stack(products) * self.scale).to(rows.dtype)
 
-    def _unpacked(self, rows: Tensor) -> Tensor:
+    def _codes(self, kernels: Kernels | None) -> Tensor:
+        """The codes [O, I], as numbers or as float32."""
         bits: Any = self.bits
-        parts = torch.cat([(bits >> shift) & 3 for shift in (0, 2, 4, 6)])
-        weight = (parts.to(torch.int8) - 1).to(rows.dtype) * self.scale.to(rows.dtype)[:, None]  # type: ignore[operator]
-        return nn.functional.linear(rows, weight)
+        if kernels:
+            return torch.from_numpy(kernels[1](bits.numpy()))
+        return torch.cat([(bits >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
 
 
 def pack_linears(model: nn.Module) -> tuple[str, ...]:
@@ -81,13 +86,13 @@ def resident_bytes(model: nn.Module) -> int:
 
 
 @cache
-def _kernel() -> Callable[..., Any] | None:
-    """The product of packed weights, None where numba is not installed."""
+def _kernels() -> Kernels | None:
+    """The product of packed weights and what unpacks them, None where numba is not installed."""
     try:
-        from llmsurgeon.packed_numba import product
+        from llmsurgeon.packed_numba import product, unpacked
     except ImportError:
         return None
-    return product
+    return product, unpacked
 
 
 __all__ = ["PackedLinear", "pack_linears", "resident_bytes"]

@@ -57,3 +57,21 @@ def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
     finally:
         set_num_threads(before)
     return out.reshape(-1)
+
+
+@njit(fastmath=FAST)
+def _codes(bits: Any, out: Any) -> None:
+    for r in range(bits.shape[0]):
+        for i in range(bits.shape[1]):
+            four = np.int32(bits[r, i])
+            out[0, r, i] = np.float32(four & 3) - np.float32(1)
+            out[1, r, i] = np.float32((four >> 2) & 3) - np.float32(1)
+            out[2, r, i] = np.float32((four >> 4) & 3) - np.float32(1)
+            out[3, r, i] = np.float32(four >> 6) - np.float32(1)
+
+
+def unpacked(bits: np.ndarray) -> np.ndarray:
+    """The codes, float32 [4 R, I], from bits uint8 [R, I], in one pass."""
+    out = np.empty((4, *bits.shape), np.float32)
+    _codes(bits, out)
+    return out.reshape(-1, bits.shape[1])

@@ -21,7 +21,7 @@ def kernel(request, monkeypatch):
     if request.param == "kernel":
         pytest.importorskip("numba")
     else:
-        monkeypatch.setattr(packed, "_kernel", lambda: None)
+        monkeypatch.setattr(packed, "_kernels", lambda: None)
 
 
 def linear(grid=TENSOR, outputs=48, inputs=100, dtype=torch.float32, bias=True):
