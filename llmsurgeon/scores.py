@@ -19,7 +19,7 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.ternary import Ternary
 
 MEASURE_TOKENS = 8192
-TERNARY_TOKENS = 4096
+TERNARY_TOKENS = 2048
 BY_MEASURE = frozenset(
     f"{part}_{score}" for part in ("attention", "ffn", "block") for score in ("kl", "similarity")
 ) | {"block_influence", "angular_distance", "block_dependency", "ffn_channel"}

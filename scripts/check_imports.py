@@ -23,6 +23,9 @@ ARROWS: dict[str, set[str]] = {
     "layers": {"errors"},
     "progress": set(),
     "ternary": {"errors"},
+    # A loaded model with packed weights; the kernel is there where numba is.
+    "packed": {"ternary", "packed_numba"},
+    "packed_numba": set(),
     "spec": {"errors"},
     "modeling": set(),
     "checkpoint": {"errors"},
