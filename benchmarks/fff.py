@@ -38,8 +38,16 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 128, 1024, 16384])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=3.0, help="for each batch size")
+    parser.add_argument(
+        "--clock",
+        choices=["wall", "cpu"],
+        default="wall",
+        help="cpu: the thread's own time, for one thread on a busy machine",
+    )
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.clock == "cpu" and arguments.threads != [1]:
+        parser.error("--clock cpu counts one thread: give --threads 1")
     rows = []
     for threads in arguments.threads:
         torch.set_num_threads(threads)
@@ -89,6 +97,7 @@ def package_way(arguments: argparse.Namespace) -> dict[str, Way]:
 def measured(ways: dict[str, Way], batch: int, arguments: argparse.Namespace) -> dict[str, float]:
     """Way -> median microseconds a token; ways take turns, and those far behind the dense layer take few."""
     times: dict[str, list[float]] = {name: [] for name in ways}
+    clock = time.perf_counter if arguments.clock == "wall" else time.thread_time
     inputs = {
         dtype: torch.randn(batch, arguments.hidden, generator=torch.Generator().manual_seed(1)).to(dtype)
         for dtype in (torch.float32, torch.bfloat16)
@@ -101,10 +110,10 @@ def measured(ways: dict[str, Way], batch: int, arguments: argparse.Namespace) ->
                 # Short calls are repeated, so that what the other ways left in the caches is not all that is measured.
                 repeats = max(1, 64 // batch) if name.startswith(("numba", "dense")) else 1
                 os.environ["LLMSURGEON_FFF_KERNEL"] = name.split()[0] if name.startswith(("numba", "torch")) else "auto"
-                begin = time.perf_counter()
+                begin = clock()
                 for _ in range(repeats):
                     way(x)
-                times[name].append((time.perf_counter() - begin) / repeats)
+                times[name].append((clock() - begin) / repeats)
     return {name: round(1e6 * statistics.median(taken[1:]) / batch, 3) for name, taken in times.items()}
 
 
