@@ -52,10 +52,11 @@ class PackedLinear(nn.Module):
 
     def _straight(self, rows: Tensor, kernel: Callable[..., Any]) -> Tensor:
         bits: Any = self.bits
+        scale: Any = self.scale
         products = [
             torch.from_numpy(kernel(row.numpy(), bits.numpy(), torch.get_num_threads())) for row in rows.float()
         ]
-        return (torch.stack(products) * self.scale).to(rows.dtype)
+        return (torch.stack(products) * scale).to(rows.dtype)
 
     def _codes(self, kernels: Kernels | None) -> Tensor:
         """The codes [O, I], as numbers or as float32."""
