@@ -43,18 +43,20 @@ class PackedLinear(nn.Module):
         """[..., I] -> [..., O] in x's dtype."""
         rows = x.reshape(-1, self.in_features)
         kernels = _kernels() if x.device.type == "cpu" and not x.requires_grad else None
+        scale: Any = self.scale
         if kernels and len(rows) <= DECODED:
             made = self._straight(rows.detach(), kernels[0])
         else:
-            made = nn.functional.linear(rows, self._codes(kernels).to(rows.dtype)) * self.scale.to(rows.dtype)  # type: ignore[operator]
+            made = nn.functional.linear(rows, self._codes(kernels).to(rows.dtype)) * scale.to(rows.dtype)
         return (made if self.bias is None else made + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _straight(self, rows: Tensor, kernel: Callable[..., Any]) -> Tensor:
         bits: Any = self.bits
+        scale: Any = self.scale
         products = [
             torch.from_numpy(kernel(row.numpy(), bits.numpy(), torch.get_num_threads())) for row in rows.float()
         ]
-        return (torch.stack(products) * self.scale).to(rows.dtype)
+        return (torch.stack(products) * scale).to(rows.dtype)
 
     def _codes(self, kernels: Kernels | None) -> Tensor:
         """The codes [O, I], as numbers or as float32."""
