@@ -84,7 +84,8 @@ def test_what_stays_dense_makes_up_for_what_became_ternary(tmp_path):
     unmoved = [n for n in base if n.startswith("model.layers.") and torch.equal(base[n], still[n])]
     assert len(unmoved) == len([n for n in base if n.startswith("model.layers.")]) - 9
     moved = {n for n in base if not torch.equal(base[n], aligned[n])}
-    assert {"model.layers.1.self_attn.q_proj.weight", "model.layers.2.self_attn.o_proj.weight"} <= moved
+    # What reads and what writes; where a move does not help on held-out tokens, none is made.
+    assert {"model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
     assert not {n for n in moved if n.startswith("model.layers.0.self_attn") or "norm" in n or "embed" in n}
     assert any(entry.moved < 1 for entry in work.made)
 
