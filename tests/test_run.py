@@ -120,6 +120,7 @@ def test_the_files_of_a_run(parent, text, tmp_path):
         "surgeon_fff.py",
         "surgeon_fff_numba.py",
         "surgeon_fff_triton.py",
+        "surgeon_mlgru.py",
         "recipe.yaml",
         "surgery.json",
         "README.md",
