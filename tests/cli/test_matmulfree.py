@@ -10,6 +10,7 @@ import torch
 from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
 from conftest import save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
+from transformers import AutoModelForCausalLM
 
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU
@@ -131,3 +132,13 @@ def test_exports_name_the_first_block_that_does_not_fit(run, folder, hybrid):  #
 @pytest.mark.parametrize("name", ["matmulfree", "matmulfree-hybrid"])
 def test_the_recipes_are_there(name):
     assert name in builtin_recipes() and load(name).steps[0].op == "matmulfree"
+
+
+def test_two_checkpoints_generate_in_one_process(run, folder):  # noqa: F811
+    """Each brings classes of its own, and transformers makes all caches of those that came last."""
+    for name in ("first", "second"):
+        assert run("matmulfree", "parent", "-o", name, "--layers", "1", "--no-refit")[0] == 0
+    models = [AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True) for name in ("first", "second")]
+    assert type(models[0]) is not type(models[1])
+    made = [m.eval().generate(some_tokens()[:, :8], max_new_tokens=4, do_sample=False) for m in models]
+    assert torch.equal(made[0], made[1])
