@@ -234,6 +234,13 @@ def _check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
         )
 
 
+def check_length(patient: Patient, length: int, setting: str) -> None:
+    """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
+    limit = patient.spec.max_positions
+    if limit and length > limit:
+        raise SurgeryError(f"{patient.name}: {setting} is {length}, and the model has {limit} positions; lower it")
+
+
 def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned:
     """Resolve and plan every step, choose the format, and check the result on the meta device."""
     check_recipe(patient, recipe)
@@ -421,12 +428,15 @@ class Texts:
                 model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
                 fingerprint=checkpoint.fingerprint,
             )
+            setting = "calibration.sequence_length (--seq-len of analyze)"
+            check_length(self.patient, self._windows.shape[1], setting)
             self.description = self.calibration.describe(self._windows)
             self.options.say(self.description)
         return self._windows
 
     def training(self, step: DistillStep, windows: Tensor) -> list[Rows]:
         """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
+        check_length(self.patient, step.sequence_length, "distill.sequence_length")
         checkpoint = self.patient.checkpoint
         assert checkpoint is not None
         tokenizer = self.tokenizer()

@@ -50,7 +50,7 @@ class Calibration:
         if self.tokens < self.sequence_length:
             raise SurgeryError(
                 f"calibration: {self.tokens} tokens are less than one sequence of {self.sequence_length}; "
-                "raise --tokens or lower --seq-len"
+                "raise the number of tokens, or lower the sequence length"
             )
 
     def describe(self, windows_SL: Tensor, purpose: str = "calibration", sampled_from: str = "the model itself") -> str:
@@ -307,7 +307,8 @@ def _cut(
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < inner:
             raise SurgeryError(
-                f"{name}: {len(ids)} tokens are fewer than one window of {inner}; give a longer text or lower --seq-len"
+                f"{name}: {len(ids)} tokens are fewer than one window of {inner}; give a longer text or shorter "
+                "sequences (--seq-len, in a recipe calibration.sequence_length)"
             )
         whole = [ids[i : i + inner] for i in range(0, len(ids) - inner + 1, inner)]
         windows = [whole[i] for i in _spread(len(whole), min(count, len(whole)), seed)]

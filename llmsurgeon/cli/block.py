@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
 
 
 def block_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -66,7 +67,7 @@ def block_command(
     """
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, {"block"}, "block")
+        must_have(context, loaded, {"block"}, "block")
     else:
         given = {"block_length": block_length, "split": split, "prefix_length": prefix_length}
         step: dict[str, Any] = {"op": "block", "embedder": embedder, "decoder": decoder}

@@ -33,6 +33,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; default: the recipe's model.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
 
+# What goes with a recipe as well as with flags that make up its steps.
+SHARED = {"model", "recipe", "out", "sets", "text", "dataset", "dry_run", "overwrite", "max_shard_size"}
+SHARED |= {"device", "dtype", "revision", "as_json"}
 FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
 PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
 
@@ -81,6 +84,7 @@ def run_command(
 
 
 def fuse_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -109,7 +113,7 @@ def fuse_command(
     """
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, FUSE_OPS, "fuse")
+        must_have(context, loaded, FUSE_OPS, "fuse")
     else:
         steps: list[dict[str, Any]] = []
         if drop_attention and drop_count:
@@ -128,6 +132,7 @@ def fuse_command(
 
 
 def prune_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -152,7 +157,7 @@ def prune_command(
     """Remove attentions, FFNs, blocks, key/value heads or FFN channels, by a recipe that prunes or by flags."""
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, PRUNE_OPS, "prune")
+        must_have(context, loaded, PRUNE_OPS, "prune")
     else:
         steps: list[dict[str, Any]] = []
         for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
@@ -166,7 +171,7 @@ def prune_command(
             steps.append({"op": "prune_width", "width": width})
         if not steps:
             raise SurgeryError(
-                "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --kv-heads or --width"
+                "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads or --width"
             )
         if refit:
             steps.append({"op": "refit"})
@@ -206,13 +211,21 @@ def with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def must_have(recipe: Recipe, ops: set[str], verb: str) -> None:
-    """Raise SurgeryError where no step of the recipe is one of `ops`, which `verb` stands for."""
+def must_have(context: typer.Context, recipe: Recipe, ops: set[str], verb: str) -> None:
+    """Raise SurgeryError where no step of the recipe is one of `ops`, which `verb` stands for, or where flags that make
+    up steps stand beside it."""
+    sources = {option: context.get_parameter_source(option.name or "") for option in context.command.params}
+    given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    flags = [option.opts[0] for option in given if option.name not in SHARED]
+    if flags:
+        raise SurgeryError(
+            f"{', '.join(flags)} beside --recipe: the recipe already says what to do; change it by --set STEP.KEY=VALUE"
+        )
     if not any(step.op in ops for step in recipe.steps):
         found = ", ".join(step.op for step in recipe.steps)
         raise SurgeryError(
-            f"this recipe does not {verb}: its steps are {found}, {verb} wants one of {', '.join(sorted(ops))}; "
-            "`llmsurgeon run` runs any recipe"
+            f"this recipe has no step for `{verb}`: its steps are {found}, `{verb}` wants one of "
+            f"{', '.join(sorted(ops))}; `llmsurgeon run` runs any recipe"
         )
 
 
@@ -311,6 +324,8 @@ def print_outcome(outcome: Outcome) -> None:
     print_plan(outcome.planned)
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
+    else:
+        print(f"quality: not measured; llmsurgeon eval {outcome.out} --against {outcome.planned.patient.name} does")
     if warning := _warning(outcome):
         print(f"WARNING: {warning}")
     print(f"wrote {outcome.out}")

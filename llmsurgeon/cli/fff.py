@@ -37,6 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def fff_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -65,7 +66,7 @@ def fff_command(
     """
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, {"fff"}, "fff")
+        must_have(context, loaded, {"fff"}, "fff")
     else:
         if keep is None and depth is None:
             raise SurgeryError("no shape: give --recipe, or --keep, or --depth with --leaf-width (or --form node)")

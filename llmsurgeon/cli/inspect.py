@@ -75,14 +75,27 @@ def verify_command(
     if not Path(folder).is_dir():
         raise SurgeryError(f"{folder}: no such folder; verify takes the folder of a checkpoint")
     problems = verify_files(Path(folder))
-    if not problems:
+    packed = not problems and _is_packed(folder)
+    if not problems and not packed:
         problems += _model_problems(load_model, folder)
     if as_json:
         print(json.dumps({"folder": folder, "ok": not problems, "problems": problems}))
     if problems:
-        raise CheckpointError(f"{folder}: " + "; ".join(problems))
-    if not as_json:
+        raise CheckpointError(f"{folder}: " + "; ".join(p.removeprefix(f"{folder}: ") for p in problems))
+    if packed and not as_json:
+        print(f"{folder}: files are in order; the packed form is for transformers to load, no forward pass was made")
+    elif not as_json:
         print(f"{folder}: files, tensors and a forward pass are in order")
+
+
+def _is_packed(folder: str) -> bool:
+    from llmsurgeon.checkpoint.source import open_checkpoint
+    from llmsurgeon.formats.loading import is_packed
+
+    try:
+        return is_packed(open_checkpoint(folder).config)
+    except SurgeryError:
+        return False  # what is wrong with it is said by what comes next
 
 
 def _model_problems(load_model: Any, folder: str) -> list[str]:

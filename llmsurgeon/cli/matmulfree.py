@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def matmulfree_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -43,7 +44,9 @@ def matmulfree_command(
     keep_attention: Annotated[str | None, typer.Option(help="Or all but these.")] = None,
     count: Annotated[int | None, typer.Option(help="Or how many; those whose removal costs least.")] = None,
     linears: Annotated[str, typer.Option(help="float, or ternary: BitLinears in mixers and their FFNs.")] = "float",
-    context: Annotated[int | None, typer.Option(help="Tokens that the slowest channels remember.")] = None,
+    context_length: Annotated[
+        int | None, typer.Option("--context", help="Tokens that the slowest channels remember.")
+    ] = None,
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Closed-form alignment afterwards; float linears only.")
     ] = True,
@@ -64,10 +67,10 @@ def matmulfree_command(
     """
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, {"matmulfree"}, "matmulfree")
+        must_have(context, loaded, {"matmulfree"}, "matmulfree")
     else:
         step: dict[str, Any] = {"op": "matmulfree", "linears": linears}
-        step |= {key: value for key, value in (("count", count), ("context", context)) if value is not None}
+        step |= {key: value for key, value in (("count", count), ("context", context_length)) if value is not None}
         step |= {key: split(value) for key, value in (("layers", layers), ("keep_attention", keep_attention)) if value}
         heals = [{"op": "refit"}] if refit and linears == "float" else []
         loaded = built([step, *heals], sets, text, dataset)

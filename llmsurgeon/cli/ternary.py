@@ -36,6 +36,7 @@ def register(app: typer.Typer) -> None:
 
 
 def ternary_command(
+    context: typer.Context,
     model: Model = None,
     recipe: RecipeFile = None,
     out: Out = None,
@@ -68,7 +69,7 @@ def ternary_command(
     """
     if recipe:
         loaded = load(recipe, sets, text, dataset)
-        must_have(loaded, {"ternary"}, "ternary")
+        must_have(context, loaded, {"ternary"}, "ternary")
     else:
         step: dict[str, Any] = {"op": "ternary", "linears": linears, "method": method, "scale": scale}
         given = {"share": share, "max_bytes": max_bytes, "group_size": group_size}

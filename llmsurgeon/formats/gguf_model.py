@@ -102,17 +102,12 @@ def _value(key: Key, config: Config) -> Any:
 def _choose(family: Family, spec: ModelSpec) -> Architecture:
     """The architecture for these blocks."""
     if spec.block_transformer:
-        raise SurgeryError(
-            "GGUF cannot hold this model: llama.cpp knows no block transformers. Format surgeon holds it"
-        )
+        raise SurgeryError("llama.cpp knows no block transformers")
     if family.model_type not in ARCHITECTURES:
         raise SurgeryError(why_not(family.model_type) or "")
     for index, block in enumerate(spec.blocks):
         if block.own_kind:
-            raise SurgeryError(
-                f"GGUF cannot hold this model: block {index} {block.own_kind}, which llama.cpp has no code for. Format "
-                "surgeon holds it"
-            )
+            raise SurgeryError(f"block {index} {block.own_kind}, which llama.cpp has no code for")
     architecture = ARCHITECTURES[family.model_type]
     odd = _first_odd(spec)
     if odd is None:

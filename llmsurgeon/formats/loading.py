@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import rebase
+from llmsurgeon.errors import CheckpointError
 from llmsurgeon.families import family_of
 from llmsurgeon.families.vision_language import vision_language_of
 from llmsurgeon.formats.models import (
@@ -49,6 +51,11 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     Raises:
         CheckpointError: names or shapes differ from what the config promises.
     """
+    if is_packed(checkpoint.config):
+        raise CheckpointError(
+            f"{checkpoint.name}: holds packed ternary linears (bitnet), which transformers loads and this tool does "
+            "not read back; take the plain checkpoint that it was exported from"
+        )
     tower = tower_of(checkpoint.config, checkpoint)
     config = normalised(tower.text if tower else checkpoint.config)
     family = family_of(config)
@@ -59,6 +66,11 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     check_shapes(shapes, expected_shapes(model), checkpoint.name, family, tower.beside if tower else ())
     fill(model, weights, dtype, device)
     return model
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint of this config holds packed ternary linears, a form that is written and not read back."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitnet"
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -431,6 +431,11 @@ def distill(case: Case, settings: Distill, began: float | None = None) -> Distil
         trainings = [(None, distill_globally(case, settings, began))]
     else:
         trainings = [*distill_locally(case, settings, began)]
+    if settings.minutes is not None and not any(training.steps for _, training in trainings):
+        raise SurgeryError(
+            f"distill: not one step fitted into {settings.minutes:g} minutes, which began with reading the text and "
+            "asking the parent; give more of them. What the parent said is kept for the next run"
+        )
     files: dict[str, Path] = {}
     log = []
     for block, training in trainings:

@@ -83,7 +83,10 @@ class Subject:
             SurgeryError: it was not computed.
         """
         if name not in self.scores:
-            raise SurgeryError(f"{why} needs the score {name!r}: run `llmsurgeon analyze MODEL` or name layers instead")
+            raise SurgeryError(
+                f"{why} needs the score {name!r}, which is measured on text when the recipe runs; a dry run has none. "
+                "Name layers instead, or run it"
+            )
         return self.scores[name]
 
     def after(self, plan: Plan) -> Subject:

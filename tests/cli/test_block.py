@@ -136,7 +136,7 @@ def test_training_heal_and_gate(run, folder):  # noqa: F811
         (("gemma2",), "gemma2: block: its class has no block form"),
         (("encoder",), "bert: block: it is an encoder"),
         (("narrow", "--block-length", 8, "--embedder", "concat"), "hidden size 36, which 8 does not divide"),
-        (("parent", "-r", "shortgpt"), "this recipe does not block"),
+        (("parent", "-r", "shortgpt"), "this recipe has no step for `block`"),
     ],
 )
 def test_bad_input_writes_nothing(run, folder, arguments, message):  # noqa: F811

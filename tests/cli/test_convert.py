@@ -95,7 +95,18 @@ def test_run_a_recipe_file(run, folder):
     assert json.loads(out)["before"]["blocks"] == 5
     assert run("prune", "-r", "mine.yaml", "--text", "text.txt", *SMALL, "-o", "again")[0] == 0
     code, _, err = run("fuse", "-r", "mine.yaml", "-o", "other")
-    assert code == 2 and "this recipe does not fuse: its steps are prune_blocks, refit" in err
+    assert code == 2 and "this recipe has no step for `fuse`: its steps are prune_blocks, refit" in err
+    code, _, err = run("prune", "-r", "mine.yaml", "--width", "16", "--no-refit", "-o", "other")
+    assert code == 2 and "--width, --refit beside --recipe" in err and not (folder / "other").exists()
+
+
+def test_sequences_longer_than_the_models_positions(run, folder):
+    settings = ("--text", "text.txt", "--set", "calibration.tokens=4096", "--set", "calibration.sequence_length=2048")
+    code, _, err = run("prune", "parent", "--blocks", "2", *settings, "-o", "out")
+    assert code == 2 and "calibration.sequence_length (--seq-len of analyze) is 2048, and the model has 128" in err
+    code, _, err = run("analyze", "parent", "--text", "text.txt", "--tokens", "4096", "--seq-len", "2048", "-o", "out")
+    assert code == 2 and "is 2048, and the model has 128 positions" in err
+    assert not (folder / "out").exists() and not (folder / "out.partial").exists()
 
 
 def test_a_missed_gate_is_exit_code_3(run, folder):

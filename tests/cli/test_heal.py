@@ -121,6 +121,8 @@ def test_the_gate_is_held(folder, run):
     (("student", "--parent", "parent", "--resume"), "there is no healed.partial to go on from"),
     (("student", "--parent", "parent", "-r", "heal.yaml", "--set", "distill.train=[x]"), "no tensor fits 'x'"),
     (("student", "--parent", "nowhere"), "no such folder here"),
+    (("student", "--parent", "parent", "-r", "heal.yaml", "--minutes", "0.00001"), "not one step fitted into 1e-05"),
+    (("student", "--parent", "parent", "-r", "heal.yaml", "--set", "distill.sequence_length=512"), "has 128 positions"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_and_nothing_is_written(folder, run, arguments, message):
     save_tiny(folder / "other", "llama", tokenizer=True, hidden_size=64)

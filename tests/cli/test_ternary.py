@@ -79,13 +79,15 @@ def test_an_encoder(run, folder):  # noqa: F811
         (("--share", 0.5, "--max-bytes", 100), "share or max_bytes, not both"),
         (("--max-bytes", 100), "max_bytes 100 is out of reach"),
         (("--set", "ternary.head=true"), "head and embedding are one tied tensor"),
-        (("--recipe", "shortgpt"), "this recipe does not ternary"),
+        (("--recipe", "shortgpt"), "this recipe has no step for `ternary`"),
     ],
 )
 @pytest.mark.parametrize("method", ["round", "compensated"])
 def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message, method):  # noqa: F811
     save_tiny(folder / "tied", "llama", tokenizer=True, tie_word_embeddings=True)
-    code, _, err = run("ternary", "tied", "-o", "out", "--method", method, *flags, "--text", "text.txt")
+    settings = ("--text", "text.txt", "--set", "calibration.sequence_length=128")
+    how = () if "--recipe" in flags else ("--method", method)
+    code, _, err = run("ternary", "tied", "-o", "out", *how, *flags, *settings)
     assert code == 2 and message in err
     assert not list(folder.glob("out*"))
 
@@ -110,3 +112,15 @@ def test_cuts_come_before(run, folder):  # noqa: F811
     )
     code, _, err = run("run", "r.yaml", "parent", "-o", "out")
     assert code == 2 and "step prune_ffn comes after ternary" in err
+
+
+def test_the_packed_form_is_verified_by_its_files(run, folder):  # noqa: F811
+    assert run("ternary", "parent", "-o", "out", "--method", "round")[0] == 0
+    assert run("export", "out", "--to", "bitnet", "-o", "packed")[0] == 0
+    code, out, _ = run("verify", "packed")
+    assert code == 0 and "files are in order; the packed form is for transformers to load" in out
+    assert json.loads(run("verify", "packed", "--json")[1])["ok"]
+    code, _, err = run("eval", "packed", "--text", "text.txt")
+    assert code == 2 and "holds packed ternary linears (bitnet)" in err
+    (folder / "packed/model.safetensors").write_bytes((folder / "packed/model.safetensors").read_bytes()[:-1])
+    assert run("verify", "packed")[0] == 2

@@ -154,7 +154,9 @@ def test_windows_that_max_window_layers_cannot_say():
     spec, family = spec_of("qwen2")
     config = normalised(tiny_config("qwen2"))
     mixed = {**config, "layer_types": ["sliding_attention", "full_attention"] * 3}
-    with pytest.raises(SurgeryError, match=r"block 1 has full attention .* max_window_layers .* that can: surgeon$"):
+    with pytest.raises(
+        SurgeryError, match=r"block 1 has full attention .* max_window_layers .* that can: surgeon, gguf$"
+    ):
         write_config(spec, family, mixed, "native")
     written = write_config(spec, family, mixed)
     assert written.format == "surgeon" and "max_window_layers cannot express" in written.why

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear, MLGRUState
+from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.matmulfree import MatMulFree, memory_bias, unit_rows
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
@@ -102,7 +102,7 @@ def test_token_by_token_as_in_one_pass(family, step):
         for at in range(10, 24):
             pieces.append(student(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
-    states = [layer for layer in cache.layers if isinstance(layer, MLGRUState)]
+    states = [layer for layer in cache.layers if type(layer).__name__ == "MLGRUState"]
     assert len(states) == (2 if step.layers else 6) and cache.get_seq_length() == 24
     assert all(layer.state.shape == (2, layer.state.shape[1]) for layer in states)
 
