@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from llmsurgeon.cli.convert import (
-    AsJson,
-    Dataset,
-    Device,
-    DryRun,
-    Dtype,
-    Job,
-    Model,
-    Out,
-    Overwrite,
-    RecipeFile,
-    Revision,
-    Sets,
-    ShardSize,
-    Text,
-    built,
-    go,
-    load,
-    must_have,
-)
+from llmsurgeon.cli.convert import add_verb
 
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
-    app.command("block")(block_command)
+    add_verb(app, "block", {"block"}, block_steps, "block-{block_length}")
 
 
-def block_command(
-    context: typer.Context,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    out: Out = None,
+def block_steps(
     block_length: Annotated[int, typer.Option(help="Tokens in a block: 1, 2, 4 or 8.")] = 4,
     split: Annotated[
         int | None, typer.Option(help="Layers before it attend over blocks, the others within one; default: half.")
@@ -49,31 +25,15 @@ def block_command(
     minutes: Annotated[
         float | None, typer.Option(help="Train so long afterwards (token cross-entropy); default: not at all.")
     ] = None,
-    sets: Sets = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """Turn a model into a Block Transformer: attention over blocks of tokens, then within a block.
 
     Without training it writes little sense: give --minutes, or heal it with `llmsurgeon heal`.
     Example: llmsurgeon block MODEL --block-length 2 --minutes 30 --text prose.txt -o OUT.
     """
-    if recipe:
-        loaded = load(recipe, sets, text, dataset)
-        must_have(context, loaded, {"block"}, "block")
-    else:
-        given = {"block_length": block_length, "split": split, "prefix_length": prefix_length}
-        step: dict[str, Any] = {"op": "block", "embedder": embedder, "decoder": decoder}
-        steps = [{**step, **{key: value for key, value in given.items() if value is not None}}]
-        if minutes is not None:
-            steps.append({"op": "distill", "minutes": minutes, "hidden": 0.0, "kl": 0.0, "cross_entropy": 1.0})
-        loaded = built(steps, sets, text, dataset)
-    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    go(loaded, Path(recipe or f"block-{block_length}").stem, job)
+    given = {"block_length": block_length, "split": split, "prefix_length": prefix_length}
+    step: dict[str, Any] = {"op": "block", "embedder": embedder, "decoder": decoder}
+    steps = [{**step, **{key: value for key, value in given.items() if value is not None}}]
+    if minutes is not None:
+        steps.append({"op": "distill", "minutes": minutes, "hidden": 0.0, "kl": 0.0, "cross_entropy": 1.0})
+    return steps

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -33,9 +35,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; default: the recipe's model.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
 
-# What goes with a recipe as well as with flags that make up its steps.
-SHARED = {"model", "recipe", "out", "sets", "text", "dataset", "dry_run", "overwrite", "max_shard_size"}
-SHARED |= {"device", "dtype", "revision", "as_json"}
 FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
 PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
 
@@ -58,8 +57,57 @@ class Job:
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
     app.command("run")(run_command)
-    app.command("fuse")(fuse_command)
-    app.command("prune")(prune_command)
+    add_verb(app, "fuse", FUSE_OPS, fuse_steps, "fused")
+    add_verb(app, "prune", PRUNE_OPS, prune_steps, "pruned")
+
+
+def add_verb(
+    app: typer.Typer, verb: str, ops: set[str], steps: Callable[..., list[dict[str, Any]]], label: str
+) -> None:
+    """Add a command that runs a recipe with a step of `ops`, or the recipe whose steps flags of its own stand for.
+
+    steps: takes those flags and gives the steps; its docstring is the command's help.
+    label: of OUT's default name where there is no recipe; may name flags in braces.
+    """
+
+    def command(context: typer.Context, **values: Any) -> None:
+        flags = {name: values.pop(name) for name in inspect.signature(steps).parameters}
+        recipe, sets, text, dataset = (values.pop(name) for name in ("recipe", "sets", "text", "dataset"))
+        if recipe:
+            loaded = load(recipe, sets, text, dataset)
+            must_have(context, loaded, ops, verb)
+        else:
+            loaded = built(steps(**flags), sets, text, dataset)
+        go(loaded, Path(recipe or label.format(**flags)).stem, Job(**values))
+
+    # Typer reads the signature: shared options go before and behind the command's own.
+    hints = {**get_type_hints(_shared, include_extras=True), **get_type_hints(steps, include_extras=True)}
+    shared = [*inspect.signature(_shared).parameters.values()]
+    parameters = [*shared[:4], *inspect.signature(steps).parameters.values(), *shared[4:]]
+    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = steps.__doc__
+    app.command(verb)(command)
+
+
+def _shared(
+    context: typer.Context,
+    model: Model = None,
+    recipe: RecipeFile = None,
+    out: Out = None,
+    sets: Sets = None,
+    text: Text = None,
+    dataset: Dataset = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    max_shard_size: ShardSize = "5GB",
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+) -> None:
+    """What the commands of `add_verb` have in common: the first four before their own flags, the rest behind."""
 
 
 def run_command(
@@ -83,11 +131,7 @@ def run_command(
     go(loaded, Path(recipe).stem, job)
 
 
-def fuse_command(
-    context: typer.Context,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    out: Out = None,
+def fuse_steps(
     drop_attention: Annotated[
         str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8 or 66-115.")
     ] = None,
@@ -96,46 +140,26 @@ def fuse_command(
     max_run: Annotated[int, typer.Option(help="Longest run when runs are chosen.")] = 4,
     norm: Annotated[str, typer.Option(help="fold (exact) or last (the paper's).")] = "fold",
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
-    sets: Sets = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """Fuse runs of FFNs into wide ones (FFN Fusion), by a recipe that fuses or by flags.
 
     Example: llmsurgeon fuse --recipe ultra.yaml -o OUT; llmsurgeon fuse MODEL --drop-count 8 -o OUT.
     """
-    if recipe:
-        loaded = load(recipe, sets, text, dataset)
-        must_have(context, loaded, FUSE_OPS, "fuse")
-    else:
-        steps: list[dict[str, Any]] = []
-        if drop_attention and drop_count:
-            raise SurgeryError("give --drop-attention or --drop-count, not both")
-        if drop_attention:
-            steps.append({"op": "prune_attention", "layers": split(drop_attention)})
-        elif drop_count:
-            steps.append({"op": "prune_attention", "count": drop_count})
-        chosen: Any = split(runs) if runs else "auto"
-        steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
-        if refit:
-            steps.append({"op": "refit"})
-        loaded = built(steps, sets, text, dataset)
-    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    go(loaded, Path(recipe or "fused").stem, job)
+    steps: list[dict[str, Any]] = []
+    if drop_attention and drop_count:
+        raise SurgeryError("give --drop-attention or --drop-count, not both")
+    if drop_attention:
+        steps.append({"op": "prune_attention", "layers": split(drop_attention)})
+    elif drop_count:
+        steps.append({"op": "prune_attention", "count": drop_count})
+    chosen: Any = split(runs) if runs else "auto"
+    steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
+    if refit:
+        steps.append({"op": "refit"})
+    return steps
 
 
-def prune_command(
-    context: typer.Context,
-    model: Model = None,
-    recipe: RecipeFile = None,
-    out: Out = None,
+def prune_steps(
     attention: Annotated[str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8.")] = None,
     ffn: Annotated[str | None, typer.Option(help="Layers whose FFN goes.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks that go, e.g. 20-24.")] = None,
@@ -143,41 +167,25 @@ def prune_command(
     kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
     width: Annotated[int | None, typer.Option(help="FFN width to cut to.")] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
-    sets: Sets = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
-) -> None:
+) -> list[dict[str, Any]]:
     """Remove attentions, FFNs, blocks, key/value heads or FFN channels, by a recipe that prunes or by flags."""
-    if recipe:
-        loaded = load(recipe, sets, text, dataset)
-        must_have(context, loaded, PRUNE_OPS, "prune")
-    else:
-        steps: list[dict[str, Any]] = []
-        for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
-            if layers:
-                steps.append({"op": op, "layers": split(layers)})
-        if block_count:
-            steps.append({"op": "prune_blocks", "count": block_count})
-        if kv_heads:
-            steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
-        if width:
-            steps.append({"op": "prune_width", "width": width})
-        if not steps:
-            raise SurgeryError(
-                "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads or --width"
-            )
-        if refit:
-            steps.append({"op": "refit"})
-        loaded = built(steps, sets, text, dataset)
-    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    go(loaded, Path(recipe or "pruned").stem, job)
+    steps: list[dict[str, Any]] = []
+    for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
+        if layers:
+            steps.append({"op": op, "layers": split(layers)})
+    if block_count:
+        steps.append({"op": "prune_blocks", "count": block_count})
+    if kv_heads:
+        steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
+    if width:
+        steps.append({"op": "prune_width", "width": width})
+    if not steps:
+        raise SurgeryError(
+            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads or --width"
+        )
+    if refit:
+        steps.append({"op": "refit"})
+    return steps
 
 
 def split(text: str) -> list[Any]:
@@ -216,7 +224,7 @@ def must_have(context: typer.Context, recipe: Recipe, ops: set[str], verb: str) 
     up steps stand beside it."""
     sources = {option: context.get_parameter_source(option.name or "") for option in context.command.params}
     given = [option for option, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    flags = [option.opts[0] for option in given if option.name not in SHARED]
+    flags = [option.opts[0] for option in given if option.name not in inspect.signature(_shared).parameters]
     if flags:
         raise SurgeryError(
             f"{', '.join(flags)} beside --recipe: the recipe already says what to do; change it by --set STEP.KEY=VALUE"
