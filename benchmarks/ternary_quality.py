@@ -62,11 +62,13 @@ def main() -> None:
 def converted(arguments: argparse.Namespace, share: float, method: str, judge) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Make one model and judge it."""
     more = f", {arguments.step}" if arguments.step else ""
+    # All of them need no order, so nothing is measured first.
+    which = f"share: {share}, " if share < 1 else ""
     text = f"""
 version: 1
 calibration: {{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 256}}
 steps:
-  - {{op: ternary, share: {share}, method: {method}{more}}}
+  - {{op: ternary, {which}method: {method}{more}}}
 """
     with tempfile.TemporaryDirectory() as folder:
         began = time.monotonic()

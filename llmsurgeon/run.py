@@ -254,6 +254,9 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
             raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")
         if not (step.heals or step.op == "ternary") and any(done.op == "ternary" for done in resolved):
             raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
+        others = [done for done in resolved if isinstance(done, Ternary)]
+        if isinstance(step, Ternary) and others and any(each.sub_norm for each in (*others, step)):
+            raise SurgeryError("ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes")
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)
@@ -537,9 +540,19 @@ def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, h
     student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
     subject = Subject(planned.spec, planned.patient.family, frozenset(planned.weights))
     options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
-    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store)
+    normed = _new_norms(planned) if step.sub_norm else {}
+    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store, normed)
     weights = overlay(healed.weights, work.run())
     return replace(healed, weights=weights, ternary=(*healed.ternary, *work.made))
+
+
+def _new_norms(planned: Planned) -> dict[int, list[str]]:
+    """Block -> output projections inside it with a norm that the parent does not have."""
+    before, found = planned.patient.spec.blocks, {}
+    for index, block in enumerate(planned.spec.blocks):
+        new = set(block.sub_normed) - set(before[block.parents[0]].sub_normed)
+        found[index] = [path for path, (part, _) in planned.patient.family.sub_norms.items() if part in new]
+    return found
 
 
 def _distilled(
