@@ -44,12 +44,13 @@ from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
-from llmsurgeon.operations.ternary import Ternary, refuse_ternary
+from llmsurgeon.operations.ternary import Ternary, linears_of, refuse_ternary
 from llmsurgeon.proof import check_gate, missed, prove, prove_whole
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.spec import ModelSpec
 from llmsurgeon.summary import Costs, costs
+from llmsurgeon.ternary import is_ternary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -286,6 +287,27 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     )
 
 
+def ternary_by_block(model: str, revision: str | None = None) -> list[tuple[str, ...]] | None:
+    """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
+
+    None where there are no weights to look at: of hub ids, lone config.json files, and GGUF files, which are decoded.
+    """
+    if not Path(model).is_dir():
+        return None
+    try:
+        patient = open_patient(model, revision)
+    except SurgeryError:
+        return None
+    subject, family = patient.subject({}), patient.family
+    found = []
+    for index in range(len(patient.spec.blocks)):
+        names = () if patient.spec.blocks[index].branches else linears_of(subject, index)
+        weights = {name: patient.weights[family.layer(index) + name] for name in names}
+        looked = {name: w.T if family.transposed else w for name, w in weights.items()}
+        found.append(tuple(n.removesuffix(".weight") for n, w in looked.items() if is_ternary(w[:: len(w) // 64 + 1])))
+    return found
+
+
 def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
     """For a dry run: what shapes alone say of the scores that the recipe's steps ask for."""
     scores: dict[str, Any] = {}
@@ -491,11 +513,12 @@ class Healed:
 
 
 def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
-    """Refit and distill as the recipe asks; measure on held-out text where there is text.
+    """Refit and distill as the recipe asks; measure on held-out text where something needs text or one is given.
 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
-    if not planned.heals and planned.recipe.gate is None:
+    given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
+    if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
