@@ -60,13 +60,13 @@ def inspect_command(
             if "kind" in a
             else f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
             + (f", window {a['window']}" if a["window"] else "")
-            + (", norm before output" if a["sub_norm"] else "")
+            + (", normed" if a["sub_norm"] else "")
             for a in row["attention"]
         ]
         widths = [
             f"{f['kind']} {f['width']}"
             + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
-            + (", norm before output" if f.get("sub_norm") else "")
+            + (", normed" if f.get("sub_norm") else "")
             for f in row["ffn"]
         ]
         joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
