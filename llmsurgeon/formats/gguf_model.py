@@ -32,6 +32,7 @@ from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING,
 from llmsurgeon.checkpoint.transform import WeightTransform, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
+from llmsurgeon.formats import bitnet_model
 from llmsurgeon.spec import AttentionSpec, BlockSpec, ModelSpec
 
 Config = Mapping[str, Any]
@@ -127,7 +128,7 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
 
 def _bitnet(family: Family, spec: ModelSpec) -> Architecture:
     """The architecture of blocks with norms before their output projections."""
-    if family.model_type not in UNEVEN_FAMILIES[:2]:
+    if family.model_type not in bitnet_model.FAMILIES:
         raise SurgeryError(f"llama.cpp's {BITNET.name} is Llama with norms, not {family.model_type}")
     if not spec.tied:
         raise SurgeryError(f"llama.cpp's {BITNET.name} takes the embedding for the head, and here they are two tensors")

@@ -76,7 +76,16 @@ def test_norms_before_output_projections(run, folder):  # noqa: F811
     assert [layer["attention"][0]["sub_norm"] for layer in layers] == [i in (1, 2) for i in range(6)]
     assert run("inspect", "out")[1].count("normed") == 4 and run("verify", "out")[0] == 0
     assert run("ternary", "parent", "--sub-norm", "--dry-run")[0] == 0
-    short = ("--minutes", 0.05, "--set", "distill.sequence_length=16", "--set", "distill.batch=2")
+    short = (
+        "--minutes",
+        9,
+        "--set",
+        "distill.steps=2",
+        "--set",
+        "distill.sequence_length=16",
+        "--set",
+        "distill.batch=2",
+    )
     code, _, err = run("heal", "out", "--parent", "parent", "-o", "healed", *short, *TEXT)
     assert code == 0, err
     state = load_model("healed").state_dict()
