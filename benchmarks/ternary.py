@@ -77,28 +77,28 @@ def main() -> None:
 
 
 def packed(folder: Path, arguments: argparse.Namespace) -> None:
-    """One line for each dtype and way of loading."""
+    """A line for each way of loading, then one for each dtype and length of prompt."""
     torch.compiler.set_stance("force_eager" if arguments.eager else "default")
     clock = time.perf_counter if arguments.clock == "wall" else time.thread_time
     for dtype in arguments.dtype:
         models = loaded(folder / dtype, arguments, getattr(torch, dtype))
-        times: dict[str, dict[int, list[float]]] = {name: {n: [] for n in arguments.prompt} for name in models}
-        for round_ in range(arguments.rounds + 1):
-            for length in arguments.prompt:
-                ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length))
-                # Short calls are repeated, so that what the other models left in the caches is not all that is seen.
-                repeats = max(1, 16 // length)
+        for name, model in models.items():
+            print(json.dumps({"dtype": dtype, "model": name, "resident_bytes": resident_bytes(model)}), flush=True)
+        for length in arguments.prompt:
+            ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length))
+            # Short calls are repeated, so that what the other models left in the caches is not all that is seen.
+            repeats = max(1, 16 // length)
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(arguments.rounds + 1):
                 for name, model in models.items():
-                    model(input_ids=ids, use_cache=False)
                     began = clock()
                     for _ in range(repeats):
                         model(input_ids=ids, use_cache=False)
-                    if round_:  # the first warms up
-                        times[name][length].append((clock() - began) / repeats)
-        for name, model in models.items():
-            row = {str(n): round(1000 * statistics.median(found), 2) for n, found in times[name].items()}
-            sizes = {"dtype": dtype, "threads": arguments.threads, "resident_bytes": resident_bytes(model)}
-            print(json.dumps({"model": name, **sizes, "milliseconds": row}), flush=True)
+                    times[name].append((clock() - began) / repeats)
+            # The first round warms up.
+            row = {name: round(1000 * statistics.median(found[1:]), 2) for name, found in times.items()}
+            sizes = {"dtype": dtype, "tokens": length, "threads": arguments.threads}
+            print(json.dumps({**sizes, "milliseconds": row}), flush=True)
 
 
 def loaded(folder: Path, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
