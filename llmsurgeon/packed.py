@@ -22,7 +22,7 @@ from llmsurgeon.ternary import grid_of, is_ternary, put_in_place, taken_apart
 
 ROWS = 4  # of one byte
 # Tokens up to which products come straight from the packed weights: an unpacked matrix serves more at once.
-DECODED = 8
+DECODED = 6
 # Tokens up to which rows are unpacked by so many bytes, about half of a core's second-level cache: only packed weights
 # come from memory then. More tokens are slower in parts: the product lays them out anew for each.
 FEW = 32
