@@ -34,7 +34,7 @@ class About:
 SCORES = {
     "attention_kl": About(
         "Attention KL",
-        "KL(parent || parent without this attention) on the logits, in nats a token, on a quarter of the sequences.",
+        "KL(parent || parent without this attention) on the logits, in nats a token, on an eighth of the sequences.",
         "Low can go: the model hardly notices.",
         "replace-one-block score of Puzzle, arXiv 2411.19146",
     ),
@@ -46,7 +46,7 @@ SCORES = {
     ),
     "block_kl": About(
         "Block KL",
-        "The same for attention and FFN together, on all sequences.",
+        "The same for attention and FFN together, on four times as many sequences.",
         "Low can go: the model hardly notices.",
         "Puzzle, arXiv 2411.19146",
     ),
@@ -72,7 +72,8 @@ SCORES = {
 MATRICES = {
     "block_dependency": About(
         "M, blocks",
-        "M[i, j] = 1 - cos(contribution of block j, the same with block i removed), averaged over tokens.",
+        "M[i, j] = 1 - cos(contribution of block j, the same with block i removed), averaged over the tokens of half "
+        "of the sequences.",
         "Low for all pairs of a run: its blocks can work side by side.",
         "FFN Fusion, arXiv 2503.18908, section 3",
     ),
@@ -142,7 +143,7 @@ COSINE = Words(
             SCORES["attention_kl"],
             title="Attention distance",
             meaning="1 - cos between the last hidden states of the parent and of the parent without this attention, on "
-            "a quarter of the sequences.",
+            "an eighth of the sequences.",
         ),
         "ffn_kl": replace(SCORES["ffn_kl"], title="FFN distance"),
         "block_kl": replace(SCORES["block_kl"], title="Block distance"),
