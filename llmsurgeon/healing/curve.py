@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from llmsurgeon import __version__
-from llmsurgeon.analysis.report import CSS, Scale
+from llmsurgeon.analysis.charts import CSS, Scale
 
 if TYPE_CHECKING:
     from llmsurgeon.healing.distill import Distilled
