@@ -102,7 +102,7 @@ def _model_problems(load_model: Any, folder: str) -> list[str]:
     import torch
 
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.checkpoint.writer import raise_unless_finite
+    from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 
     try:
         checkpoint = open_checkpoint(folder)
