@@ -113,13 +113,13 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
 
 
 def sequences_for(sequences: int, batch: int = 4) -> tuple[int, int]:
-    """On how many of `sequences` blocks are removed (half of them, all of four) and single parts (an eighth).
+    """On how many of `sequences` blocks are removed (half of them, all of eight) and single parts (an eighth, but two).
 
     A variant's mean over some thousand tokens is sure enough to rank layers, and N(N + 1) / 2 evaluations a sequence
-    are what the analysis costs. The second number is at most `batch` or a multiple of it, and divides the first or
-    is 1.
+    are what the analysis costs. The second number is at most `batch` or a multiple of it, and divides the first,
+    unless there are too few sequences for that.
     """
-    few = max(1, sequences // SUBLAYER_SHARE)
+    few = max(min(2, sequences), sequences // SUBLAYER_SHARE)
     few -= few % batch if few > batch else 0
     return min(sequences, BLOCK_TIMES * few), few
 
