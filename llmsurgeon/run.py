@@ -37,6 +37,7 @@ from llmsurgeon.healing.curve import html_curves
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.healing.distill import Case, Distilled, distill
 from llmsurgeon.healing.refit import Fit, Refit, RefitOptions, overlay
+from llmsurgeon.healing.refit_block import BlockRefit
 from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
 from llmsurgeon.healing.ternary import summary as ternary_summary
 from llmsurgeon.healing.training import several
@@ -518,6 +519,8 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    if planned.spec.block_transformer:
+        return _refitted_block(healed, step, planned, texts, held_out, store)
     student = texts.walker(normalised(planned.written.student), healed.weights)
     fit = Refit(
         texts.runner,
@@ -528,6 +531,20 @@ def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, h
         held_out,
         RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch),
         store,
+    )
+    weights = overlay(healed.weights, fit.run())
+    return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
+
+
+def _refitted_block(
+    healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path
+) -> Healed:
+    student = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
+    for parameter in student.parameters():
+        # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
+        parameter.data = parameter.data.clone()
+    fit = BlockRefit(
+        texts.runner, student, planned.spec, texts.windows, held_out, step.ridges, texts.options.batch, store
     )
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))

@@ -6,6 +6,7 @@ B sequences, L tokens, D model width, V vocabulary, E block ends that carry a hi
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -302,7 +303,7 @@ class GlobalTask:
         return {"positions": torch.from_numpy(np.sort(chosen)).to(device)}
 
     def judge(self, module: nn.Module) -> dict[str, float]:
-        """KL to the parent (the value), perplexity ratio and top-1 agreement on the held-out sequences."""
+        """KL to the parent (the value), perplexity ratio, top-1 agreement, both losses on the held-out sequences."""
         parent, device = self.case.parent, next(module.parameters()).device
         if self._parent_last is None:
             self._parent_last = walk(parent, self.judged, [Variant()], batch=self.case.batch)[0]
@@ -313,8 +314,10 @@ class GlobalTask:
             lambda row: parent.final(last[row].to(parent.device)),
         )
         assert found.kl is not None and found.perplexity_ratio is not None and found.top1_agreement is not None
+        assert found.parent_perplexity is not None
         measures = {"kl": found.kl, "perplexity_ratio": found.perplexity_ratio, "top1": found.top1_agreement}
-        return {"value": found.kl, **measures}
+        losses = {"loss": math.log(found.perplexity), "parent_loss": math.log(found.parent_perplexity)}
+        return {"value": found.kl, **measures, **losses}
 
 
 def wanted_of(case: Case, settings: Distill) -> tuple[tuple[int, ...], Wanted]:

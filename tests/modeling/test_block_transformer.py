@@ -36,15 +36,16 @@ def parent_of(family="llama"):
 
 
 @cache
-def made(length=4, embedder="projected", decoder="prefix", prefix=2, family="llama", split=3, start=False):
+def made(length=4, embedder="projected", decoder="prefix", prefix=2, family="llama", split=3, start=False, affine=True):
     """A block model; its new weights are random, unless it is to be as it starts."""
-    step = Block(block_length=length, embedder=embedder, decoder=decoder, prefix_length=prefix, split=split)
+    shape = dict(block_length=length, embedder=embedder, decoder=decoder, prefix_length=prefix, split=split)
+    step = Block(**shape, affine=affine)
     model, *_ = operate(parent_of(family), step)
     if not start:
         torch.manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "context_expansion" in name or "block_embedder" in name:
+                if name.split(".")[1] in ("context_expansion", "block_embedder", "token_projection"):
                     parameter.copy_(torch.randn_like(parameter) * 0.6 / parameter.shape[-1] ** 0.5)
                 elif "cross_attn" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -109,9 +110,11 @@ def slow(model, ids, padding):
         expanded = body.context_expansion(context).view(1, -1, context.shape[-1])
         mine = torch.tensor(columns[full * length :], dtype=torch.long)
         if decoder == "prefix":
-            x = torch.cat([expanded, body.embed_tokens(mine)[None]], 1)
+            x = torch.cat([expanded, body.token_projection(body.embed_tokens(mine))[None]], 1)
         else:
-            x = body.embed_tokens(torch.tensor([columns[full * length - 1], *mine.tolist()]))[None]
+            x = body.token_projection(body.embed_tokens(torch.tensor([columns[full * length - 1], *mine.tolist()])))[
+                None
+            ]
         x = x + expanded[:, : rest + 1] if decoder == "summation" else x
         mask = causal(x.shape[1])
         for layer in body.layers[split:]:
