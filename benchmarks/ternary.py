@@ -1,22 +1,33 @@
-"""Packed ternary linears beside transformers' own bitnet modules on the CPU: decode, prefill, resident bytes.
+"""Ternary linears at work: packed in Python beside transformers' own bitnet modules, and in llama.cpp.
 
-    python benchmarks/ternary.py --hidden 1024 --width 2816 --layers 4 --threads 1
+    python benchmarks/ternary.py packed --threads 1 --prompt 1 16 128 512
+    python benchmarks/ternary.py llamacpp --threads 2
+    python benchmarks/ternary.py agree MODEL --text unseen.txt
 
-A random Llama with ternary linears is written plain and packed, and loaded four ways: plain, packed by llmsurgeon, and
-by stock transformers with autobitlinear and with bitlinear. Rounds are interleaved; times are medians. transformers
-compiles its small functions (torch.compile), which the warm-up pays for; --eager leaves that out.
+packed: a random Llama with ternary linears is written plain and packed, and loaded four ways: plain, packed by
+llmsurgeon, and by stock transformers with autobitlinear and with bitlinear. Each reads prompts of these lengths, 1 of
+which is a decode step; models take turns. transformers compiles its small functions (torch.compile), which the warm-up
+pays for; --eager leaves that out.
+llamacpp: a random Llama of 1.4 GB in bfloat16 whose rows are whole blocks of 256, all block linears ternary, as BF16,
+TQ2_0 and TQ1_0: file sizes, prefill and decode in turn. For speed alone: the vocabulary is tiny.
+agree: the largest difference of a log-probability between MODEL in transformers (float32) and in llama.cpp.
+Times are medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,64 +35,180 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmsurgeon import recipe, run  # noqa: E402
-from llmsurgeon.export import export  # noqa: E402
-from llmsurgeon.formats.loading import load_model  # noqa: E402
+from llmsurgeon.evaluation.llamacpp import LlamaCpp  # noqa: E402
+from llmsurgeon.export import export, export_gguf  # noqa: E402
+from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.packed import pack_linears, resident_bytes  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--width", type=int, default=2816)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--eager", action="store_true", help="do not compile transformers' functions")
+    modes = parser.add_subparsers(dest="mode", required=True)
+    packed_mode, engine_mode = modes.add_parser("packed"), modes.add_parser("llamacpp")
+    for mode, hidden, width, layers in ((packed_mode, 1024, 2816, 4), (engine_mode, 2048, 5632, 16)):
+        mode.add_argument("--hidden", type=int, default=hidden)
+        mode.add_argument("--width", type=int, default=width)
+        mode.add_argument("--layers", type=int, default=layers)
+        mode.add_argument("--rounds", type=int, default=7)
+        mode.add_argument("--threads", type=int, default=1)
+    packed_mode.add_argument("--prompt", type=int, nargs="+", default=[1, 16, 128, 512])
+    packed_mode.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    packed_mode.add_argument("--eager", action="store_true", help="do not compile transformers' functions")
+    packed_mode.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: the thread's own time, for a busy machine"
+    )
+    engine_mode.add_argument("--prompt", type=int, default=64)
+    engine_mode.add_argument("--new-tokens", type=int, default=32)
+    agree_mode = modes.add_parser("agree")
+    agree_mode.add_argument("model")
+    agree_mode.add_argument("--text", required=True)
+    agree_mode.add_argument("--types", nargs="+", default=["TQ2_0", "TQ1_0"])
+    agree_mode.add_argument("--lengths", type=int, nargs="+", default=[16, 64, 128, 256])
+    agree_mode.add_argument("--places", type=int, default=3, help="of each length, so many stretches of the text")
+    agree_mode.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.compiler.set_stance("force_eager" if arguments.eager else "default")
+    if arguments.mode == "packed" and arguments.clock == "cpu" and arguments.threads != 1:
+        parser.error("--clock cpu counts one thread: give --threads 1")
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        models = loaded(Path(folder), arguments)
-        times: dict[str, dict[str, list[float]]] = {name: {"decode": [], "prefill": []} for name in models}
-        prompt = torch.randint(0, 256, (1, arguments.prompt))
-        for round_ in range(arguments.rounds + 1):
-            for name, model in models.items():
-                for kind, ids in (("prefill", prompt), ("decode", prompt[:, :1])):
-                    began = time.perf_counter()
-                    model(input_ids=ids, use_cache=False)
-                    if round_:  # the first warms up
-                        times[name][kind].append(time.perf_counter() - began)
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        {"packed": packed, "llamacpp": in_llamacpp, "agree": agree}[arguments.mode](Path(folder), arguments)
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}", file=sys.stderr)
+
+
+def packed(folder: Path, arguments: argparse.Namespace) -> None:
+    """A line for each way of loading, then one for each dtype and length of prompt."""
+    torch.compiler.set_stance("force_eager" if arguments.eager else "default")
+    clock = time.perf_counter if arguments.clock == "wall" else time.thread_time
+    for dtype in arguments.dtype:
+        models = loaded(folder / dtype, arguments, getattr(torch, dtype))
         for name, model in models.items():
-            row = {kind: round(1000 * statistics.median(found), 2) for kind, found in times[name].items()}
-            print(json.dumps({"model": name, "milliseconds": row, "resident_bytes": resident_bytes(model)}))
+            print(json.dumps({"dtype": dtype, "model": name, "resident_bytes": resident_bytes(model)}), flush=True)
+        for length in arguments.prompt:
+            ids = torch.randint(0, 256, (1, length), generator=torch.Generator().manual_seed(length))
+            # Short calls are repeated, so that what the other models left in the caches is not all that is seen.
+            repeats = max(1, 16 // length)
+            times: dict[str, list[float]] = {name: [] for name in models}
+            for _ in range(arguments.rounds + 1):
+                for name, model in models.items():
+                    began = clock()
+                    for _ in range(repeats):
+                        model(input_ids=ids, use_cache=False)
+                    times[name].append((clock() - began) / repeats)
+            # The first round warms up.
+            row = {name: round(1000 * statistics.median(found[1:]), 2) for name, found in times.items()}
+            sizes = {"dtype": dtype, "tokens": length, "threads": arguments.threads}
+            print(json.dumps({**sizes, "milliseconds": row}), flush=True)
 
 
-def loaded(folder: Path, arguments: argparse.Namespace) -> dict:  # type: ignore[type-arg]
+def loaded(folder: Path, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Name -> the same model, loaded in each way."""
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, arguments.dtype)
+    random_llama(folder / "dense", arguments, dtype, vocabulary=256)
+    rounded(folder)
+    models: dict[str, Any] = {name: load_model(str(folder / "plain")) for name in ("plain", "packed")}
+    pack_linears(models["packed"])
+    for kind in ("autobitlinear", "bitlinear"):
+        export(str(folder / "plain"), str(folder / kind), "bitnet", linear_class=kind)  # type: ignore[arg-type]
+        models[kind] = AutoModelForCausalLM.from_pretrained(folder / kind, dtype="auto").eval()
+    return models
+
+
+def random_llama(folder: Path, arguments: argparse.Namespace, dtype: torch.dtype, vocabulary: int) -> None:
+    """Write a Llama of these sizes; heads are 64 wide."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
-        vocab_size=256,
+        vocab_size=vocabulary,
         hidden_size=arguments.hidden,
         intermediate_size=arguments.width,
         num_hidden_layers=arguments.layers,
         num_attention_heads=arguments.hidden // 64,
         num_key_value_heads=arguments.hidden // 64,
         tie_word_embeddings=True,
+        dtype=dtype,
     )
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder / "dense")
+    with torch.inference_mode(False):
+        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+
+
+def rounded(folder: Path) -> None:
+    """The model in `dense` with ternary linears, as `plain`."""
     steps = recipe.loads("version: 1\nsteps:\n  - {op: ternary, method: round}\n")
     run.run(steps, str(folder / "dense"), str(folder / "plain"), run.Options())
-    models = {"plain": load_model(str(folder / "plain")), "packed": load_model(str(folder / "plain"))}
-    pack_linears(models["packed"])
-    for kind in ("autobitlinear", "bitlinear"):
-        export(str(folder / "plain"), str(folder / kind), "bitnet", linear_class=kind)  # type: ignore[arg-type]
-        models[kind] = AutoModelForCausalLM.from_pretrained(folder / kind, dtype="auto").eval()
-    return models
+
+
+def in_llamacpp(folder: Path, arguments: argparse.Namespace) -> None:
+    """One line for each type of file."""
+    random_llama(folder / "dense", arguments, torch.bfloat16, vocabulary=320)
+    tiny_tokenizer(folder / "dense")
+    rounded(folder)
+    files = {kind: export_gguf(str(folder / "plain"), str(folder / f"{kind}.gguf"), type=kind) for kind in KINDS}
+    ids = torch.randint(8, 256, (arguments.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    times: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    with ExitStack() as stack:
+        context = arguments.prompt + arguments.new_tokens + 1
+        engines = {
+            kind: stack.enter_context(LlamaCpp(file.path, context=context, threads=arguments.threads))
+            for kind, file in files.items()
+        }
+        for round_ in range(arguments.rounds + 1):
+            for kind, engine in engines.items():
+                timing = engine.time(ids, arguments.new_tokens)
+                if round_:
+                    times[kind].append(timing)
+    decode = {kind: statistics.median(t.decode for t in found) / arguments.new_tokens for kind, found in times.items()}
+    for kind, file in files.items():
+        prefill = statistics.median(t.prefill for t in times[kind])
+        row = {"type": kind, "file_bytes": file.size, "threads": arguments.threads, "prompt": arguments.prompt}
+        row |= {"prefill_ms": round(1000 * prefill, 1), "decode_ms": round(1000 * decode[kind], 2)}
+        print(json.dumps({**row, "decode_times_BF16": round(decode["BF16"] / decode[kind], 2)}), flush=True)
+
+
+KINDS = ("BF16", "TQ2_0", "TQ1_0")
+
+
+def tiny_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer that llama.cpp takes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(["a"], trainers.BpeTrainer(special_tokens=["<s>", "</s>"], initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def agree(folder: Path, arguments: argparse.Namespace) -> None:
+    """One line for each type: differences over whole distributions of next tokens, and over their likely part."""
+    ids = load_tokenizer(arguments.model)(Path(arguments.text).read_text(encoding="utf-8"))["input_ids"]
+    model = load_model(arguments.model, dtype=torch.float32)
+    cuts = [(place * len(ids) // arguments.places, n) for n in arguments.lengths for place in range(arguments.places)]
+    stretches = [ids[start : start + length] for start, length in cuts]
+    expected = [model(torch.tensor([part])).logits[0, -1].log_softmax(-1) for part in stretches]
+    vocabulary = len(expected[0])
+    for kind in arguments.types:
+        float_type = {"float_type": "F32"} if kind.startswith("TQ") else {}
+        file = export_gguf(arguments.model, str(folder / f"{kind}.gguf"), type=kind, **float_type)
+        differences, likely, divergences = [], [], []
+        with LlamaCpp(file.path, context=512, threads=arguments.threads, exact_cache=True) as engine:
+            for part, wanted in zip(stretches, expected, strict=True):
+                given = engine.next_logprobs(part, top=vocabulary)
+                found = torch.full_like(wanted, torch.nan)
+                found[list(given)] = torch.tensor(list(given.values()))
+                change = (found - wanted).abs()
+                differences.append(change.max().item())
+                likely.append(change[wanted.topk(10).indices].max().item())
+                divergences.append((wanted.exp() * (wanted - found)).sum().item())
+        row = {"type": kind, "file_bytes": file.size, "contexts": len(stretches), "largest": max(differences)}
+        row |= {"median_largest": statistics.median(differences), "largest_of_10_likeliest": max(likely)}
+        row |= {"mean_kl": statistics.mean(divergences)}
+        print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
+        for note in file.notes:
+            print(f"  {note}", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--judge-tokens", type=int, default=4096)
     parser.add_argument("--gguf", help="TQ2_0 or TQ1_0: also give the size of that file")
+    parser.add_argument("--keep", help="folder for the models that are made; else they are removed once judged")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
     judge = judges(arguments)
@@ -62,25 +63,28 @@ def main() -> None:
 def converted(arguments: argparse.Namespace, share: float, method: str, judge) -> dict[str, float]:  # type: ignore[no-untyped-def]
     """Make one model and judge it."""
     more = f", {arguments.step}" if arguments.step else ""
+    # All of them need no order, so nothing is measured first.
+    which = f"share: {share}, " if share < 1 else ""
     text = f"""
 version: 1
 calibration: {{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 256}}
 steps:
-  - {{op: ternary, share: {share}, method: {method}{more}}}
+  - {{op: ternary, {which}method: {method}{more}}}
 """
     with tempfile.TemporaryDirectory() as folder:
+        out = f"{arguments.keep or folder}/{method}-{share}"
         began = time.monotonic()
-        run.run(recipe.loads(text), arguments.model, f"{folder}/out", run.Options(dtype=torch.float32))
+        run.run(recipe.loads(text), arguments.model, out, run.Options(dtype=torch.float32))
         seconds = time.monotonic() - began
-        found = {"seconds": round(seconds, 1), **judge(f"{folder}/out")}
+        found = {"seconds": round(seconds, 1), **judge(out)}
         if "granularity" not in arguments.step:
-            patient = run.open_patient(f"{folder}/out")
+            patient = run.open_patient(out)
             meta = patient.meta()
             packing = packing_of(patient.config, meta, ternary_linears(patient.weights, patient.config))
             plain = sum(t.numel() * t.dtype.itemsize for t in meta.values())
             found |= {"plain_bytes": plain, "packed_bytes": plain - packing.saved(meta)}
         if arguments.gguf:
-            made = export_gguf(f"{folder}/out", f"{folder}/out.gguf", type=arguments.gguf, float_type="BF16")
+            made = export_gguf(out, f"{folder}/out.gguf", type=arguments.gguf, float_type="BF16")
             found["gguf_bytes"] = made.size
         return found
 

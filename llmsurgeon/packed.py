@@ -3,7 +3,8 @@
     model = load_model("OUT")            # or AutoModelForCausalLM.from_pretrained
     pack_linears(model)
 
-A few tokens are multiplied straight from the packed weights (numba); many unpack a linear once and use torch's product.
+A few tokens are multiplied straight from the packed weights (numba). For many, rows are unpacked a block at a time into
+a buffer that stays in the core's cache, and multiplied there by torch's product: memory is read for 2 bits a weight.
 What is computed is what the plain checkpoint computes, in float32 sums.
 """
 
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.ternary import grid_of, is_ternary, taken_apart
+from llmsurgeon.ternary import grid_of, is_ternary, put_in_place, taken_apart
 
 ROWS = 4  # of one byte
 # Tokens up to which products come straight from the packed weights: an unpacked matrix serves more at once.
 DECODED = 8
+# Bytes of unpacked rows at a time: about half of a core's second-level cache.
+BLOCK_BYTES = 1 << 20
+# The integers as wide as a dtype's numbers.
+INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -46,8 +51,10 @@ class PackedLinear(nn.Module):
         scale: Any = self.scale
         if kernels and len(rows) <= DECODED:
             made = self._straight(rows.detach(), kernels[0])
+        elif kernels and rows.dtype in (torch.float32, torch.bfloat16):
+            made = self._in_blocks(rows.detach(), kernels[1]) * scale.to(rows.dtype)
         else:
-            made = nn.functional.linear(rows, self._codes(kernels).to(rows.dtype)) * scale.to(rows.dtype)
+            made = nn.functional.linear(rows, self._codes().to(rows.dtype)) * scale.to(rows.dtype)
         return (made if self.bias is None else made + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _straight(self, rows: Tensor, kernel: Callable[..., Any]) -> Tensor:
@@ -58,11 +65,25 @@ class PackedLinear(nn.Module):
         ]
         return (torch.stack(products) * scale).to(rows.dtype)
 
-    def _codes(self, kernels: Kernels | None) -> Tensor:
-        """The codes [O, I], as numbers or as float32."""
+    def _in_blocks(self, rows: Tensor, unpack: Callable[..., Any]) -> Tensor:
+        """[n, I] times the codes: [n, O]."""
         bits: Any = self.bits
-        if kernels:
-            return torch.from_numpy(kernels[1](bits.numpy()))
+        many, inputs = bits.shape
+        step = max(1, min(many, BLOCK_BYTES // (ROWS * inputs * rows.dtype.itemsize)))
+        buffer = torch.empty(ROWS, step, inputs, dtype=rows.dtype)
+        made = torch.empty(len(rows), ROWS, many, dtype=rows.dtype)
+        for start in range(0, many, step):
+            part = bits[start : start + step]
+            codes = buffer[:, : len(part)]
+            # numba knows no bfloat16: it writes the bits.
+            unpack(part.numpy(), codes.view(INTEGER[rows.dtype]).numpy(), torch.get_num_threads())
+            products = rows @ codes.flatten(0, 1).T
+            made[:, :, start : start + step] = products.view(len(rows), ROWS, -1)
+        return made.flatten(1)
+
+    def _codes(self) -> Tensor:
+        """The codes [O, I], int8."""
+        bits: Any = self.bits
         return torch.cat([(bits >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
 
 
@@ -76,7 +97,7 @@ def pack_linears(model: nn.Module) -> tuple[str, ...]:
         if grid.granularity == "group":
             continue
         codes, scale = taken_apart(module.weight, grid)
-        model.set_submodule(name, PackedLinear(codes, scale[:, 0], module.bias, module.weight.dtype))
+        put_in_place(model, name, PackedLinear(codes, scale[:, 0], module.bias, module.weight.dtype))
         packed.append(name)
     return tuple(packed)
 
@@ -91,10 +112,10 @@ def resident_bytes(model: nn.Module) -> int:
 def _kernels() -> Kernels | None:
     """The product of packed weights and what unpacks them, None where numba is not installed."""
     try:
-        from llmsurgeon.packed_numba import product, unpacked
+        from llmsurgeon.packed_numba import product, unpack
     except ImportError:
         return None
-    return product, unpacked
+    return product, unpack
 
 
 __all__ = ["PackedLinear", "pack_linears", "resident_bytes"]

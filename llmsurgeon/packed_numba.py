@@ -59,19 +59,42 @@ def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
     return out.reshape(-1)
 
 
-@njit(fastmath=FAST)
-def _codes(bits: Any, out: Any) -> None:
+@njit
+def _codes(bits: Any, r: Any, one: Any, sign: Any, out: Any) -> None:
+    for i in range(bits.shape[1]):
+        four = np.int32(bits[r, i])
+        for place in range(4):
+            code = ((four >> (2 * place)) & 3) - 1
+            # All bits of -1 are set: the number's sign bit, and where it is not 0, those of 1.
+            out[place, r, i] = (-(code & 1) & one) | (code & sign)
+
+
+@njit
+def _unpack_alone(bits: Any, one: Any, sign: Any, out: Any) -> None:
     for r in range(bits.shape[0]):
-        for i in range(bits.shape[1]):
-            four = np.int32(bits[r, i])
-            out[0, r, i] = np.float32(four & 3) - np.float32(1)
-            out[1, r, i] = np.float32((four >> 2) & 3) - np.float32(1)
-            out[2, r, i] = np.float32((four >> 4) & 3) - np.float32(1)
-            out[3, r, i] = np.float32(four >> 6) - np.float32(1)
+        _codes(bits, r, one, sign, out)
 
 
-def unpacked(bits: np.ndarray) -> np.ndarray:
-    """The codes, float32 [4 R, I], from bits uint8 [R, I], in one pass."""
-    out = np.empty((4, *bits.shape), np.float32)
-    _codes(bits, out)
-    return out.reshape(-1, bits.shape[1])
+@njit(parallel=True)
+def _unpack_together(bits: Any, one: Any, sign: Any, out: Any) -> None:
+    for r in prange(bits.shape[0]):
+        _codes(bits, r, one, sign, out)
+
+
+# The bits of 1 and of the sign, in float32 and in bfloat16.
+BITS = {4: (np.int32(0x3F800000), np.int32(-(2**31))), 2: (np.int32(0x3F80), np.int32(-(2**15)))}
+
+
+def unpack(bits: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """Write the codes of bits uint8 [R, I] as floats to `out` [4, R, I], int32 or int16 that are read as float32 or
+    bfloat16."""
+    one, sign = BITS[out.itemsize]
+    if threads == 1 or bits.size < THREADED_FROM // 4:
+        _unpack_alone(bits, one, sign, out)
+        return
+    before = get_num_threads()
+    set_num_threads(min(threads, before))
+    try:
+        _unpack_together(bits, one, sign, out)
+    finally:
+        set_num_threads(before)

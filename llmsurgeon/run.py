@@ -45,12 +45,13 @@ from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
-from llmsurgeon.operations.ternary import Ternary, refuse_ternary
+from llmsurgeon.operations.ternary import Ternary, linears_of, refuse_ternary
 from llmsurgeon.proof import check_gate, missed, prove, prove_whole
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.spec import ModelSpec
 from llmsurgeon.summary import Costs, costs
+from llmsurgeon.ternary import is_ternary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -255,6 +256,9 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
             raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")
         if not (step.heals or step.op == "ternary") and any(done.op == "ternary" for done in resolved):
             raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
+        others = [done for done in resolved if isinstance(done, Ternary)]
+        if isinstance(step, Ternary) and others and any(each.sub_norm for each in (*others, step)):
+            raise SurgeryError("ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes")
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)
@@ -282,6 +286,27 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         before=patient.costs(patient.spec, shapes_of(patient.meta())),
         after=after,
     )
+
+
+def ternary_by_block(model: str, revision: str | None = None) -> list[tuple[str, ...]] | None:
+    """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
+
+    None where there are no weights to look at: of hub ids, lone config.json files, and GGUF files, which are decoded.
+    """
+    if not Path(model).is_dir():
+        return None
+    try:
+        patient = open_patient(model, revision)
+    except SurgeryError:
+        return None
+    subject, family = patient.subject({}), patient.family
+    found = []
+    for index in range(len(patient.spec.blocks)):
+        names = () if patient.spec.blocks[index].branches else linears_of(subject, index)
+        weights = {name: patient.weights[family.layer(index) + name] for name in names}
+        looked = {name: w.T if family.transposed else w for name, w in weights.items()}
+        found.append(tuple(n.removesuffix(".weight") for n, w in looked.items() if is_ternary(w[:: len(w) // 64 + 1])))
+    return found
 
 
 def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
@@ -489,11 +514,12 @@ class Healed:
 
 
 def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
-    """Refit and distill as the recipe asks; measure on held-out text where there is text.
+    """Refit and distill as the recipe asks; measure on held-out text where something needs text or one is given.
 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
-    if not planned.heals and planned.recipe.gate is None:
+    given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
+    if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]
@@ -554,9 +580,19 @@ def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, h
     student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
     subject = Subject(planned.spec, planned.patient.family, frozenset(planned.weights))
     options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
-    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store)
+    normed = _new_norms(planned) if step.sub_norm else {}
+    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store, normed)
     weights = overlay(healed.weights, work.run())
     return replace(healed, weights=weights, ternary=(*healed.ternary, *work.made))
+
+
+def _new_norms(planned: Planned) -> dict[int, list[str]]:
+    """Block -> output projections inside it with a norm that the parent does not have."""
+    before, found = planned.patient.spec.blocks, {}
+    for index, block in enumerate(planned.spec.blocks):
+        new = set(block.sub_normed) - set(before[block.parents[0]].sub_normed)
+        found[index] = [path for path, (part, _) in planned.patient.family.sub_norms.items() if part in new]
+    return found
 
 
 def _distilled(

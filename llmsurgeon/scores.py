@@ -10,7 +10,7 @@ from torch import Tensor
 from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
 from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions
-from llmsurgeon.analysis.ternary import stored_bytes, ternary_costs
+from llmsurgeon.analysis.ternary import input_sizes, stored_bytes, ternary_costs
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.fff import FFF
@@ -60,8 +60,12 @@ def compute_scores(
             scores["fff"] |= route_ffns(runner, tokens, wanted, step.assign, step.min_tokens, batch)
     if "ternary" in needed:
         scores["ternary"], scores["ternary_bytes"] = {}, stored_bytes(runner.weights)
-        for budget in (step for step in steps if isinstance(step, Ternary) and step.needs()):
+        for budget in (step for step in steps if isinstance(step, Ternary) and "ternary" in step.needs()):
             linears, sample = budget.chosen(subject({})), few(tokens, TERNARY_TOKENS)
             for layer, found in ternary_costs(runner, sample, linears, budget.grid, batch).items():
                 scores["ternary"].setdefault(layer, {}).update(found)
+    if "ternary_inputs" in needed:
+        parent = subject({})
+        writers = {index: paths for s in steps if isinstance(s, Ternary) for index, paths in s.normed(parent).items()}
+        scores["ternary_inputs"] = input_sizes(runner, few(tokens, TERNARY_TOKENS), writers, batch)
     return scores

@@ -19,7 +19,7 @@ class AttentionSpec:
     """Softmax attention: `heads` query heads and `kv_heads` key/value heads of `head_dim` each.
 
     `window` is the sliding window in tokens, None for full attention; `rope` is False where a family leaves rotary
-    positions out of some layers.
+    positions out of some layers; `sub_norm`: an RMSNorm before the output projection (SubLN, as in BitNet b1.58).
     """
 
     heads: int
@@ -27,6 +27,7 @@ class AttentionSpec:
     head_dim: int
     window: int | None = None
     rope: bool = True
+    sub_norm: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,12 +72,13 @@ class FFNSpec:
     """A dense feed-forward network with `width` inner channels.
 
     A fused FFN may need what its family's class lacks: a norm that it does not share with attention (`own_norm`), or
-    biases on the projections that read it (`bias`).
+    biases on the projections that read it (`bias`). `sub_norm`: an RMSNorm before the output projection.
     """
 
     width: int
     own_norm: bool = False
     bias: bool = False
+    sub_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,15 @@ class BlockSpec:
             return "has an MLGRU in the place of its attention"
         if isinstance(self.ffn, FFFSpec):
             return "has a fast feedforward network"
-        return "has BitLinears in its FFN" if isinstance(self.ffn, BitFFNSpec) else None
+        if isinstance(self.ffn, BitFFNSpec):
+            return "has BitLinears in its FFN"
+        return "has a norm before an output projection" if self.sub_normed else None
+
+    @property
+    def sub_normed(self) -> tuple[str, ...]:
+        """Which of its own parts, attention and ffn, have an RMSNorm before their output projection."""
+        parts = (("attention", self.attention), ("ffn", self.ffn))
+        return tuple(name for name, part in parts if part and part.sub_norm)
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,7 @@ class ModelSpec:
             self.block_transformer is None
             and len(shapes) == 1
             and not self.blocks[0].branches
-            and not self.blocks[0].own_kind
+            and not any(block.own_kind for block in self.blocks)
             and None
             not in (
                 self.blocks[0].attention,
@@ -298,6 +308,7 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
             "n_heads_in_group": attention and attention.heads // attention.kv_heads,
             "num_attention_heads": attention and attention.heads,
             "num_key_value_heads": attention and attention.kv_heads,
+            **({"sub_norm": True} if attention and attention.sub_norm else {}),
             **(_mlgru_config(attention) if isinstance(attention, MLGRUSpec) else {}),
         },
         "ffn": {
@@ -307,6 +318,7 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
             "intermediate_size": ffn and ffn.width,
             **({"own_norm": True} if ffn and ffn.own_norm else {}),
             **({"bias": True} if ffn and ffn.bias else {}),
+            **({"sub_norm": True} if ffn and ffn.sub_norm else {}),
             **(_fff_config(ffn) if isinstance(ffn, FFFSpec) else {}),
             **({"kind": "bitlinear", "projections": list(ffn.projections)} if isinstance(ffn, BitFFNSpec) else {}),
             **(
@@ -333,7 +345,7 @@ def _attention_from(config: Mapping[str, Any], head_dim: int, window: int | None
         biases = {"in_bias": config["in_bias"], "out_bias": config["out_bias"]}
         attention = AttentionSpec(heads, heads, config["width"] // heads)
         return MLGRUSpec.instead_of(attention, **biases, ternary=config["linears"] == "ternary")
-    return AttentionSpec(heads, config["num_key_value_heads"], head_dim, window, rope)
+    return AttentionSpec(heads, config["num_key_value_heads"], head_dim, window, rope, config.get("sub_norm", False))
 
 
 def to_block_transformer(spec: BlockTransformerSpec) -> dict[str, Any]:
@@ -393,7 +405,7 @@ def _ffn_from(config: Mapping[str, Any]) -> FFNSpec:
         )
     if config.get("kind") == "bitlinear":
         return BitFFNSpec(config["intermediate_size"], projections=tuple(config["projections"]))
-    return FFNSpec(config["intermediate_size"], config.get("own_norm", False), config.get("bias", False))
+    return FFNSpec(config["intermediate_size"], *(config.get(key, False) for key in ("own_norm", "bias", "sub_norm")))
 
 
 def from_block_configs(

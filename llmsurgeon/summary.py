@@ -126,7 +126,7 @@ def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
     if isinstance(ffn, MoESpec):
         return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
     kind = "fff" if isinstance(ffn, FFFSpec) else "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
-    return {"kind": kind, "width": ffn.width}
+    return {"kind": kind, "width": ffn.width, **({"sub_norm": True} if ffn.sub_norm else {})}
 
 
 def human(number: float, unit: str = "") -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmsurgeon.errors import SurgeryError
 
@@ -183,6 +183,30 @@ def compensated(
         if left < error:
             best, error = found, left
     return best.to(dtype), error, by_rounding
+
+
+def fitted_gain(
+    weight_OI: Tensor, ternary_OI: Tensor, gram_II: Tensor, error: float, ridge: float = DAMPING
+) -> tuple[Tensor, float]:
+    """Factors [I] on what a ternary weight reads, under which it gives most nearly what `weight` gives without them.
+
+    Least squares, argmin over g of ||X W^T - X diag(g) T^T||^2, held to 1 by a ridge (a multiple of the system's mean
+    diagonal). Returns them with the error that is left, relative to ||X W^T||^2; all 1 where that is not below `error`.
+    """
+    w, t = weight_OI.float(), ternary_OI.float()
+    system = gram_II * (t.T @ t)
+    missing = ((gram_II @ (w - t).T) * t.T).sum(1)
+    damped = system.clone()
+    damped.diagonal().add_((ridge * system.diagonal().mean()).clamp_min(1e-20))
+    factors = 1 + torch.linalg.solve(damped, missing)
+    left = _spread(w - t * factors, gram_II) / max(_spread(w, gram_II), 1e-30)
+    return (factors, left) if left < error else (torch.ones_like(factors), error)
+
+
+def put_in_place(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the module at `path`; what is hooked before the one that was there (a norm on its input) stays hooked."""
+    module._forward_pre_hooks = model.get_submodule(path)._forward_pre_hooks
+    model.set_submodule(path, module)
 
 
 def _spread(weight_OI: Tensor, gram_II: Tensor) -> float:

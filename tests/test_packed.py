@@ -55,6 +55,35 @@ def test_threads_compute_the_same(monkeypatch):
     assert (numba_kernel.product(x, made.bits.numpy(), 2) == one).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_unpacked_in_blocks(monkeypatch, dtype):
+    numba_kernel = pytest.importorskip("llmsurgeon.packed_numba")
+    plain, made = linear(dtype=dtype)
+    x = torch.randn(40, 100).to(dtype)
+    with torch.no_grad():
+        at_once, expected = made(x), plain(x)
+        monkeypatch.setattr(packed, "BLOCK_BYTES", 4 * 5 * 100 * dtype.itemsize)  # 12 rows of bytes: 5, 5 and 2
+        torch.testing.assert_close(made(x), at_once)
+    codes, _ = taken_apart(plain.weight, TENSOR)
+    for threads in (1, 2):
+        monkeypatch.setattr(numba_kernel, "THREADED_FROM", 0 if threads == 2 else 1 << 30)
+        found = torch.empty(4, 12, 100, dtype=dtype)
+        numba_kernel.unpack(made.bits.numpy(), found.view(packed.INTEGER[dtype]).numpy(), threads)
+        assert torch.equal(found.view(48, 100).float(), codes)
+    torch.testing.assert_close(at_once, expected, atol=5e-2, rtol=5e-2)
+
+
+def test_gradients_reach_what_is_read():
+    plain, made = linear()
+    x = torch.randn(40, 100)
+    grads = []
+    for module in (plain, made):
+        given = x.clone().requires_grad_()
+        module(given).square().sum().backward()
+        grads.append(given.grad)
+    torch.testing.assert_close(*grads, atol=1e-3, rtol=1e-3)
+
+
 def test_a_model(kernel):
     model, _, _ = operate(tiny_model("llama"), Ternary(method="round", layers=(1, 3)))
     tokens, expected, before = some_tokens(), logits(model, some_tokens()), resident_bytes(model)

@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.ternary import Grid, compensated, grid_of, is_ternary, nearest, rounded, storable, taken_apart, values
+from llmsurgeon.ternary import (
+    Grid,
+    compensated,
+    fitted_gain,
+    grid_of,
+    is_ternary,
+    nearest,
+    rounded,
+    storable,
+    taken_apart,
+    values,
+)
 
 GRIDS = [Grid(), Grid(granularity="row"), Grid(granularity="group", group_size=64)]
 
@@ -105,3 +116,19 @@ def test_dead_inputs_are_no_trouble():
     gram[:4, :4] = torch.eye(4)
     made, error, rounding = compensated(weight(), gram, Grid(), torch.float32)
     assert torch.isfinite(made).all() and error <= rounding
+
+
+def test_a_gain_fitted_to_codes_is_that_of_least_squares():
+    torch.manual_seed(0)
+    w, x = torch.randn(24, 12), torch.randn(200, 12) @ torch.randn(12, 12)
+    codes = rounded(w, Grid())
+    gram = x.T @ x
+    error = (x @ (w - codes).T).square().sum() / (x @ w.T).square().sum()
+    factors, left = fitted_gain(w, codes, gram, error.item(), ridge=1e-6)
+    features = torch.stack([torch.outer(x[:, i], codes[:, i]).flatten() for i in range(12)], dim=1)
+    expected = torch.linalg.lstsq(features, (x @ w.T).flatten()[:, None]).solution[:, 0]
+    torch.testing.assert_close(factors, expected, rtol=1e-3, atol=1e-3)
+    found = (x @ w.T - (x * factors) @ codes.T).square().sum() / (x @ w.T).square().sum()
+    assert left == pytest.approx(found.item(), rel=1e-3) and left < error
+    same, unchanged = fitted_gain(w, codes, gram, 0.0)
+    assert unchanged == 0 and bool((same == 1).all())

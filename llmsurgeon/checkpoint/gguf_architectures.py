@@ -191,6 +191,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         experts=("mlp", "gate_proj", "up_proj", "down_proj"),
     ),
 }
+# Llama's block with a norm before each output projection; written, not read back.
+BITNET = Architecture("bitnet", settings=(("attention_bias", (False,)), ("mlp_bias", (False,))))
+# Those norms, and what the `gguf` package knows them as.
+SUB_NORMS = (("self_attn.attn_sub_norm", "self_attn.inner_attn_ln"), ("mlp.ffn_sub_norm", "mlp.ffn_layernorm"))
 # Blocks of differing shape: Llama's block with a width, a number of heads, or no attention, of its own.
 UNEVEN = Architecture("deci", rope="pairs", free_heads=True)
 UNEVEN_FAMILIES = ("llama", "mistral", "qwen2")
@@ -211,6 +215,8 @@ def file_name(names: Any, name: str) -> tuple[str | None, int | None]:
     """
     stem, _, kind = name.rpartition(".")
     part = None
+    for ours, theirs in SUB_NORMS:
+        stem = stem.replace(ours, theirs)
     if match := re.fullmatch(r"(.+\.experts|.+(?=\.norms))\.(?:norms\.)?(\d+)(.*)", stem):
         stem, part = match[1] + match[3], int(match[2])
     # Some names are known without the prefix of today's classes.

@@ -23,14 +23,20 @@ def inspect_command(
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the blocks of a model: attention, FFN and parameters of each. A config.json is enough."""
-    from llmsurgeon.run import open_config, shapes_of
+    """List the blocks of a model: attention, FFN and parameters of each. A config.json is enough.
+
+    Which linears are ternary is told by their weights, of models on this disk.
+    """
+    from llmsurgeon.run import open_config, shapes_of, ternary_by_block
     from llmsurgeon.summary import block_rows, costs, human
 
     patient = open_config(model, revision)
     shapes = shapes_of(patient.weights)
     total = costs(patient.spec, patient.family, shapes, patient.dtype.itemsize)
     rows = block_rows(patient.spec, patient.family, shapes)
+    ternary = ternary_by_block(model, revision) or []
+    for row, linears in zip(rows, ternary, strict=False):
+        row["ternary"] = list(linears)
     if as_json:
         report: dict[str, Any] = {"model": model, "model_type": patient.model_type, **total.to_dict()}
         halves = {"block_transformer": asdict(patient.spec.block_transformer)} if patient.spec.block_transformer else {}
@@ -45,22 +51,27 @@ def inspect_command(
     if patient.spec.block_transformer:
         title += f"\n{patient.spec.block_transformer.sentence()}"
     table = Table(title=title, title_justify="left")
-    for column in ("block", "attention", "FFN", "parameters"):
-        table.add_column(column, justify="left" if column in ("attention", "FFN") else "right")
+    some = any(ternary)
+    for column in ("block", "attention", "FFN", "parameters", *(("ternary",) if some else ())):
+        table.add_column(column, justify="right" if column in ("block", "parameters") else "left")
     for row in rows:
         heads = [
             f"MLGRU {a['width']}" + (", ternary" if a["linears"] == "ternary" else "")
             if "kind" in a
             else f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
             + (f", window {a['window']}" if a["window"] else "")
+            + (", normed" if a["sub_norm"] else "")
             for a in row["attention"]
         ]
         widths = [
-            f"{f['kind']} {f['width']}" + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            f"{f['kind']} {f['width']}"
+            + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            + (", normed" if f.get("sub_norm") else "")
             for f in row["ffn"]
         ]
         joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
-        table.add_row(str(row["block"]), *joined, human(row["parameters"]))
+        names = ", ".join(path.rpartition(".")[2] for path in row["ternary"]) if some else ""
+        table.add_row(str(row["block"]), *joined, human(row["parameters"]), *((names or "-",) if some else ()))
     Console().print(table)
 
 

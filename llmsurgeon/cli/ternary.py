@@ -26,6 +26,9 @@ def ternary_steps(
     scale: Annotated[str, typer.Option(help="least_squares, absmean or threshold.")] = "least_squares",
     granularity: Annotated[str, typer.Option(help="What has a scale of its own: tensor, row or group.")] = "tensor",
     group_size: Annotated[int | None, typer.Option(help="Numbers of a group, a multiple of 32.")] = None,
+    sub_norm: Annotated[
+        bool, typer.Option("--sub-norm", help="An RMSNorm before each ternary output projection, to be trained.")
+    ] = False,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing of what stays dense.")] = False,
 ) -> list[dict[str, Any]]:
     """Make linears ternary: -1, 0, 1 times a scale (BitNet b1.58), by a recipe or by flags.
@@ -35,6 +38,8 @@ def ternary_steps(
     step: dict[str, Any] = {"op": "ternary", "linears": linears, "method": method, "scale": scale}
     given = {"share": share, "max_bytes": max_bytes, "group_size": group_size}
     step |= {"granularity": granularity, **{key: value for key, value in given.items() if value is not None}}
+    if sub_norm:
+        step["sub_norm"] = True
     if layers:
         step["layers"] = split(layers)
     return [step, *([{"op": "refit"}] if refit else [])]

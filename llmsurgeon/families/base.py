@@ -212,6 +212,20 @@ class Family:
             )
         return None
 
+    def no_sub_norm(self) -> str | None:
+        """Why an RMSNorm cannot stand before the output projections, None where it can."""
+        if self.norm != "rms" or self.encoder or self.experts:
+            return "a norm before output projections is an RMSNorm, in a decoder of RMSNorms and dense FFNs"
+        return None
+
+    @property
+    def sub_norms(self) -> dict[str, tuple[str, str]]:
+        """Output projection's path inside a block -> (part, path of the norm that may stand before it)."""
+        return {
+            f"{self.attention}.{self.attention_out}": ("attention", f"{self.attention}.attn_sub_norm"),
+            self.ffn_module(self.ffn_out): ("ffn", self.ffn_module("ffn_sub_norm")),
+        }
+
     def is_attention(self, suffix: str) -> bool:
         """True where `suffix` (a tensor name inside a block) belongs to attention or its norm."""
         return _inside(suffix, self.attention, self.attention_norm, self.attention_post_norm)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.gguf_architectures import (
     ARCHITECTURES,
+    BITNET,
     LONG_FACTORS,
     NO_CAP,
     ROPE_FACTORS,
@@ -31,6 +32,7 @@ from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING,
 from llmsurgeon.checkpoint.transform import WeightTransform, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
+from llmsurgeon.formats import bitnet_model
 from llmsurgeon.spec import AttentionSpec, BlockSpec, ModelSpec
 
 Config = Mapping[str, Any]
@@ -105,6 +107,8 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
         raise SurgeryError("llama.cpp knows no block transformers")
     if family.model_type not in ARCHITECTURES:
         raise SurgeryError(why_not(family.model_type) or "")
+    if any(block.sub_normed for block in spec.blocks):
+        return _bitnet(family, spec)
     for index, block in enumerate(spec.blocks):
         if block.own_kind:
             raise SurgeryError(f"block {index} {block.own_kind}, which llama.cpp has no code for")
@@ -120,6 +124,22 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
         if reason:
             raise SurgeryError(f"block {index} {reason}")
     return UNEVEN
+
+
+def _bitnet(family: Family, spec: ModelSpec) -> Architecture:
+    """The architecture of blocks with norms before their output projections."""
+    if family.model_type not in bitnet_model.FAMILIES:
+        raise SurgeryError(f"llama.cpp's {BITNET.name} is Llama with norms, not {family.model_type}")
+    if not spec.tied:
+        raise SurgeryError(f"llama.cpp's {BITNET.name} takes the embedding for the head, and here they are two tensors")
+    for index, block in enumerate(spec.blocks):
+        if block.sub_normed != ("attention", "ffn"):
+            raise SurgeryError(
+                f"llama.cpp's {BITNET.name} has norms before both output projections of every block, block {index} not"
+            )
+    if odd := _first_odd(spec):
+        raise SurgeryError(f"block {odd[0]} {odd[1]}, and llama.cpp's {BITNET.name} has one shape for all blocks")
+    return BITNET
 
 
 def _first_odd(spec: ModelSpec) -> tuple[int, str] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
-from llmsurgeon.formats import nemotron_nas
+from llmsurgeon.formats import bitnet_model, nemotron_nas
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
 from llmsurgeon.spec import to_block_configs
 
@@ -35,7 +35,9 @@ def ships_code(config: Mapping[str, Any]) -> bool:
 
 
 def readable(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config that `family_of` knows: of a nemotron-nas checkpoint, its Llama in the surgeon format."""
+    """A config that `family_of` knows: of a nemotron-nas or BitNet checkpoint, its Llama in the surgeon format."""
+    if bitnet_model.is_bitnet(config):
+        return bitnet_model.read(config)
     return nemotron_nas.read(config) if nemotron_nas.is_nemotron_nas(config) else config
 
 

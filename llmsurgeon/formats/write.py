@@ -24,7 +24,7 @@ from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.formats import gguf_model, native, nemotron_nas
+from llmsurgeon.formats import bitnet_model, gguf_model, native, nemotron_nas
 from llmsurgeon.formats.bitnet import Packing
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
@@ -101,8 +101,11 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     if family.experts and family.experts.published_count_key:
         config[family.experts.published_count_key] = config[family.experts.count_key]
     odd = _first_odd(spec, family) or native.mixed_windows(config)
-    chosen, why = _choose(spec, family, config, wanted, odd)
     surgeon, code = _surgeon(spec, family, config)
+    if wanted in ("auto", "native") and bitnet_model.misfit(spec, family, config) is None:
+        made, why = bitnet_model.config_of(spec, config), "every block is one of BitNet's"
+        return Written("native", made, (), why, BITNET_MODEL_LOADS, spec, surgeon)
+    chosen, why = _choose(spec, family, config, wanted, odd)
     if chosen == "surgeon":
         return Written(chosen, surgeon, code, why, SURGEON_LOADS, spec, surgeon)
     if chosen == "native":
@@ -137,6 +140,10 @@ BITNET_LOADS = (
     "by its own bitnet quantizer (which needs accelerate). That rounds what these linears read to int8, so it "
     "computes something slightly different from the same model in plain numbers."
 )
+BITNET_MODEL_LOADS = (
+    "It is a BitNet checkpoint, a Llama with norms before its output projections, in plain numbers: stock transformers "
+    "loads it."
+)
 PADDED = (
     " What was cut is there as zeros: it computes exactly what the cut model does, and is no smaller and no faster "
     "than a model whose blocks all have the largest shape."
@@ -159,7 +166,7 @@ DECILM = ("configuration_decilm.py", "modeling_decilm.py")
 Misfit = Callable[[ModelSpec, Family, Mapping[str, Any]], str | None]
 # What keeps a form from holding a model, None where nothing does.
 MISFITS: dict[str, Misfit] = {
-    "native": native.misfit,
+    "native": lambda *of: bitnet_model.misfit(*of) and native.misfit(*of),
     "nemotron-nas": nemotron_nas.misfit,
     "surgeon": lambda spec, family, config: None,
     "gguf": gguf_model.misfit,

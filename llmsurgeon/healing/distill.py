@@ -238,6 +238,11 @@ def _adapt(model: Any, lora: Lora, moving: set[str], seed: int) -> None:
                 f"distill.lora: {name} is ternary, and an adapter merged into it would not leave it so; name other "
                 "targets, or train without lora"
             )
+        if model.get_submodule(name)._forward_pre_hooks:
+            raise SurgeryError(
+                f"distill.lora: {name} reads through a norm of its own, which an adapter beside it would not; name "
+                "other targets, or train without lora"
+            )
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,

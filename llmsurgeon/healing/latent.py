@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.training import Latent, Training
-from llmsurgeon.ternary import grid_of, is_ternary, nearest, storable, taken_apart, values
+from llmsurgeon.ternary import grid_of, is_ternary, nearest, put_in_place, storable, taken_apart, values
 
 SCALE = "ternary_scale"
 PACKED = "ternary.safetensors"
@@ -112,7 +112,7 @@ def install(
             continue
         theirs = dense(name)
         theirs = theirs.T if theirs is not None and flipped else theirs
-        model.set_submodule(path, LatentLinear(linear, ternary, theirs, flipped, stored(name)))
+        put_in_place(model, path, LatentLinear(linear, ternary, theirs, flipped, stored(name)))
         found.add(f"{path}.{SCALE}")
     if not found:
         raise SurgeryError("distill.train: what it names is ternary and belongs to no linear; nothing would move")

@@ -10,13 +10,17 @@ The dense student and the ternary one walk side by side. In each block, group by
 
 Part of the sequences is held out; it chooses the ridge, and a move that does not lower the error there is not made.
 
+A norm that the step puts before an output projection is not there in the dense student, so the projection is aligned to
+make up for it; behind the codes the norm's gain, one number for each of the projection's inputs, is fitted, too.
+
 Shapes: S sequences, T tokens, D model width, I inputs and O outputs of a linear.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,7 +33,7 @@ from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.refit import Moments, best_update
 from llmsurgeon.progress import Progress
-from llmsurgeon.ternary import Grid, compensated, is_ternary
+from llmsurgeon.ternary import Grid, compensated, fitted_gain, is_ternary
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class Ternarise:
         chosen: block -> names inside it of the weights that become ternary.
         tokens: [S, T]; `held_out` [S] marks the sequences that only judge.
         store: folder in which each block's new tensors are kept as soon as they are found: a killed run goes on there.
+        normed: block -> output projections inside it whose norms are new: the dense student goes without them.
     """
 
     def __init__(
@@ -88,9 +93,10 @@ class Ternarise:
         held_out: Tensor,
         options: TernaryOptions,
         store: Path,
+        normed: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.runner, self.chosen, self.options, self.store = runner, chosen, options, store
-        self.family = runner.family
+        self.family, self.normed = runner.family, normed or {}
         # Batches hold either fitting or judging sequences, never both.
         order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
         self.tokens = tokens[order]
@@ -194,16 +200,33 @@ class Ternarise:
         hooks = [layer.get_submodule(name).register_forward_hook(keep(name)) for name in names]
         left, attended = torch.empty_like(self.p), torch.empty_like(self.p)
         try:
-            for part, _ in self.parts:
-                hidden = self.p[part].to(self.runner.device)
-                attention = self.runner.attend(index, hidden)
-                middle = hidden if attention is None else hidden + attention
-                ffn = self.runner.feed_forward(index, hidden if self.runner.parallel_residual else middle)
-                attended[part], left[part] = middle.cpu(), (middle if ffn is None else middle + ffn).cpu()
+            with self._without_norms(index, layer):
+                for part, _ in self.parts:
+                    hidden = self.p[part].to(self.runner.device)
+                    attention = self.runner.attend(index, hidden)
+                    middle = hidden if attention is None else hidden + attention
+                    ffn = self.runner.feed_forward(index, hidden if self.runner.parallel_residual else middle)
+                    attended[part], left[part] = middle.cpu(), (middle if ffn is None else middle + ffn).cpu()
         finally:
             for hook in hooks:
                 hook.remove()
         return {"": left, **{name: torch.cat(outputs) for name, outputs in seen.items()}}, attended
+
+    def _norm(self, layer: nn.Module, path: str) -> Any:
+        """The norm before an output projection."""
+        return layer.get_submodule(self.family.sub_norms[path][1])
+
+    @contextmanager
+    def _without_norms(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """The layer as the dense student has it."""
+        norms = [self._norm(layer, path) for path in self.normed.get(index, ())]
+        for norm in norms:
+            norm.forward = _as_it_is
+        try:
+            yield
+        finally:
+            for norm in norms:
+                del norm.forward
 
     def _group(
         self,
@@ -221,7 +244,8 @@ class Ternarise:
         """
         chosen = [name for name in group.modules if f"{name}.weight" in self.chosen.get(index, ())]
         # An earlier group of this block may have made a difference, too.
-        drifted = self._drifted or any(entry.block == index for entry in self.made)
+        new_norm = any(name in self.normed.get(index, ()) for name in group.modules)
+        drifted = self._drifted or new_norm or any(entry.block == index for entry in self.made)
         aligns = drifted and bool(self.options.ridges)
         if not chosen and not aligns:
             return
@@ -233,7 +257,8 @@ class Ternarise:
             residual = features.new_zeros(len(features), 0)
             if aligns:
                 missing = [
-                    wanted[name][part].to(features.device).float().flatten(0, -2) - module(features).float()
+                    # Not by a call: a norm before it has been at the features already.
+                    wanted[name][part].to(features.device).float().flatten(0, -2) - module.forward(features).float()
                     for name, module in zip(group.modules, modules, strict=True)
                 ]
                 residual = torch.cat(missing, dim=1)
@@ -252,6 +277,10 @@ class Ternarise:
             if name in chosen:
                 stored = self.runner.weights[f"{self.family.layer(index)}{name}.weight"].dtype
                 made, error, rounding = compensated(weight, gram, self.options.grid, stored)
+                if new_norm:
+                    gain = self._norm(layer, name).weight.data
+                    factors, error = fitted_gain(weight, made, gram, error)
+                    gain.copy_((gain.float() * factors).to(gain.dtype))
                 weight.copy_(made)
                 zeros = float((made == 0).float().mean())
                 self.made.append(Ternarised(index, name, error, rounding, zeros, moved))
@@ -316,6 +345,10 @@ class Ternarise:
         for part, _ in self.parts:
             left[part] = self.runner.whole(index, stream[part].to(self.runner.device)).cpu()
         return left
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def summary(made: Sequence[Ternarised]) -> str:

@@ -5,6 +5,7 @@ but torch and transformers. `config.block_configs` holds one entry per layer:
 
     attention: {no_op, num_attention_heads, num_key_value_heads, ...}     # kind: mlgru: see surgeon_mlgru.py
     ffn:       {no_op, intermediate_size, ...}     # kind: fff, with sizes of its own: see surgeon_fff.py
+    either:    {sub_norm: true}     # an RMSNorm before its output projection
     parallel:  [entries]     # blocks that read the same input; their contributions add up
 
 Shapes: B batch, T tokens, D model width.
@@ -85,6 +86,9 @@ class SurgeonBlock(GradientCheckpointingLayer):
     # Paths of the modules that go with attention or FFN, where these are not the two named above.
     attention_parts = ()
     ffn_parts = ()
+    # Projections that write the stream, which a block's config may give a norm on what they read.
+    attention_out_name = "o_proj"
+    ffn_out_name = "down_proj"
     # Of an FFN that has no module of its own: what a fast feedforward network at `ffn_name` leaves without work.
     ffn_idle = ()
     attention_post_norm_name = None
@@ -208,6 +212,38 @@ class ParallelBlock(GradientCheckpointingLayer):
         return (output, None) if self.returns_tuple else output
 
 
+class SubRMSNorm(nn.Module):
+    """RMSNorm on what a projection reads: SubLN (arXiv 2210.06423), as BitNet b1.58 has it."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+    def before(self, module, inputs):
+        """The projection's hook: it reads the normed input."""
+        return (self(inputs[0]),)
+
+
+def install_sub_norms(block, attention, ffn, eps):
+    """Put an RMSNorm before the output projections of the parts whose config asks for one, under BitNet's names."""
+    parts = (
+        (attention, block.attention_name, block.attention_out_name, "attn_sub_norm"),
+        (ffn, block.ffn_name, block.ffn_out_name, "ffn_sub_norm"),
+    )
+    for config, part, projection, name in parts:
+        if config.get("sub_norm") and not config["no_op"]:
+            holder = getattr(block, part)
+            linear = getattr(holder, projection)
+            norm = SubRMSNorm(linear.in_features, eps)
+            setattr(holder, name, norm)
+            linear.register_forward_pre_hook(norm.before)
+
+
 def remove_parts(block, paths):
     """Delete the modules at `paths`."""
     for path in paths:
@@ -261,6 +297,8 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
             install_fast_feed_forward(block, ffn, config)
         elif ffn.get("kind") == "bitlinear":
             install_bit_linears(block, ffn["projections"], config)
+        if attention.get("sub_norm") or ffn.get("sub_norm"):
+            install_sub_norms(block, attention, ffn, config.rms_norm_eps)
         return block
 
     for index, entry in enumerate(config.block_configs):

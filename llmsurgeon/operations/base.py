@@ -17,6 +17,8 @@ from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
 # Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
 BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks", "block")
+# Operations that know nothing of, or do not touch, what a part computes inside.
+AFTER_SUB_NORMS = ("ternary", "prune_attention", "prune_ffn", "prune_blocks", "distill")
 AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
@@ -67,6 +69,11 @@ class Subject:
             if mixer or (isinstance(block.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
                 what = block.own_kind if mixer else "has BitLinears in its FFN"
                 raise self.refuse(f"{operation}: layer {block.parents[0]} {what}; cut first, matmulfree comes last")
+            if block.sub_normed and operation not in AFTER_SUB_NORMS:
+                raise self.refuse(
+                    f"{operation}: layer {block.parents[0]} {block.own_kind}, which it does not know; do it before "
+                    "ternary with sub_norm"
+                )
             if isinstance(block.ffn, FFFSpec) and operation not in AFTER_TREES:
                 raise self.refuse(
                     f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"

@@ -9,9 +9,11 @@ Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -21,7 +23,7 @@ from llmsurgeon.layers import LayerList
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.ternary import Grid, Rule, is_ternary, rounded
 
-SCORE, BYTES = "ternary", "ternary_bytes"
+SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -36,6 +38,9 @@ class Ternary(Step):
     method: compensated (codes make up for each other's errors on calibration text) or round.
     scale: the rule for codes and scale; granularity: what has one: the tensor, a row, or group_size numbers of it.
     embeddings, head: these, too, by rounding.
+    sub_norm: an RMSNorm before each output projection of attention and FFN that becomes ternary (SubLN), whose gain is
+        the usual size (geometric mean of RMS) of what the projection read; compensated then fits projection and gain.
+        For a model that is trained afterwards: a norm there changes what the model computes.
     align: with compensated, first move each linear of changed and later layers to give what it gave before, be it
         made ternary or not; ridge: as multiples of mean(diag(X^T X)), the best on held-out tokens is taken.
     """
@@ -52,6 +57,7 @@ class Ternary(Step):
     group_size: Annotated[int, Field(ge=32, multiple_of=32)] | None = None
     embeddings: bool = False
     head: bool = False
+    sub_norm: bool = False
     align: bool = True
     ridge: tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
@@ -77,7 +83,39 @@ class Ternary(Step):
         return Grid(self.scale, self.granularity, self.group_size)
 
     def needs(self) -> frozenset[str]:
-        return frozenset({SCORE} if self.share or self.max_bytes else ())
+        return frozenset(({SCORE} if self._budget else set()) | ({SIZES} if self.sub_norm else set()))
+
+    @property
+    def _budget(self) -> bool:
+        return bool(self.share or self.max_bytes)
+
+    def foresee(self, subject: Subject) -> Mapping[str, Any]:
+        """Of norms that are to be, all but the size of their gains."""
+        if not self.sub_norm:
+            return {}
+        writers = (*subject.family.sub_norms,)
+        return {SIZES: {b.parents[0]: dict.fromkeys(writers, 1.0) for b in subject.spec.blocks if not b.branches}}
+
+    def normed(self, subject: Subject) -> dict[int, tuple[str, ...]]:
+        """Block -> output projections inside it that get a norm: those that become ternary and have none.
+
+        Raises:
+            SurgeryError: the family has no place for norms there, or a block's parts are not as in the checkpoint.
+        """
+        if not self.sub_norm:
+            return {}
+        if reason := subject.family.no_sub_norm():
+            raise subject.refuse(f"ternary: sub_norm: {reason}")
+        found: dict[int, tuple[str, ...]] = {}
+        for index, names in self.chosen(subject).items():
+            block = subject.spec.blocks[index]
+            if len(block.parents) > 1 or (block.own_kind and not block.sub_normed):
+                what = block.own_kind or "holds fused FFNs"
+                raise subject.refuse(f"ternary: sub_norm: layer {block.parents[0]} {what}; name other layers")
+            writers = subject.family.sub_norms.items()
+            mine = [path for path, (part, _) in writers if f"{path}.weight" in names and part not in block.sub_normed]
+            found[index] = tuple(mine)
+        return {index: paths for index, paths in found.items() if paths}
 
     def chosen(self, subject: Subject) -> dict[int, tuple[str, ...]]:
         """Block -> names inside it of the weights that become ternary; a budget has not been drawn from yet.
@@ -129,7 +167,7 @@ class Ternary(Step):
         return tuple(name for name in known if family.is_attention(name) == (self.linears == "attention"))
 
     def resolve(self, subject: Subject) -> Step:
-        if not self.needs():
+        if not self._budget:
             return self
         costs, everything = subject.score(SCORE, "ternary"), subject.score(BYTES, "ternary")
         candidates = {
@@ -175,7 +213,10 @@ class Ternary(Step):
                     source = str(blocks[index].tensors[name])
                     tensors[name] = Computed((source,), partial(edit, source))
                 blocks[index] = NewBlock(blocks[index].spec, tensors)
-        plan = assemble(subject, blocks, [self._note(chosen)])
+        normed = self.normed(subject)
+        for index, paths in normed.items():
+            blocks[index] = _with_norms(subject, blocks[index], paths)
+        plan = assemble(subject, blocks, [self._note(chosen, sum(map(len, normed.values())))])
         outside = [(f"{family.embedding}.weight", self.embeddings), (f"{family.head}.weight", self.head)]
         plain = edited(self.grid, transposed=False)
         transforms = []
@@ -186,7 +227,7 @@ class Ternary(Step):
                 transforms.append(WeightTransform((name,), (name,), partial(plain, name)))
         return Plan(plan.spec, (*plan.transforms, *transforms), plan.notes)
 
-    def _note(self, chosen: Mapping[int, tuple[str, ...]]) -> str:
+    def _note(self, chosen: Mapping[int, tuple[str, ...]], norms: int) -> str:
         per = {"tensor": "tensor", "row": "row", "group": f"{self.group_size} numbers of a row"}[self.granularity]
         count = sum(len(names) for names in chosen.values())
         how = (
@@ -196,7 +237,8 @@ class Ternary(Step):
         )
         more = [name for name, wanted in (("embedding", self.embeddings), ("head", self.head)) if wanted]
         also = f" and {' and '.join(more)}" if more else ""
-        return f"Ternary: {count} linears of {len(chosen)} blocks{also}, a scale for each {per} ({self.scale}), {how}."
+        said = f"Ternary: {count} linears of {len(chosen)} blocks{also}, a scale for each {per} ({self.scale}), {how}."
+        return said + (f" An RMSNorm stands before {norms} of them, which the parent does not have." if norms else "")
 
 
 def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
@@ -209,6 +251,23 @@ def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
         if name.startswith(f"{family.attention}.") and name.endswith(".weight") and "norm" not in name.lower()
     )
     return (*attention, *(name for name in ffn if name in there))
+
+
+def _with_norms(subject: Subject, block: NewBlock, paths: tuple[str, ...]) -> NewBlock:
+    """The block with an RMSNorm before the projections at `paths`, whose gain is the size of what they read."""
+    sizes, layer = subject.score(SIZES, "ternary: sub_norm"), block.spec.parents[0]
+    spec, tensors = block.spec, dict(block.tensors)
+    for path in paths:
+        part, norm = subject.family.sub_norms[path]
+        own = {part: replace(getattr(spec, part), sub_norm=True)}
+        spec = replace(spec, **own)
+        weight = subject.tensors(subject.position(layer))[f"{path}.weight"]
+        tensors[f"{norm}.weight"] = Computed((weight,), partial(_gain, sizes[layer][path]))
+    return NewBlock(spec, tensors)
+
+
+def _gain(size: float, weight_OI: Tensor) -> Tensor:
+    return torch.full_like(weight_OI[0], size)
 
 
 def edited(grid: Grid, transposed: bool) -> Callable[[str, Tensor], Tensor]:

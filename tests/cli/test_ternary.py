@@ -46,6 +46,52 @@ def test_flags_write_a_plain_checkpoint_that_everything_loads(run, folder):  # n
     assert "Ternary: 9 linears of 3 blocks, a scale for each row" in card and "Ternarised 9 linears" in card
 
 
+def test_inspect_names_the_ternary_linears(run, folder):  # noqa: F811
+    code, _, err = run("ternary", "parent", "-o", "out", "--method", "round", "--linears", "ffn", "--layers", "1,3")
+    assert code == 0, err
+    layers = json.loads(run("inspect", "out", "--json")[1])["layers"]
+    ffn = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert [layer["ternary"] for layer in layers] == [ffn if i in (1, 3) else [] for i in range(6)]
+    assert run("inspect", "out")[1].count("down_proj") == 2
+    assert "ternary" not in run("inspect", "parent")[1]
+    assert "ternary" not in json.loads(run("inspect", "out/config.json", "--json")[1])["layers"][0]
+
+
+def test_a_text_that_nothing_else_needs_measures(run, folder):  # noqa: F811
+    code, out, err = run("ternary", "parent", "-o", "out", "--method", "round", *TEXT, "--json")
+    assert code == 0, err
+    assert json.loads(out)["evaluation"]["kl"] > 0
+    assert "perplexity" in (folder / "out/README.md").read_text()
+
+
+def test_norms_before_output_projections(run, folder):  # noqa: F811
+    code, out, err = run("ternary", "parent", "-o", "out", "--sub-norm", "--layers", "1-2", *TEXT, "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["format"] == "surgeon" and report["evaluation"]["kl"] > 0
+    assert "An RMSNorm stands before 4 of them" in (folder / "out/README.md").read_text()
+    stock, ours = AutoModelForCausalLM.from_pretrained("out", trust_remote_code=True), load_model("out")
+    assert torch.equal(logits(stock, some_tokens()), logits(ours, some_tokens()))
+    layers = json.loads(run("inspect", "out", "--json")[1])["layers"]
+    assert [layer["attention"][0]["sub_norm"] for layer in layers] == [i in (1, 2) for i in range(6)]
+    assert run("inspect", "out")[1].count("normed") == 4 and run("verify", "out")[0] == 0
+    assert run("ternary", "parent", "--sub-norm", "--dry-run")[0] == 0
+    short = (
+        "--minutes",
+        9,
+        "--set",
+        "distill.steps=2",
+        "--set",
+        "distill.sequence_length=16",
+        "--set",
+        "distill.batch=2",
+    )
+    code, _, err = run("heal", "out", "--parent", "parent", "-o", "healed", *short, *TEXT)
+    assert code == 0, err
+    state = load_model("healed").state_dict()
+    assert is_ternary(state["model.layers.1.mlp.down_proj.weight"]) and any("ffn_sub_norm" in name for name in state)
+
+
 def test_rounding_needs_no_text_and_a_resolved_recipe_repeats_it(run, folder):  # noqa: F811
     code, _, err = run("ternary", "parent", "-o", "out", "--method", "round")
     assert code == 0, err

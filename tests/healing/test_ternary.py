@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import ENCODER_NAMES, FAMILY_NAMES, tiny_encoder, tiny_model
-from operations.helpers import some_tokens, subject_of
+from operations.helpers import logits, some_tokens, subject_of
+from operations.test_sub_norm import scores_of
 from safetensors import safe_open
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.models import filled_model, normalised
+from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.latent import install
 from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
 from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary
 from llmsurgeon.operations.ternary import Ternary
@@ -141,3 +147,69 @@ def test_refit_moves_what_is_dense_and_leaves_ternary_alone(tmp_path, family):
         fit.projection == subject.family.ffn_module(subject.family.ffn_out) for fit in refit.fits if fit.block in (1, 2)
     )
     assert distance(model, healed) < distance(model, weights)
+
+
+def with_norms(folder, model, step):
+    """(weights of the ternary model with norms and their config, the same by rounding, the work)."""
+    subject, weights, _ = subject_of(model)
+    scores = scores_of(model, step)
+    subject = replace(subject, scores=scores)
+    plan = step.plan(subject)
+    config = normalised(write_config(plan.spec, subject.family, subject_of(model)[2], "surgeon").config)
+    dense = TransformedWeights(weights, plan.transforms)
+    runner, after = LayerRunner(config, dense, model.dtype), subject.after(plan)
+    normed = {index: step.normed(subject)[index] for index in step.normed(subject)}
+    options = TernaryOptions(step.grid, (0.03, 0.3), 8)
+    work = Ternarise(runner, step.chosen(after), TOKENS, HELD, options, folder, normed)
+    by_rounding = step.model_copy(update={"method": "round"}).plan(subject).transforms
+    return config, overlay(dense, work.run()), TransformedWeights(weights, by_rounding), work
+
+
+def distance_to(model, config, weights):
+    _, base, plain = subject_of(model)
+    ends = [
+        walk(LayerRunner(c, w, model.dtype), TOKENS[HELD], [Variant()])[0].float()
+        for c, w in ((plain, base), (config, weights))
+    ]
+    return ((ends[0] - ends[1]).square().sum() / ends[0].square().sum()).item()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_norms_before_output_projections_are_made_up_for(tmp_path, family):
+    model = tiny_model(family)
+    step = Ternary(layers=(1, 4), sub_norm=True)
+    config, weights, by_rounding, work = with_norms(tmp_path, model, step)
+    assert distance_to(model, config, weights) < 0.9 * distance_to(model, config, by_rounding)
+    writers = {"self_attn.o_proj", "mlp.down_proj"}
+    names = {f"model.layers.{e.block}.{e.linear}.weight" for e in work.made}
+    assert len(names) == 14 and all(is_ternary(weights[name]) for name in names)
+    assert any(entry.moved < 1 for entry in work.made if entry.block == 1 and entry.linear in writers)
+    gains = [weights[name] for name in weights if "sub_norm" in name]
+    assert len(gains) == 4 and all(gain.std() > 0 for gain in gains)
+    # Nothing before the first norm knows of them: its errors are those without.
+    (tmp_path / "without").mkdir()
+    _, plain = made_of(tmp_path / "without", model, step.model_copy(update={"sub_norm": False}))
+    first = {e.linear: e.error for e in plain.made if e.block == 1 and e.linear in ("self_attn.q_proj",)}
+    assert {e.linear: e.error for e in work.made if e.block == 1 and e.linear in first} == first
+
+
+def test_a_killed_run_with_norms_goes_on_bit_for_bit(tmp_path):
+    model, step = tiny_model("llama"), Ternary(layers=(1, 3), sub_norm=True)
+    (tmp_path / "whole").mkdir()
+    _, whole, _, work = with_norms(tmp_path / "whole", model, step)
+    folder = tmp_path / "after"
+    folder.mkdir()
+    for file in sorted((tmp_path / "whole").glob("block-*.safetensors"))[:2]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    _, resumed, _, again = with_norms(folder, model, step)
+    assert again.made == work.made and all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def test_distillation_keeps_the_norms_before_latent_weights(tmp_path):
+    model, step = tiny_model("llama"), Ternary(layers=(2,), sub_norm=True)
+    config, weights, _, _ = with_norms(tmp_path, model, step)
+    student = filled_model(config, weights, torch.float32, "cpu")
+    expected = logits(student, TOKENS[:2])
+    moving = {name for name, _ in student.named_parameters()}
+    install(student, moving, lambda name: None, lambda name: torch.float32, False)
+    torch.testing.assert_close(logits(student, TOKENS[:2]), expected, rtol=1e-4, atol=1e-5)
