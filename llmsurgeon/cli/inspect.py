@@ -56,7 +56,9 @@ def inspect_command(
             for a in row["attention"]
         ]
         widths = [
-            f"{f['kind']} {f['width']}" + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            f"{f['kind']} {f['width']}"
+            + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            + (f": {f['words']}; {f['active']} a token" if "words" in f else "")
             for f in row["ffn"]
         ]
         joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
