@@ -91,8 +91,9 @@ def whole_models(arguments: argparse.Namespace) -> None:
                 print(json.dumps(row), flush=True)
                 continue
             print(
-                f"threads {threads} batch {batch:>3} of {arguments.length} tokens: dense {speeds[0]:,.0f} tokens/s, trees "
-                f"{speeds[1]:,.0f} ({gain.median:.2f}x, quartiles {gain.lower_quartile:.2f} to {gain.upper_quartile:.2f})",
+                f"threads {threads} batch {batch:>3} of {arguments.length} tokens: dense {speeds[0]:,.0f} tokens/s, "
+                f"trees {speeds[1]:,.0f} ({gain.median:.2f}x, "
+                f"quartiles {gain.lower_quartile:.2f} to {gain.upper_quartile:.2f})",
                 flush=True,
             )
 
