@@ -39,9 +39,7 @@ def main() -> None:
     parser.add_argument("--unseen", nargs="+", required=True, help="texts to judge on")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--depth", type=int, default=4, help="deepest tree to choose from")
-    parser.add_argument(
-        "--uniform", action="store_true", help="one shape of --depth for all layers, by counting"
-    )
+    parser.add_argument("--uniform", action="store_true", help="one shape of --depth for all layers, by counting")
     parser.add_argument("--shared-part", type=float, default=0.25)
     parser.add_argument("--deep", type=int, default=10, help="depth of the single tree; 0 leaves it out")
     parser.add_argument("--tokens", type=int, default=32768)

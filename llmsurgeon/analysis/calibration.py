@@ -339,6 +339,8 @@ def sentences_of(text: str) -> list[str]:
 
 def padded(sentences: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
     """Each sentence's tokens, cut or filled up with padding to `length`."""
+    if not sentences:
+        return []
     rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
     return [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
 
