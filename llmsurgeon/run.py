@@ -208,7 +208,7 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
         others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
         if not patient.family.encoder or others:
             raise SurgeryError(
-                f"{patient.name}: calibration.sentences is for encoders, with steps that need no scores, fff and refit"
+                f"{patient.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"
                 + (f"; here {', '.join(sorted(others))} would be measured on padding, too" if others else "")
             )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):

@@ -123,6 +123,13 @@ class FFFSpec(FFNSpec):
         return self.shared + self.leaf_width if self.form == "leaf" else self.trees * (self.depth + 1)
 
     @property
+    def words(self) -> str:
+        """The trees' shape for people."""
+        if self.form == "node":
+            return f"{self.trees} trees of depth {self.depth}"
+        return f"depth {self.depth}, {2**self.depth} leaves of {self.leaf_width} neurons, {self.shared} shared"
+
+    @property
     def rows(self) -> int:
         """Weight rows of the model's width that a token multiplies; a dense FFN of n neurons has 2 n, gated 3 n."""
         return self.active * (3 if self.gated else 2) + (self.depth if self.form == "leaf" else 0)

@@ -125,7 +125,11 @@ def _attention_row(attention: AttentionSpec) -> dict[str, Any]:
 def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
     if isinstance(ffn, MoESpec):
         return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
-    kind = "fff" if isinstance(ffn, FFFSpec) else "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
+    if isinstance(ffn, FFFSpec):
+        names = ("leaf_width", "shared") if ffn.form == "leaf" else ("trees",)
+        shape = {name: getattr(ffn, name) for name in ("form", "depth", *names, "active")}
+        return {"kind": "fff", "width": ffn.width, **shape, "words": ffn.words}
+    kind = "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
     return {"kind": kind, "width": ffn.width, **({"sub_norm": True} if ffn.sub_norm else {})}
 
 

@@ -66,6 +66,7 @@ def inspect_command(
         widths = [
             f"{f['kind']} {f['width']}"
             + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            + (f": {f['words']}; {f['active']} a token" if "words" in f else "")
             + (", normed" if f.get("sub_norm") else "")
             for f in row["ffn"]
         ]
