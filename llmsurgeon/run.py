@@ -493,7 +493,10 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
-    if not planned.heals and planned.recipe.gate is None:
+    # A block transformer as it starts says so little that whoever gives text should hear of it.
+    given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
+    told = planned.spec.block_transformer is not None and given is not None
+    if not planned.heals and planned.recipe.gate is None and not told:
         return Healed(planned.weights)
     healed = Healed(planned.weights)
     refits = [step for step in planned.heals if isinstance(step, RefitStep)]

@@ -178,7 +178,7 @@ FUSED = (PruneAttention(layers=(3,)), FuseFFN(runs=((2, 3),)))
         ((Block(decoder="cross_attention"), Refit()), "this one has decoder cross_attention; leave refit out"),
         (
             (PruneAttention(layers=(1,)), Block(), Refit()),
-            "layer 1 was cut or fused by an earlier step; put refit before",
+            "layer 1 was cut or fused by an earlier step",
         ),
         ((Block(), FuseFFN(runs=((0, 1),))), "fuse_ffn: the model is a block transformer already"),
         (
