@@ -547,7 +547,15 @@ def _refitted_block(
         # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
         parameter.data = parameter.data.clone()
     fit = BlockRefit(
-        texts.runner, student, planned.spec, texts.windows, held_out, step.ridges, texts.options.batch, store
+        texts.runner,
+        student,
+        planned.patient.spec,
+        planned.spec,
+        texts.windows,
+        held_out,
+        step.ridges,
+        texts.options.batch,
+        store,
     )
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
