@@ -518,6 +518,7 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
+    # Whoever gives text should hear what the cut did to it.
     given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
     if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
@@ -570,7 +571,15 @@ def _refitted_block(
         # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
         parameter.data = parameter.data.clone()
     fit = BlockRefit(
-        texts.runner, student, planned.spec, texts.windows, held_out, step.ridges, texts.options.batch, store
+        texts.runner,
+        student,
+        planned.patient.spec,
+        planned.spec,
+        texts.windows,
+        held_out,
+        step.ridges,
+        texts.options.batch,
+        store,
     )
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))

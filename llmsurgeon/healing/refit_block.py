@@ -23,7 +23,7 @@ decoder (1, or a row for each block), K places of a row.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.refit import Fit, Moments, Outlet, best_update, stored_fits
+from llmsurgeon.healing.refit import Fit, Moments, Outlet, best_update, changed, spans, stored_fits
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import ModelSpec
 
@@ -67,7 +67,7 @@ class BlockRefit:
     Args:
         parent: runner over the parent's weights.
         student: the block transformer, whole in memory; its parameters are moved in place.
-        spec: its description: decoder prefix, affine, layers that are the parent's.
+        spec: its description: decoder prefix, affine; its layers name those of the parent that they stand for.
         tokens: [S, T]; `held_out` [S] marks the sequences that only judge.
         ridges: candidates, as multiples of the mean diagonal of the Gram matrix.
         store: folder in which what was found is kept: a killed run goes on behind the refit.
@@ -77,6 +77,7 @@ class BlockRefit:
         self,
         parent: LayerRunner,
         student: Any,
+        parent_spec: ModelSpec,
         spec: ModelSpec,
         tokens: Tensor,
         held_out: Tensor,
@@ -85,7 +86,8 @@ class BlockRefit:
         store: Path,
     ) -> None:
         assert spec.block_transformer is not None
-        self.parent, self.student, self.body, self.spec = parent, student, student.model, spec
+        self.parent, self.student, self.body = parent, student, student.model
+        self.parent_spec, self.spec = parent_spec, spec
         self.halves, self.ridges, self.store, self.family = spec.block_transformer, ridges, store, parent.family
         length = self.halves.block_length
         # As the model counts by default: the first token is alone in its block.
@@ -109,19 +111,21 @@ class BlockRefit:
         from safetensors import safe_open
         from safetensors.torch import save_file
 
-        file, split = self.store / FILE, self.halves.split
+        file, split, drifted = self.store / FILE, self.halves.split, self.halves.block_length > 1
+        todo = spans(self.spec, len(self.parent_spec.blocks))
         if not file.exists():
             before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
             with torch.no_grad(), Progress("refit", len(self.spec.blocks), "layers") as progress:
                 self.p = torch.cat([self.parent.embed(self.tokens[part]).cpu() for part, _ in self.parts])
                 x = self._embed_blocks()
                 for index in range(split):
-                    # Blocks of one token are the parent's own tokens: nothing is amiss.
-                    x = self._layer(index, x, self._block_ends, slice(1, None), self.halves.block_length > 1)
+                    # Blocks of one token are the parent's own tokens: nothing is amiss but what was cut.
+                    drifted = drifted or changed(self.spec.blocks[index], todo[index], self.parent_spec)
+                    x = self._layer(index, todo[index], x, self._block_ends, slice(1, None), drifted)
                     progress.advance()
                 x = self._between(x)
                 for index in range(split, len(self.spec.blocks)):
-                    x = self._layer(index, x, self._said, slice(self.halves.lead - 1, None), True)
+                    x = self._layer(index, todo[index], x, self._said, slice(self.halves.lead - 1, None), True)
                     progress.advance()
             after = self.student.state_dict()
             moved = [name for name in before if not torch.equal(after[name], before[name])]
@@ -192,18 +196,33 @@ class BlockRefit:
             entering.append(torch.cat([prefix, tokens], 2))
         return torch.cat(entering)
 
-    def _layer(self, index: int, x: Tensor, of_parent: Any, places: slice, fit: bool) -> Tensor:
-        """Take the parent's stream and the student's, x [S, R, K, D], through a layer, which is fitted on the way."""
-        attended = torch.empty_like(self.p)
-        parent = self.spec.blocks[index].parents[0]
-        with self.parent.loaded(parent):
-            for part, _ in self.parts:
-                entered = self.p[part].to(self.parent.device)
-                middle = entered + self.parent.attend(parent, entered)
-                attended[part] = middle.cpu()
-                self.p[part] = (middle + self.parent.feed_forward(parent, middle)).cpu()
-        x = self._half(index, "attention", x, of_parent(attended) if fit else None, places)
-        return self._half(index, "ffn", x, of_parent(self.p) if fit else None, places)
+    def _walk_parent(self, span: Iterable[int], own: int) -> Tensor:
+        """Take the parent's stream over a span of layers. Returns it behind the attention of `own`, [S, T, D]."""
+        kept = self.p
+        for layer in span:
+            attended = torch.empty_like(self.p)
+            with self.parent.loaded(layer):
+                for part, _ in self.parts:
+                    entered = self.p[part].to(self.parent.device)
+                    attention = self.parent.attend(layer, entered)
+                    middle = entered if attention is None else entered + attention
+                    ffn = self.parent.feed_forward(layer, middle)
+                    attended[part] = middle.cpu()
+                    self.p[part] = (middle if ffn is None else middle + ffn).cpu()
+            kept = attended if layer == own else kept
+        return kept
+
+    def _layer(self, index: int, span: tuple[int, ...], x: Tensor, of_parent: Any, places: slice, fit: bool) -> Tensor:
+        """Take the parent's stream over a span and the student's, x [S, R, K, D], through the layer that stands for it,
+        which is fitted on the way."""
+        block = self.spec.blocks[index]
+        attended = self._walk_parent(span, block.parents[0])
+        if block.attention is not None:
+            wanted = attended if block.ffn is not None else self.p
+            x = self._half(index, "attention", x, of_parent(wanted) if fit else None, places)
+        if block.ffn is not None:
+            x = self._half(index, "ffn", x, of_parent(self.p) if fit else None, places)
+        return x
 
     def _half(
         self, index: int, which: Literal["attention", "ffn"], x: Tensor, wanted: Tensor | None, places: slice

@@ -59,8 +59,8 @@ class Refit(Step):
                 f"{has}; leave refit out (--no-refit), and train it with distill"
             )
         for block in subject.spec.blocks:
-            if len(block.parents) > 1 or block.branches or block.attention is None or block.ffn is None:
+            if block.branches:
                 raise subject.refuse(
-                    f"refit: behind block it holds each layer against the parent's, and layer {block.parents[0]} was "
-                    "cut or fused by an earlier step; put refit before block, and train with distill behind it"
+                    f"refit: behind block it fits layers one after the other, and the layers {block.parents[0]} to "
+                    f"{block.parents[-1]} run side by side; leave refit out, or the step that joined them"
                 )

@@ -55,6 +55,26 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa
     assert code == 0, err
 
 
+def test_text_that_is_given_is_measured_on(run, folder):  # noqa: F811
+    """Though neither refit nor training asks for it; and what the refit did is in the report."""
+    code, out, err = run("block", "parent", "-o", "out", "--no-refit", *TEXT, "--json")
+    assert code == 0, err
+    paper = json.loads(out)
+    assert [s["op"] for s in paper["steps"]] == ["block"] and paper["evaluation"]["perplexity_ratio"] > 0
+    code, out, err = run("block", "parent", "-o", "fitted", *TEXT, "--json")
+    assert code == 0, err
+    assert [s["op"] for s in json.loads(out)["steps"]] == ["block", "refit"]
+    fits = json.loads((folder / "fitted" / "surgery.json").read_text())["refit"]
+    assert {"context_expansion", "token_projection"} < {fit["projection"] for fit in fits}
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("out", "fitted"))
+    assert before.keys() == after.keys() and run("verify", "fitted")[0] == 0
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved > {"model.context_expansion.weight", "model.token_projection.bias"}
+    assert all("model.layers" not in name or name.endswith(("o_proj.weight", "down_proj.weight")) for name in moved)
+    assert run("block", "parent", "-o", "bare", "--no-refit", "--json")[0] == 0
+    assert json.loads((folder / "bare" / "surgery.json").read_text())["evaluation"] is None
+
+
 def test_streaming_is_in_memory(run, folder):  # noqa: F811
     for number, flags in enumerate(
         ({"decoder": "cross_attention", "prefix_length": 1}, {"embedder": "concat", "decoder": "summation"})
@@ -93,7 +113,8 @@ def test_a_dry_run_counts_what_is_multiplied(run, folder):  # noqa: F811
     assert code == 0 and not (folder / "parent-block-4").exists()
     report = json.loads(out)
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 96
-    # Of 4 tokens: three layers, embedder and expansion once; three layers at 2 + 3 positions, a map at 3; the head at each.
+    # Of 4 tokens: three layers, embedder and expansion once; three layers at 2 + 3 positions, a map at the last three;
+    # the head at each.
     assert report["after"]["flops_per_token"] == 2 * (
         64 * 32 + (3 * layer + 4 * 32 * 32 + 2 * 32 * 32 + 3 * layer * 5 + 32 * 32 * 3) // 4
     )
@@ -108,9 +129,8 @@ def test_training_heal_and_gate(run, folder):  # noqa: F811
     code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--minutes", 5, *sets, *TEXT, "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert [s["op"] for s in report["steps"]] == ["block", "refit", "distill"] and report["evaluation"][
-        "perplexity_ratio"
-    ] > 1
+    assert [s["op"] for s in report["steps"]] == ["block", "refit", "distill"]
+    assert report["evaluation"]["kl"] > 0
     log = [json.loads(line) for line in (folder / "out" / "loss.jsonl").read_text().splitlines()]
     assert [set(line) & {"cross_entropy", "kl", "hidden"} for line in log if "loss" in line] == 12 * [{"cross_entropy"}]
     (folder / "more.yaml").write_text(

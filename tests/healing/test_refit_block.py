@@ -13,7 +13,11 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.healing.refit_block import BlockRefit, affine_map
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.refit import Refit
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": False}, "qwen3": {}}
@@ -23,15 +27,17 @@ def ids(rows=40, length=26, seed=1):
     return torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def fitted(store, parent, step, tokens, ridges=(1e-4, 1e-2, 1.0), batch=7):
+def fitted(store, parent, steps, tokens, ridges=(1e-4, 1e-2, 1.0), batch=7):
     """(the student as it starts, the refit, the student behind it, names of what it changed)."""
-    start, *_ = operate(parent, step)
-    student, _, spec = operate(parent, step)
+    steps = steps if isinstance(steps, tuple) else (steps,)
+    start, *_ = operate(parent, *steps)
+    student, _, spec = operate(parent, *steps)
     for parameter in student.parameters():
         parameter.data = parameter.data.clone()
-    runner = LayerRunner(normalised(parent.config.to_dict()), subject_of(parent)[1], torch.float32)
+    subject, weights, _ = subject_of(parent)
+    runner = LayerRunner(normalised(parent.config.to_dict()), weights, torch.float32)
     held_out = torch.arange(len(tokens)) % 8 == 3
-    work = BlockRefit(runner, student, spec, tokens, held_out, ridges, batch, store)
+    work = BlockRefit(runner, student, subject.spec, spec, tokens, held_out, ridges, batch, store)
     return start, work, student, work.run()
 
 
@@ -41,14 +47,18 @@ def states(parent, tokens):
 
 
 @torch.no_grad()
+def states_in_front_of_the_norm(parent, tokens):
+    seen = []
+    hook = parent.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    parent(input_ids=tokens, use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
+@torch.no_grad()
 def away(parent, student, tokens, length):
     """Mean squared distance of the two models' last streams, in front of the final norm, second block left out."""
-    seen = []
-    for model in (parent, student):
-        hook = model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-        model(input_ids=tokens, use_cache=False)
-        hook.remove()
-    theirs, mine = seen
+    theirs, mine = (states_in_front_of_the_norm(model, tokens) for model in (parent, student))
     return (theirs - mine)[:, 1 + length :].square().mean().item()
 
 
@@ -170,6 +180,30 @@ def test_projections_are_fitted_to_the_parent_s_stream(tmp_path, layer, part):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        (PruneBlocks(layers=(1, 4)),),
+        (PruneAttention(layers=(2,)), FuseFFN(runs=((1, 2),))),
+        (PruneAttention(layers=(1, 4)), PruneFFN(layers=(5,))),
+        (PruneKVHeads(layers=(0, 4), kv_heads=1),),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [1, 2])
+def test_layers_that_were_cut_are_held_against_what_they_stand_for(tmp_path, cuts, length):
+    parent = tiny_model("llama")
+    start, work, student, changed = fitted(tmp_path, parent, (*cuts, Block(block_length=length, split=3)), ids(64))
+    # The parent went through all of its layers.
+    torch.testing.assert_close(work.p, states_in_front_of_the_norm(parent, work.tokens), atol=1e-5, rtol=1e-5)
+    layers = {name for name in changed if ".layers." in name}
+    assert any(int(name.split(".")[2]) < student.model.split for name in layers)
+    fresh = ids(16, seed=9)
+    found = away(parent, student, fresh, length)
+    student.load_state_dict({name: start.state_dict()[name] for name in layers}, strict=False)
+    assert found < away(parent, student, fresh, length)
+
+
 def test_a_killed_run_takes_what_was_stored(tmp_path):
     parent, tokens = tiny_model("llama"), ids(32)
     *_, changed = fitted(tmp_path, parent, Block(block_length=2), tokens)
@@ -186,8 +220,7 @@ def test_bad_input():
     for steps, message in (
         ((Block(affine=False),), "this one has affine: false"),
         ((Block(decoder="summation"),), "this one has decoder summation"),
-        ((PruneAttention(layers=(4,)), Block()), "layer 4 was cut or fused by an earlier step"),
-        ((PruneAttention(layers=(2,)), FuseFFN(runs=((1, 2),)), Block()), "was cut or fused by an earlier step"),
+        ((ParallelBlocks(windows=((1, 2),)), Block(split=3)), "the layers 1 to 2 run side by side"),
     ):
         subject, _, _ = subject_of(parent)
         for step in steps:

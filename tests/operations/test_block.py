@@ -176,10 +176,6 @@ FUSED = (PruneAttention(layers=(3,)), FuseFFN(runs=((2, 3),)))
         ((Block(), PruneAttention(layers=(1,))), "prune_attention: the model is a block transformer already"),
         ((Block(affine=False), Refit()), "this one has affine: false; leave refit out"),
         ((Block(decoder="cross_attention"), Refit()), "this one has decoder cross_attention; leave refit out"),
-        (
-            (PruneAttention(layers=(1,)), Block(), Refit()),
-            "layer 1 was cut or fused by an earlier step; put refit before",
-        ),
         ((Block(), FuseFFN(runs=((0, 1),))), "fuse_ffn: the model is a block transformer already"),
         (
             (*FUSED, Block(split=3)),
