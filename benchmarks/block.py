@@ -4,7 +4,7 @@
     python benchmarks/block.py MODEL --block-lengths 1 4 --batches 1 32 --contexts 1024 --json
 
 MODEL is a folder or hub id, of which config.json is enough: weights are random, as speed does not hang on them. The
-block model has the parent's layers, half of them over blocks, and beside them one more embedding table and three
+block model has the parent's layers, half of them over blocks, and beside them one more embedding table and four
 matrices. Prefill is of one sequence; for decoding its keys and values are repeated over the batch. Both models keep
 keys and values in buffers with room to grow: transformers' own cache copies all of it for each token, which would slow
 the parent most. Rounds are interleaved, and each is of 8 steps, whole blocks for every block length; medians count.
@@ -65,9 +65,10 @@ class Side:
         return every[:split], every[split:]
 
     def weights(self) -> dict[str, int]:
-        """Numbers that are multiplied, by what for: over blocks, within one, once a block, at each token."""
+        """Numbers that are multiplied, by what for: over blocks, within one, once a block, at each token that the token
+        decoder reads, at each token."""
         over, _ = self.layers()
-        found = dict.fromkeys(("over", "within", "block", "token"), 0)
+        found = dict.fromkeys(("over", "within", "block", "read", "token"), 0)
         tables = ("embed_tokens.weight",)
         tied = self.model.config.tie_word_embeddings
         for name, parameter in self.model.named_parameters():
@@ -75,6 +76,8 @@ class Side:
                 continue
             if ".layers." in name:
                 found["over" if int(name.split(".layers.")[1].split(".")[0]) in over else "within"] += parameter.numel()
+            elif "token_projection" in name:
+                found["read"] += parameter.numel()
             elif not name.endswith(tables):
                 found["token" if name.startswith("lm_head") else "block"] += parameter.numel()
             elif tied and "block_embedder" not in name:
@@ -91,6 +94,7 @@ class Side:
         )
         once = 2 * (weights["over"] + weights["block"]) + over * context / self.length
         inside = positions * 2 * weights["within"] + within * sum(range(1, positions + 1))
+        inside += 2 * weights["read"] * (halves.embedded if halves else 0)
         return (once + inside) / self.length + 2 * weights["token"]
 
     def bytes_per_token(self, context: int, batch: int) -> float:
@@ -101,6 +105,7 @@ class Side:
             sum(a.kv_width for i in layers for a in self.spec.blocks[i].attentions) for layers in self.layers()
         )
         passes = (weights["over"] + weights["block"]) / self.length + weights["within"] + weights["token"]
+        passes += weights["read"] * (halves.embedded if halves else 0) / self.length
         read = over * context / self.length / self.length + within * positions / 2
         return self.bytes_per_number * (passes / batch + read)
 

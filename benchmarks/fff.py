@@ -6,6 +6,10 @@
 Every token has an input of its own and takes its own path; all weights are there. Dense is the fastest of torch's ways
 (linear on rows or on their transpose) in each dtype. Runs are interleaved: dense and trees take turns, medians count.
 `fastfeedforward` (PyPI) is measured where it is installed: its leaf form, leaves of one neuron, as many decisions.
+
+    python benchmarks/fff.py --models DENSE TREE --batches 1 16 --length 128
+
+times whole models instead: tokens/s of a converted one beside the dense one that it was made from, in turn.
 """
 
 from __future__ import annotations
@@ -44,8 +48,17 @@ def main() -> None:
         default="wall",
         help="cpu: the thread's own time, for one thread on a busy machine",
     )
+    parser.add_argument("--models", nargs=2, metavar=("DENSE", "TREE"), help="whole models; batches are then sequences")
+    parser.add_argument("--length", type=int, default=128, help="tokens in a sequence, with --models")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each of the models runs, with --models")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --models")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    if arguments.models:
+        if arguments.clock == "cpu":
+            parser.error("--clock is for single layers; whole models are timed by the wall")
+        whole_models(arguments)
+        return
     if arguments.clock == "cpu" and arguments.threads != [1]:
         parser.error("--clock cpu counts one thread: give --threads 1")
     rows = []
@@ -57,6 +70,32 @@ def main() -> None:
             print(json.dumps(rows[-1]) if arguments.json else line(rows[-1]), flush=True)
     if not arguments.json:
         print(f"microseconds a token, medians; {platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}")
+
+
+def whole_models(arguments: argparse.Namespace) -> None:
+    """Print tokens/s of both models for each number of threads and sequences."""
+    from llmsurgeon.evaluation.latency import benchmark
+    from llmsurgeon.formats.loading import load_model
+
+    dense, tree = (load_model(name, dtype=getattr(torch, arguments.dtype)) for name in arguments.models)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for batch in arguments.batches:
+            found = benchmark(tree, dense, batch=batch, prompt=arguments.length, new_tokens=1, rounds=arguments.rounds)
+            assert found.parent is not None and found.prefill_speedup is not None
+            speeds = [s.prefill_tokens_per_second.median for s in (found.parent, found.model)]
+            gain = found.prefill_speedup
+            row = {"threads": threads, "batch": batch, "dense": round(speeds[0]), "tree": round(speeds[1])}
+            row |= {"speedup": round(gain.median, 3), "quartiles": [gain.lower_quartile, gain.upper_quartile]}
+            if arguments.json:
+                print(json.dumps(row), flush=True)
+                continue
+            print(
+                f"threads {threads} batch {batch:>3} of {arguments.length} tokens: dense {speeds[0]:,.0f} tokens/s, "
+                f"trees {speeds[1]:,.0f} ({gain.median:.2f}x, "
+                f"quartiles {gain.lower_quartile:.2f} to {gain.upper_quartile:.2f})",
+                flush=True,
+            )
 
 
 def dense_ways(arguments: argparse.Namespace) -> dict[str, Way]:

@@ -1,11 +1,13 @@
-"""Quality against the share of FFN multiplications that is left, without training.
+"""Quality against the share of FFN multiplications that is left: after the refit, and after distillation.
 
     python benchmarks/fff_quality.py MODEL --text calibration.txt --unseen other.txt --out curve.json --plot curve.png
+    python benchmarks/fff_quality.py MODEL ... --uniform --distill-minutes 3      # one shape for all layers; two curves
 
-The trees are grown once, on the calibration text; each share then takes shapes, rows and a refit of its own.
-Encoders are judged by sentence embeddings (mean-pooled, on sentences of the unseen texts): cosine to the parent's, and
-rank correlation of the sentence pairs' similarities. Decoders by perplexity on windows of the unseen texts. One more
-point shows what a single deep tree of the layer's own neurons does (UltraFastBERT's shape, made without training).
+Where layers choose their shapes, trees are grown once, on the calibration text; each share then takes shapes, rows and
+a refit of its own. Encoders are judged by sentence embeddings (mean-pooled, on sentences of the unseen texts): cosine
+to the parent's, and rank correlation of the sentence pairs' similarities. Decoders by perplexity on windows of the
+unseen texts. One more point shows what a single deep tree of the layer's own neurons does (UltraFastBERT's shape, made
+without training).
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from llmsurgeon import recipe, run  # noqa: E402
 from llmsurgeon.analysis.calibration import calibration_tokens  # noqa: E402
 from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
+from llmsurgeon.heal import heal  # noqa: E402
 
 
 def main() -> None:
@@ -36,47 +39,66 @@ def main() -> None:
     parser.add_argument("--unseen", nargs="+", required=True, help="texts to judge on")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.75, 0.5, 0.25, 0.1])
     parser.add_argument("--depth", type=int, default=4, help="deepest tree to choose from")
+    parser.add_argument("--uniform", action="store_true", help="one shape of --depth for all layers, by counting")
     parser.add_argument("--shared-part", type=float, default=0.25)
     parser.add_argument("--deep", type=int, default=10, help="depth of the single tree; 0 leaves it out")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--sequence-length", type=int, default=48)
     parser.add_argument("--sentences", action="store_true", help="encoders: calibrate on sentences, not on windows")
+    parser.add_argument("--judge-tokens", type=int, default=16384, help="decoders: tokens of each unseen text")
+    parser.add_argument("--distill-minutes", type=float, help="distil each share for so long, too")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="of the distillation: batch=16 ...")
     parser.add_argument("--out", required=True)
     parser.add_argument("--plot")
     arguments = parser.parse_args()
     patient = run.open_patient(arguments.model)
-    judge = Sentences(arguments) if patient.family.encoder else Windows(arguments)
-    rows = [{"keep": 1.0, **judge(arguments.model)}]
+    judge = Sentences(arguments) if patient.family.encoder else Windows(arguments, arguments.judge_tokens)
+    rows = [{"keep": 1.0, "how": "parent", **judge(arguments.model)}]
     print(json.dumps(rows[-1]), flush=True)
-    steps = [
-        f"{{op: fff, keep: {k}, depth: {arguments.depth}, shared_part: {arguments.shared_part}}}"
-        for k in arguments.keep
-    ]
+    steps = [step_of(arguments, patient, keep) for keep in arguments.keep]
     if arguments.deep:
         steps.append(f"{{op: fff, form: node, depth: {arguments.deep}, trees: 1}}")
-    grown: dict[str, object] = {}
-    compute = run.compute_scores
-
-    def once(needed, runner, tokens, recipe_steps, *rest):  # type: ignore[no-untyped-def]
-        form = recipe_steps[0].form
-        if form not in grown:
-            grown[form] = compute(needed, runner, tokens, recipe_steps, *rest)
-        return grown[form]
-
-    run.compute_scores = once
+    grow_once()
     for step, keep in zip(steps, [*arguments.keep, None], strict=False):
-        begin = time.monotonic()
-        rows.append({"keep": keep, "step": step, **converted(arguments, step, judge)})
-        rows[-1]["seconds"] = round(time.monotonic() - begin)
-        print(json.dumps(rows[-1]), flush=True)
-        Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
+        for row in converted(arguments, step, judge, distil=bool(keep and arguments.distill_minutes)):
+            rows.append({"keep": keep, "step": step, **row})
+            print(json.dumps(rows[-1]), flush=True)
+            Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
     if arguments.plot:
         plot(rows, arguments.plot)
 
 
-def converted(arguments: argparse.Namespace, step: str, judge) -> dict[str, float]:  # type: ignore[no-untyped-def]
-    """Convert with one step and a refit, and judge the result."""
-    text = f"""
+def step_of(arguments: argparse.Namespace, patient: run.Patient, keep: float) -> str:
+    """The step that leaves this share of the FFN multiplications."""
+    if not arguments.uniform:
+        return f"{{op: fff, keep: {keep}, depth: {arguments.depth}, shared_part: {arguments.shared_part}}}"
+    ffn = patient.spec.blocks[0].ffn
+    assert ffn
+    rows = 3 if len(patient.family.ffn_in) * patient.family.ffn_stacked == 2 else 2
+    neurons = int(keep * ffn.width - arguments.depth / rows)
+    shared = int(neurons * arguments.shared_part)
+    return f"{{op: fff, depth: {arguments.depth}, leaf_width: {neurons - shared}, shared: {shared}}}"
+
+
+def grow_once() -> None:
+    """Steps that choose their shapes from the same trees share them."""
+    grown: dict[str, object] = {}
+    compute = run.compute_scores
+
+    def once(needed, runner, tokens, recipe_steps, *rest):  # type: ignore[no-untyped-def]
+        step = recipe_steps[0]
+        key = step.form if step.keep else str(step)
+        if key not in grown:
+            grown[key] = compute(needed, runner, tokens, recipe_steps, *rest)
+        return grown[key]
+
+    run.compute_scores = once
+
+
+def converted(arguments: argparse.Namespace, step: str, judge, distil: bool):  # type: ignore[no-untyped-def]
+    """Convert with one step and a refit, and judge the result; then distil that, and judge again."""
+    begin = time.monotonic()
+    head = f"""
 version: 1
 calibration:
   text: {arguments.text}
@@ -84,17 +106,26 @@ calibration:
   sequence_length: {arguments.sequence_length}
   sentences: {str(arguments.sentences).lower()}
 steps:
-  - {step}
-  - {{op: refit, ridge: [0.003, 0.01, 0.03, 0.1]}}
 """
+    fit = f"  - {step}\n  - {{op: refit, ridge: [0.003, 0.01, 0.03, 0.1]}}\n"
     with tempfile.TemporaryDirectory() as folder:
-        outcome = run.run(recipe.loads(text), arguments.model, f"{folder}/out", run.Options())
+        outcome = run.run(recipe.loads(head + fit), arguments.model, f"{folder}/refit", run.Options())
         planned = outcome.planned
-        return {
+        costs = {
             "parameters": planned.after.parameters / planned.before.parameters,
             "multiplications": planned.after.flops_per_token / planned.before.flops_per_token,
-            **judge(f"{folder}/out"),
         }
+        seconds = round(time.monotonic() - begin)
+        yield {"how": "refit", **costs, **judge(f"{folder}/refit"), "seconds": seconds}
+        if not distil:
+            return
+        sets = [f"distill.{each}" for each in (f"minutes={arguments.distill_minutes}", *arguments.sets)]
+        training = recipe.loads(head + "  - {op: distill}\n", overrides=sets)
+        healed = heal(f"{folder}/refit", arguments.model, training, f"{folder}/healed", run.Options())
+        assert healed is not None
+        (made,) = healed.trainings
+        trained = {"tokens trained on": made.tokens, "seconds": round(made.seconds)}
+        yield {"how": "distilled", **costs, **judge(f"{folder}/healed"), **trained}
 
 
 class Sentences:
@@ -165,24 +196,28 @@ def rank_correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def plot(rows: list[dict], file: str) -> None:  # type: ignore[type-arg]
-    """One curve for each measure."""
+    """One curve for each measure, with the refit alone and, dashed, after distillation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     measures = [key for key in rows[0] if ": " in key]
-    curve = sorted((row for row in rows if row["keep"] is not None), key=lambda row: row["keep"])
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    for measure in measures:
-        axes.plot([100 * row["keep"] for row in curve], [row[measure] for row in curve], marker="o", label=measure)
+    for place, measure in enumerate(measures):
+        for how, line in (("refit", "-"), ("distilled", "--")):
+            curve = [row for row in rows if row["keep"] is not None and row["how"] in ("parent", how)]
+            curve.sort(key=lambda row: row["keep"])
+            if len(curve) > 1:
+                shares, values = [100 * row["keep"] for row in curve], [row[measure] for row in curve]
+                axes.plot(shares, values, line, marker="o", color=f"C{place}", label=f"{measure}, {how}")
     axes.set_xlabel("% of the FFN multiplications left")
     if any("perplexity" in measure for measure in measures):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small")
     figure.tight_layout()
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def _quality(evaluation: dict[str, Any]) -> list[str]:
         return [
             f"| perplexity | {evaluation['parent_perplexity']:.2f} | {evaluation['perplexity']:.2f} |",
             f"| KL to the parent, nats a token | 0 | {evaluation['kl']:.3f} |",
-            f"| same most likely token | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
+            f"| top-1 agreement | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
         ]
     rows = [
         f"| cosine of the last hidden states to the parent's | 1 | {evaluation['hidden_cosine']:.4f} |",
@@ -142,6 +142,6 @@ def _quality(evaluation: dict[str, Any]) -> list[str]:
     if evaluation["masked_kl"] is not None:
         rows += [
             f"| KL to the parent at masked tokens, nats | 0 | {evaluation['masked_kl']:.3f} |",
-            f"| same most likely token at masked tokens | 100 % | {100 * evaluation['masked_top1_agreement']:.1f} % |",
+            f"| top-1 agreement at masked tokens | 100 % | {100 * evaluation['masked_top1_agreement']:.1f} % |",
         ]
     return rows

@@ -62,6 +62,7 @@ def heal(
         raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
     recipe = recipe.model_copy(update={"steps": steps})
     check_recipe(whole, recipe)
+    recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
     sources = (wounded.checkpoint.path, whole.checkpoint.path)
     Stage.check(out, overwrite=options.overwrite, sources=sources)
     planned = plan_healing(wounded, whole, recipe)

@@ -51,7 +51,7 @@ class Calibration(_Part):
     sequence_length: int = Field(default=512, gt=1, description="tokens in a window")
     sentences: bool = Field(
         default=False,
-        description="of text or dataset: a window is one sentence, as what sentence encoders read; for fff and refit",
+        description="of text or dataset: a window is one sentence, as sentence encoders read; for fff, refit, distill",
     )
     seed: int = Field(default=0, ge=0, description="seed of sampling and shuffling")
 

@@ -37,6 +37,7 @@ from llmsurgeon.healing.curve import html_curves
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.healing.distill import Case, Distilled, distill
 from llmsurgeon.healing.refit import Fit, Refit, RefitOptions, overlay
+from llmsurgeon.healing.refit_block import BlockRefit
 from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
 from llmsurgeon.healing.ternary import summary as ternary_summary
 from llmsurgeon.healing.training import several
@@ -207,7 +208,7 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
         others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
         if not patient.family.encoder or others:
             raise SurgeryError(
-                f"{patient.name}: calibration.sentences is for encoders, with steps that need no scores, fff and refit"
+                f"{patient.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"
                 + (f"; here {', '.join(sorted(others))} would be measured on padding, too" if others else "")
             )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
@@ -517,6 +518,7 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
+    # Whoever gives text should hear what the cut did to it.
     given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
     if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
@@ -544,6 +546,8 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    if planned.spec.block_transformer:
+        return _refitted_block(healed, step, planned, texts, held_out, store)
     student = texts.walker(normalised(planned.written.student), healed.weights)
     fit = Refit(
         texts.runner,
@@ -553,6 +557,28 @@ def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, h
         texts.windows,
         held_out,
         RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch),
+        store,
+    )
+    weights = overlay(healed.weights, fit.run())
+    return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
+
+
+def _refitted_block(
+    healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path
+) -> Healed:
+    student = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
+    for parameter in student.parameters():
+        # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
+        parameter.data = parameter.data.clone()
+    fit = BlockRefit(
+        texts.runner,
+        student,
+        planned.patient.spec,
+        planned.spec,
+        texts.windows,
+        held_out,
+        step.ridges,
+        texts.options.batch,
         store,
     )
     weights = overlay(healed.weights, fit.run())

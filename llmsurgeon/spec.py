@@ -123,6 +123,13 @@ class FFFSpec(FFNSpec):
         return self.shared + self.leaf_width if self.form == "leaf" else self.trees * (self.depth + 1)
 
     @property
+    def words(self) -> str:
+        """The trees' shape for people."""
+        if self.form == "node":
+            return f"{self.trees} trees of depth {self.depth}"
+        return f"depth {self.depth}, {2**self.depth} leaves of {self.leaf_width} neurons, {self.shared} shared"
+
+    @property
     def rows(self) -> int:
         """Weight rows of the model's width that a token multiplies; a dense FFN of n neurons has 2 n, gated 3 n."""
         return self.active * (3 if self.gated else 2) + (self.depth if self.form == "leaf" else 0)
@@ -187,6 +194,7 @@ class BlockTransformerSpec:
         whole embeddings and projects them to one.
     decoder: how the token decoder reads a block's context: as `prefix_length` tokens before its own, as a summand on
         each, or by cross-attention to `prefix_length` vectors.
+    affine: the expansion of the context has a bias, and the token decoder reads embeddings through an affine map.
     """
 
     block_length: int
@@ -194,6 +202,7 @@ class BlockTransformerSpec:
     embedder: Literal["concat", "projected"] = "projected"
     decoder: Literal["prefix", "summation", "cross_attention"] = "prefix"
     prefix_length: int = 2
+    affine: bool = False
 
     @property
     def lead(self) -> int:
@@ -204,6 +213,11 @@ class BlockTransformerSpec:
     def positions(self) -> int:
         """Positions of the token decoder for one block: what its cache holds at most."""
         return self.lead + self.block_length - 1
+
+    @property
+    def embedded(self) -> int:
+        """Positions of the token decoder, of those, that begin as a token's embedding."""
+        return self.positions - (self.prefix_length if self.decoder == "prefix" else 0)
 
     @property
     def contexts(self) -> int:
@@ -357,6 +371,8 @@ def from_block_transformer(config: Mapping[str, Any], layers: int, hidden: int) 
         sizes = (spec.block_length, spec.split, spec.prefix_length)
         if not all(type(size) is int for size in sizes):
             raise TypeError(f"sizes {sizes}")
+        if type(spec.affine) is not bool:
+            raise TypeError(f"affine {spec.affine!r}")
     except TypeError as error:
         raise SurgeryError(f"config.json: block_transformer cannot be read: {error}") from error
     check_block_transformer(spec, layers, hidden)

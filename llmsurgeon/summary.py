@@ -72,7 +72,8 @@ def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[
     """What a block transformer multiplies for each token, on average over a block, of `all_of_them`.
 
     Block decoder, embedder and expansion work once a block; the token decoder at each of its positions, of which there
-    are more than tokens where the context is a prefix; the block embedding is looked up.
+    are more than tokens where the context is a prefix; the map of embeddings at those that are tokens; the block
+    embedding is looked up.
     """
     halves = spec.block_transformer
     assert halves
@@ -83,8 +84,10 @@ def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[
     over_blocks = sum(size for name, size in sizes.items() if name.startswith(once))
     in_block = sum(size for name, size in sizes.items() if name.startswith(within))
     table = sizes[f"{body}.block_embedder.embed_tokens.weight"]
-    rest = all_of_them - over_blocks - in_block - table
-    return rest + round((over_blocks + in_block * halves.positions) / halves.block_length)
+    of_token = sizes.get(f"{body}.token_projection.weight", 0)
+    rest = all_of_them - over_blocks - in_block - table - of_token
+    in_block_work = in_block * halves.positions + of_token * halves.embedded
+    return rest + round((over_blocks + in_block_work) / halves.block_length)
 
 
 def _ffns(block: BlockSpec) -> int:
@@ -122,7 +125,11 @@ def _attention_row(attention: AttentionSpec) -> dict[str, Any]:
 def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
     if isinstance(ffn, MoESpec):
         return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
-    kind = "fff" if isinstance(ffn, FFFSpec) else "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
+    if isinstance(ffn, FFFSpec):
+        names = ("leaf_width", "shared") if ffn.form == "leaf" else ("trees",)
+        shape = {name: getattr(ffn, name) for name in ("form", "depth", *names, "active")}
+        return {"kind": "fff", "width": ffn.width, **shape, "words": ffn.words}
+    kind = "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
     return {"kind": kind, "width": ffn.width, **({"sub_norm": True} if ffn.sub_norm else {})}
 
 

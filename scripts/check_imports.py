@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
     # Refitting and what the parent says come from layer-major walks; distillation reads and samples text as calibration
     # does, is judged as evaluation judges, shows its curves as reports do, and takes its step's settings as they are.
     "healing": TOOLS
-    | {"analysis.walk", "analysis.calibration", "analysis.self_text", "analysis.report"}
+    | {"analysis.walk", "analysis.calibration", "analysis.self_text", "analysis.charts"}
     | {"formats.models", "evaluation.evaluate", "operations.distill"},
     "formats": TOOLS,
     "evaluation": TOOLS,

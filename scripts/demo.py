@@ -66,7 +66,7 @@ def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, 
     low, high = evaluation["perplexity_ratio_interval"]
     shown.add_row("perplexity ratio", "1", f"{evaluation['perplexity_ratio']:.3f} ({low:.3f} to {high:.3f})")
     shown.add_row("KL to the parent, nats a token", "0", f"{evaluation['kl']:.3f}")
-    shown.add_row("same most likely token", "100 %", f"{100 * evaluation['top1_agreement']:.1f} %")
+    shown.add_row("top-1 agreement", "100 %", f"{100 * evaluation['top1_agreement']:.1f} %")
     for part in ("prefill", "decode"):
         shown.add_row(f"{part} speed, ratio", "1", f"{bench[part + '_speedup']['median']:.2f}")
     Console().print(shown)

@@ -324,13 +324,25 @@ def _sentences(text: str, tokenizer: PreTrainedTokenizerBase, count: int, length
     """
     if tokenizer.pad_token_id is None:
         raise SurgeryError("calibration.sentences: the tokenizer has no padding token; leave it out")
-    found = (piece.strip() for piece in SENTENCE_END.split(text))
-    pieces = [piece for piece in found if len(piece) > SHORTEST_SENTENCE and piece[-1] in ".!?\"')"]
+    pieces = sentences_of(text)
     chosen = [pieces[i] for i in _spread(len(pieces), min(count, len(pieces)), seed)]
     if not chosen:
         raise SurgeryError("calibration.sentences: the text has no sentence; leave it out, or give prose")
-    rows = tokenizer(chosen, truncation=True, max_length=length, verbose=False)["input_ids"]
-    return torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows], dtype=torch.long)
+    return torch.tensor(padded(chosen, tokenizer, length), dtype=torch.long)
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of a text, without headings and other lines that do not end as sentences do."""
+    found = (piece.strip() for piece in SENTENCE_END.split(text))
+    return [piece for piece in found if len(piece) > SHORTEST_SENTENCE and piece[-1] in ".!?\"')"]
+
+
+def padded(sentences: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Each sentence's tokens, cut or filled up with padding to `length`."""
+    if not sentences:
+        return []
+    rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
+    return [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
 
 
 def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: int, seed: int) -> list[list[int]]:

@@ -21,8 +21,8 @@ from llmsurgeon.progress import Progress
 KL_STRIDE = 4
 # Rows of logits that are made at a time.
 HEAD_ROWS = 256
-# Share of the sequences on which single attentions and FFNs are removed.
-SUBLAYER_SHARE = 4
+# One sequence in so many is enough to remove single attentions and FFNs on; blocks are removed on BLOCK_TIMES as many.
+SUBLAYER_SHARE, BLOCK_TIMES = 8, 4
 
 
 @dataclass
@@ -77,14 +77,14 @@ def parts_removed(spec_layers: int, part: str) -> list[Variant]:
 def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements:
     """All scores of the unchanged model, in one walk.
 
-    The dependency matrix and similarities use all sequences; removing single attentions and FFNs a quarter of them.
+    Similarities use all sequences; what is removed in turn, which is dear, fewer: see `sequences_for`.
 
     Args:
         tokens: [S, T].
     """
     layers, sequences = len(runner.layers), len(tokens)
-    few = max(1, sequences // SUBLAYER_SHARE)
-    groups = {"block": sequences, "attention": few, "ffn": few}
+    blocks, few = sequences_for(sequences, batch)
+    groups = {"block": blocks, "attention": few, "ffn": few}
     variants = [Variant()]
     rows = [sequences]
     for part, count in groups.items():
@@ -110,6 +110,18 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
         own = slice(1 + place * layers, 1 + (place + 1) * layers)
         result.scores[f"{part}_kl"] = Score.of(torch.stack([row[: rows[own][0]] for row in divergence[own]]))
     return result
+
+
+def sequences_for(sequences: int, batch: int = 4) -> tuple[int, int]:
+    """On how many of `sequences` blocks are removed (half of them, all of eight) and single parts (an eighth, but two).
+
+    A variant's mean over some thousand tokens is sure enough to rank layers, and N(N + 1) / 2 evaluations a sequence
+    are what the analysis costs. The second number is at most `batch` or a multiple of it, and divides the first,
+    unless there are too few sequences for that.
+    """
+    few = max(min(2, sequences), sequences // SUBLAYER_SHARE)
+    few -= few % batch if few > batch else 0
+    return min(sequences, BLOCK_TIMES * few), few
 
 
 def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int], batch: int = 4) -> Tensor:

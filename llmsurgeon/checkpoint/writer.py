@@ -10,46 +10,24 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.manifest import MANIFEST, FollowingHash, file_sha256, is_plain, write_manifest
-from llmsurgeon.checkpoint.safetensors_file import encode_header
-from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, Checkpoint
-from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, rebase
-from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.checkpoint.shards import Shard, index_json, meta_weights, parse_size, plan_shards
+from llmsurgeon.checkpoint.source import INDEX
+from llmsurgeon.checkpoint.weight_file import Progress, Reporter, write_shard
+from llmsurgeon.errors import SurgeryError
 
 JOURNAL = ".journal.json"
 JOURNAL_NEW = ".journal.json.new"
 SCRATCH = ".scratch"
-COPY_STEP = 1 << 26
 MAX_HASHES = 3  # SHA-256 runs at about a third of the speed of a copy
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One weight file to be: its tensors in file order, its header, its whole size in bytes."""
-
-    file: str
-    names: tuple[str, ...]
-    header: bytes
-    size: int
-
-    @property
-    def key(self) -> str:
-        """Tells a finished file of this plan from one of another plan."""
-        return sha256(self.header).hexdigest()
 
 
 class Stage:
@@ -213,7 +191,7 @@ class Stage:
         done = {shard.file: total_sum for shard in shards if (total_sum := self._finished(shard)) is not None}
         self._drop_unplanned(set(done))
         self._check_space(total)
-        report = _Reporter(progress, total)
+        report = Reporter(progress, total)
         hashes: list[FollowingHash] = []
         try:
             for shard in shards:
@@ -223,7 +201,7 @@ class Stage:
                 while len(hashes) >= MAX_HASHES:
                     self._record(hashes.pop(0))
                 with _explained(self.path / shard.file, shard.size):
-                    hashes.append(_write_shard(self.path, shard, weights, meta, check_finite, report))
+                    hashes.append(write_shard(self.path, shard, weights, meta, check_finite, report))
             for following in hashes:
                 self._record(following)
         except BaseException:
@@ -234,7 +212,7 @@ class Stage:
             raise
         self._sums.update({file: entry["sha256"] for file, entry in self._journal["files"].items()})
         if len(shards) > 1:
-            self.write_file(INDEX, _index(shards, meta))
+            self.write_file(INDEX, index_json(shards, meta))
         self._weights_written = True
         return total
 
@@ -282,254 +260,6 @@ class Stage:
         self.committed = True
         self.close()
         return self.out
-
-
-def meta_weights(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Names, shapes and dtypes of `weights`, found without reading or computing any."""
-    root = weights.root if isinstance(weights, TransformedWeights) else weights
-    meta = root.meta() if isinstance(root, Checkpoint) else {name: tensor.to("meta") for name, tensor in root.items()}
-    made = rebase(weights, meta)
-    return {name: made[name] for name in made}
-
-
-def plan_shards(weights: Mapping[str, Tensor], meta: Mapping[str, Tensor], max_shard_bytes: int) -> list[Shard]:
-    """Which tensors go into which file: layers in order, files of about one size, at most `max_shard_bytes` of tensors.
-
-    A single tensor larger than the limit gets a file of its own.
-    """
-    sizes = {name: tensor.numel() * tensor.dtype.itemsize for name, tensor in meta.items()}
-    total = sum(sizes.values())
-    # Files of one size finish together, and hashing one can overlap with writing the next.
-    aim = total / max(1, -(-total // max_shard_bytes))
-    contents: list[list[str]] = [[]]
-    filled = 0
-    placed = 0
-    for name in file_order(weights):
-        full = filled + sizes[name] > max_shard_bytes or placed + sizes[name] / 2 > aim * len(contents)
-        if contents[-1] and full:
-            contents.append([])
-            filled = 0
-        contents[-1].append(name)
-        filled += sizes[name]
-        placed += sizes[name]
-    shards = []
-    for number, names in enumerate(contents, start=1):
-        file = WEIGHTS if len(contents) == 1 else f"model-{number:05}-of-{len(contents):05}.safetensors"
-        # Wide dtypes first keeps every tensor aligned, whatever its number of elements.
-        names.sort(key=lambda name: -meta[name].dtype.itemsize)
-        header = encode_header([(n, meta[n].dtype, tuple(meta[n].shape)) for n in names], {"format": "pt"})
-        shards.append(Shard(file, tuple(names), header, len(header) + sum(sizes[n] for n in names)))
-    return shards
-
-
-def file_order(weights: Mapping[str, Tensor]) -> list[str]:
-    """Layers in numeric order, and names that one edit computes side by side."""
-
-    def natural(name: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-    ordered: dict[str, None] = {}
-    for name in sorted(weights, key=natural):
-        group = weights.group(name) if isinstance(weights, TransformedWeights) else (name,)
-        ordered.update(dict.fromkeys((name, *group)))
-    return list(ordered)
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a plain number.
-
-    Raises:
-        SurgeryError: not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
-    if match:
-        number, prefix, binary = match.groups()
-        made = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))
-        if made > 0:
-            return made
-    raise SurgeryError(f"{size!r} is not a file size; write it like 5GB, 500MB or 2GiB")
-
-
-def _index(shards: list[Shard], meta: Mapping[str, Tensor]) -> str:
-    total = sum(tensor.numel() * tensor.dtype.itemsize for tensor in meta.values())
-    index = {
-        "metadata": {"total_parameters": sum(tensor.numel() for tensor in meta.values()), "total_size": total},
-        "weight_map": dict(sorted((name, shard.file) for shard in shards for name in shard.names)),
-    }
-    return json.dumps(index, indent=2) + "\n"
-
-
-class _Reporter:
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.done = progress, total, 0
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _write_shard(
-    folder: Path,
-    shard: Shard,
-    weights: Mapping[str, Tensor],
-    meta: Mapping[str, Tensor],
-    check_finite: bool,
-    report: _Reporter,
-) -> FollowingHash:
-    """Write one file; return the hash that follows it."""
-    path = folder / shard.file
-    with path.open("wb") as file:
-        os.truncate(file.fileno(), shard.size)
-        following = FollowingHash(path, shard.size, shard.key)
-        try:
-            out = _Output(file.fileno(), following, report)
-            out.write(shard.header)
-            for source in _steps(shard, weights):
-                if isinstance(source, _Range):
-                    out.copy(source)
-                else:
-                    _write_computed(out, source, weights, meta[source], check_finite)
-        except BaseException:
-            following.abandon()
-            raise
-    if out.at != shard.size:
-        raise AssertionError(f"{path}: wrote {out.at} bytes of {shard.size}")
-    return following
-
-
-@dataclass(frozen=True)
-class _Range:
-    path: Path
-    start: int
-    end: int
-
-
-def _steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[_Range | str]:
-    """The shard's tensors in order: names to compute and byte ranges to copy, neighbours merged."""
-    pending: _Range | None = None
-    for name in shard.names:
-        found = _location(weights, name)
-        if found and pending and found.path == pending.path and found.start == pending.end:
-            pending = _Range(found.path, pending.start, found.end)
-            continue
-        if pending:
-            yield pending
-        pending = found
-        if not found:
-            yield name
-    if pending:
-        yield pending
-
-
-def _location(weights: Mapping[str, Tensor], name: str) -> _Range | None:
-    root = weights.root if isinstance(weights, TransformedWeights) else weights
-    origin = weights.origin(name) if isinstance(weights, TransformedWeights) else name
-    if origin is None or not isinstance(root, Checkpoint):
-        return None
-    location = root.location(origin)
-    return _Range(*location) if location else None
-
-
-def _write_computed(
-    out: _Output, name: str, weights: Mapping[str, Tensor], planned: Tensor, check_finite: bool
-) -> None:
-    before = out.at
-    with closing(blocks(weights, name)) as made:
-        for block in made:
-            if block.dtype != planned.dtype or block.shape[1:] != planned.shape[1:]:
-                raise AssertionError(f"{name}: made {block.dtype} {tuple(block.shape)}, planned {planned.dtype}")
-            if check_finite:
-                raise_unless_finite(name, block)
-            raw = block.detach().cpu().contiguous().flatten().view(torch.uint8)
-            out.write(raw.numpy().data)
-    if out.at - before != planned.numel() * planned.dtype.itemsize:
-        raise AssertionError(f"{name}: wrote {out.at - before} bytes, planned {tuple(planned.shape)}")
-    if isinstance(weights, TransformedWeights) and name == weights.group(name)[-1]:
-        weights.release()
-
-
-def raise_unless_finite(name: str, tensor: Tensor) -> None:
-    """Raise SurgeryError naming `name` where `tensor` holds NaN or infinity."""
-    if not tensor.is_floating_point() or not tensor.numel():
-        return
-    low, high = (tensor.float() if tensor.dtype.itemsize == 1 else tensor).aminmax()  # passes NaN on
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise SurgeryError(
-            f"tensor {name!r}: the result holds NaN or infinity. Run `llmsurgeon verify` on the source; if it is "
-            "sound, the edit overflows the dtype"
-        )
-
-
-class _Output:
-    """A file being written from its beginning on."""
-
-    def __init__(self, fd: int, following: FollowingHash, report: _Reporter) -> None:
-        self.fd, self.following, self.report, self.at = fd, following, report, 0
-
-    def _advance(self, count: int) -> None:
-        self.at += count
-        self.following.advance(self.at)
-        self.report(count)
-
-    def write(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        while view:
-            count = os.write(self.fd, view[:COPY_STEP])
-            self._advance(count)
-            view = view[count:]
-
-    def copy(self, source: _Range) -> None:
-        fd = os.open(source.path, os.O_RDONLY)
-        try:
-            at = source.start
-            while at < source.end:
-                count = copy_bytes(fd, self.fd, at, self.at, min(COPY_STEP, source.end - at))
-                if not count:
-                    raise CheckpointError(
-                        f"{source.path}: the file became shorter while it was being read; start again"
-                    )
-                at += count
-                self._advance(count)
-        finally:
-            os.close(fd)
-
-
-UNSUPPORTED = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
-
-
-def copy_bytes(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    """Copy up to `count` bytes between open files, inside the kernel where it can. Returns the bytes copied.
-
-    Advances `target`'s own position to the end of what was copied.
-    """
-    for copy in (_copy_file_range, _sendfile, _copy_through_memory):
-        try:
-            copied = copy(source, target, source_at, target_at, count)
-        except OSError as error:
-            if error.errno not in UNSUPPORTED or copy is _copy_through_memory:
-                raise
-            continue
-        os.lseek(target, target_at + copied, os.SEEK_SET)
-        return copied
-    raise AssertionError("unreachable")
-
-
-def _copy_file_range(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        raise OSError(errno.ENOSYS, "no copy_file_range on this system")
-    return os.copy_file_range(source, target, count, source_at, target_at)
-
-
-def _sendfile(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    if not hasattr(os, "sendfile"):
-        raise OSError(errno.ENOSYS, "no sendfile on this system")
-    os.lseek(target, target_at, os.SEEK_SET)
-    return os.sendfile(target, source, source_at, count)
-
-
-def _copy_through_memory(source: int, target: int, source_at: int, target_at: int, count: int) -> int:
-    return os.pwrite(target, os.pread(source, min(count, 1 << 22), source_at), target_at)
 
 
 def _check_sources(target: Path, partial: Path, sources: tuple[Path, ...]) -> None:

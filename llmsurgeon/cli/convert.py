@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from llmsurgeon.cli import say
 from llmsurgeon.cli.options import dtype_of, short_name
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.errors import RecipeError, SurgeryError
 
 if TYPE_CHECKING:
     from llmsurgeon.recipe import Recipe
@@ -146,11 +147,11 @@ def fuse_steps(
     Example: llmsurgeon fuse --recipe ultra.yaml -o OUT; llmsurgeon fuse MODEL --drop-count 8 -o OUT.
     """
     steps: list[dict[str, Any]] = []
-    if drop_attention and drop_count:
+    if drop_attention and drop_count is not None:
         raise SurgeryError("give --drop-attention or --drop-count, not both")
     if drop_attention:
         steps.append({"op": "prune_attention", "layers": split(drop_attention)})
-    elif drop_count:
+    elif drop_count is not None:
         steps.append({"op": "prune_attention", "count": drop_count})
     chosen: Any = split(runs) if runs else "auto"
     steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
@@ -173,11 +174,11 @@ def prune_steps(
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:
             steps.append({"op": op, "layers": split(layers)})
-    if block_count:
+    if block_count is not None:
         steps.append({"op": "prune_blocks", "count": block_count})
-    if kv_heads:
+    if kv_heads is not None:
         steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
-    if width:
+    if width is not None:
         steps.append({"op": "prune_width", "width": width})
     if not steps:
         raise SurgeryError(
@@ -206,7 +207,16 @@ def built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None,
 
     from llmsurgeon.recipe import loads
 
-    return with_text(loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ()), text, dataset)
+    def named(place: re.Match[str]) -> str:
+        return f"{steps[int(place[1])]['op']}{place[2]}"
+
+    try:
+        recipe = loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ())
+    except RecipeError as error:
+        # Nobody has seen the file whose lines these are: say op.key, as --set would.
+        problems = [re.sub(r"^flags:\d+: steps\[(\d+)\]([.:])", named, problem) for problem in error.problems]
+        raise RecipeError(problems, "options") from None
+    return with_text(recipe, text, dataset)
 
 
 def with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:

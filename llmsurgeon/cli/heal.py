@@ -89,7 +89,7 @@ def print_healed(outcome: Outcome) -> None:
         console.print(
             f"held-out text: perplexity {evaluation.parent_perplexity:.2f} -> {evaluation.perplexity:.2f} "
             f"(ratio {evaluation.perplexity_ratio:.3f}), KL {evaluation.kl:.3f}, "
-            f"same top token {100 * (evaluation.top1_agreement or 0):.1f} %",
+            f"top-1 agreement {100 * (evaluation.top1_agreement or 0):.1f} %",
             highlight=False,
         )
     console.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)

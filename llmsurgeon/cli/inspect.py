@@ -66,6 +66,7 @@ def inspect_command(
         widths = [
             f"{f['kind']} {f['width']}"
             + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
+            + (f": {f['words']}; {f['active']} a token" if "words" in f else "")
             + (", normed" if f.get("sub_norm") else "")
             for f in row["ffn"]
         ]
@@ -113,7 +114,7 @@ def _model_problems(load_model: Any, folder: str) -> list[str]:
     import torch
 
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.checkpoint.writer import raise_unless_finite
+    from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 
     try:
         checkpoint = open_checkpoint(folder)

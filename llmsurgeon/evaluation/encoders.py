@@ -68,7 +68,7 @@ class EncoderEvaluation:
         line = f"cosine to the parent {self.hidden_cosine:.4f} a token, {self.pooled_cosine:.4f} pooled"
         if self.masked_kl is not None:
             same = 100 * (self.masked_top1_agreement or 0)
-            line += f"; masked tokens: KL {self.masked_kl:.3f}, same top token {same:.1f} %"
+            line += f"; masked tokens: KL {self.masked_kl:.3f}, top-1 agreement {same:.1f} %"
         return line
 
 

@@ -63,7 +63,7 @@ class Evaluation:
         """The comparison with the parent in one line."""
         return (
             f"perplexity {self.parent_perplexity:.2f} -> {self.perplexity:.2f} (ratio {self.perplexity_ratio:.3f}), "
-            f"KL {self.kl:.3f}, same top token {100 * (self.top1_agreement or 0):.1f} %"
+            f"KL {self.kl:.3f}, top-1 agreement {100 * (self.top1_agreement or 0):.1f} %"
         )
 
 

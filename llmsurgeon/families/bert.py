@@ -2,7 +2,7 @@
 
 from llmsurgeon.families.base import Family
 
-# Refusals of every family whose norms follow the residual sums, and of every encoder.
+# Refusals of every family whose norms follow the residual sums.
 POST_NORM = (
     (
         "fuse_ffn",
@@ -13,9 +13,6 @@ POST_NORM = (
         "parallel_blocks",
         "its norms follow the residual sums: what leaves a block is normed, and a sum of several such outputs is not",
     ),
-)
-NO_NEXT_TOKEN = (
-    ("distill", "it reads in both directions, and distillation goes by the next token: heal it with refit"),
 )
 
 DECODER_ONLY = "a causal or cross-attending BERT is no encoder"
@@ -54,6 +51,6 @@ BERT = Family(
     old_names=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
     tied_names=("cls.predictions.decoder.bias",),
     refused=(("is_decoder", True, DECODER_ONLY), ("add_cross_attention", True, DECODER_ONLY)),
-    unsupported=POST_NORM + NO_NEXT_TOKEN,
+    unsupported=POST_NORM,
     examples=("google-bert/bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"),
 )

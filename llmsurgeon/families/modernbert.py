@@ -1,7 +1,6 @@
 """ModernBERT: norms before the parts, gate and up stacked in one matrix, windows in two layers of three."""
 
 from llmsurgeon.families.base import Family
-from llmsurgeon.families.bert import NO_NEXT_TOKEN
 
 MODERNBERT = Family(
     model_type="modernbert",
@@ -32,6 +31,5 @@ MODERNBERT = Family(
         ("ModernBertForMultipleChoice", "AutoModelForMultipleChoice"),
     ),
     prefix="model.",
-    unsupported=NO_NEXT_TOKEN,
     examples=("answerdotai/ModernBERT-base", "nomic-ai/modernbert-embed-base"),
 )

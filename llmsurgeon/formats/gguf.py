@@ -21,8 +21,10 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.gguf_file import STRING, UINT32, Field
+from llmsurgeon.checkpoint.shards import file_order, meta_weights
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
-from llmsurgeon.checkpoint.writer import disk_trouble, file_order, meta_weights, raise_unless_finite
+from llmsurgeon.checkpoint.weight_file import raise_unless_finite
+from llmsurgeon.checkpoint.writer import disk_trouble
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
 from llmsurgeon.formats.gguf_model import Layout, lay_out, why_not

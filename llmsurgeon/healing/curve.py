@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from llmsurgeon import __version__
-from llmsurgeon.analysis.report import CSS, Scale
+from llmsurgeon.analysis.charts import CSS, Scale
 
 if TYPE_CHECKING:
     from llmsurgeon.healing.distill import Distilled
@@ -23,11 +23,15 @@ STYLE = """
 LOSSES = {
     "loss": "Loss",
     "hidden": "1 - cos of hidden states",
+    "pooled": "1 - cos of pooled states",
     "kl": "KL to the parent, training text",
+    "hardening": "Entropy of the trees' decisions",
 }
 MEASURES = {
     "kl": "KL to the parent, held-out text",
     "perplexity_ratio": "Perplexity ratio, held-out text",
+    "pooled_cosine": "Cosine of pooled states to the parent's, held-out text",
+    "hidden_cosine": "Cosine of hidden states to the parent's, held-out text",
     "value": "Loss, held-out text",
 }
 
@@ -52,6 +56,8 @@ def _sections(made: Distilled) -> list[str]:
         lines = [line for line in made.log if line.get("block") == block]
         steps = [line for line in lines if "evaluation" not in line]
         judged = training.judged
+        # The value is one of those that have a name.
+        named = {"kl", "hidden_cosine"}
         title = "" if block is None else f"Block {block}: "
         facts = {
             "Steps": f"{training.steps:,}",
@@ -65,7 +71,7 @@ def _sections(made: Distilled) -> list[str]:
         figures += [
             _figure(title + label, judged, key, judged=True)
             for key, label in MEASURES.items()
-            if judged and key in judged[0] and not (key == "value" and "kl" in judged[0])
+            if judged and key in judged[0] and not (key == "value" and named & judged[0].keys())
         ]
         found.append(f"<section><dl>{items}</dl></section>\n" + "\n".join(figures))
         if training.phases:

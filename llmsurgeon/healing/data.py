@@ -18,7 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmsurgeon.analysis.calibration import Calibration, documents, window_start
+from llmsurgeon.analysis.calibration import (
+    Calibration,
+    documents,
+    padded,
+    sentences_of,
+    window_end,
+    window_start,
+)
 from llmsurgeon.analysis.self_text import cache_folder, document_start
 from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.errors import SurgeryError
@@ -47,11 +54,11 @@ def packed(
     texts: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, length: int, limit: int
 ) -> Iterator[list[int]]:
     """Rows of `length` tokens: documents (each a sequence of pieces) one after the other, parted by the token that
-    texts begin with; every row begins with the tokenizer's own start token where it has one. The last, unfilled row is
-    left out."""
-    start = window_start(tokenizer)
+    texts begin with; every row begins with the tokenizer's own start token where it has one, and an encoder's ends with
+    its separator. The last, unfilled row is left out."""
+    start, end = window_start(tokenizer), window_end(tokenizer)
     separator = document_start(tokenizer)
-    inner, made, pending = length - len(start), 0, list[int]()
+    inner, made, pending = length - len(start) - len(end), 0, list[int]()
     for pieces in texts:
         if separator is not None:
             pending.append(separator)
@@ -60,8 +67,22 @@ def packed(
             while len(pending) >= inner:
                 if made + length > limit:
                     return
-                yield start + pending[:inner]
+                yield start + pending[:inner] + end
                 pending = pending[inner:]
+                made += length
+
+
+def sentence_rows(
+    texts: Iterable[Iterable[str]], tokenizer: PreTrainedTokenizerBase, length: int, limit: int
+) -> Iterator[list[int]]:
+    """Rows of one sentence each, cut or padded to `length` tokens; padding counts towards `limit`."""
+    made = 0
+    for pieces in texts:
+        for piece in pieces:
+            for row in padded(sentences_of(piece), tokenizer, length):
+                if made + length > limit:
+                    return
+                yield row
                 made += length
 
 
@@ -73,8 +94,11 @@ def read_rows(
     dataset: str | None = None,
     limit: int = 10_000_000,
     seed: int = 0,
+    sentences: bool = False,
 ) -> Rows:
     """The rows of a file or a hub dataset; read and tokenised only where they are not in the cache yet.
+
+    sentences: a row is one sentence, padded.
 
     Raises:
         SurgeryError: the text cannot be read, or does not fill one row.
@@ -82,12 +106,16 @@ def read_rows(
     name = text or dataset
     assert name is not None
     source: list[Any] = [file_sha256(_existing(text))] if text else [dataset, seed]
-    key = _key(*source, _tokenizer_key(tokenizer), length, limit)
+    key = _key(*source, _tokenizer_key(tokenizer), length, limit, *(["sentences"] if sentences else []))
     path = _folder("tokens") / f"{key}.u32"
     if not path.exists():
-        rows = packed(documents(text=text, dataset=dataset, seed=seed), tokenizer, length, limit)
+        cut = sentence_rows if sentences else packed
+        rows = cut(documents(text=text, dataset=dataset, seed=seed), tokenizer, length, limit)
         _write(path, rows, length, f"tokenise {name}", limit if dataset else None)
     tokens = _mapped(path, length)
+    if not len(tokens) and sentences:
+        path.unlink()
+        raise SurgeryError(f"{name}: there is no sentence in it; leave out calibration.sentences, or give prose")
     if not len(tokens):
         path.unlink()
         raise SurgeryError(f"{name}: its text does not fill one row of {length} tokens; lower distill.sequence_length")
@@ -122,7 +150,7 @@ def training_rows(
     own = "the parent's own text"
     found = []
     for source in sources:
-        limits = {"limit": source.tokens, "seed": seed}
+        limits: dict[str, Any] = {"limit": source.tokens, "seed": seed, "sentences": calibration.sentences}
         if source.sampled is not None:
             # Calibration samples with seed 0, eval with 1.
             rows = rows_of(sample(min(source.sampled, source.tokens), length, seed + 2), length, own)
@@ -145,6 +173,13 @@ def without_overlap(rows: Rows, held_out: Tensor, overlap: int = OVERLAP) -> np.
         for start, part in _parts(rows.tokens)
     ]
     return np.concatenate(clean)
+
+
+def without_sentences(rows: Rows, held_out: Tensor) -> np.ndarray:
+    """Numbers of the rows that are none of the held-out sentences, int64 [S, T], both padded; cut alike to compare."""
+    length = min(held_out.shape[1], rows.tokens.shape[1])
+    judged = {row.tobytes() for row in held_out[:, :length].numpy().astype(np.uint32)}
+    return np.array([i for i, row in enumerate(rows.tokens) if row[:length].tobytes() not in judged], np.int64)
 
 
 def _parts(tokens: np.ndarray, rows: int = 4096) -> Iterator[tuple[int, np.ndarray]]:

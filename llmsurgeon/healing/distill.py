@@ -5,7 +5,9 @@ B sequences, L tokens, D model width, V vocabulary, E block ends that carry a hi
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +24,7 @@ from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.evaluate import evaluate_hidden
 from llmsurgeon.formats.models import empty_model, fill
-from llmsurgeon.healing.data import Corpus, Rows, without_overlap
+from llmsurgeon.healing.data import Corpus, Rows, without_overlap, without_sentences
 from llmsurgeon.healing.latent import install, packed, ternary_block
 from llmsurgeon.healing.losses import NextTokens, Target, chunked_kl, cosine_distance
 from llmsurgeon.healing.refit import changed, spans
@@ -94,7 +96,9 @@ class Case:
         Raises:
             SurgeryError: nothing is left of a source.
         """
-        return Corpus(self.text, [without_overlap(rows, self.held_out) for rows in self.text], seed)
+        # Padding would be text that all sentences share.
+        clean = without_overlap if self.parent.padding is None else without_sentences
+        return Corpus(self.text, [clean(rows, self.held_out) for rows in self.text], seed)
 
 
 class Distiller(nn.Module):
@@ -104,10 +108,17 @@ class Distiller(nn.Module):
     """
 
     def __init__(
-        self, student: TappedModel, targets: Targets, hidden: float, kl: float, cross_entropy: float = 0.0
+        self,
+        student: TappedModel,
+        targets: Targets,
+        hidden: float,
+        kl: float,
+        cross_entropy: float = 0.0,
+        hardening: float = 0.0,
     ) -> None:
         super().__init__()
         self.student, self.hidden, self.kl, self.cross_entropy = student, hidden, kl, cross_entropy
+        self.hardening = hardening
         self._logits = targets.logits
 
     def forward(
@@ -137,13 +148,26 @@ class Distiller(nn.Module):
                 states_BLD = states_BLD[:, positions]
                 says = {name: values[:, positions] for name, values in says.items()}
             losses["kl"] = self._divergence(states_BLD, distribution(says, self._logits))
-        weights = {"hidden": self.hidden, "kl": self.kl, "cross_entropy": self.cross_entropy}
-        losses["loss"] = torch.stack([weights[name] * value for name, value in losses.items()]).sum()
-        return losses
+        if self.hardening:
+            losses["hardening"] = hardening_loss(self.student)
+        weights = {name: getattr(self, name) for name in ("hidden", "kl", "cross_entropy", "hardening")}
+        return weighted(losses, weights)
 
     def _divergence(self, states_BLD: Tensor, target: Callable[[slice], Target]) -> Tensor:
         head = list(self.student.model.get_output_embeddings().parameters())
         return chunked_kl(states_BLD.flatten(0, 1), self.student.logits, head, target)
+
+
+def weighted(losses: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The losses, and their weighted sum under `loss`."""
+    return {**losses, "loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
+
+
+def hardening_loss(student: nn.Module) -> Tensor:
+    """Entropy of the decisions that the student's trees took in the last forward pass, summed over nodes."""
+    # Modeling files are for checkpoints: reached by path, as formats/models.py does.
+    loss: Tensor = importlib.import_module("llmsurgeon.modeling.surgeon_fff").hardening_loss(student)
+    return loss
 
 
 def next_tokens(ids_BL: Tensor) -> Callable[[slice], Target]:
@@ -161,6 +185,10 @@ def build_student(case: Case, settings: Distill, dtype: torch.dtype) -> Any:
         # Tensors of a checkpoint are views of its files, which the parent may share.
         parameter.data = parameter.data.clone()
     model.train()
+    if settings.trees:
+        for module in model.modules():
+            if hasattr(module, "region_leak"):
+                module.temperature, module.region_leak = settings.trees.temperature, settings.trees.region_leak
     if settings.gradient_checkpointing:
         # The name is new in transformers 5; the older one warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -206,7 +234,12 @@ def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
             if settings.train == "blocks" or case.changed(index, span)
         ]
         chosen = {name for name in names if name.startswith(tuple(wanted))}
-    if not settings.kl and not settings.cross_entropy:
+    if family.encoder:
+        # Pooler and heads say nothing that is trained on.
+        base = dict(model.base_model.named_parameters())
+        read = {id(parameter) for name, parameter in base.items() if not name.startswith("pooler.")}
+        chosen &= {name for name, parameter in model.named_parameters() if id(parameter) in read}
+    if not settings.kl and not settings.cross_entropy and not settings.pooled:
         # Nothing behind the last block is read: it would never get a gradient.
         behind = (f"{family.final_norm}.", *(() if case.spec.tied else (f"{family.head}.",)))
         chosen = {name for name in chosen if not name.startswith(behind)}
@@ -307,7 +340,7 @@ class GlobalTask:
         return {"positions": torch.from_numpy(np.sort(chosen)).to(device)}
 
     def judge(self, module: nn.Module) -> dict[str, float]:
-        """KL to the parent (the value), perplexity ratio and top-1 agreement on the held-out sequences."""
+        """KL to the parent (the value), perplexity ratio, top-1 agreement, both losses on the held-out sequences."""
         parent, device = self.case.parent, next(module.parameters()).device
         if self._parent_last is None:
             self._parent_last = walk(parent, self.judged, [Variant()], batch=self.case.batch)[0]
@@ -318,8 +351,10 @@ class GlobalTask:
             lambda row: parent.final(last[row].to(parent.device)),
         )
         assert found.kl is not None and found.perplexity_ratio is not None and found.top1_agreement is not None
+        assert found.parent_perplexity is not None
         measures = {"kl": found.kl, "perplexity_ratio": found.perplexity_ratio, "top1": found.top1_agreement}
-        return {"value": found.kl, **measures}
+        losses = {"loss": math.log(found.perplexity), "parent_loss": math.log(found.parent_perplexity)}
+        return {"value": found.kl, **measures, **losses}
 
 
 def wanted_of(case: Case, settings: Distill) -> tuple[tuple[int, ...], Wanted]:
@@ -328,7 +363,9 @@ def wanted_of(case: Case, settings: Distill) -> tuple[tuple[int, ...], Wanted]:
     count = min(blocks, settings.hidden_layers or blocks) if settings.hidden else 0
     mine = tuple(round((place + 1) * blocks / count) - 1 for place in range(count))
     ends = [span[-1] for span in spans(case.spec, len(case.parent_spec.blocks))]
-    return mine, Wanted(tuple(ends[index] for index in mine), settings.top_k if settings.kl else 0)
+    # An encoder's last states are kept as those are from which a decoder's whole distributions follow.
+    top_k = settings.top_k if settings.kl else None if settings.pooled else 0
+    return mine, Wanted(tuple(ends[index] for index in mine), top_k)
 
 
 def distill_globally(case: Case, settings: Distill, began: float) -> Training:
@@ -338,6 +375,8 @@ def distill_globally(case: Case, settings: Distill, began: float) -> Training:
         SurgeryError: bad settings, or a loss that diverges.
         Stopped: on SIGTERM, with the state saved.
     """
+    from llmsurgeon.healing.encoders import EncoderDistiller, EncoderTask
+
     low = case.parent.dtype in (torch.bfloat16, torch.float16)
     accelerator = engine(settings, case.device, low, case.logs)
     mine, wanted = wanted_of(case, settings)
@@ -347,9 +386,16 @@ def distill_globally(case: Case, settings: Distill, began: float) -> Training:
         targets = StoredTargets(corpus, lambda: case.parent, case.fingerprint, wanted, case.batch)
     else:
         targets = LiveTargets(case.parent_config, case.parent, wanted, case.parent.dtype)
-    student = TappedModel(build_student(case, settings, torch.float32), case.parent.family.layers, mine)
-    module = Distiller(student, targets, settings.hidden, settings.kl, settings.cross_entropy)
-    task = GlobalTask(case, settings, corpus, targets)
+    family = case.parent.family
+    student = TappedModel(build_student(case, settings, torch.float32), family.layers, mine, family.encoder)
+    module: nn.Module
+    if family.encoder:
+        module = EncoderDistiller(student, targets, settings, case.parent.padding)
+        task: GlobalTask = EncoderTask(case, settings, corpus, targets)
+    else:
+        hardening = settings.trees.hardening if settings.trees else 0.0
+        module = Distiller(student, targets, settings.hidden, settings.kl, settings.cross_entropy, hardening)
+        task = GlobalTask(case, settings, corpus, targets)
     trainer = Trainer(module, task, settings, accelerator, case.folder, prefix="student.model.", began=began)
     training = trainer.run()
     if settings.lora is None or training.file is None:

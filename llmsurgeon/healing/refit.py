@@ -261,7 +261,7 @@ class Refit:
         if file.exists():
             self._walk_parent(span)
             layer.load_state_dict({**layer.state_dict(), **load_file(file)}, assign=True)
-            self.fits += _stored_fits(file)
+            self.fits += stored_fits(file)
             # The same sums in the same order as the run that stored it.
             moved = block.branches or (is_changed and block.ffn is None)
             return file, None if moved else self._attended(index)
@@ -747,7 +747,7 @@ def _names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _stored_fits(file: Path) -> list[Fit]:
+def stored_fits(file: Path) -> list[Fit]:
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:

@@ -64,6 +64,9 @@ class Targets(Protocol):
     def logits(self, last: Tensor) -> Tensor:
         """The parent's logits [t, V] from `last` [t, D]."""
 
+    def states(self, last: Tensor) -> Tensor:
+        """The parent's last hidden states from `last` [..., D]: its final norm is in them."""
+
 
 class StoredTargets:
     """Answers on disk, by row.
@@ -121,6 +124,11 @@ class StoredTargets:
         """From what left the last layer."""
         return self.parent().final(last)
 
+    @torch.no_grad()
+    def states(self, last: Tensor) -> Tensor:
+        """From what left the last layer."""
+        return self.parent().states(last)
+
 
 class LiveTargets:
     """The parent in memory, run beside the student."""
@@ -128,7 +136,8 @@ class LiveTargets:
     def __init__(self, config: dict[str, Any], runner: LayerRunner, wanted: Wanted, dtype: torch.dtype) -> None:
         model = empty_model(config)
         fill(model, runner.weights, dtype, runner.device)
-        self.model = TappedModel(model, runner.family.layers, wanted.taps).requires_grad_(False).eval()
+        tapped = TappedModel(model, runner.family.layers, wanted.taps, runner.family.encoder)
+        self.model = tapped.requires_grad_(False).eval()
         self.runner, self.wanted = runner, wanted
 
     def prepare(self, numbers: np.ndarray) -> None:
@@ -139,7 +148,8 @@ class LiveTargets:
         """The answers, computed now."""
         if self.wanted.nothing:
             return {}
-        ends, states = self.model(tokens.to(self.runner.device))
+        ids = tokens.to(self.runner.device)
+        ends, states = self.model(ids, **masked(ids, self.runner.padding))
         answers = {"hidden": torch.stack(ends, dim=1)} if ends else {}
         if self.wanted.top_k == 0:
             return answers
@@ -151,16 +161,26 @@ class LiveTargets:
         """From what left the final norm."""
         return self.model.logits(last)
 
+    def states(self, last: Tensor) -> Tensor:
+        """What they are already."""
+        return last
+
+
+def masked(ids: Tensor, padding: int | None) -> dict[str, Tensor]:
+    """What a model is to be told of padding in `ids`."""
+    return {} if padding is None else {"attention_mask": (ids != padding).long()}
+
 
 class TappedModel(nn.Module):
-    """A causal language model that also gives the hidden states behind some of its layers.
+    """A language model that also gives the hidden states behind some of its layers.
 
     Calling it with ids [B, L] gives ([B, L, D] for each tap, last hidden states [B, L, D], final norm included).
     """
 
-    def __init__(self, model: Any, layers: str, taps: Sequence[int]) -> None:
+    def __init__(self, model: Any, layers: str, taps: Sequence[int], encoder: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._given: dict[str, Any] = {} if encoder else {"use_cache": False}
         self._seen: dict[int, Tensor] = {}
         self.taps = tuple(taps)
         blocks = model.get_submodule(layers)
@@ -177,7 +197,7 @@ class TappedModel(nn.Module):
     def forward(self, ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
         """Hidden states behind the taps, and behind the final norm; `kwargs` are for the model's body."""
         self._seen.clear()
-        states = self.model.base_model(input_ids=ids, use_cache=False, **kwargs).last_hidden_state
+        states = self.model.base_model(input_ids=ids, **self._given, **kwargs).last_hidden_state
         ends = [self._seen[tap] for tap in self.taps]
         return ends, states
 

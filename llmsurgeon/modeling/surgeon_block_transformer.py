@@ -9,6 +9,7 @@ anew for each block. config.block_transformer holds
     embedder        projected: a linear map of L whole embeddings; concat: L embeddings of D / L numbers side by side
     decoder         how the token decoder reads the context c: prefix (`prefix_length` tokens before the block's own),
                     summation (a map of c is added to each token), cross_attention (to `prefix_length` vectors)
+    affine          whether the map of c has a bias, and the token decoder reads embeddings through an affine map
 
 Where blocks begin: `block_padding` says how many masked places, 0 to L - 1, the first block has before the first
 column. Left out it is L - 1: the first token is alone in its block, and all others are predicted, as in any causal
@@ -162,7 +163,9 @@ class BlockTransformerBody:
                 layer.add_cross_attention()
         self.block_embedder = BlockEmbedder(config)
         contexts = self.block_length if self.decoder == "summation" else halves["prefix_length"]
-        self.context_expansion = nn.Linear(hidden, contexts * hidden, bias=False)
+        affine = halves.get("affine", False)
+        self.context_expansion = nn.Linear(hidden, contexts * hidden, bias=affine)
+        self.token_projection = nn.Linear(hidden, hidden) if affine else nn.Identity()
         self.post_init()
 
     def forward(
@@ -274,14 +277,14 @@ class BlockTransformerBody:
     def _token_decoder(self, context_MD, previous_M, ids_Mt, past=None):
         """What follows the block's first t tokens, t from 0: hidden states [M, t + 1, D]."""
         if self.decoder == "prefix":
-            hidden = torch.cat([self._expanded(context_MD), self.embed_tokens(ids_Mt)], 1)
+            hidden = torch.cat([self._expanded(context_MD), self._embedded(ids_Mt)], 1)
         else:
-            hidden = self.embed_tokens(torch.cat([previous_M[:, None], ids_Mt], 1))
+            hidden = self._embedded(torch.cat([previous_M[:, None], ids_Mt], 1))
         return self._within_block(hidden, context_MD, 0, past)[:, self.lead - 1 :]
 
     def _go_on(self, context_BD, ids_Bt, opened, past):
         """The same for t tokens behind the `opened` ones whose keys and values are kept: [B, t, D]."""
-        return self._within_block(self.embed_tokens(ids_Bt), context_BD, self.lead + opened, past)
+        return self._within_block(self._embedded(ids_Bt), context_BD, self.lead + opened, past)
 
     def _within_block(self, hidden, context_MD, start, past):
         more = {}
@@ -292,6 +295,9 @@ class BlockTransformerBody:
         positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
         mask = create_causal_mask(self.config, hidden, None, past)
         return self._through(self.layers[self.split :], hidden, mask, positions, past, **more)
+
+    def _embedded(self, ids):
+        return self.token_projection(self.embed_tokens(ids))
 
     def _expanded(self, context_MD):
         return self.context_expansion(context_MD).unflatten(-1, (-1, context_MD.shape[-1]))

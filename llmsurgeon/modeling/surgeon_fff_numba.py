@@ -1,7 +1,10 @@
 """Hard inference of fast feedforward networks on CPUs, compiled by numba. float32 and bfloat16; sums in float32.
 
-A few tokens walk their paths one after the other. Many tokens first walk the top of the tree, are then sorted by the
-subtree that they reached, and go on subtree by subtree, so that a subtree's rows stay in the cache for all its tokens.
+Tokens walk in groups, level by level, so that one token's rows arrive while another's are multiplied. Only scores are
+kept on the way; the activations of a whole path are then computed in vector registers. Many tokens first walk the top
+of the tree, are then sorted by the subtree that they reached, and go on subtree by subtree, so that a subtree's rows
+stay in the cache for all its tokens.
+
 For a few tokens the way to the kernel takes longer than the kernel: `Shortcut` goes from the module's forward into
 machine code by addresses, with all prepared that does not change between calls.
 
@@ -10,7 +13,6 @@ This file ships inside converted checkpoints; surgeon_fff.py imports it where nu
 Shapes: N tokens, D model width, L leaves, W neurons a leaf, K trees, M nodes a tree.
 """
 
-import math
 import os
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -20,15 +22,16 @@ import torch
 
 try:
     from llvmlite import ir
-    from numba import carray, cfunc, get_num_threads, njit, prange, set_num_threads, types
+    from numba import carray, get_num_threads, njit, prange, set_num_threads, types
     from numba.core import cgutils
     from numba.core.config import NUMBA_NUM_THREADS
     from numba.extending import intrinsic
 except ImportError as error:  # in a try block: transformers must not ask for numba where this file lies unused
     raise RuntimeError("surgeon_fff_numba.py needs numba: pip install numba") from error
 
-# Bytes of a cache line, and the level that prefetched rows go to, as LLVM counts them.
-LINE, INTO_L2 = 64, 2
+# Bytes of a cache line, how many of a row are prefetched (the processor goes on with the rest by itself, and asking for
+# more costs more than it saves), and the level that they go to, as LLVM counts them.
+LINE, AHEAD, INTO_L2 = 64, 8, 2
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 # Tokens that go down a tree in step.
 GROUP = 16
@@ -165,7 +168,7 @@ def add_rows(context, y, n, start, begin, scales, rows, m, count, source):
 
 @intrinsic
 def prefetch(context, a, i):
-    """Ask for row i of `a`, which is read soon."""
+    """Ask for the beginning of row i of `a`, which is read soon."""
 
     def generate(context, builder, signature, arguments):
         place, width = _row(context, builder, a, *arguments)
@@ -174,9 +177,9 @@ def prefetch(context, a, i):
         kind = ir.FunctionType(ir.VoidType(), [byte, WORD, WORD, WORD])
         name = "llvm.prefetch.p0"
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        step = width.type(LINE // size)
-        with cgutils.for_range_slice(builder, width.type(0), width, step) as (at, _):
-            pointer = builder.bitcast(builder.gep(place, [at]), byte)
+        for line in range(AHEAD):
+            # Past the end of a short row there is nothing to fear: a prefetch never faults.
+            pointer = builder.bitcast(builder.gep(place, [width.type(line * LINE // size)]), byte)
             builder.call(function, [pointer, WORD(0), WORD(INTO_L2), WORD(1)])
         return context.get_dummy_value()
 
@@ -193,26 +196,84 @@ def wide(context, number):
     return types.float32(number), generate
 
 
-@njit(fastmath=FAST)
-def activated(kind, z):
-    if kind == 0:
-        return z / (np.float32(1) + np.float32(math.exp(-z)))
-    if kind == 1:
-        return max(z, np.float32(0))
-    if kind == 2:
-        return np.float32(0.5) * z * (np.float32(1) + np.float32(math.erf(z * np.float32(0.7071067811865476))))
-    inner = np.float32(0.7978845608028654) * (z + np.float32(0.044715) * z * z * z)
-    return np.float32(0.5) * z * (np.float32(1) + np.float32(math.tanh(inner)))
+@intrinsic
+def as_float(context, bits):
+    """The float32 that an int32 holds the bits of."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], FLOAT)
+
+    return types.float32(types.int32), generate
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def step(total, x, coefficient):
+    """One step of Horner's scheme, in float32."""
+    return total * x + np.float32(coefficient)
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def exponential(z):
+    """exp of z <= 0 in plain arithmetic, which goes into vector registers: 2^k times a series, |r| <= ln(2) / 2."""
+    z = max(z, np.float32(-87))
+    k = np.int32(z * np.float32(1.4426950408889634) - np.float32(0.5))
+    r = z - np.float32(k) * np.float32(0.6931471805599453)
+    series = step(step(step(np.float32(1 / 720), r, 1 / 120), r, 1 / 24), r, 1 / 6)
+    return step(step(step(series, r, 1 / 2), r, 1), r, 1) * as_float(np.int32((k + 127) << 23))
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def sigmoid(z):
+    tail = exponential(-abs(z))
+    return (np.float32(1) if z > 0 else tail) / (np.float32(1) + tail)
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def gelu(z):
+    # The error function to 1.5e-7: Abramowitz and Stegun, 7.1.26.
+    x = abs(z) * np.float32(0.7071067811865476)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * x)
+    series = step(step(np.float32(1.061405429), t, -1.453152027), t, 1.421413741)
+    tail = step(step(series, t, -0.284496736), t, 0.254829592) * t * np.float32(0.5) * exponential(-x * x)
+    return z * (np.float32(1) - tail if z > 0 else tail)
+
+
+@njit(fastmath=FAST, error_model="numpy", inline="always")
+def gelu_tanh(z):
+    # (1 + tanh(u)) / 2 = sigmoid(2 u)
+    return z * sigmoid(np.float32(1.5957691216057308) * (z + np.float32(0.044715) * z * z * z))
+
+
+@njit(fastmath=FAST, error_model="numpy")
+def activate(kind, score, n, inner):
+    """Row n of scores [N, a multiple of LANES] -> activations, times row n of `inner` where that is not empty."""
+    row = score[n]
+    for begin in range(0, len(row), LANES):
+        part = row[begin : begin + LANES]
+        if kind == 0:
+            for i in range(LANES):
+                part[i] = part[i] * sigmoid(part[i])
+        elif kind == 1:
+            for i in range(LANES):
+                part[i] = np.float32(0) if part[i] < 0 else part[i]
+        elif kind == 2:
+            for i in range(LANES):
+                part[i] = gelu(part[i])
+        else:
+            for i in range(LANES):
+                part[i] = gelu_tanh(part[i])
+    if len(inner) > 0:
+        row *= inner[n]
 
 
 @njit(fastmath=FAST, inline="always")
 def walk(
-    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, first, last,
-    node, rows, active,
+    x, start, order, begin, end, gate, up, gate_bias, up_bias, down, offset, depth, first, last,
+    node, rows, score, inner,
 ):  # fmt: skip
     """Tokens start + order[begin:end] down a tree, levels `first` to `last`, in step: one token's rows arrive while
-    another's are multiplied. Fills rows and activations of the neurons that they visit and moves `node` on; these three
-    have a row for each token of the chunk that begins at `start`.
+    another's are multiplied. Fills the rows and scores of the neurons that they visit (and, where there are gates, what
+    they multiply) and moves `node` on; these have a row for each token of the chunk that begins at `start`.
 
     An empty array stands for a gate or a bias that is not there.
     """
@@ -220,17 +281,15 @@ def walk(
         for i in range(begin, end):
             n = order[i]
             row = offset + node[n]
-            inner = dot(x, start + n, up, row)
+            branch = dot(x, start + n, up, row)
             if up_bias.shape[0] > 0:
-                inner += wide(up_bias[row])
-            branch = inner
+                branch += wide(up_bias[row])
             if gate.shape[0] > 0:
+                inner[n, level] = branch
                 branch = dot(x, start + n, gate, row)
                 if gate_bias.shape[0] > 0:
                     branch += wide(gate_bias[row])
-                active[n, level] = activated(kind, branch) * inner
-            else:
-                active[n, level] = activated(kind, branch)
+            score[n, level] = branch
             rows[n, level] = row
             node[n] = 2 * node[n] + 1 + (1 if branch > 0 else 0)
             # What the top of a tree writes with is read when all tokens are sorted: too far ahead.
@@ -245,7 +304,9 @@ def walk(
 def _nodes(x, gate, up, down, gate_bias, up_bias, out_bias, trees, depth, kind, top, y):
     """Node form. The top levels in the given order; sorted by subtree, the rest and the output."""
     levels, size, chunk = depth + 1, up.shape[0] // trees, min(x.shape[0], SORTED)
-    active = np.empty((chunk, levels), np.float32)
+    lanes = (levels + LANES - 1) // LANES * LANES
+    score = np.zeros((chunk, lanes), np.float32)
+    inner = np.zeros((chunk if gate.shape[0] > 0 else 0, lanes), np.float32)
     rows = np.empty((chunk, levels), np.int64)
     node = np.empty(chunk, np.int64)
     for start in range(0, x.shape[0], SORTED):
@@ -259,22 +320,23 @@ def _nodes(x, gate, up, down, gate_bias, up_bias, out_bias, trees, depth, kind, 
                 for g in prange(groups):
                     begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                     walk(
-                        x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, 0, top,
-                        node, rows, active,
+                        x, start, order, begin, end, gate, up, gate_bias, up_bias, down, offset, depth, 0, top,
+                        node, rows, score, inner,
                     )  # fmt: skip
                 order = sorted_by(node[:count], (1 << top) - 1, 1 << top)
             for g in prange(groups):
                 begin, end = g * GROUP, min(g * GROUP + GROUP, count)
                 walk(
-                    x, start, order, begin, end, gate, up, down, gate_bias, up_bias, kind, offset, depth, top, levels,
-                    node, rows, active,
+                    x, start, order, begin, end, gate, up, gate_bias, up_bias, down, offset, depth, top, levels,
+                    node, rows, score, inner,
                 )  # fmt: skip
                 for i in range(begin, end):
                     n = order[i]
+                    activate(kind, score, n, inner)
                     if tree == 0:
-                        add_rows(y, start + n, out_bias, 0, active, rows, n, levels, down)
+                        add_rows(y, start + n, out_bias, 0, score, rows, n, levels, down)
                     else:
-                        add_rows(y, start + n, y, start + n, active, rows, n, levels, down)
+                        add_rows(y, start + n, y, start + n, score, rows, n, levels, down)
 
 
 def _route(x, weight, bias, depth, leaf):
@@ -295,9 +357,11 @@ def _route(x, weight, bias, depth, leaf):
 def _leaves(x, leaf, gate, up, down, gate_bias, up_bias, out_bias, width, kind, y):
     """Leaf form: adds each token's leaf to y, leaf after leaf."""
     order = sorted_by(leaf, 0, out_bias.shape[0])
+    lanes = (width + LANES - 1) // LANES * LANES
     for i in prange(x.shape[0]):
         n = order[i]
-        active = np.empty((1, width), np.float32)
+        score = np.zeros((1, lanes), np.float32)
+        inner = np.zeros((1 if gate.shape[0] > 0 else 0, lanes), np.float32)
         rows = np.empty((1, width), np.int64)
         one = np.ones((1, 1), np.float32)
         own = np.empty((1, 1), np.int64)
@@ -305,18 +369,18 @@ def _leaves(x, leaf, gate, up, down, gate_bias, up_bias, out_bias, width, kind, 
         for w in range(width):
             row = leaf[n] * width + w
             rows[0, w] = row
-            inner = dot(x, n, up, row)
+            branch = dot(x, n, up, row)
             if up_bias.shape[0] > 0:
-                inner += wide(up_bias[row])
+                branch += wide(up_bias[row])
             if gate.shape[0] > 0:
+                inner[0, w] = branch
                 branch = dot(x, n, gate, row)
                 if gate_bias.shape[0] > 0:
                     branch += wide(gate_bias[row])
-                active[0, w] = activated(kind, branch) * inner
-            else:
-                active[0, w] = activated(kind, inner)
+            score[0, w] = branch
+        activate(kind, score, 0, inner)
         add_rows(y, n, y, n, one, own, 0, 1, out_bias)
-        add_rows(y, n, y, n, active, rows, 0, width, down)
+        add_rows(y, n, y, n, score, rows, 0, width, down)
 
 
 @njit(cache=True)
@@ -413,7 +477,10 @@ def narrow(y, target):
 
 @cache
 def _entry(dtype):
-    """Address to address: the single-threaded node form as a C function (table, x, y, tokens); see `Shortcut`."""
+    """Address to address: the single-threaded node form, called with (table, x, y, tokens); see `Shortcut`.
+
+    Its arguments are plain integers, with which numba's way into compiled code takes half the time that ctypes takes.
+    """
     single, stored = _COMPILED["_nodes"][0], np.uint16 if dtype == torch.bfloat16 else np.float32
 
     def nodes_at(table, x, y, tokens):
@@ -435,7 +502,7 @@ def _entry(dtype):
             single(read, gate, up, down, gate_bias, up_bias, out_bias, t[0], t[3], t[4], top, written)
             narrow(written, carray(at_address(y), (tokens, hidden), np.uint16))
 
-    return cfunc(types.void(*[types.int64] * 4), fastmath=FAST, cache=True)(nodes_at).ctypes
+    return njit(types.void(*[types.int64] * 4), fastmath=FAST, nogil=True, cache=True)(nodes_at)
 
 
 class Shortcut:

@@ -59,10 +59,10 @@ class Subject:
         """Raise SurgeryError if the family declares that it cannot take `operation`."""
         if reason := self.family.refusal(operation):
             raise self.refuse(f"{operation}: {reason}")
-        if self.spec.block_transformer and operation != "distill":
+        if self.spec.block_transformer and operation not in ("refit", "distill"):
             raise self.refuse(
                 f"{operation}: the model is a block transformer already, whose layers are not one stack; cut first, "
-                "block comes last, and distill heals it"
+                "block comes last, and refit and distill heal it"
             )
         for block in self.spec.blocks:
             mixer = isinstance(block.attention, MLGRUSpec) and operation in BEFORE_MIXERS

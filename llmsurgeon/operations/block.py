@@ -4,8 +4,9 @@
 
 Started from a pretrained decoder as the paper's uptraining section does: its layers are parted in two, both embeddings
 are its own, a block's embedding is the mean of its tokens', and the context is handed to the token decoder as it is.
-Layers and tensors of the parent keep their names; what is new is the embedder, the expansion of the context, and the
-cross-attentions where those are asked for.
+Layers and tensors of the parent keep their names; what is new is the embedder, the expansion of the context, the map of
+the token decoder's embeddings (not in the paper: the identity, until a refit finds better), and the cross-attentions
+where those are asked for.
 
 V vocabulary, D model width, L tokens a block, P vectors of a block's context.
 """
@@ -24,7 +25,7 @@ from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.spec import BlockTransformerSpec, check_block_transformer
 
 EMBEDDER = "block_embedder"
-EXPANSION = "context_expansion.weight"
+EXPANSION, TOKENS = "context_expansion", "token_projection"
 CROSS, CROSS_NORM = "cross_attn", "cross_attn_layernorm"
 
 
@@ -46,9 +47,9 @@ def mean_projection(length: int) -> Callable[[Tensor], Tensor]:
     return project
 
 
-def no_bias(embedding_VD: Tensor) -> Tensor:
-    """Zeros [D]."""
-    return embedding_VD.new_zeros(embedding_VD.shape[1])
+def no_bias(count: int = 1) -> Callable[[Tensor], Tensor]:
+    """fn(E [V, D]) -> zeros [count * D]."""
+    return lambda embedding_VD: embedding_VD.new_zeros(count * embedding_VD.shape[1])
 
 
 def stacked_identities(count: int) -> Callable[[Tensor], Tensor]:
@@ -90,6 +91,8 @@ class Block(Step):
         side).
     decoder: the token decoder reads the context as a `prefix` of `prefix_length` tokens, by `summation`, or by
         `cross_attention` to `prefix_length` vectors.
+    affine: give that reading a bias, and the token decoder's embeddings an affine map: what a refit needs. The paper's
+        model has neither.
     """
 
     op: Literal["block"] = "block"
@@ -98,6 +101,7 @@ class Block(Step):
     embedder: Literal["concat", "projected"] = "projected"
     decoder: Literal["prefix", "summation", "cross_attention"] = "prefix"
     prefix_length: Literal[1, 2] = 2
+    affine: bool = True
 
     def resolve(self, subject: Subject) -> Block:
         """The same step with the layer at which it splits."""
@@ -114,7 +118,7 @@ class Block(Step):
         subject.check(self.op)
         self._check(subject)
         made = BlockTransformerSpec(
-            self.block_length, self._position(subject), self.embedder, self.decoder, self.prefix_length
+            self.block_length, self._position(subject), self.embedder, self.decoder, self.prefix_length, self.affine
         )
         check_block_transformer(made, len(subject.spec.blocks), subject.spec.hidden)
         transforms = self._new_tensors(subject, made)
@@ -168,9 +172,15 @@ class Block(Step):
             made_here = [
                 of_table(f"{embedder}.embed_tokens.weight", repeated),
                 of_table(f"{embedder}.projection.weight", mean_projection(length)),
-                of_table(f"{embedder}.projection.bias", no_bias),
+                of_table(f"{embedder}.projection.bias", no_bias()),
             ]
-        made_here.append(of_table(f"{body}.{EXPANSION}", stacked_identities(made.contexts)))
+        made_here.append(of_table(f"{body}.{EXPANSION}.weight", stacked_identities(made.contexts)))
+        if made.affine:
+            made_here += [
+                of_table(f"{body}.{EXPANSION}.bias", no_bias(made.contexts)),
+                of_table(f"{body}.{TOKENS}.weight", stacked_identities(1)),
+                of_table(f"{body}.{TOKENS}.bias", no_bias()),
+            ]
         if made.decoder == "cross_attention":
             for index in range(made.split, len(subject.spec.blocks)):
                 made_here += self._cross_attention(subject, index)

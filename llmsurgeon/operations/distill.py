@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.spec import FFFSpec
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -50,8 +51,22 @@ class Lora(_Part):
     targets: tuple[str, ...] | Literal["all-linear"] = "all-linear"
 
 
+class Trees(_Part):
+    """How fast feedforward networks train, whose decisions are then sigmoids (arXiv 2308.14711, section 3).
+
+    hardening: weight of the decisions' entropy; temperature: of the sigmoids, towards 0 they become the hard decisions
+    that inference takes; region_leak: share of decisions that are swapped.
+    """
+
+    hardening: Annotated[float, Field(ge=0)] = 0.0
+    temperature: Positive = 1.0
+    region_leak: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 class Distill(Step):
     """Train the student towards the parent's hidden states and next-token distributions.
+
+    An encoder predicts no next token: it is trained towards hidden states and their mean over each sequence, `pooled`.
 
     mode: `global` trains the whole student at once; `local` each changed block on its own, on the parent's activations.
     data: by default the recipe's calibration text, whole.
@@ -62,6 +77,9 @@ class Distill(Step):
     ternary_warmup: ternary linears and BitLinears train by latent weights W, and the model sees W + lambda (W' - W),
         W' ternary: the share of the run over which lambda grows from 0 to 1; 0: it is 1 from the start.
     cross_entropy: the weight of the loss on the text's own next tokens, which asks no parent.
+    pooled: encoders only, the weight of 1 - cos of the sequences' mean last hidden states. Their defaults are pooled 1,
+        kl 0 and targets `memory`.
+    trees: how fast feedforward networks train.
     targets: `disk` computes what the parent says once, layer by layer, and keeps it; `memory` runs the parent beside.
     """
 
@@ -82,8 +100,10 @@ class Distill(Step):
     hidden_layers: Count | None = None
     kl: Annotated[float, Field(ge=0)] = 1.0
     cross_entropy: Annotated[float, Field(ge=0)] = 0.0
+    pooled: Annotated[float, Field(ge=0)] = 0.0
     top_k: Count | None = None
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
+    trees: Trees | None = None
     targets: Literal["disk", "memory"] = "disk"
     optimizer: str = "adamw"
     learning_rate: Positive = 1e-4
@@ -105,7 +125,7 @@ class Distill(Step):
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:
-        if self.mode == "global" and not self.hidden and not self.kl and not self.cross_entropy:
+        if self.mode == "global" and not (self.hidden or self.kl or self.cross_entropy or self.pooled):
             raise ValueError("hidden and kl are both 0: there is nothing to learn from (cross_entropy is 0, too)")
         if self.mode == "local" and self.cross_entropy:
             raise ValueError("cross_entropy is of next tokens, which single blocks of local mode do not predict")
@@ -133,11 +153,41 @@ class Distill(Step):
         kept = ("steps", "tokens", "minutes", "evaluations", "patience", "save_minutes", "save_steps", "trackers")
         return self.model_copy(update={name: type(self).model_fields[name].default for name in kept})
 
+    def resolve(self, subject: Subject) -> Distill:
+        if not subject.family.encoder:
+            return self
+        defaults = {"kl": 0.0, "pooled": 1.0, "targets": "memory"}
+        return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
+
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
+        if subject.family.encoder:
+            self._check_encoder(subject)
+        elif self.pooled:
+            raise subject.refuse(
+                "distill: pooled is for encoders, whose sequences are embedded as a mean; leave it out"
+            )
+        if self.trees and not any(isinstance(block.ffn, FFFSpec) for block in subject.spec.blocks):
+            raise subject.refuse("distill: trees is for fast feedforward networks, and no layer has one; leave it out")
         if halves := subject.spec.block_transformer:
             self._check_halves(subject, halves.block_length)
         return Plan(subject.spec, ())
+
+    def _check_encoder(self, subject: Subject) -> None:
+        """Raise SurgeryError for what an encoder cannot be trained with."""
+        if self.kl or self.cross_entropy:
+            raise subject.refuse(
+                "distill: kl and cross_entropy are of the next token, which an encoder does not predict; leave them "
+                "out, or set them to 0 (it learns from hidden and pooled)"
+            )
+        if self.top_k is not None or self.positions < 1:
+            raise subject.refuse("distill: top_k and positions are of the KL, which an encoder does not learn from")
+        if not self.hidden and not self.pooled:
+            raise subject.refuse("distill: hidden and pooled are both 0: there is nothing to learn from")
+        if self.mode == "local":
+            raise subject.refuse("distill: mode local is for decoders; leave it out")
+        if any(source.sampled is not None for source in self.sources):
+            raise subject.refuse("distill: an encoder cannot sample text from itself; name a text or a dataset")
 
     def _check_halves(self, subject: Subject, block_length: int) -> None:
         """Raise SurgeryError for what a block transformer cannot be trained with."""

@@ -251,7 +251,7 @@ class FFF(Step):
             after += spec.rows
             blocks[index] = _converted(subject, blocks[index], routing)
             notes.append(
-                f"layer {layer}: {_words(spec)}, {100 * spec.rows / (dense.width * (3 if spec.gated else 2)):.1f} % of "
+                f"layer {layer}: {spec.words}, {100 * spec.rows / (dense.width * (3 if spec.gated else 2)):.1f} % of "
                 "the FFN's multiplications" + _measured(routing)
             )
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
@@ -335,12 +335,6 @@ def _measured(routing: Any) -> str:
     words = f", error {routing.error:.4f} of the stream behind it after a refit"
     leaf = routing.spec.form == "leaf"
     return words + (f", at least {routing.least_tokens} calibration tokens a leaf" if leaf else "")
-
-
-def _words(spec: FFFSpec) -> str:
-    if spec.form == "node":
-        return f"{spec.trees} trees of depth {spec.depth}"
-    return f"depth {spec.depth}, {2**spec.depth} leaves of {spec.leaf_width} neurons, {spec.shared} shared"
 
 
 def _converted(subject: Subject, block: NewBlock, routing: Any) -> NewBlock:

@@ -7,9 +7,9 @@ Compare Minitron (arXiv 2407.14679, section 2.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -55,6 +55,12 @@ class PruneWidth(Step):
 
     def needs(self) -> frozenset[str]:
         return frozenset({"ffn_channel"} if self.score == "activation" else ())
+
+    def foresee(self, subject: Subject) -> Mapping[str, Any]:
+        """Channels all alike: which of them are kept changes no shape."""
+        ffns = {block.parents[0]: block.ffn for block in subject.spec.blocks if block.ffn is not None}
+        found = {layer: torch.zeros(ffn.width) for layer, ffn in ffns.items()}
+        return {"ffn_channel": found} if self.score == "activation" else {}
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)

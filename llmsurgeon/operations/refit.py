@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from llmsurgeon.operations.base import Plan, Step, Subject
-from llmsurgeon.spec import BitFFNSpec, MLGRUSpec
+from llmsurgeon.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec
 
 
 class Refit(Step):
@@ -16,6 +16,9 @@ class Refit(Step):
     ridge: multiples of mean(diag(A^T A)); each block takes the one that errs least on held-out tokens.
     align: also map the inputs of changed and later blocks back to what the parent's projections read.
     join: also fit the output projection of the attention that a changed block keeps.
+
+    Of a block transformer it fits what lies between the two decoders, and the output projections of all layers that
+    read something new; `align` and `join` have no part in that.
     """
 
     op: Literal["refit"] = "refit"
@@ -35,6 +38,8 @@ class Refit(Step):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
+        if halves := subject.spec.block_transformer:
+            self._check_halves(subject, halves)
         for block in subject.spec.blocks:
             mixer = block.attention
             if isinstance(block.ffn, BitFFNSpec) or (isinstance(mixer, MLGRUSpec) and mixer.ternary):
@@ -43,3 +48,19 @@ class Refit(Step):
                     "heal with distill, or refit with linears: float first and make the result ternary"
                 )
         return Plan(subject.spec, ())
+
+    @staticmethod
+    def _check_halves(subject: Subject, halves: BlockTransformerSpec) -> None:
+        """Raise SurgeryError for block transformers that have no such fit."""
+        if not halves.affine or halves.decoder != "prefix":
+            has = f"decoder {halves.decoder}" if halves.affine else "affine: false"
+            raise subject.refuse(
+                "refit: of block transformers it fits those with decoder prefix and affine: true, this one has "
+                f"{has}; leave refit out (--no-refit), and train it with distill"
+            )
+        for block in subject.spec.blocks:
+            if block.branches:
+                raise subject.refuse(
+                    f"refit: behind block it fits layers one after the other, and the layers {block.parents[0]} to "
+                    f"{block.parents[-1]} run side by side; leave refit out, or the step that joined them"
+                )

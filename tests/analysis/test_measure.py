@@ -13,12 +13,12 @@ from operations.helpers import VARIANTS, logits, naive, skip, some_tokens, strea
 
 from llmsurgeon.analysis import measure as measure_module
 from llmsurgeon.analysis import similarity
-from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed
+from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed, sequences_for
 from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine
 from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import normalised
 
-SEQUENCES = 8
+SEQUENCES = 16
 
 
 def states(model, tokens):
@@ -72,16 +72,17 @@ def test_every_score_is_the_slow_one(model):
     found = measure(runner_of(model), tokens, batch=4)
     hidden, parent = states(model, tokens)
     contribution = hidden[1:] - hidden[:-1]
-    few = SEQUENCES // 4
+    blocks, few = 8, 2
+    assert (blocks, few) == sequences_for(SEQUENCES)
 
     dependency = torch.full((LAYERS, LAYERS), float("nan"))
     for i in range(LAYERS):
-        removed, logits = states(without(model, i, "block"), tokens)
-        block_kl = kl(parent, logits)
+        removed, logits = states(without(model, i, "block"), tokens[:blocks])
+        block_kl = kl(parent[:blocks], logits)
         assert found.scores["block_kl"].mean[i] == pytest.approx(block_kl.mean().item(), rel=1e-3, abs=1e-6)
         for j in range(i + 1, LAYERS):
             moved = removed[j + 1] - removed[j]
-            dependency[i, j] = (1 - F.cosine_similarity(contribution[j], moved, dim=-1)).mean()
+            dependency[i, j] = (1 - F.cosine_similarity(contribution[j, :blocks], moved, dim=-1)).mean()
         for part in ("attention", "ffn"):
             _, logits = states(without(model, i, part), tokens[:few])
             expected = kl(parent[:few], logits).mean().item()
@@ -112,6 +113,15 @@ def test_every_score_is_the_slow_one(model):
                 continue
             cos = F.cosine_similarity(hidden[i][:, -1], hidden[i + n][:, -1], dim=-1)
             assert distance.item() == pytest.approx((cos.arccos() / math.pi).mean().item(), abs=1e-4)
+
+
+def test_removals_take_a_share_of_the_sequences():
+    counts = {1: (1, 1), 2: (2, 2), 3: (3, 2), 8: (8, 2), 16: (8, 2), 24: (12, 3), 32: (16, 4), 128: (64, 16)}
+    assert {count: sequences_for(count) for count in counts} == counts
+    for count in range(8, 200):  # what one walk runs side by side must divide both
+        blocks, few = sequences_for(count, batch=4)
+        assert few <= blocks <= count and blocks % few == 0
+        assert few <= 4 or few % 4 == 0
 
 
 def sublayers(model, tokens):
@@ -208,7 +218,7 @@ def test_the_promised_evaluations_are_those_made(monkeypatch):
             done.append((totals[-1][0], amount))
 
     monkeypatch.setattr(measure_module, "Progress", Recorder)
-    tokens = some_tokens(batch=8, length=6)
+    tokens = some_tokens(batch=16, length=6)
     measure(runner_of(tiny_model("llama")), tokens, batch=4)
     ffn_dependency(runner_of(tiny_model("llama")), tokens, frozenset(), batch=4)
     half_square = LAYERS * (LAYERS + 1) // 2
@@ -216,7 +226,7 @@ def test_the_promised_evaluations_are_those_made(monkeypatch):
         assert total == sum(amount for name, amount in done if name == what), what
     by_name = dict(totals)
     assert by_name["measure FFN dependencies"] == (LAYERS + half_square) * tokens.numel()
-    assert by_name["measure dependencies and scores"] == (8 * (LAYERS + half_square) + 2 * 2 * half_square) * 6
+    assert by_name["measure dependencies and scores"] == (16 * LAYERS + 8 * half_square + 2 * 2 * half_square) * 6
 
 
 def test_parts_removed():

@@ -16,8 +16,9 @@ import pytest
 import torch
 
 from llmsurgeon.analysis.analyze import Analysis
+from llmsurgeon.analysis.charts import Scale, ramp_css, ranges, shade
 from llmsurgeon.analysis.measure import Measurements, Score
-from llmsurgeon.analysis.report import MATRICES, SCORES, Scale, _level, _ramp_css, _ranges, html_report
+from llmsurgeon.analysis.report import MATRICES, SCORES, html_report
 from llmsurgeon.analysis.search import Choice
 
 DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
@@ -302,7 +303,7 @@ def test_scales(values, log, from_zero):
 
 
 def test_colours_are_even_steps_of_lightness():
-    light = re.findall(r"\.c\d+\{fill:#(\w\w)(\w\w)(\w\w)\}", _ramp_css().split("@media")[0])
+    light = re.findall(r"\.c\d+\{fill:#(\w\w)(\w\w)(\w\w)\}", ramp_css().split("@media")[0])
     assert len(light) == len(set(light)) == 48
 
     def lightness(channels):
@@ -319,7 +320,7 @@ def test_colours_are_even_steps_of_lightness():
     assert min(steps) > 0 and max(steps) < 1.5 * min(steps)
 
 
-def test_levels_and_ranges():
-    assert [_level(value, 2.0) for value in (-1, 0, 1, 2, 9)] == [0, 0, 24, 47, 47]
-    assert _level(0.0, 0.0) == 0
-    assert _ranges([9, 4, 7, 8, 1, 2]) == "1, 2, 4, 7–9"  # noqa: RUF001
+def test_levels_andranges():
+    assert [shade(value, 2.0) for value in (-1, 0, 1, 2, 9)] == [0, 0, 24, 47, 47]
+    assert shade(0.0, 0.0) == 0
+    assert ranges([9, 4, 7, 8, 1, 2]) == "1, 2, 4, 7–9"  # noqa: RUF001

@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmsurgeon.checkpoint import writer
+from llmsurgeon.checkpoint import weight_file
 from llmsurgeon.checkpoint.manifest import verify_files
+from llmsurgeon.checkpoint.shards import parse_size, plan_shards
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename, row_blocks
-from llmsurgeon.checkpoint.writer import Stage, copy_bytes, parse_size, plan_shards
+from llmsurgeon.checkpoint.weight_file import copy_bytes
+from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 
@@ -135,7 +137,7 @@ def test_copy_falls_back_where_the_kernel_cannot(failing, code, tmp_path, monkey
         raise OSError(code, "no")
 
     for name in failing:
-        monkeypatch.setattr(writer, name, refuse)
+        monkeypatch.setattr(weight_file, name, refuse)
     data = os.urandom(10_000)
     (tmp_path / "a").write_bytes(data)
     with (tmp_path / "a").open("rb") as a, (tmp_path / "b").open("wb") as b:
@@ -300,8 +302,8 @@ def test_full_disk_then_resumed(folder, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*arguments)
 
-    original = writer._copy_file_range
-    monkeypatch.setattr(writer, "_copy_file_range", full)
+    original = weight_file._copy_file_range
+    monkeypatch.setattr(weight_file, "_copy_file_range", full)
     with pytest.raises(SurgeryError, match=r"the disk is full \([\d,]+ bytes needed\).*started again"):
         convert(folder, tmp_path / "out", 6000)
     assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ TEXT = ("--text", "text.txt", *SMALL)
 
 
 def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa: F811
-    code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--split", 2, "--json")
+    code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--split", 2, "--no-refit", "--json")
     assert code == 0, err
     report = json.loads(out)
     assert report["format"] == "surgeon" and report["steps"][0]["split"] == 2
@@ -28,7 +28,8 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa
     assert verify_files(folder / "out") == [] and run("verify", "out")[0] == 0
     config = json.loads((folder / "out" / "config.json").read_text())
     assert config["block_transformer"] == {
-        "block_length": 2, "split": 2, "embedder": "projected", "decoder": "prefix", "prefix_length": 2
+        "block_length": 2, "split": 2, "embedder": "projected", "decoder": "prefix", "prefix_length": 2,
+        "affine": True,
     }  # fmt: skip
     assert "load with trust_remote_code" in config["num_hidden_layers"]
     assert "2 tokens a block" in (folder / "out" / "README.md").read_text()
@@ -52,6 +53,26 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa
     assert bench["model"]["kv_bytes_per_token"] == 2 * 2 * 8 * 4 * (2 * 8 + 4 * 3) / 16
     code, _, err = run("eval", "out", "--tokens", 64, "--seq-len", 16)
     assert code == 0, err
+
+
+def test_text_that_is_given_is_measured_on(run, folder):  # noqa: F811
+    """Though neither refit nor training asks for it; and what the refit did is in the report."""
+    code, out, err = run("block", "parent", "-o", "out", "--no-refit", *TEXT, "--json")
+    assert code == 0, err
+    paper = json.loads(out)
+    assert [s["op"] for s in paper["steps"]] == ["block"] and paper["evaluation"]["perplexity_ratio"] > 0
+    code, out, err = run("block", "parent", "-o", "fitted", *TEXT, "--json")
+    assert code == 0, err
+    assert [s["op"] for s in json.loads(out)["steps"]] == ["block", "refit"]
+    fits = json.loads((folder / "fitted" / "surgery.json").read_text())["refit"]
+    assert {"context_expansion", "token_projection"} < {fit["projection"] for fit in fits}
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("out", "fitted"))
+    assert before.keys() == after.keys() and run("verify", "fitted")[0] == 0
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved > {"model.context_expansion.weight", "model.token_projection.bias"}
+    assert all("model.layers" not in name or name.endswith(("o_proj.weight", "down_proj.weight")) for name in moved)
+    assert run("block", "parent", "-o", "bare", "--no-refit", "--json")[0] == 0
+    assert json.loads((folder / "bare" / "surgery.json").read_text())["evaluation"] is None
 
 
 def test_streaming_is_in_memory(run, folder):  # noqa: F811
@@ -92,12 +113,13 @@ def test_a_dry_run_counts_what_is_multiplied(run, folder):  # noqa: F811
     assert code == 0 and not (folder / "parent-block-4").exists()
     report = json.loads(out)
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 96
-    # Of 4 tokens: three layers, embedder and expansion once; three layers at 2 + 3 positions; the head at each.
+    # Of 4 tokens: three layers, embedder and expansion once; three layers at 2 + 3 positions, a map at the last three;
+    # the head at each.
     assert report["after"]["flops_per_token"] == 2 * (
-        64 * 32 + (3 * layer + 4 * 32 * 32 + 2 * 32 * 32 + 3 * layer * 5) // 4
+        64 * 32 + (3 * layer + 4 * 32 * 32 + 2 * 32 * 32 + 3 * layer * 5 + 32 * 32 * 3) // 4
     )
     assert report["before"]["flops_per_token"] == 2 * (64 * 32 + 6 * layer)
-    new = 64 * 32 + 4 * 32 * 32 + 32 + 2 * 32 * 32
+    new = 64 * 32 + 4 * 32 * 32 + 32 + 2 * 32 * 32 + 2 * 32 + 32 * 32 + 32
     assert report["after"]["parameters"] == report["before"]["parameters"] + new
 
 
@@ -107,7 +129,8 @@ def test_training_heal_and_gate(run, folder):  # noqa: F811
     code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--minutes", 5, *sets, *TEXT, "--json")
     assert code == 0, err
     report = json.loads(out)
-    assert [s["op"] for s in report["steps"]] == ["block", "distill"] and report["evaluation"]["perplexity_ratio"] > 1
+    assert [s["op"] for s in report["steps"]] == ["block", "refit", "distill"]
+    assert report["evaluation"]["kl"] > 0
     log = [json.loads(line) for line in (folder / "out" / "loss.jsonl").read_text().splitlines()]
     assert [set(line) & {"cross_entropy", "kl", "hidden"} for line in log if "loss" in line] == 12 * [{"cross_entropy"}]
     (folder / "more.yaml").write_text(
@@ -153,7 +176,7 @@ def test_bad_input_writes_nothing(run, folder, arguments, message):  # noqa: F81
 
 def test_what_a_block_model_cannot_be_asked(run, folder):  # noqa: F811
     """Analysis, cuts, other formats, contexts beyond the parent's positions."""
-    assert run("block", "parent", "-o", "out")[0] == 0
+    assert run("block", "parent", "-o", "out", "--no-refit")[0] == 0
     for command, message in (
         (("analyze", "out", "--text", "text.txt", "--tokens", 64, "--seq-len", 16), "cannot be walked layer by layer"),
         (("prune", "out", "-o", "cut", "--attention", "1", "--no-refit"), "prune_attention: the model is a block"),

@@ -84,6 +84,32 @@ def test_prune_stays_native(run, folder, flags, kept):
     assert config["model_type"] == "llama" and kept.items() <= config.items()
 
 
+def test_the_plan_of_a_width_needs_no_text(run, folder):
+    flags = ("prune", "parent", "--width", "48", "--no-refit", "--json")
+    code, out, _ = run(*flags, "--dry-run")
+    assert code == 0 and not (folder / "out").exists()
+    foreseen = json.loads(out)
+    code, out, _ = run(*flags, "--text", "text.txt", *SMALL, "-o", "out")
+    made = json.loads(out)
+    assert code == 0 and foreseen["after"]["parameters"] < foreseen["before"]["parameters"]
+    assert {key: foreseen[key] for key in foreseen if key != "model"} == {k: made[k] for k in foreseen if k != "model"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("fuse", "parent", "--norm", "lst"), "options: fuse_ffn.norm: expected 'fold' or 'last', got 'lst'"),
+        (("fuse", "parent", "--drop-count", "0"), "options: prune_attention.count: expected"),
+        (("prune", "parent", "--kv-heads", "0"), "options: prune_kv_heads.kv_heads: expected"),
+        (("prune", "parent", "--ffn", "1,x", "--width", "0"), "\n  - prune_width.width: expected"),
+    ],
+)
+def test_flags_that_make_no_recipe(run, folder, flags, message):
+    code, _, err = run(*flags, "-o", "out")
+    assert code == 2 and message in err and "flags:" not in err
+    assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+
+
 def test_run_a_recipe_file(run, folder):
     (folder / "mine.yaml").write_text(
         "version: 1\nmodel: parent\nsteps:\n  - {op: prune_blocks, layers: 4}\n  - {op: refit}\n"

@@ -17,7 +17,7 @@ from llmsurgeon.modeling import surgeon_fff
 from llmsurgeon.recipe import builtin_recipes, load
 
 
-def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder):  # noqa: F811
+def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypatch):  # noqa: F811
     flags = ("--depth", 2, "--leaf-width", 24, "--shared", 16, "--layers", "1,3-4", "--set", "fff.min_tokens=8")
     code, out, err = run("fff", "parent", "-o", "out", *flags, "--dry-run", "--json")
     assert code == 0, err
@@ -33,6 +33,12 @@ def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder):  # noqa:
     names = {path.name for path in (folder / "out").iterdir()}
     assert {"surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py"} <= names
     assert "16 shared" in (folder / "out" / "README.md").read_text()
+    code, out, _ = run("inspect", "out", "--json")
+    shape = {"form": "leaf", "depth": 2, "leaf_width": 24, "shared": 16, "active": 40}
+    assert shape.items() <= json.loads(out)["layers"][3]["ffn"][0].items()
+    monkeypatch.setenv("COLUMNS", "200")  # no cell is broken into lines
+    said = " ".join(run("inspect", "out")[1].split())
+    assert "fff 112: depth 2" in said and "40 a token" in said
     model = load_model("out")
     trees = [m for m in model.modules() if isinstance(m, surgeon_fff.FastFeedForward)]
     assert len(trees) == 3 and torch.isfinite(logits(model, some_tokens())).all()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_tiny, tiny_encoder
+from conftest import encoder_tokenizer, save_encoder, save_tiny
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
@@ -137,11 +137,41 @@ def test_a_student_that_does_not_say_where_it_comes_from_is_refused(folder, run)
     assert code == 2 and "which parent layers each block stands for" in err
 
 
-def test_an_encoder_is_refused(folder, run):
-    tiny_encoder("bert", "BertForMaskedLM").save_pretrained(folder / "bert")
-    byte_tokenizer().save_pretrained(folder / "bert")
-    code, _, err = run("heal", "bert", "--parent", "bert", "--text", "text.txt", "-o", "healed")
-    assert code == 2 and "distillation goes by the next token" in err
+def encoder(folder):
+    """A BERT on disk with a tokenizer that frames and pads, and a student of it with a narrower FFN."""
+    save_encoder(folder / "bert", "bert")
+    tokenizer = encoder_tokenizer()
+    tokenizer.pad_token = "<unk>"
+    tokenizer.save_pretrained(folder / "bert")
+    (folder / "prose.txt").write_text("".join(f"This is a sentence, the one numbered {n} of all.\n" for n in range(80)))
+    calibration = "calibration: {text: prose.txt, tokens: 1280, sequence_length: 32, sentences: true}"
+    (folder / "narrow.yaml").write_text(f"version: 1\n{calibration}\nsteps: [{{op: prune_ffn, layers: [2, 3]}}]\n")
+    (folder / "encoder.yaml").write_text(
+        f"version: 1\n{calibration}\n"
+        "steps: [{op: distill, steps: 6, sequence_length: 40, batch: 2, learning_rate: 0.002, evaluations: 2}]\n"
+    )
+
+
+def test_an_encoder_is_healed_on_sentences(folder, run):
+    encoder(folder)
+    assert run("run", "narrow.yaml", "bert", "-o", "narrow")[0] == 0
+    code, out, err = run("heal", "narrow", "--parent", "bert", "-r", "encoder.yaml", "-o", "healed", "--json")
+    assert code == 0, err
+    report = json.loads(out)
+    judged = report["distill"][0]["trainings"][0]["judged"]
+    assert report["evaluation"]["pooled_cosine"] == pytest.approx(max(j["pooled_cosine"] for j in judged), abs=1e-5)
+    assert report["evaluation"]["pooled_cosine"] > judged[0]["pooled_cosine"]
+    step = loads((folder / "healed/recipe.yaml").read_text()).steps[-1]
+    assert step.kl == 0 and step.pooled == 1
+    assert "Cosine of pooled states" in (folder / "healed/report.html").read_text()
+
+
+def test_an_encoder_is_not_asked_for_next_tokens(folder, run):
+    encoder(folder)
+    assert run("run", "narrow.yaml", "bert", "-o", "narrow")[0] == 0
+    wrong = ("--set", "distill.kl=1")
+    code, _, err = run("heal", "narrow", "--parent", "bert", "-r", "encoder.yaml", *wrong, "-o", "healed")
+    assert code == 2 and "kl and cross_entropy are of the next token" in err and not (folder / "healed").exists()
 
 
 def command(*arguments):

@@ -36,15 +36,16 @@ def parent_of(family="llama"):
 
 
 @cache
-def made(length=4, embedder="projected", decoder="prefix", prefix=2, family="llama", split=3, start=False):
+def made(length=4, embedder="projected", decoder="prefix", prefix=2, family="llama", split=3, start=False, affine=True):
     """A block model; its new weights are random, unless it is to be as it starts."""
-    step = Block(block_length=length, embedder=embedder, decoder=decoder, prefix_length=prefix, split=split)
+    shape = dict(block_length=length, embedder=embedder, decoder=decoder, prefix_length=prefix, split=split)
+    step = Block(**shape, affine=affine)
     model, *_ = operate(parent_of(family), step)
     if not start:
         torch.manual_seed(3)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "context_expansion" in name or "block_embedder" in name:
+                if name.split(".")[1] in ("context_expansion", "block_embedder", "token_projection"):
                     parameter.copy_(torch.randn_like(parameter) * 0.6 / parameter.shape[-1] ** 0.5)
                 elif "cross_attn" in name:
                     parameter.add_(0.1 * torch.randn_like(parameter))
@@ -109,9 +110,10 @@ def slow(model, ids, padding):
         expanded = body.context_expansion(context).view(1, -1, context.shape[-1])
         mine = torch.tensor(columns[full * length :], dtype=torch.long)
         if decoder == "prefix":
-            x = torch.cat([expanded, body.embed_tokens(mine)[None]], 1)
+            x = torch.cat([expanded, body.token_projection(body.embed_tokens(mine))[None]], 1)
         else:
-            x = body.embed_tokens(torch.tensor([columns[full * length - 1], *mine.tolist()]))[None]
+            read = torch.tensor([columns[full * length - 1], *mine.tolist()])
+            x = body.token_projection(body.embed_tokens(read))[None]
         x = x + expanded[:, : rest + 1] if decoder == "summation" else x
         mask = causal(x.shape[1])
         for layer in body.layers[split:]:
@@ -140,6 +142,15 @@ def test_the_forward_is_the_slow_obvious_one(shape):
             found = model(input_ids=ids, use_cache=False, block_padding=padding).logits[0]
         torch.testing.assert_close(found, slow(model, ids[0], padding), atol=CLOSE, rtol=0)
     assert torch.equal(found if padding == shape[0] - 1 else logits(model, ids)[0], logits(model, ids)[0])
+
+
+def test_the_paper_s_form():
+    """Without biases and without a map of the token decoder's embeddings."""
+    model, ids = made(4, affine=False), text(1, 13)
+    assert model.model.context_expansion.bias is None and not list(model.model.token_projection.parameters())
+    torch.testing.assert_close(logits(model, ids)[0], slow(model, ids[0], 3), atol=CLOSE, rtol=0)
+    started, plain = made(4, start=True), made(4, start=True, affine=False)
+    torch.testing.assert_close(logits(started, ids), logits(plain, ids), atol=CLOSE, rtol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -374,7 +385,8 @@ def test_all_weights_get_gradients():
         model(input_ids=ids, labels=ids).loss.backward()
         idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
         # Blocks of one token behind a prefix: the token decoder reads no token.
-        assert idle == (["model.embed_tokens.weight"] if shape[0] == 1 else [])
+        tokens = ["embed_tokens.weight", "token_projection.weight", "token_projection.bias"]
+        assert idle == ([f"model.{name}" for name in tokens] if shape[0] == 1 else [])
         plain = {n: p.grad.clone() for n, p in model.named_parameters() if n not in idle}
         model.zero_grad()
         # The name is new in transformers 5; the older one warns there.

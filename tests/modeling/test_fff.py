@@ -96,7 +96,7 @@ def kernels():
     leaf=st.booleans(),
     depth=st.integers(0, 5),
     hidden=st.sampled_from([3, 16, 64, 100, 130]),
-    count=st.sampled_from([1, 2, 17, 70]),
+    count=st.sampled_from([1, 2, 15, 16, 17, 33, 63, 64, 70]),
     width=st.integers(1, 9),
     extra=st.integers(0, 4),
     activation=st.sampled_from(ACTIVATIONS),
@@ -134,6 +134,29 @@ def test_many_tokens_are_sorted_and_come_back_in_order(kernel):
         several = x.view(10, 100, 24)
         torch.testing.assert_close(hard(module, several, kernel).view(1000, 24), one_by_one, atol=2e-5, rtol=1e-4)
         assert hard(module, x[:0], kernel).shape == (0, 24)
+
+
+def test_paths_longer_than_a_vector():
+    """17 neurons a path, one more than fit a vector register."""
+    if "numba" not in kernels():
+        pytest.skip("numba is not installed")
+    for gated in (False, True):
+        module = node_form(depth=16, hidden=3, trees=1, gated=gated)
+        x = torch.randn(70, 3, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(hard(module, x, "numba"), hard(module, x, "torch"), **CLOSE)
+        torch.testing.assert_close(hard(module, x[:5], "numba"), hard(module, x[:5], "torch"), **CLOSE)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_compiled_activations_are_those_of_transformers(activation):
+    kernel = pytest.importorskip("llmsurgeon.modeling.surgeon_fff_numba", exc_type=RuntimeError)
+    z = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -100.0, -0.0, 100.0, 1e4, 1e30, math.nan])])
+    row = torch.zeros(1, math.ceil(len(z) / kernel.LANES) * kernel.LANES)
+    row[0, : len(z)] = z
+    kind = kernel.ACTIVATIONS[fff.COMPILED_ACTIVATIONS[activation]]
+    kernel.activate(kind, row.numpy(), 0, row[:0].numpy())
+    expected = fff.ACT2FN[activation](z.double()).float()
+    torch.testing.assert_close(row[0, : len(z)], expected, atol=2e-6, rtol=1e-6, equal_nan=True)
 
 
 def test_prepared_calls_follow_the_module():

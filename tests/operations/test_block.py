@@ -44,12 +44,15 @@ def refusal(model, *steps):
 def test_new_tensors_are_what_the_paper_starts_from(length):
     model = tiny_model("llama")
     plan, made, parent = planned(model, Block(block_length=length))
-    assert plan.spec.block_transformer == BlockTransformerSpec(length, 3)
+    assert plan.spec.block_transformer == BlockTransformerSpec(length, 3, affine=True)
     assert set(made) - set(parent) == {
         NEW,
         "model.block_embedder.projection.weight",
         "model.block_embedder.projection.bias",
         "model.context_expansion.weight",
+        "model.context_expansion.bias",
+        "model.token_projection.weight",
+        "model.token_projection.bias",
     }
     assert all(torch.equal(made[name], parent[name]) for name in parent)
     table = parent["model.embed_tokens.weight"]
@@ -61,6 +64,14 @@ def test_new_tensors_are_what_the_paper_starts_from(length):
     context = torch.randn(5, 32)
     expanded = (context @ made["model.context_expansion.weight"].T).view(5, 2, 32)
     assert torch.equal(expanded, torch.stack([context, context], 1))
+    # What the paper does not have begins as nothing.
+    assert torch.equal(made["model.token_projection.weight"], torch.eye(32))
+    assert not made["model.token_projection.bias"].any() and not made["model.context_expansion.bias"].any()
+    assert made["model.context_expansion.bias"].shape == (64,)
+    _, paper, _ = planned(model, Block(block_length=length, affine=False))
+    assert set(made) - set(paper) == {"model.context_expansion.bias"} | {
+        f"model.token_projection.{kind}" for kind in ("weight", "bias")
+    }
 
 
 def test_a_narrow_table_keeps_the_most_inner_products():
@@ -92,7 +103,7 @@ def test_summation_and_cross_attention():
 
 
 def test_the_description_goes_there_and_back():
-    for spec in (BlockTransformerSpec(4, 3), BlockTransformerSpec(2, 0, "concat", "cross_attention", 1)):
+    for spec in (BlockTransformerSpec(4, 3), BlockTransformerSpec(2, 0, "concat", "cross_attention", 1, True)):
         assert from_block_transformer(to_block_transformer(spec), 6, 32) == spec
     model = tiny_model("llama")
     _, written, spec = operate(model, Block(block_length=2, split=2, decoder="summation"))
@@ -112,6 +123,7 @@ def test_the_description_goes_there_and_back():
         ({"block_length": 4}, "cannot be read: .*split"),
         ({"block_length": 4, "split": 3, "depth": 1}, "cannot be read: .*depth"),
         ({"block_length": "4", "split": 3}, "cannot be read: sizes"),
+        ({"block_length": 4, "split": 3, "affine": 1}, "cannot be read: affine 1"),
         ({"block_length": 4, "split": 7}, "from 0 to the 6 layers"),
         ({"block_length": 0, "split": 3}, "must be at least 1"),
         ({"block_length": 5, "split": 3, "embedder": "concat"}, "hidden size 32, which 5 does not divide"),
@@ -162,7 +174,8 @@ FUSED = (PruneAttention(layers=(3,)), FuseFFN(runs=((2, 3),)))
         ((Block(split=7),), "split 7 is beyond the model's layers, which end at 5"),
         ((Block(), Block()), "block: the model is a block transformer already"),
         ((Block(), PruneAttention(layers=(1,))), "prune_attention: the model is a block transformer already"),
-        ((Block(), Refit()), "refit: the model is a block transformer already"),
+        ((Block(affine=False), Refit()), "this one has affine: false; leave refit out"),
+        ((Block(decoder="cross_attention"), Refit()), "this one has decoder cross_attention; leave refit out"),
         ((Block(), FuseFFN(runs=((0, 1),))), "fuse_ffn: the model is a block transformer already"),
         (
             (*FUSED, Block(split=3)),
