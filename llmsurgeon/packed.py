@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from llmsurgeon.ternary import grid_of, is_ternary, put_in_place, taken_apart
 
 ROWS = 4  # of one byte
-# Tokens up to which products come straight from the packed weights, 12 in other dtypes: torch's product is faster per
+# Tokens up to which products come straight from the packed weights, 8 in other dtypes: torch's product is faster per
 # token, and needs unpacked weights.
-DECODED = {torch.float32: 24}
+DECODED = {torch.float32: 32}
 # What stands for a dtype that numba does not know.
 INTEGER = {torch.bfloat16: torch.int16}
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         kernels = _kernels() if x.device.type == "cpu" and not x.requires_grad else None
         scale: Any = self.scale
-        if kernels and len(rows) <= DECODED.get(rows.dtype, 12):
+        if kernels and len(rows) <= DECODED.get(rows.dtype, 8):
             made = self._straight(rows.detach(), kernels[0])
         elif kernels and rows.dtype in (torch.float32, torch.bfloat16):
             made = self._unpacked(rows.detach(), kernels[1])
