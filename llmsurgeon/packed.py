@@ -3,13 +3,14 @@
     model = load_model("OUT")            # or AutoModelForCausalLM.from_pretrained
     pack_linears(model)
 
-A few tokens are multiplied straight from the packed weights (numba). For many, rows are unpacked a block at a time into
-a buffer that stays in the core's cache, and multiplied there by torch's product: memory is read for 2 bits a weight.
-What is computed is what the plain checkpoint computes, in float32 sums.
+A few tokens are multiplied straight from the packed weights (numba). For more, rows are unpacked into a buffer that all
+linears share, a block at a time that stays in the core's cache or whole for many tokens, and multiplied by torch's
+product. What is computed is what the plain checkpoint computes.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,11 +22,13 @@ from llmsurgeon.ternary import grid_of, is_ternary, put_in_place, taken_apart
 
 ROWS = 4  # of one byte
 # Tokens up to which products come straight from the packed weights: an unpacked matrix serves more at once.
-DECODED = 8
-# Bytes of unpacked rows at a time: about half of a core's second-level cache.
+DECODED = 6
+# Tokens up to which rows are unpacked by so many bytes, about half of a core's second-level cache: only packed weights
+# come from memory then. More tokens are slower in parts: the product lays them out anew for each.
+FEW = 32
 BLOCK_BYTES = 1 << 20
-# The integers as wide as a dtype's numbers.
-INTEGER = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+# What stands for a dtype that numba does not know.
+INTEGER = {torch.bfloat16: torch.int16}
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -52,7 +55,7 @@ class PackedLinear(nn.Module):
         if kernels and len(rows) <= DECODED:
             made = self._straight(rows.detach(), kernels[0])
         elif kernels and rows.dtype in (torch.float32, torch.bfloat16):
-            made = self._in_blocks(rows.detach(), kernels[1]) * scale.to(rows.dtype)
+            made = self._unpacked(rows.detach(), kernels[1])
         else:
             made = nn.functional.linear(rows, self._codes().to(rows.dtype)) * scale.to(rows.dtype)
         return (made if self.bias is None else made + self.bias).view(*x.shape[:-1], self.out_features)
@@ -65,21 +68,25 @@ class PackedLinear(nn.Module):
         ]
         return (torch.stack(products) * scale).to(rows.dtype)
 
-    def _in_blocks(self, rows: Tensor, unpack: Callable[..., Any]) -> Tensor:
-        """[n, I] times the codes: [n, O]."""
+    def _unpacked(self, rows: Tensor, unpack: Callable[..., Any]) -> Tensor:
+        """[n, I] -> [n, O] by torch's product, of all rows at once or of as many as the cache holds."""
         bits: Any = self.bits
+        scale: Any = self.scale
         many, inputs = bits.shape
-        step = max(1, min(many, BLOCK_BYTES // (ROWS * inputs * rows.dtype.itemsize)))
-        buffer = torch.empty(ROWS, step, inputs, dtype=rows.dtype)
-        made = torch.empty(len(rows), ROWS, many, dtype=rows.dtype)
+        at_once = many if len(rows) > FEW else BLOCK_BYTES // (ROWS * inputs * rows.dtype.itemsize)
+        step = max(1, min(many, at_once))
+        sizes = scale.to(rows.dtype).view(ROWS, many)
+        room = _scratch(ROWS * step * inputs, rows.dtype)
+        made = []
         for start in range(0, many, step):
             part = bits[start : start + step]
-            codes = buffer[:, : len(part)]
+            weight = room[: ROWS * part.numel()].view(ROWS, len(part), inputs)
             # numba knows no bfloat16: it writes the bits.
-            unpack(part.numpy(), codes.view(INTEGER[rows.dtype]).numpy(), torch.get_num_threads())
-            products = rows @ codes.flatten(0, 1).T
-            made[:, :, start : start + step] = products.view(len(rows), ROWS, -1)
-        return made.flatten(1)
+            kind = INTEGER.get(rows.dtype, rows.dtype)
+            here = sizes[:, start : start + step].contiguous()
+            unpack(part.numpy(), here.view(kind).numpy(), weight.view(kind).numpy(), torch.get_num_threads())
+            made.append(nn.functional.linear(rows, weight.flatten(0, 1)).view(len(rows), ROWS, -1))
+        return (made[0] if len(made) == 1 else torch.cat(made, dim=2)).flatten(1)
 
     def _codes(self) -> Tensor:
         """The codes [O, I], int8."""
@@ -108,6 +115,23 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensors.values())
 
 
+_kept = threading.local()
+
+
+def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+    """Room for so many numbers, this thread's own and kept for its next call: the system fills new pages with zeros."""
+    rooms = _kept.__dict__
+    if str(dtype) not in rooms or len(rooms[str(dtype)]) < count:
+        rooms[str(dtype)] = torch.empty(count, dtype=dtype)
+    room: Tensor = rooms[str(dtype)]
+    return room
+
+
+def scratch_bytes() -> int:
+    """Bytes that this thread keeps to unpack weights into: one linear's, the largest that read many tokens."""
+    return sum(room.numel() * room.itemsize for room in _kept.__dict__.values())
+
+
 @cache
 def _kernels() -> Kernels | None:
     """The product of packed weights and what unpacks them, None where numba is not installed."""
@@ -118,4 +142,4 @@ def _kernels() -> Kernels | None:
     return product, unpack
 
 
-__all__ = ["PackedLinear", "pack_linears", "resident_bytes"]
+__all__ = ["PackedLinear", "pack_linears", "resident_bytes", "scratch_bytes"]

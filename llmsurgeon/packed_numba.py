@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import get_num_threads, njit, prange, set_num_threads
+from llvmlite import ir
+from numba import get_num_threads, njit, prange, set_num_threads, types
+from numba.extending import intrinsic
 
 # Sums may be reordered, or they could not run in vector registers.
 FAST = {"reassoc", "contract", "nsz"}
@@ -17,15 +19,49 @@ FAST = {"reassoc", "contract", "nsz"}
 THREADED_FROM = 1 << 18
 
 
+def _two_bits(builder: Any, byte: Any, place: Any, bits: int) -> Any:
+    """IR for the two bits of a byte at 2 * place, as an integer of so many bits."""
+    width = ir.IntType(bits)
+    shift = builder.shl(builder.trunc(place, width), width(1))
+    return builder.and_(builder.lshr(builder.zext(byte, width), shift), width(3))
+
+
+# As IR: numba's own operators widen all integers to 64 bits, and half or a quarter as many fit a register.
+@intrinsic
+def _code(typing: Any, byte: Any, place: Any) -> Any:
+    """The code + 1 at a place of a byte, float32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.sitofp(_two_bits(builder, *arguments, 32), ir.FloatType())
+
+    return types.float32(types.uint8, types.int64), build
+
+
+@intrinsic
+def _bfloat16(typing: Any, byte: Any, place: Any, size: Any) -> Any:
+    """The bits of code * size in bfloat16, int16, from those of a size that is not negative."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, place, size = arguments
+        width = ir.IntType(16)
+        two = _two_bits(builder, byte, place, 16)
+        # 0 stands for -size, 1 for 0, 2 for size: the lower bit says zero, the upper one that there is no sign.
+        positive = builder.shl(builder.and_(two, width(2)), width(14))
+        signed = builder.or_(size, builder.xor(positive, width(0x8000)))
+        return builder.and_(signed, builder.sub(builder.and_(two, width(1)), width(1)))
+
+    return types.int16(types.uint8, types.int64, types.int16), build
+
+
 @njit(fastmath=FAST)
 def _row(x: Any, bits: Any, r: Any, total: Any, out: Any) -> None:
     a = b = c = d = np.float32(0)
     for i in range(x.shape[0]):
-        four, value = np.int32(bits[r, i]), x[i]
-        a += value * np.float32(four & 3)
-        b += value * np.float32((four >> 2) & 3)
-        c += value * np.float32((four >> 4) & 3)
-        d += value * np.float32(four >> 6)
+        four, value = bits[r, i], x[i]
+        a += value * _code(four, 0)
+        b += value * _code(four, 1)
+        c += value * _code(four, 2)
+        d += value * _code(four, 3)
     # Stored is code + 1.
     out[0, r], out[1, r], out[2, r], out[3, r] = a - total, b - total, c - total, d - total
 
@@ -60,41 +96,52 @@ def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
 
 
 @njit
-def _codes(bits: Any, r: Any, one: Any, sign: Any, out: Any) -> None:
-    for i in range(bits.shape[1]):
-        four = np.int32(bits[r, i])
-        for place in range(4):
-            code = ((four >> (2 * place)) & 3) - 1
-            # All bits of -1 are set: the number's sign bit, and where it is not 0, those of 1.
-            out[place, r, i] = (-(code & 1) & one) | (code & sign)
+def _float_row(bits: Any, r: Any, sizes: Any, out: Any) -> None:
+    for place in range(4):
+        size = sizes[place, r]
+        for i in range(bits.shape[1]):
+            out[place, r, i] = _code(bits[r, i], place) * size - size
 
 
 @njit
-def _unpack_alone(bits: Any, one: Any, sign: Any, out: Any) -> None:
-    for r in range(bits.shape[0]):
-        _codes(bits, r, one, sign, out)
+def _bfloat16_row(bits: Any, r: Any, sizes: Any, out: Any) -> None:
+    for place in range(4):
+        size = sizes[place, r]
+        for i in range(bits.shape[1]):
+            out[place, r, i] = _bfloat16(bits[r, i], place, size)
 
 
-@njit(parallel=True)
-def _unpack_together(bits: Any, one: Any, sign: Any, out: Any) -> None:
-    for r in prange(bits.shape[0]):
-        _codes(bits, r, one, sign, out)
+def _over_rows(row: Any) -> tuple[Any, Any]:
+    """The loop over rows, on one thread and on several."""
+
+    @njit
+    def alone(bits: Any, sizes: Any, out: Any) -> None:
+        for r in range(bits.shape[0]):
+            row(bits, r, sizes, out)
+
+    @njit(parallel=True)
+    def together(bits: Any, sizes: Any, out: Any) -> None:
+        for r in prange(bits.shape[0]):
+            row(bits, r, sizes, out)
+
+    return alone, together
 
 
-# The bits of 1 and of the sign, in float32 and in bfloat16.
-BITS = {4: (np.int32(0x3F800000), np.int32(-(2**31))), 2: (np.int32(0x3F80), np.int32(-(2**15)))}
+_UNPACK = {4: _over_rows(_float_row), 2: _over_rows(_bfloat16_row)}
 
 
-def unpack(bits: np.ndarray, out: np.ndarray, threads: int) -> None:
-    """Write the codes of bits uint8 [R, I] as floats to `out` [4, R, I], int32 or int16 that are read as float32 or
-    bfloat16."""
-    one, sign = BITS[out.itemsize]
+def unpack(bits: np.ndarray, sizes: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """Write weights to `out` [4, R, I] from their codes, bits uint8 [R, I], and the scales of their rows, sizes [4, R].
+
+    Scales and weights are float32, or int16 that is read as bfloat16.
+    """
+    alone, together = _UNPACK[out.itemsize]
     if threads == 1 or bits.size < THREADED_FROM // 4:
-        _unpack_alone(bits, one, sign, out)
+        alone(bits, sizes, out)
         return
     before = get_num_threads()
     set_num_threads(min(threads, before))
     try:
-        _unpack_together(bits, one, sign, out)
+        together(bits, sizes, out)
     finally:
         set_num_threads(before)
