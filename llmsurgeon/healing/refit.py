@@ -350,6 +350,8 @@ class Refit:
             if self.options.align and drifted and block.attention is not None:
                 attended = self._refit_attention(index, block, layer, attended, parent_read[-1])
             self._fit_trees(index, block, layer, attended, parent_read[-1], drifted)
+            if self.family.post_norm:
+                self._refit_norm(index, block, layer, attended)
             return attended
         if self.options.align and block.ffn is not None and not self.family.experts:
             read = self.x if self.student.parallel_residual else attended
@@ -529,7 +531,8 @@ class Refit:
     def _refit_norm(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
         """Give the norm that ends the block the gain and shift that bring each channel nearest to the parent's.
 
-        Where blocks went, the parent's span ends in another block's norm.
+        Where blocks went, the parent's span ends in another block's norm; where trees came, some channels are surer
+        than others.
         """
         norm: Any = layer.get_submodule(self.family.ffn_norm)
         gain, shift = norm.weight.data, norm.bias.data
