@@ -3,9 +3,8 @@
     model = load_model("OUT")            # or AutoModelForCausalLM.from_pretrained
     pack_linears(model)
 
-A few tokens are multiplied straight from the packed weights (numba). For more, rows are unpacked into a buffer that all
-linears share, a block at a time that stays in the core's cache or whole for many tokens, and multiplied by torch's
-product. What is computed is what the plain checkpoint computes.
+A few tokens are multiplied straight from the packed weights (numba). For more, a linear's weights are unpacked into
+room that all linears share, and multiplied by torch's product. What is computed is what the plain checkpoint computes.
 """
 
 from __future__ import annotations
@@ -21,12 +20,9 @@ from torch import Tensor, nn
 from llmsurgeon.ternary import grid_of, is_ternary, put_in_place, taken_apart
 
 ROWS = 4  # of one byte
-# Tokens up to which products come straight from the packed weights: an unpacked matrix serves more at once.
-DECODED = 6
-# Tokens up to which rows are unpacked by so many bytes, about half of a core's second-level cache: only packed weights
-# come from memory then. More tokens are slower in parts: the product lays them out anew for each.
-FEW = 32
-BLOCK_BYTES = 1 << 20
+# Tokens up to which products come straight from the packed weights, 8 in other dtypes: torch's product is faster per
+# token, and needs unpacked weights.
+DECODED = {torch.float32: 32}
 # What stands for a dtype that numba does not know.
 INTEGER = {torch.bfloat16: torch.int16}
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
@@ -52,7 +48,7 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         kernels = _kernels() if x.device.type == "cpu" and not x.requires_grad else None
         scale: Any = self.scale
-        if kernels and len(rows) <= DECODED:
+        if kernels and len(rows) <= DECODED.get(rows.dtype, 8):
             made = self._straight(rows.detach(), kernels[0])
         elif kernels and rows.dtype in (torch.float32, torch.bfloat16):
             made = self._unpacked(rows.detach(), kernels[1])
@@ -61,32 +57,22 @@ class PackedLinear(nn.Module):
         return (made if self.bias is None else made + self.bias).view(*x.shape[:-1], self.out_features)
 
     def _straight(self, rows: Tensor, kernel: Callable[..., Any]) -> Tensor:
+        """[n, I] -> [n, O] from the packed weights."""
         bits: Any = self.bits
         scale: Any = self.scale
-        products = [
-            torch.from_numpy(kernel(row.numpy(), bits.numpy(), torch.get_num_threads())) for row in rows.float()
-        ]
-        return (torch.stack(products) * scale).to(rows.dtype)
+        made = torch.from_numpy(kernel(rows.float().contiguous().numpy(), bits.numpy(), torch.get_num_threads()))
+        return (made * scale).to(rows.dtype)
 
     def _unpacked(self, rows: Tensor, unpack: Callable[..., Any]) -> Tensor:
-        """[n, I] -> [n, O] by torch's product, of all rows at once or of as many as the cache holds."""
+        """[n, I] -> [n, O] by torch's product with the weights as they would be in the plain checkpoint."""
         bits: Any = self.bits
         scale: Any = self.scale
-        many, inputs = bits.shape
-        at_once = many if len(rows) > FEW else BLOCK_BYTES // (ROWS * inputs * rows.dtype.itemsize)
-        step = max(1, min(many, at_once))
-        sizes = scale.to(rows.dtype).view(ROWS, many)
-        room = _scratch(ROWS * step * inputs, rows.dtype)
-        made = []
-        for start in range(0, many, step):
-            part = bits[start : start + step]
-            weight = room[: ROWS * part.numel()].view(ROWS, len(part), inputs)
-            # numba knows no bfloat16: it writes the bits.
-            kind = INTEGER.get(rows.dtype, rows.dtype)
-            here = sizes[:, start : start + step].contiguous()
-            unpack(part.numpy(), here.view(kind).numpy(), weight.view(kind).numpy(), torch.get_num_threads())
-            made.append(nn.functional.linear(rows, weight.flatten(0, 1)).view(len(rows), ROWS, -1))
-        return (made[0] if len(made) == 1 else torch.cat(made, dim=2)).flatten(1)
+        weight = _room(ROWS * bits.numel(), rows.dtype).view(ROWS, *bits.shape)
+        sizes = scale.to(rows.dtype).view(ROWS, -1)
+        # numba knows no bfloat16: it writes the bits.
+        kind = INTEGER.get(rows.dtype, rows.dtype)
+        unpack(bits.numpy(), sizes.view(kind).numpy(), weight.view(kind).numpy(), torch.get_num_threads())
+        return nn.functional.linear(rows, weight.flatten(0, 1))
 
     def _codes(self) -> Tensor:
         """The codes [O, I], int8."""
@@ -118,13 +104,13 @@ def resident_bytes(model: nn.Module) -> int:
 _kept = threading.local()
 
 
-def _scratch(count: int, dtype: torch.dtype) -> Tensor:
+def _room(count: int, dtype: torch.dtype) -> Tensor:
     """Room for so many numbers, this thread's own and kept for its next call: the system fills new pages with zeros."""
     rooms = _kept.__dict__
-    if str(dtype) not in rooms or len(rooms[str(dtype)]) < count:
+    if len(rooms.get(str(dtype), ())) < count:
         rooms[str(dtype)] = torch.empty(count, dtype=dtype)
     room: Tensor = rooms[str(dtype)]
-    return room
+    return room[:count]
 
 
 def scratch_bytes() -> int:

@@ -1,4 +1,4 @@
-"""Products of packed ternary weights with single vectors on CPUs, compiled by numba (pip install llmsurgeon[cpu]).
+"""Products of packed ternary weights with a few vectors on CPUs, compiled by numba (pip install llmsurgeon[cpu]).
 
 The weights stay packed: four codes are taken out of each byte as it comes by, so a product reads 2 bits a weight.
 Shapes: I inputs, R rows of bytes, each of which holds four rows of codes: r, r + R, r + 2 R, r + 3 R.
@@ -6,6 +6,8 @@ Shapes: I inputs, R rows of bytes, each of which holds four rows of codes: r, r 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,61 +56,103 @@ def _bfloat16(typing: Any, byte: Any, place: Any, size: Any) -> Any:
 
 
 @njit(fastmath=FAST)
-def _row(x: Any, bits: Any, r: Any, total: Any, out: Any) -> None:
+def _one(x: Any, bits: Any, r: Any, t: Any, out: Any) -> None:
+    """Four outputs of one token: sums over codes + 1."""
     a = b = c = d = np.float32(0)
-    for i in range(x.shape[0]):
-        four, value = bits[r, i], x[i]
+    token = x[t]
+    for i in range(x.shape[1]):
+        four, value = bits[r, i], token[i]
         a += value * _code(four, 0)
         b += value * _code(four, 1)
         c += value * _code(four, 2)
         d += value * _code(four, 3)
-    # Stored is code + 1.
-    out[0, r], out[1, r], out[2, r], out[3, r] = a - total, b - total, c - total, d - total
+    out[t, 0, r], out[t, 1, r], out[t, 2, r], out[t, 3, r] = a, b, c, d
 
 
 @njit(fastmath=FAST)
+def _four(x: Any, bits: Any, r: Any, t: Any, out: Any) -> None:
+    """Four outputs of each of four tokens: codes are taken out of their bytes once, and all sums stay in registers."""
+    a = b = c = d = e = f = g = h = np.float32(0)
+    j = k = m = n = o = p = q = s = np.float32(0)
+    first, second, third, last = x[t], x[t + 1], x[t + 2], x[t + 3]
+    for i in range(x.shape[1]):
+        four = bits[r, i]
+        one, two, three, more = _code(four, 0), _code(four, 1), _code(four, 2), _code(four, 3)
+        u, v, w, z = first[i], second[i], third[i], last[i]
+        a, b, c, d = a + one * u, b + two * u, c + three * u, d + more * u
+        e, f, g, h = e + one * v, f + two * v, g + three * v, h + more * v
+        j, k, m, n = j + one * w, k + two * w, m + three * w, n + more * w
+        o, p, q, s = o + one * z, p + two * z, q + three * z, s + more * z
+    out[t, 0, r], out[t, 1, r], out[t, 2, r], out[t, 3, r] = a, b, c, d
+    out[t + 1, 0, r], out[t + 1, 1, r], out[t + 1, 2, r], out[t + 1, 3, r] = e, f, g, h
+    out[t + 2, 0, r], out[t + 2, 1, r], out[t + 2, 2, r], out[t + 2, 3, r] = j, k, m, n
+    out[t + 3, 0, r], out[t + 3, 1, r], out[t + 3, 2, r], out[t + 3, 3, r] = o, p, q, s
+
+
+@njit
+def _row(x: Any, bits: Any, r: Any, out: Any) -> None:
+    tokens = x.shape[0]
+    for t in range(0, tokens - 3, 4):
+        _four(x, bits, r, t, out)
+    for t in range(tokens - tokens % 4, tokens):
+        _one(x, bits, r, t, out)
+
+
+@njit
 def _alone(x: Any, bits: Any, out: Any) -> None:
-    total = x.sum()
     for r in range(bits.shape[0]):
-        _row(x, bits, r, total, out)
+        _row(x, bits, r, out)
 
 
-@njit(fastmath=FAST, parallel=True)
+@njit(parallel=True)
 def _together(x: Any, bits: Any, out: Any) -> None:
-    total = x.sum()
     for r in prange(bits.shape[0]):
-        _row(x, bits, r, total, out)
+        _row(x, bits, r, out)
 
 
 def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
-    """codes @ x, float32 [4 R], from x float32 [I] and bits uint8 [R, I]."""
-    out = np.empty((4, len(bits)), np.float32)
+    """x float32 [n, I] times the codes in bits uint8 [R, I]: float32 [n, 4 R]."""
+    out = np.empty((len(x), 4, len(bits)), np.float32)
     if threads == 1 or bits.size < THREADED_FROM:
         _alone(x, bits, out)
-        return out.reshape(-1)
+    else:
+        with _threads(threads):
+            _together(x, bits, out)
+    # Stored is code + 1.
+    out -= x.sum(axis=1)[:, None, None]
+    return out.reshape(len(x), -1)
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
     before = get_num_threads()
-    set_num_threads(min(threads, before))
+    set_num_threads(min(wanted, before))
     try:
-        _together(x, bits, out)
+        yield
     finally:
         set_num_threads(before)
-    return out.reshape(-1)
 
 
 @njit
 def _float_row(bits: Any, r: Any, sizes: Any, out: Any) -> None:
-    for place in range(4):
-        size = sizes[place, r]
-        for i in range(bits.shape[1]):
-            out[place, r, i] = _code(bits[r, i], place) * size - size
+    a, b, c, d = sizes[0, r], sizes[1, r], sizes[2, r], sizes[3, r]
+    for i in range(bits.shape[1]):
+        four = bits[r, i]
+        out[0, r, i] = _code(four, 0) * a - a
+        out[1, r, i] = _code(four, 1) * b - b
+        out[2, r, i] = _code(four, 2) * c - c
+        out[3, r, i] = _code(four, 3) * d - d
 
 
 @njit
 def _bfloat16_row(bits: Any, r: Any, sizes: Any, out: Any) -> None:
-    for place in range(4):
-        size = sizes[place, r]
-        for i in range(bits.shape[1]):
-            out[place, r, i] = _bfloat16(bits[r, i], place, size)
+    a, b, c, d = sizes[0, r], sizes[1, r], sizes[2, r], sizes[3, r]
+    for i in range(bits.shape[1]):
+        four = bits[r, i]
+        out[0, r, i] = _bfloat16(four, 0, a)
+        out[1, r, i] = _bfloat16(four, 1, b)
+        out[2, r, i] = _bfloat16(four, 2, c)
+        out[3, r, i] = _bfloat16(four, 3, d)
 
 
 def _over_rows(row: Any) -> tuple[Any, Any]:
@@ -136,12 +180,8 @@ def unpack(bits: np.ndarray, sizes: np.ndarray, out: np.ndarray, threads: int) -
     Scales and weights are float32, or int16 that is read as bfloat16.
     """
     alone, together = _UNPACK[out.itemsize]
-    if threads == 1 or bits.size < THREADED_FROM // 4:
+    if threads == 1 or bits.size < THREADED_FROM:
         alone(bits, sizes, out)
-        return
-    before = get_num_threads()
-    set_num_threads(min(threads, before))
-    try:
-        together(bits, sizes, out)
-    finally:
-        set_num_threads(before)
+    else:
+        with _threads(threads):
+            together(bits, sizes, out)

@@ -49,7 +49,7 @@ def test_one_linear(kernel, grid, dtype, tokens, bias):
 def test_threads_compute_the_same(monkeypatch):
     numba_kernel = pytest.importorskip("llmsurgeon.packed_numba")
     _, made = linear()
-    x = torch.randn(100).numpy()
+    x = torch.randn(7, 100).numpy()
     one = numba_kernel.product(x, made.bits.numpy(), 1)
     monkeypatch.setattr(numba_kernel, "THREADED_FROM", 0)
     assert (numba_kernel.product(x, made.bits.numpy(), 2) == one).all()
@@ -57,19 +57,17 @@ def test_threads_compute_the_same(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grid", [Grid(), Grid(granularity="row")], ids=["tensor", "row"])
-def test_rows_are_unpacked_at_once_or_in_blocks(monkeypatch, dtype, grid):
+def test_weights_are_unpacked_or_not(monkeypatch, dtype, grid):
     numba_kernel = pytest.importorskip("llmsurgeon.packed_numba")
     torch.manual_seed(0)
     plain, made = linear(grid, dtype=dtype)
-    x = torch.randn(20, 100).to(dtype)
+    x = torch.randn(19, 100).to(dtype)
     near = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
     with torch.no_grad():
         expected = plain(x)
+        monkeypatch.setattr(packed, "DECODED", {dtype: 0})
         torch.testing.assert_close(made(x), expected, **near)
-        monkeypatch.setattr(packed, "FEW", 10)
-        torch.testing.assert_close(made(x), expected, **near)
-        monkeypatch.setattr(packed, "FEW", 100)
-        monkeypatch.setattr(packed, "BLOCK_BYTES", 4 * 5 * 100 * dtype.itemsize)  # 12 rows of bytes: 5, 5 and 2
+        monkeypatch.setattr(packed, "DECODED", {dtype: 20})
         torch.testing.assert_close(made(x), expected, **near)
     kind = packed.INTEGER.get(dtype, dtype)
     for threads in (1, 2):
