@@ -136,17 +136,20 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
     return torch.cholesky_solve(cross, factor)
 
 
-def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
+def best_update(
+    moments: Moments, ridges: Sequence[float], join: bool = True
+) -> tuple[Tensor | None, float | None, float]:
     """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
 
-    The ridge is chosen on the held-out tokens; the update then uses all tokens.
+    The ridge is chosen on the held-out tokens; the update then uses all tokens, or with `join` off none of those.
     """
     errors = {r: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], r)) for r in ridges}
     ridge = min(errors, key=lambda r: errors[r])
     if not errors[ridge] < 1:
         return None, None, 1.0
-    update = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
-    return update, ridge, errors[ridge]
+    used = (0, 1) if join else (0,)
+    gram, cross = (torch.stack([sums[i] for i in used]).sum(0) for sums in (moments.gram, moments.cross))
+    return ridge_solution(gram, cross, ridge), ridge, errors[ridge]
 
 
 def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
