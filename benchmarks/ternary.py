@@ -11,7 +11,7 @@ pays for; --eager leaves that out.
 llamacpp: a random Llama of 1.4 GB in bfloat16 whose rows are whole blocks of 256, all block linears ternary, as BF16,
 TQ2_0 and TQ1_0: file sizes, prefill and decode in turn. For speed alone: the vocabulary is tiny.
 agree: differences of log-probabilities between MODEL in transformers (float32) and in llama.cpp, which rounds what
-quantised weights are multiplied with to 8 bits; and between the same with inputs rounded as llama.cpp rounds them.
+quantised weights are multiplied with to 8 bits.
 Times are medians.
 """
 
@@ -27,19 +27,15 @@ import tempfile
 import time
 import warnings
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGMLQuantizationType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmsurgeon import recipe, run  # noqa: E402
-from llmsurgeon.checkpoint.gguf_architectures import file_name, tensor_map  # noqa: E402
-from llmsurgeon.checkpoint.gguf_file import GGUFFile  # noqa: E402
 from llmsurgeon.evaluation.llamacpp import LlamaCpp  # noqa: E402
 from llmsurgeon.export import export, export_gguf  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
@@ -194,59 +190,22 @@ def agree(folder: Path, arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, dtype=torch.float32)
     cuts = [(place * len(ids) // arguments.places, n) for n in arguments.lengths for place in range(arguments.places)]
     stretches = [ids[start : start + length] for start, length in cuts]
-    expected = distributions(model, stretches)
+    expected = [model(torch.tensor([part])).logits[0, -1].log_softmax(-1) for part in stretches]
     for kind in arguments.types:
         float_type = {"float_type": "F32"} if kind.startswith("TQ") else {}
         file = export_gguf(arguments.model, str(folder / f"{kind}.gguf"), type=kind, **float_type)
         with LlamaCpp(file.path, context=512, threads=arguments.threads, exact_cache=True) as engine:
             given = [engine.next_logprobs(part, top=len(expected[0])) for part in stretches]
         found = [torch.tensor([each[token] for token in range(len(each))]) for each in given]
-        hooks = round_inputs(model, file.path)
-        alike = distributions(model, stretches)
-        for hook in hooks:
-            hook.remove()
         pairs = list(zip(expected, found, strict=True))
         changes = [(a - b).abs() for a, b in pairs]
         likely = [change[a.topk(10).indices].max().item() for change, (a, _) in zip(changes, pairs, strict=True)]
         row = {"type": kind, "file_bytes": file.size, "contexts": len(stretches)}
         row |= {"largest": max(change.max().item() for change in changes), "largest_of_10_likeliest": max(likely)}
         row |= {"mean_kl": statistics.mean((a.exp() * (a - b)).sum().item() for a, b in pairs)}
-        row |= {"largest_rounding_alike": max((a - b).abs().max().item() for a, b in zip(alike, found, strict=True))}
         print(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
         for note in file.notes:
             print(f"  {note}", flush=True)
-
-
-def distributions(model: Any, stretches: list[list[int]]) -> list[torch.Tensor]:
-    """Log-probabilities of what comes after each of these tokens."""
-    return [model(torch.tensor([part])).logits[0, -1].log_softmax(-1) for part in stretches]
-
-
-def round_inputs(model: Any, path: Path) -> list[Any]:
-    """Hook the linears to read what llama.cpp reads for their types in this file: codes of 8 bits, a scale a block."""
-    entries, names = GGUFFile(path).entries, tensor_map("llama", model.config.num_hidden_layers)
-    hooks = []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        target, _ = file_name(names, f"{name}.weight")
-        kind = GGMLQuantizationType(entries[target].kind).name if target in entries else "F32"
-        if kind in BLOCKS:
-            size, scale = BLOCKS[kind]
-            hooks.append(module.register_forward_pre_hook(partial(in_eight_bits, size, scale)))
-    return hooks
-
-
-# Numbers that share a scale in what a type is multiplied with (Q8_K, Q8_0), and what the scale is kept in.
-BLOCKS = {"TQ1_0": (256, torch.float32), "TQ2_0": (256, torch.float32)}
-BLOCKS |= {kind: (32, torch.float16) for kind in ("Q4_0", "Q8_0")}
-
-
-def in_eight_bits(size: int, kept: torch.dtype, module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-    """The input in blocks of `size` numbers, each a code from -127 to 127 times the block's scale."""
-    blocks = inputs[0].unflatten(-1, (-1, size))
-    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
-    return (((blocks / scale).round() * scale.to(kept).float()).flatten(-2),)
 
 
 if __name__ == "__main__":

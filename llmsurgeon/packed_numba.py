@@ -29,18 +29,17 @@ def _two_bits(builder: Any, byte: Any, place: Any, bits: int) -> Any:
 
 
 # As IR: numba's own operators widen all integers to 64 bits, and half or a quarter as many fit a register.
-@intrinsic
-def _code(typing: Any, byte: Any, place: Any) -> Any:
+def _code_of(typing: Any, byte: Any, place: Any) -> Any:
     """The code + 1 at a place of a byte, float32."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.sitofp(_two_bits(builder, *arguments, 32), ir.FloatType())
+        byte, place = arguments
+        return builder.sitofp(_two_bits(builder, byte, place, 32), ir.FloatType())
 
     return types.float32(types.uint8, types.int64), build
 
 
-@intrinsic
-def _bfloat16(typing: Any, byte: Any, place: Any, size: Any) -> Any:
+def _bfloat16_of(typing: Any, byte: Any, place: Any, size: Any) -> Any:
     """The bits of code * size in bfloat16, int16, from those of a size that is not negative."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -53,6 +52,10 @@ def _bfloat16(typing: Any, byte: Any, place: Any, size: Any) -> Any:
         return builder.and_(signed, builder.sub(builder.and_(two, width(1)), width(1)))
 
     return types.int16(types.uint8, types.int64, types.int16), build
+
+
+_code: Any = intrinsic(_code_of)
+_bfloat16: Any = intrinsic(_bfloat16_of)
 
 
 @njit(fastmath=FAST)

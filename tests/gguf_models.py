@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import save_file
 
+from llmsurgeon.checkpoint.gguf_architectures import file_name, tensor_map
+from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.gguf import Exported, write_gguf
 from llmsurgeon.formats.models import expected_shapes, load_config, normalised, surgeon_classes
@@ -135,3 +137,30 @@ def largest_difference(model: Any, gguf: Path, lengths: Sequence[int] = (5, 19, 
             assert len(found) == VOCAB
             worst = max(worst, *(abs(expected[i].item() - value) for i, value in found.items()))
     return worst
+
+
+def round_inputs(model: Any, path: Path) -> None:
+    """Hook the linears to read what llama.cpp reads for their types in this file: codes of 8 bits, a scale a block."""
+    from gguf import GGMLQuantizationType
+
+    entries, names = GGUFFile(path).entries, tensor_map("llama", model.config.num_hidden_layers)
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        target, _ = file_name(names, f"{name}.weight")
+        kind = GGMLQuantizationType(entries[target].kind).name if target in entries else "F32"
+        if kind in BLOCKS:
+            size, scale = BLOCKS[kind]
+            module.register_forward_pre_hook(partial(in_eight_bits, size, scale))
+
+
+# Numbers that share a scale in what a type is multiplied with (Q8_K, Q8_0), and what the scale is kept in.
+BLOCKS = {"TQ1_0": (256, torch.float32), "TQ2_0": (256, torch.float32)}
+BLOCKS |= {kind: (32, torch.float16) for kind in ("Q4_0", "Q8_0")}
+
+
+def in_eight_bits(size: int, kept: torch.dtype, module: Any, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    """The input in blocks of `size` numbers, each a code from -127 to 127 times the block's scale."""
+    blocks = inputs[0].unflatten(-1, (-1, size))
+    scale = (blocks.abs().amax(-1, keepdim=True) / 127).clamp_min(1e-30)
+    return (((blocks / scale).round() * scale.to(kept).float()).flatten(-2),)

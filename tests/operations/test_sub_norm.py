@@ -130,7 +130,7 @@ def test_operations_that_do_not_know_the_norms_refuse(step):
 
 @pytest.mark.parametrize("format", ["native", "nemotron-nas"])
 def test_forms_without_a_place_for_the_norms_refuse(format):
-    model, step = tiny_model("llama"), Ternary(method="round", sub_norm=True)
+    model, step = tiny_model("llama"), Ternary(method="round", sub_norm=True, linears="ffn")
     with pytest.raises(SurgeryError, match="block 0 has a norm before an output projection"):
         operate(model, step, scores=scores_of(model, step), format=format)
 
