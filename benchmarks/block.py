@@ -145,9 +145,7 @@ def models(arguments: argparse.Namespace) -> list[Side]:
     sides = [Side("parent", filled(config, dtype), spec, dtype.itemsize)]
     for length in arguments.block_lengths:
         subject = Subject(spec, family, names)
-        # Behind blocks of one token, a prefix of two equal vectors says what one says.
-        prefix = 1 if length == 1 else 2
-        made = Block(block_length=length, prefix_length=prefix).resolve(subject).plan(subject).spec
+        made = Block(block_length=length).resolve(subject).plan(subject).spec
         written = write_config(made, family, config).config
         sides.append(Side(f"blocks of {length}", filled(written, dtype), made, dtype.itemsize))
     return sides

@@ -3,8 +3,8 @@
     python benchmarks/block_curve.py "L = 1=OUT-1" "L = 4=OUT-4" --svg curve.svg      # LABEL=folder or loss.jsonl
 
 Prints a Markdown table of the evaluations on held-out text (nats a token, minutes of training) and, where asked for,
-draws them: on the left the loss on the text, which training on such text lowers whatever the model; on the right the KL
-divergence from the parent, which it does not.
+draws them: on the left the loss above the parent's, which training on such text lowers whatever the model; on the right
+the KL divergence from the parent, which it does not.
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ def evaluations(path: Path) -> list[dict[str, Any]]:
     if not found or "parent_loss" not in found[0]:
         raise SystemExit(f"{path}: no evaluations with the parent's loss; set distill.evaluations above 0")
     # The first evaluation is of the student as it comes: the time before it went into text and parent.
-    return [{**entry, "minutes": entry["seconds"] / 60 if entry["step"] else 0.0} for entry in found]
+    return [
+        {
+            **entry,
+            "minutes": entry["seconds"] / 60 if entry["step"] else 0.0,
+            "above": entry["loss"] - entry["parent_loss"],
+        }
+        for entry in found
+    ]
 
 
 def table(curves: dict[str, list[dict[str, Any]]]) -> str:
@@ -60,7 +67,7 @@ def table(curves: dict[str, list[dict[str, Any]]]) -> str:
     for label, curve in curves.items():
         lines += [
             f"| {label} | {at['minutes']:.1f} | {at['tokens']:,} | {at['loss']:.2f} | "
-            f"{at['loss'] - at['parent_loss']:+.2f} | {at['kl']:.2f} | {at['top1']:.1%} |"
+            f"{at['above']:+.2f} | {at['kl']:.2f} | {at['top1']:.1%} |"
             for at in curve
         ]
     return "\n".join(lines)
@@ -68,9 +75,8 @@ def table(curves: dict[str, list[dict[str, Any]]]) -> str:
 
 def drawing(curves: dict[str, list[dict[str, Any]]]) -> str:
     """SVG of two panels."""
-    parent = next(iter(curves.values()))[0]["parent_loss"]
     panels = [
-        panel(curves, "loss", "loss on held-out text (nats a token)", {"the parent": parent}),
+        panel(curves, "above", "loss above the parent's (nats a token)", {"the parent": 0.0}),
         panel(curves, "kl", "KL from the parent (nats a token)", {}),
     ]
     whole = "".join(f'<g transform="translate({place * WIDTH} 0)">{each}</g>' for place, each in enumerate(panels))

@@ -40,7 +40,7 @@ ARROWS: dict[str, set[str]] = {
     # does, is judged as evaluation judges, shows its curves as reports do, and takes its step's settings as they are.
     "healing": TOOLS
     | {"analysis.walk", "analysis.calibration", "analysis.self_text", "analysis.charts"}
-    | {"formats.models", "evaluation.evaluate", "operations.distill"},
+    | {"formats.models", "evaluation.encoders", "evaluation.evaluate", "operations.distill"},
     "formats": TOOLS,
     "evaluation": TOOLS,
     # run's own helpers, each a file beside it.

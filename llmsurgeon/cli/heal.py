@@ -80,16 +80,11 @@ def print_healed(outcome: Outcome) -> None:
     for training in outcome.trainings:
         console.print(training.note, highlight=False)
         for block, made in training.trainings:
-            name = "held-out KL" if block is None else f"block {block}, held-out loss"
+            measure = "KL" if all("kl" in judged for judged in made.judged) else "1 - cos"
+            name = f"held-out {measure}" if block is None else f"block {block}, held-out loss"
             values = [judged["value"] for judged in made.judged]
             change = f"{name} {values[0]:.4f} -> {min(values):.4f}, " if values else ""
             console.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
-    evaluation: Any = outcome.evaluation
-    if evaluation:
-        console.print(
-            f"held-out text: perplexity {evaluation.parent_perplexity:.2f} -> {evaluation.perplexity:.2f} "
-            f"(ratio {evaluation.perplexity_ratio:.3f}), KL {evaluation.kl:.3f}, "
-            f"top-1 agreement {100 * (evaluation.top1_agreement or 0):.1f} %",
-            highlight=False,
-        )
+    if outcome.evaluation:
+        console.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False)
     console.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)

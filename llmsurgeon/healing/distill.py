@@ -239,6 +239,9 @@ def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
         base = dict(model.base_model.named_parameters())
         read = {id(parameter) for name, parameter in base.items() if not name.startswith("pooler.")}
         chosen &= {name for name, parameter in model.named_parameters() if id(parameter) in read}
+    if settings.trees and not settings.trees.temperature:
+        # Hard decisions have no gradient.
+        chosen = {name for name in chosen if name.rpartition(".")[2] not in ("router_weight", "router_bias")}
     if not settings.kl and not settings.cross_entropy and not settings.pooled:
         # Nothing behind the last block is read: it would never get a gradient.
         behind = (f"{family.final_norm}.", *(() if case.spec.tied else (f"{family.head}.",)))

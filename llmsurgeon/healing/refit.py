@@ -136,17 +136,20 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
     return torch.cholesky_solve(cross, factor)
 
 
-def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
+def best_update(
+    moments: Moments, ridges: Sequence[float], join: bool = True
+) -> tuple[Tensor | None, float | None, float]:
     """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
 
-    The ridge is chosen on the held-out tokens; the update then uses all tokens.
+    The ridge is chosen on the held-out tokens; the update then uses all tokens, or with `join` off none of those.
     """
     errors = {r: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], r)) for r in ridges}
     ridge = min(errors, key=lambda r: errors[r])
     if not errors[ridge] < 1:
         return None, None, 1.0
-    update = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
-    return update, ridge, errors[ridge]
+    used = (0, 1) if join else (0,)
+    gram, cross = (torch.stack([sums[i] for i in used]).sum(0) for sums in (moments.gram, moments.cross))
+    return ridge_solution(gram, cross, ridge), ridge, errors[ridge]
 
 
 def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
@@ -350,6 +353,8 @@ class Refit:
             if self.options.align and drifted and block.attention is not None:
                 attended = self._refit_attention(index, block, layer, attended, parent_read[-1])
             self._fit_trees(index, block, layer, attended, parent_read[-1], drifted)
+            if self.family.post_norm:
+                self._refit_norm(index, block, layer, attended)
             return attended
         if self.options.align and block.ffn is not None and not self.family.experts:
             read = self.x if self.student.parallel_residual else attended
@@ -529,7 +534,8 @@ class Refit:
     def _refit_norm(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
         """Give the norm that ends the block the gain and shift that bring each channel nearest to the parent's.
 
-        Where blocks went, the parent's span ends in another block's norm.
+        Where blocks went, the parent's span ends in another block's norm; where trees came, some channels are surer
+        than others.
         """
         norm: Any = layer.get_submodule(self.family.ffn_norm)
         gain, shift = norm.weight.data, norm.bias.data

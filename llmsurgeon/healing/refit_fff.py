@@ -3,7 +3,8 @@
 The FFN's output is linear in them once decisions and activations are given. Node form: one ridge regression on all
 neurons, zero off the path. Leaf form: shared neurons see every token, a leaf's neurons and bias their own, so the
 normal equations have one dense border and a block for each leaf; the leaves are eliminated one after the other, the
-border is solved, and the leaves follow.
+border is solved, and the leaves follow. Tokens that judge are never fitted: a leaf has hundreds of neurons for some ten
+thousand tokens, and what it learnt by heart would pass for good in the evaluation on held-out text.
 
 Shapes: n tokens, D model width, S shared neurons, L leaves, W neurons a leaf (and one for the bias).
 """
@@ -11,7 +12,7 @@ Shapes: n tokens, D model width, S shared neurons, L leaves, W neurons a leaf (a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,9 +35,6 @@ class LeafSums:
     def of(cls, shared: Tensor, own: Tensor, missing: Tensor) -> LeafSums:
         """From activations of shared neurons [n, S], the leaf's own [n, W], and what is missing [n, D]."""
         return cls(shared.T @ shared, shared.T @ own, own.T @ own, shared.T @ missing, own.T @ missing)
-
-    def __add__(self, other: LeafSums) -> LeafSums:
-        return LeafSums(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
 
 def leaf_updates(leaves: Sequence[LeafSums], ridge: float) -> tuple[Tensor, list[Tensor]]:
@@ -94,8 +92,7 @@ def fit_leaves(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges:
     ridge = min(errors, key=lambda r: errors[r])
     if not errors[ridge] < 1:
         return None, 1.0
-    everyone = [mine + LeafSums.of(*features) for mine, features in zip(sums, judging, strict=True)]
-    common, updates = leaf_updates(everyone, ridge)
+    common, updates = leaf_updates(sums, ridge)
     if module.shared_width:
         _add(module.shared_down.data, common)
     for k, update in enumerate(updates):
@@ -117,7 +114,7 @@ def fit_nodes(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges: 
         rows = held == judge
         active = module.visited(read[rows]).flatten(1).float()
         moments.add(torch.cat([active, active.new_ones(len(active), 1)], dim=1), missing[rows], judge)
-    update, ridge, error = best_update(moments.complete(), ridges)
+    update, ridge, error = best_update(moments.complete(), ridges, join=False)
     if update is not None:
         _add(module.node_down.data, update[:-1].view(module.node_down.shape))
         _add(module.out_bias.data, update[-1])

@@ -138,7 +138,8 @@ class Shortcuts:
 class FastFeedForward(nn.Module):
     """What both forms share: soft training, hard inference, activation and dropout.
 
-    temperature: of the sigmoids in training; towards 0 the mixture becomes the hard decision.
+    temperature: of the sigmoids in training; towards 0 the mixture becomes the hard decision. At 0 it is: the path
+        alone is computed and learns, where it leads does not.
     region_leak: probability of swapping a decision in training, which keeps both sides of a node alive.
     entropies: mean entropy of each node's decision in the last forward pass in training mode.
     """
@@ -196,7 +197,7 @@ class FastFeedForward(nn.Module):
             if y is not None:
                 return y
         x_ND = hidden_states.reshape(-1, self.hidden)
-        y_ND = self.soft(x_ND) if self.training else self.hard(x_ND)
+        y_ND = self.soft(x_ND) if self.training and self.temperature else self.hard(x_ND)
         return (self.dropout(y_ND) if self.training else y_ND).view(hidden_states.shape)
 
     def hard(self, x_ND):

@@ -55,12 +55,19 @@ class Trees(_Part):
     """How fast feedforward networks train, whose decisions are then sigmoids (arXiv 2308.14711, section 3).
 
     hardening: weight of the decisions' entropy; temperature: of the sigmoids, towards 0 they become the hard decisions
-    that inference takes; region_leak: share of decisions that are swapped.
+    that inference takes. At 0 they are: paths alone are computed and learn, hyperplanes stay. region_leak: share of
+    decisions that are swapped.
     """
 
     hardening: Annotated[float, Field(ge=0)] = 0.0
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=0)] = 1.0
     region_leak: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _soft(self) -> Trees:
+        if not self.temperature and (self.hardening or self.region_leak):
+            raise ValueError("trees: at temperature 0 decisions are hard: leave out hardening and region_leak")
+        return self
 
 
 class Distill(Step):

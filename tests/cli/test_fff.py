@@ -38,7 +38,7 @@ def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypat
     assert shape.items() <= json.loads(out)["layers"][3]["ffn"][0].items()
     monkeypatch.setenv("COLUMNS", "200")  # no cell is broken into lines
     said = " ".join(run("inspect", "out")[1].split())
-    assert "fff 112: depth 2" in said and "40 a token" in said
+    assert "fff 112" in said and "dense 96" in said
     model = load_model("out")
     trees = [m for m in model.modules() if isinstance(m, surgeon_fff.FastFeedForward)]
     assert len(trees) == 3 and torch.isfinite(logits(model, some_tokens())).all()

@@ -164,6 +164,8 @@ def test_an_encoder_is_healed_on_sentences(folder, run):
     step = loads((folder / "healed/recipe.yaml").read_text()).steps[-1]
     assert step.kl == 0 and step.pooled == 1
     assert "Cosine of pooled states" in (folder / "healed/report.html").read_text()
+    code, out, err = run("heal", "narrow", "--parent", "bert", "-r", "encoder.yaml", "-o", "healed", "--overwrite")
+    assert code == 0 and "held-out 1 - cos" in " ".join(out.split()), err
 
 
 def test_an_encoder_is_not_asked_for_next_tokens(folder, run):

@@ -190,6 +190,21 @@ def test_trees_train_softly_harden_and_are_judged_hard(tmp_path):
     assert len(trees) == 6 and {module.temperature for module in trees} == {0.25}
 
 
+def test_at_temperature_zero_the_hard_path_trains(tmp_path):
+    case = case_of(tmp_path, TREES)
+    before = cosines_of(case, case.weights)
+    settings = settings_of(trees={"temperature": 0.0})
+    student = build_student(case, settings, torch.float32)
+    tokens = case.held_out[:2]
+    with torch.no_grad():
+        trained, judged = (m(input_ids=tokens).last_hidden_state for m in (student.train(), student.eval()))
+    torch.testing.assert_close(trained, judged)
+    made = distill(case, settings)
+    after = cosines_of(case, overlay(case.weights, made.files))
+    assert after[0] > before[0] and after[1] > before[1]
+    assert any("leaf_up" in name for name in made.files) and not any("router" in name for name in made.files)
+
+
 def test_interrupted_it_goes_on_bit_for_bit(tmp_path, monkeypatch):
     settings = settings_of(steps=20, evaluations=2, save_steps=4, trees={"hardening": 0.01})
     whole = distill(case_of(tmp_path / "whole", TREES), settings)
@@ -262,6 +277,7 @@ def test_defaults_of_an_encoder_are_its_own():
     ({"mode": "local"}, "mode local is for decoders"),
     ({"data": ({"sampled": 100},)}, "cannot sample text from itself"),
     ({"trees": {"hardening": 0.1}}, "no layer has one"),
+    ({"trees": {"hardening": 0.1, "temperature": 0.0}}, "at temperature 0 decisions are hard"),
 ], ids=lambda x: next(iter(x)) if isinstance(x, dict) else "")  # fmt: skip
 def test_what_an_encoder_cannot_learn_from_is_refused(changes, message):
     subject = subject_of(tiny_encoder("bert"))[0]

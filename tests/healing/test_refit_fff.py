@@ -148,3 +148,12 @@ def test_encoders_are_fitted_before_their_norm(tmp_path):
         return (walk(LayerRunner(written, weights, torch.float32), unseen, [Variant()])[0] - wanted).square().mean()
 
     assert error(True) < 0.8 * error(False)
+
+
+def test_the_norm_behind_a_tree_is_fitted_too(tmp_path):
+    """Gains that went wrong come back: of an FFN that is whole, exactly."""
+    model, name = tiny_encoder("bert"), "encoder.layer.1.output.LayerNorm.weight"
+    step = FFF(depth=0, leaf_width=96, layers=(0, 1))
+    wrong = [WeightTransform((name,), (name,), lambda weight: weight * torch.linspace(0.5, 1.5, len(weight)))]
+    _, weights = refitted(model, step, some_tokens(64, 24), tmp_path / "store", damage=wrong)
+    torch.testing.assert_close(weights[name], subject_of(model)[1][name], atol=1e-4, rtol=1e-3)
