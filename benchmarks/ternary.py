@@ -1,13 +1,14 @@
 """Ternary linears at work: packed in Python beside transformers' own bitnet modules, and in llama.cpp.
 
     python benchmarks/ternary.py packed --threads 1 --prompt 1 16 128 512
+    python benchmarks/ternary.py linear --threads 1 --prompt 1 16 128 512
     python benchmarks/ternary.py llamacpp --threads 2
     python benchmarks/ternary.py agree MODEL --text unseen.txt
 
 packed: a random Llama with ternary linears is written plain and packed, and loaded four ways: plain, packed by
 llmsurgeon, and by stock transformers with autobitlinear and with bitlinear. Each reads prompts of these lengths, 1 of
 which is a decode step; models take turns. transformers compiles its small functions (torch.compile), which the warm-up
-pays for; --eager leaves that out.
+pays for; --eager leaves that out. linear: one packed linear beside a plain one and an AutoBitLinear alone.
 llamacpp: a random Llama of 1.4 GB in bfloat16 whose rows are whole blocks of 256, all block linears ternary, as BF16,
 TQ2_0 and TQ1_0: file sizes, prefill and decode in turn. For speed alone: the vocabulary is tiny.
 agree: differences of log-probabilities between MODEL in transformers (float32) and in llama.cpp, which rounds what
@@ -39,25 +40,29 @@ from llmsurgeon import recipe, run  # noqa: E402
 from llmsurgeon.evaluation.llamacpp import LlamaCpp  # noqa: E402
 from llmsurgeon.export import export, export_gguf  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
-from llmsurgeon.packed import pack_linears, resident_bytes  # noqa: E402
+from llmsurgeon.packed import PackedLinear, pack_linears, resident_bytes  # noqa: E402
+from llmsurgeon.ternary import Grid, taken_apart  # noqa: E402
+from llmsurgeon.ternary import rounded as ternary_weight  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True)
-    packed_mode, engine_mode = modes.add_parser("packed"), modes.add_parser("llamacpp")
-    for mode, hidden, width, layers in ((packed_mode, 1024, 2816, 4), (engine_mode, 2048, 5632, 16)):
+    packed_mode, linear_mode, engine_mode = (modes.add_parser(name) for name in ("packed", "linear", "llamacpp"))
+    sizes = ((packed_mode, 1024, 2816, 4), (linear_mode, 1024, 2816, 1), (engine_mode, 2048, 5632, 16))
+    for mode, hidden, width, layers in sizes:
         mode.add_argument("--hidden", type=int, default=hidden)
         mode.add_argument("--width", type=int, default=width)
         mode.add_argument("--layers", type=int, default=layers)
         mode.add_argument("--rounds", type=int, default=7)
         mode.add_argument("--threads", type=int, default=1)
-    packed_mode.add_argument("--prompt", type=int, nargs="+", default=[1, 16, 128, 512])
-    packed_mode.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
-    packed_mode.add_argument("--eager", action="store_true", help="do not compile transformers' functions")
-    packed_mode.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: the thread's own time, for a busy machine"
-    )
+    for mode in (packed_mode, linear_mode):
+        mode.add_argument("--prompt", type=int, nargs="+", default=[1, 16, 128, 512])
+        mode.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+        mode.add_argument("--eager", action="store_true", help="do not compile transformers' functions")
+        mode.add_argument(
+            "--clock", choices=["wall", "cpu"], default="wall", help="cpu: the thread's own time, for a busy machine"
+        )
     engine_mode.add_argument("--prompt", type=int, default=64)
     engine_mode.add_argument("--new-tokens", type=int, default=32)
     agree_mode = modes.add_parser("agree")
@@ -68,12 +73,13 @@ def main() -> None:
     agree_mode.add_argument("--places", type=int, default=3, help="of each length, so many stretches of the text")
     agree_mode.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    if arguments.mode == "packed" and arguments.clock == "cpu" and arguments.threads != 1:
+    if arguments.mode in ("packed", "linear") and arguments.clock == "cpu" and arguments.threads != 1:
         parser.error("--clock cpu counts one thread: give --threads 1")
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        {"packed": packed, "llamacpp": in_llamacpp, "agree": agree}[arguments.mode](Path(folder), arguments)
+        work = {"packed": packed, "linear": one_linear, "llamacpp": in_llamacpp, "agree": agree}
+        work[arguments.mode](Path(folder), arguments)
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}", file=sys.stderr)
 
 
@@ -100,6 +106,33 @@ def packed(folder: Path, arguments: argparse.Namespace) -> None:
             row = {name: round(1000 * statistics.median(found[1:]), 2) for name, found in times.items()}
             sizes = {"dtype": dtype, "tokens": length, "threads": arguments.threads}
             print(json.dumps({**sizes, "milliseconds": row}), flush=True)
+
+
+def one_linear(folder: Path, arguments: argparse.Namespace) -> None:
+    """A line for each dtype and number of tokens: median and smallest milliseconds of a linear of hidden -> width."""
+    from transformers.integrations.bitnet import AutoBitLinear
+
+    torch.compiler.set_stance("force_eager" if arguments.eager else "default")
+    clock = time.perf_counter if arguments.clock == "wall" else time.thread_time
+    grid, shape = Grid(), (arguments.width, arguments.hidden)
+    codes, scale = taken_apart(ternary_weight(torch.randn(shape), grid), grid)
+    for name in arguments.dtype:
+        dtype = getattr(torch, name)
+        plain = torch.nn.Linear(*reversed(shape), bias=False, dtype=dtype)
+        plain.weight.data = (codes * scale).to(dtype)
+        theirs = AutoBitLinear(*reversed(shape), bias=False, dtype=dtype)
+        theirs.weight.data, theirs.weight_scale = codes.to(dtype), scale[0, :1].to(dtype)
+        ways = {"plain": plain, "packed": PackedLinear(codes, scale[:, 0], None, dtype), "autobitlinear": theirs}
+        for tokens in arguments.prompt:
+            x = torch.randn(tokens, arguments.hidden).to(dtype)
+            times: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(arguments.rounds + 1):
+                for way, linear in ways.items():
+                    began = clock()
+                    linear(x)
+                    times[way].append(1000 * (clock() - began))
+            row = {way: [round(statistics.median(t[1:]), 2), round(min(t[1:]), 2)] for way, t in times.items()}
+            print(json.dumps({"dtype": name, "tokens": tokens, "threads": arguments.threads, **row}), flush=True)
 
 
 def loaded(folder: Path, arguments: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
