@@ -93,37 +93,12 @@ def _four(x: Any, bits: Any, r: Any, t: Any, out: Any) -> None:
 
 
 @njit
-def _row(x: Any, bits: Any, r: Any, out: Any) -> None:
+def _product_row(bits: Any, r: Any, x: Any, out: Any) -> None:
     tokens = x.shape[0]
     for t in range(0, tokens - 3, 4):
         _four(x, bits, r, t, out)
     for t in range(tokens - tokens % 4, tokens):
         _one(x, bits, r, t, out)
-
-
-@njit
-def _alone(x: Any, bits: Any, out: Any) -> None:
-    for r in range(bits.shape[0]):
-        _row(x, bits, r, out)
-
-
-@njit(parallel=True)
-def _together(x: Any, bits: Any, out: Any) -> None:
-    for r in prange(bits.shape[0]):
-        _row(x, bits, r, out)
-
-
-def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
-    """x float32 [n, I] times the codes in bits uint8 [R, I]: float32 [n, 4 R]."""
-    out = np.empty((len(x), 4, len(bits)), np.float32)
-    if threads == 1 or bits.size < THREADED_FROM:
-        _alone(x, bits, out)
-    else:
-        with _threads(threads):
-            _together(x, bits, out)
-    # Stored is code + 1.
-    out -= x.sum(axis=1)[:, None, None]
-    return out.reshape(len(x), -1)
 
 
 @contextmanager
@@ -134,6 +109,44 @@ def _threads(wanted: int) -> Iterator[None]:
         yield
     finally:
         set_num_threads(before)
+
+
+def _over_rows(row: Any) -> tuple[Any, Any]:
+    """The loop over rows, on one thread and on several."""
+
+    @njit
+    def alone(bits: Any, given: Any, out: Any) -> None:
+        for r in range(bits.shape[0]):
+            row(bits, r, given, out)
+
+    @njit(parallel=True)
+    def together(bits: Any, given: Any, out: Any) -> None:
+        for r in prange(bits.shape[0]):
+            row(bits, r, given, out)
+
+    return alone, together
+
+
+def _run(loops: tuple[Any, Any], bits: np.ndarray, given: np.ndarray, out: np.ndarray, threads: int) -> None:
+    """One of the two loops that `_over_rows` made: a few rows are not worth waking threads for."""
+    alone, together = loops
+    if threads == 1 or bits.size < THREADED_FROM:
+        alone(bits, given, out)
+    else:
+        with _threads(threads):
+            together(bits, given, out)
+
+
+_PRODUCT = _over_rows(_product_row)
+
+
+def product(x: np.ndarray, bits: np.ndarray, threads: int) -> np.ndarray:
+    """x float32 [n, I] times the codes in bits uint8 [R, I]: float32 [n, 4 R]."""
+    out = np.empty((len(x), 4, len(bits)), np.float32)
+    _run(_PRODUCT, bits, x, out, threads)
+    # Stored is code + 1.
+    out -= x.sum(axis=1)[:, None, None]
+    return out.reshape(len(x), -1)
 
 
 @njit
@@ -158,22 +171,6 @@ def _bfloat16_row(bits: Any, r: Any, sizes: Any, out: Any) -> None:
         out[3, r, i] = _bfloat16(four, 3, d)
 
 
-def _over_rows(row: Any) -> tuple[Any, Any]:
-    """The loop over rows, on one thread and on several."""
-
-    @njit
-    def alone(bits: Any, sizes: Any, out: Any) -> None:
-        for r in range(bits.shape[0]):
-            row(bits, r, sizes, out)
-
-    @njit(parallel=True)
-    def together(bits: Any, sizes: Any, out: Any) -> None:
-        for r in prange(bits.shape[0]):
-            row(bits, r, sizes, out)
-
-    return alone, together
-
-
 _UNPACK = {4: _over_rows(_float_row), 2: _over_rows(_bfloat16_row)}
 
 
@@ -182,9 +179,4 @@ def unpack(bits: np.ndarray, sizes: np.ndarray, out: np.ndarray, threads: int) -
 
     Scales and weights are float32, or int16 that is read as bfloat16.
     """
-    alone, together = _UNPACK[out.itemsize]
-    if threads == 1 or bits.size < THREADED_FROM:
-        alone(bits, sizes, out)
-    else:
-        with _threads(threads):
-            together(bits, sizes, out)
+    _run(_UNPACK[out.itemsize], bits, sizes, out, threads)

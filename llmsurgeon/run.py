@@ -546,41 +546,21 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
+    specs = (planned.patient.spec, planned.spec)
+    fit: Refit | BlockRefit
     if planned.spec.block_transformer:
-        return _refitted_block(healed, step, planned, texts, held_out, store)
-    student = texts.walker(normalised(planned.written.student), healed.weights)
-    fit = Refit(
-        texts.runner,
-        student,
-        planned.patient.spec,
-        planned.spec,
-        texts.windows,
-        held_out,
-        RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch),
-        store,
-    )
-    weights = overlay(healed.weights, fit.run())
-    return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
-
-
-def _refitted_block(
-    healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path
-) -> Healed:
-    student = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
-    for parameter in student.parameters():
-        # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
-        parameter.data = parameter.data.clone()
-    fit = BlockRefit(
-        texts.runner,
-        student,
-        planned.patient.spec,
-        planned.spec,
-        texts.windows,
-        held_out,
-        step.ridges,
-        texts.options.batch,
-        store,
-    )
+        whole = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
+        for parameter in whole.parameters():
+            # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
+            parameter.data = parameter.data.clone()
+        ridges, batch = step.ridges, texts.options.batch
+        fit = BlockRefit(texts.runner, whole, *specs, texts.windows, held_out, ridges, batch, store)
+    else:
+        student = texts.walker(normalised(planned.written.student), healed.weights)
+        options = RefitOptions(
+            step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch
+        )
+        fit = Refit(texts.runner, student, *specs, texts.windows, held_out, options, store)
     weights = overlay(healed.weights, fit.run())
     return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
 
