@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import ir
 from numba import get_num_threads, njit, prange, set_num_threads, types
 from numba.extending import intrinsic
@@ -103,12 +104,15 @@ def _product_row(bits: Any, r: Any, x: Any, out: Any) -> None:
 
 @contextmanager
 def _threads(wanted: int) -> Iterator[None]:
+    # numba's first threads set the number of OpenMP threads of the whole process, torch's among them.
+    torchs = torch.get_num_threads()
     before = get_num_threads()
     set_num_threads(min(wanted, before))
     try:
         yield
     finally:
         set_num_threads(before)
+        torch.set_num_threads(torchs)
 
 
 def _over_rows(row: Any) -> tuple[Any, Any]:

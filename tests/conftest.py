@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,16 @@ def byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", model_max_length=128
     )
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """No test leaves torch with another number of threads: sums would round otherwise in those behind it."""
+    before = torch.get_num_threads()
+    yield
+    now = torch.get_num_threads()
+    torch.set_num_threads(before)
+    assert now == before, f"the test left torch with {now} threads instead of {before}"
 
 
 @pytest.fixture(params=FAMILY_NAMES)

@@ -398,7 +398,9 @@ def test_a_killed_run_goes_on(tmp_path, text, place, after):
     recipe.write_text(recipe_of(*ALL_STEPS["fold"], "{op: refit}", more=more))
     root = str(Path(__file__).parents[1])
     arguments = [root, str(recipe), str(parent), str(tmp_path / "out"), place, str(after)]
-    result = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=os.environ)
+    # Sums over another number of threads round otherwise.
+    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    result = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=alike)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     options = Options(max_shard_size="30KB")

@@ -418,6 +418,8 @@ def _run(name, tokens, *arguments):
         _COMPILED[name][1](*arguments)
     finally:
         set_num_threads(before)
+        # numba's first threads set the number of OpenMP threads of the whole process, torch's among them.
+        torch.set_num_threads(threads)
 
 
 def _array(tensor, dtype, dimensions):
