@@ -57,6 +57,8 @@ class Job:
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
+    shared = [parameter for parameter in parameters_of(_shared) if parameter.name not in ("context", "recipe")]
+    signed(run_command, [parameters_of(run_command)[0], *shared])
     app.command("run")(run_command)
     add_verb(app, "fuse", FUSE_OPS, fuse_steps, "fused")
     add_verb(app, "prune", PRUNE_OPS, prune_steps, "pruned")
@@ -81,15 +83,23 @@ def add_verb(
             loaded = built(steps(**flags), sets, text, dataset)
         go(loaded, Path(recipe or label.format(**flags)).stem, Job(**values))
 
-    # Typer reads the signature: shared options go before and behind the command's own.
-    hints = {**get_type_hints(_shared, include_extras=True), **get_type_hints(steps, include_extras=True)}
-    shared = [*inspect.signature(_shared).parameters.values()]
-    parameters = [*shared[:4], *inspect.signature(steps).parameters.values(), *shared[4:]]
-    parameters = [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    shared = parameters_of(_shared)
+    signed(command, [*shared[:4], *parameters_of(steps), *shared[4:]])
     command.__doc__ = steps.__doc__
     app.command(verb)(command)
+
+
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """A function's parameters, their annotations resolved."""
+    hints = get_type_hints(function, include_extras=True)
+    parameters = inspect.signature(function).parameters.values()
+    return [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+
+
+def signed(command: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Give a command the parameters that Typer is to read from its signature."""
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _shared(
@@ -108,28 +118,16 @@ def _shared(
     revision: Revision = None,
     as_json: AsJson = False,
 ) -> None:
-    """What the commands of `add_verb` have in common: the first four before their own flags, the rest behind."""
+    """What `run` and the verbs have in common; a verb has the first four before flags of its own, the rest behind."""
 
 
 def run_command(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or name of a built-in recipe.", show_default=False)],
-    model: Model = None,
-    out: Out = None,
-    sets: Sets = None,
-    text: Text = None,
-    dataset: Dataset = None,
-    dry_run: DryRun = False,
-    overwrite: Overwrite = False,
-    max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    revision: Revision = None,
-    as_json: AsJson = False,
+    **values: Any,
 ) -> None:
     """Run a recipe on a checkpoint and write the result as a new one."""
-    loaded = load(recipe, sets, text, dataset)
-    job = Job(model, out, dry_run, overwrite, max_shard_size, device, dtype, revision, as_json)
-    go(loaded, Path(recipe).stem, job)
+    sets, text, dataset = (values.pop(name) for name in ("sets", "text", "dataset"))
+    go(load(recipe, sets, text, dataset), Path(recipe).stem, Job(**values))
 
 
 def fuse_steps(
