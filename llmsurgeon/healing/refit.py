@@ -136,20 +136,18 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
     return torch.cholesky_solve(cross, factor)
 
 
-def best_update(
-    moments: Moments, ridges: Sequence[float], join: bool = True
-) -> tuple[Tensor | None, float | None, float]:
+def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
     """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
 
-    The ridge is chosen on the held-out tokens; the update then uses all tokens, or with `join` off none of those.
+    The held-out tokens choose the ridge and enter no fit: what is measured on them afterwards is of unseen text.
     """
-    errors = {r: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], r)) for r in ridges}
+
+    def solved(ridge: float) -> Tensor:
+        return ridge_solution(moments.gram[0], moments.cross[0], ridge)
+
+    errors = {ridge: moments.held_out_error(solved(ridge)) for ridge in ridges}
     ridge = min(errors, key=lambda r: errors[r])
-    if not errors[ridge] < 1:
-        return None, None, 1.0
-    used = (0, 1) if join else (0,)
-    gram, cross = (torch.stack([sums[i] for i in used]).sum(0) for sums in (moments.gram, moments.cross))
-    return ridge_solution(gram, cross, ridge), ridge, errors[ridge]
+    return (solved(ridge), ridge, errors[ridge]) if errors[ridge] < 1 else (None, None, 1.0)
 
 
 def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
@@ -162,10 +160,7 @@ def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple
     others = torch.zeros_like(joint)
     others[own:] = ridge_solution(moments.gram[0][own:, own:], moments.cross[0][own:], ridge, groups[1:])
     error = moments.held_out_error(joint) / moments.held_out_error(others)
-    if not error < 1:
-        return None, 1.0
-    gram, cross = moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1]
-    return ridge_solution(gram, cross, ridge, groups)[:own], error
+    return (joint[:own], error) if error < 1 else (None, 1.0)
 
 
 def spans(spec: ModelSpec, parent_layers: int) -> list[tuple[int, ...]]:

@@ -114,7 +114,7 @@ def fit_nodes(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges: 
         rows = held == judge
         active = module.visited(read[rows]).flatten(1).float()
         moments.add(torch.cat([active, active.new_ones(len(active), 1)], dim=1), missing[rows], judge)
-    update, ridge, error = best_update(moments.complete(), ridges, join=False)
+    update, ridge, error = best_update(moments.complete(), ridges)
     if update is not None:
         _add(module.node_down.data, update[:-1].view(module.node_down.shape))
         _add(module.out_bias.data, update[-1])

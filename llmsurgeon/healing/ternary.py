@@ -8,7 +8,8 @@ The dense student and the ternary one walk side by side. In each block, group by
                 what the stream has drifted. Linears that stay dense are moved, too.
     ternarise   codes in GPTQ's column order with error compensation, scales fitted anew (llmsurgeon/ternary.py).
 
-Part of the sequences is held out; it chooses the ridge, and a move that does not lower the error there is not made.
+Part of the sequences is held out and fits nothing; it chooses the ridge, and a move that does not lower the error there
+is not made.
 
 A norm that the step puts before an output projection is not there in the dense student, so the projection is aligned to
 make up for it; behind the codes the norm's gain, one number for each of the projection's inputs, is fitted, too.
@@ -163,7 +164,8 @@ class Ternarise:
         for group in groups:
             if group.part == "ffn" and behind is None:
                 behind = self._attended(index)
-            self._group(index, layer, group, wanted, (self.p, attended), behind)
+            streams = (self.p, attended) if group.part == "attention" else (attended, left)
+            self._group(index, layer, group, wanted, streams, behind)
         self.x = self._left(index, self._attended(index) if behind is None else behind)
         self.p = left
         prefix, state = self.family.layer(index), layer.state_dict()
@@ -239,8 +241,8 @@ class Ternarise:
     ) -> None:
         """Align and ternarise linears that read one input.
 
-        `streams`: the dense student's when it entered the block and behind its attention; `behind`: the ternary one's
-        behind its attention, where that is known.
+        `streams`: the dense student's before and behind this part of the block; `behind`: the ternary one's behind its
+        attention, where that is known.
         """
         chosen = [name for name in group.modules if f"{name}.weight" in self.chosen.get(index, ())]
         # An earlier group of this block may have made a difference, too.
@@ -250,7 +252,8 @@ class Ternarise:
         if not chosen and not aligns:
             return
         mine = self.x if behind is None else behind
-        drift = self._drift(layer, group, streams[0] if group.part == "attention" else streams[1], mine)
+        drift = self._drift(layer, group, streams[0], mine)
+        weights = token_weights(streams[1]) if group.writes else None
         moments, modules = Moments(), [layer.get_submodule(name) for name in group.modules]
         for part, held in self.parts:
             features = self._read(index, layer, group, part, mine)
@@ -264,10 +267,13 @@ class Ternarise:
                 residual = torch.cat(missing, dim=1)
                 if drift is not None:
                     residual = residual + drift[part].to(features.device).float().flatten(0, 1)
+            if weights is not None:
+                each = weights[part].to(features.device).reshape(-1, 1)
+                features, residual = features.float() * each, residual * each
             moments.add(features, residual, held)
         moments.complete()
         update, _, moved = best_update(moments, self.options.ridges) if aligns else (None, None, 1.0)
-        gram = moments.gram[0] + moments.gram[1]
+        gram = moments.gram[0]
         sizes = [self._weight(module).shape[0] for module in modules]
         updates = update.T.split(sizes) if update is not None else [None] * len(sizes)
         for name, module, change in zip(group.modules, modules, updates, strict=True):
@@ -345,6 +351,17 @@ class Ternarise:
         for part, _ in self.parts:
             left[part] = self.runner.whole(index, stream[part].to(self.runner.device)).cpu()
         return left
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """What each token's row counts in a fit of what is added to `stream` [S, T, D]: [S, T], at most 1.
+
+    Norms see tokens relative to their size, and a window's first token may be a hundred times as large as the others
+    (massive activations, arXiv 2402.17762): squared errors of a few such tokens would decide the fit of all. Tokens
+    larger than the median count as that one does.
+    """
+    sizes = stream.float().norm(dim=-1)
+    return (sizes.median() / sizes).clamp(max=1)
 
 
 def _as_it_is(x: Tensor) -> Tensor:

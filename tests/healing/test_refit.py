@@ -107,8 +107,8 @@ def test_the_ridge_that_errs_least_on_held_out_rows():
     update, ridge, error = best_update(moments, candidates)
     errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in candidates}
     assert ridge == min(errors, key=errors.get) and error == errors[ridge] < 1
-    both = ridge_solution(moments.gram[0] + moments.gram[1], moments.cross[0] + moments.cross[1], ridge)
-    assert torch.equal(update, both)
+    # Rows that judge fit nothing.
+    assert torch.equal(update, ridge_solution(moments.gram[0], moments.cross[0], ridge))
 
 
 def test_an_update_that_does_not_help_on_held_out_rows_is_not_made():
@@ -186,7 +186,7 @@ MODELS = (
 @pytest.mark.parametrize("what", STEPS)
 @pytest.mark.parametrize(("family_name", "changes"), MODELS)
 def test_it_lowers_the_divergence_on_fresh_tokens(family_name, changes, what, tmp_path):
-    model, tokens = tiny_model(family_name, **changes), some_tokens(batch=48, length=16)
+    model, tokens = tiny_model(family_name, **changes), some_tokens(batch=64, length=16)
     refit, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
     files = refit.run()

@@ -18,7 +18,7 @@ from llmsurgeon.formats.models import filled_model, normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.latent import install
 from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
-from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary
+from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary, token_weights
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.ternary import Grid, compensated, grid_of, is_ternary
 
@@ -65,6 +65,7 @@ def test_it_errs_less_than_rounding(tmp_path, family):
 
 
 def test_the_first_linear_is_the_plain_function_on_what_it_reads(tmp_path):
+    """Of the sequences that fit; those that judge are not among them."""
     model = tiny_model("llama")
     weights, _ = made_of(tmp_path, model, Ternary(layers=(2,), linears="attention"))
     read = []
@@ -72,7 +73,7 @@ def test_the_first_linear_is_the_plain_function_on_what_it_reads(tmp_path):
         lambda m, i: read.append(i[0].flatten(0, 1))
     )
     with torch.no_grad():
-        model(input_ids=TOKENS)
+        model(input_ids=TOKENS[~HELD])
     hook.remove()
     name = "model.layers.2.self_attn.q_proj.weight"
     expected, _, _ = compensated(model.state_dict()[name], read[0].T @ read[0], Grid(), torch.float32)
@@ -94,6 +95,38 @@ def test_what_stays_dense_makes_up_for_what_became_ternary(tmp_path):
     assert {"model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
     assert not {n for n in moved if n.startswith("model.layers.0.self_attn") or "norm" in n or "embed" in n}
     assert any(entry.moved < 1 for entry in work.made)
+
+
+def test_a_large_token_counts_as_the_median():
+    stream = torch.ones(2, 3, 4)
+    stream[0, 0] *= 100
+    stream[1, 2] *= 0.5
+    expected = torch.tensor([[0.01, 1, 1], [1, 1, 1]])
+    torch.testing.assert_close(token_weights(stream), expected)
+
+
+def test_massive_first_tokens_do_not_decide_the_fit(tmp_path, monkeypatch):
+    """As in pretrained decoders, one neuron makes every window's first token far larger than the others."""
+    model, tokens = tiny_model("llama"), TOKENS.clamp(min=1)
+    tokens[:, 0] = 0
+    with torch.no_grad():
+        first, mlp = model.model.embed_tokens.weight[0], model.model.layers[1].mlp
+        mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 6 * first / first.norm()
+        mlp.down_proj.weight[:, 0] *= 100
+
+    def error(name):
+        weights, _ = made_of(tmp_path / name, model, Ternary(linears="ffn", layers=(1, 2, 3)), tokens=tokens)
+        _, base, config = subject_of(model)
+        ends = [walk(LayerRunner(config, w, model.dtype), tokens[HELD], [Variant()])[0] for w in (base, weights)]
+        before, after = (end.float()[:, 1:] for end in ends)
+        return ((before - after).square().sum(-1) / before.square().sum(-1)).mean().item()
+
+    with torch.no_grad():
+        sizes = model.model(input_ids=tokens, output_hidden_states=True).hidden_states[2].norm(dim=-1)
+    assert (sizes[:, 0] > 5 * sizes[:, 1:].median()).all()
+    fitted = error("weighted")
+    monkeypatch.setattr("llmsurgeon.healing.ternary.token_weights", lambda stream: stream.new_ones(stream.shape[:2]))
+    assert fitted < 0.9 * error("alike")
 
 
 def test_scales_are_numbers_of_the_stored_dtype(tmp_path):
