@@ -13,6 +13,7 @@ from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
 
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
     from llmsurgeon.evaluation.evaluate import Evaluation
@@ -64,6 +65,8 @@ def evaluate_command(
     if parent is not None:
         check_same_vocabulary(student, parent)
     tokenizer = load_tokenizer(against) if against else load_tokenizer(model, revision)
+    if against:
+        _check_same_tokens(model, revision, against, tokenizer)
     sampled = student if parent is None else parent
     windows = calibration_tokens(against or model, tokenizer, **asdict(source), model=sampled)
     described = source.describe(windows, "text", "the parent" if against else "the model itself")
@@ -86,6 +89,24 @@ def evaluate_command(
     Console().print(_encoder_table(result) if encoder else _table(result))
     if tasks:
         Console().print(_task_table(report["tasks"], report["parent_tasks"]))
+
+
+def _check_same_tokens(model: str, revision: str | None, against: str, theirs: PreTrainedTokenizerBase) -> None:
+    """Raise SurgeryError where the two models have as many tokens, but others."""
+    from llmsurgeon.formats.loading import load_tokenizer
+
+    try:
+        mine = load_tokenizer(model, revision).get_vocab()
+    except (OSError, ValueError):  # the model came without a tokenizer; the parent's reads the text anyway
+        return
+    parents = theirs.get_vocab()
+    alike = sum(mine.get(token) == number for token, number in parents.items())
+    # A file converted from another format may name a few special tokens otherwise.
+    if alike < 0.9 * len(parents):
+        raise SurgeryError(
+            f"{model}: {alike:,} of the {len(parents):,} tokens of {against} have the same number in its tokenizer: "
+            "KL and top-1 agreement need the same tokenizer; compare with the model it was cut from"
+        )
 
 
 def _check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: str | None) -> None:

@@ -82,6 +82,20 @@ def test_eval_refuses_another_vocabulary_before_sampling(run, models, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_eval_refuses_as_many_tokens_that_are_others(run, models):
+    file = models[0] / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    names = list(vocab)
+    tokenizer["model"]["vocab"] = dict(zip(names, [*list(vocab.values())[1:], vocab[names[0]]], strict=True))
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(SurgeryError, match="have the same number in its tokenizer"):
+        run("eval", models[0], "--against", models[1])
+    file.unlink()
+    (models[0] / "tokenizer_config.json").unlink()
+    assert "perplexity ratio" in run("eval", models[0], "--against", models[1], "--tokens", 64, "--seq-len", 16).stdout
+
+
 def test_eval_tasks_without_the_extra(run, models, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SurgeryError, match=r"llmsurgeon\[eval\]"):
