@@ -68,8 +68,7 @@ def test_an_affine_map_is_least_squares():
     y = x @ torch.randn(5, 4, generator=generator) + 7 + 0.1 * torch.randn(300, 4, generator=generator)
     held_out = torch.arange(300) % 5 == 0
     weight, bias, ridge, error = affine_map(x, y, held_out, (1e-7,))
-    # What is centred is centred on the rows that fit; all rows give the slope.
-    centred = x - x[~held_out].mean(0), y - y[~held_out].mean(0)
+    centred = (each[~held_out] - each[~held_out].mean(0) for each in (x, y))
     slope = torch.linalg.lstsq(*centred).solution
     torch.testing.assert_close(weight, slope.T, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(bias, y[~held_out].mean(0) - x[~held_out].mean(0) @ slope, atol=1e-2, rtol=1e-2)
@@ -167,7 +166,7 @@ def test_projections_are_fitted_to_the_parent_s_stream(tmp_path, layer, part):
         # Rows of prefix 0, prefix 1, one token, ten for each sequence; the first is said from the text's first token.
         read, stream = (x.unflatten(0, (48, 10))[:, 1:, 1:] for x in (seen["read"], stream))
         target = target[:, 2:20].unflatten(1, (9, 2))
-    read, stream, target = (x.flatten(0, -2).double() for x in (read, stream, target))
+    read, stream, target = (x[~work.held_out].flatten(0, -2).double() for x in (read, stream, target))
     before = start.model.layers[layer].get_submodule(part).weight.double()
     fit = next(f for f in work.fits if (f.block, f.projection) == (layer, part))
     expected = before
@@ -193,7 +192,7 @@ def test_projections_are_fitted_to_the_parent_s_stream(tmp_path, layer, part):
 @pytest.mark.parametrize("length", [1, 2])
 def test_layers_that_were_cut_are_held_against_what_they_stand_for(tmp_path, cuts, length):
     parent = tiny_model("llama")
-    start, work, student, changed = fitted(tmp_path, parent, (*cuts, Block(block_length=length, split=3)), ids(64))
+    start, work, student, changed = fitted(tmp_path, parent, (*cuts, Block(block_length=length, split=3)), ids(96))
     # The parent went through all of its layers.
     torch.testing.assert_close(work.p, states_in_front_of_the_norm(parent, work.tokens), atol=1e-5, rtol=1e-5)
     layers = {name for name in changed if ".layers." in name}
