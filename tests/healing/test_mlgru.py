@@ -47,7 +47,7 @@ def test_the_fit_brings_mixers_nearer_to_attention(family, tmp_path):
 
 
 def test_the_fit_is_least_squares(tmp_path):
-    """On the first changed block the fitted projection is that of one ridge regression on the tokens that do not judge."""
+    """On the first changed block the fitted projection is that of one ridge regression on what does not judge."""
     model, tokens = tiny_model("llama"), some_tokens(batch=96, length=16)
     refit, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
     tokens = tokens[torch.arange(96) % 4 > 0]
