@@ -14,6 +14,7 @@ class Refit(Step):
     """Fit the changed blocks, and what later blocks read, to the parent's hidden states by ridge regression.
 
     ridge: multiples of mean(diag(A^T A)); each block takes the one that errs least on held-out tokens.
+    held_out: share of the sequences that choose the ridge and judge the result, and fit nothing.
     align: also map the inputs of changed and later blocks back to what the parent's projections read.
     join: also fit the output projection of the attention that a changed block keeps.
 
