@@ -86,6 +86,7 @@ class _Reader:
         return {name: value for name in names if name in self.known}
 
     def config(self) -> dict[str, Any]:
+        """config.json's entries: sizes, positions and norms as the file has them, with the format's own defaults."""
         heads = self.number("attention.head_count")
         hidden = self.number("embedding_length")
         defaults = {"attention.head_count_kv": heads, "attention.key_length": hidden // heads, "context_length": 2048}

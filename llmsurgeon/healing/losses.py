@@ -111,6 +111,7 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: Head, target: Callable[[slice], Target], chunk: int, *parameters: Tensor
     ) -> Tensor:
+        """The mean KL of all tokens; the gradients are computed here, while a chunk's logits exist."""
         moving = [p for p in parameters if p.requires_grad]
         ctx.wants = [p.requires_grad for p in parameters]
         total = torch.zeros((), device=hidden.device)

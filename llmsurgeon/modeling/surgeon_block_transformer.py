@@ -350,6 +350,7 @@ class BlockTransformerForCausalLM:
         block_padding=None,
         **kwargs,
     ):
+        """Logits [B, T, V] of the next token at each place, of the last `logits_to_keep` places where that is not 0."""
         if kwargs.get("position_ids") is not None:
             raise ValueError(
                 "a block transformer counts its own positions, from attention_mask: leave position_ids out"
