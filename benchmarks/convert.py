@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports, then "ready" on stdout; one line on stdin starts the work.
 OURS = """
 import sys
+import llmsurgeon.cli.main  # whose way of ending is the command's
 from llmsurgeon import recipe, run
 import llmsurgeon.formats.write, transformers.models.llama.modeling_llama
 job = recipe.load(sys.argv[1])
