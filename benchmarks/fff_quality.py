@@ -30,6 +30,7 @@ from llmsurgeon.analysis.calibration import calibration_tokens  # noqa: E402
 from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.heal import heal  # noqa: E402
+from llmsurgeon.patient import Patient, open_patient  # noqa: E402
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--plot")
     arguments = parser.parse_args()
-    patient = run.open_patient(arguments.model)
+    patient = open_patient(arguments.model)
     judge = Sentences(arguments) if patient.family.encoder else Windows(arguments, arguments.judge_tokens)
     rows = [{"keep": 1.0, "how": "parent", **judge(arguments.model)}]
     print(json.dumps(rows[-1]), flush=True)
@@ -68,7 +69,7 @@ def main() -> None:
         plot(rows, arguments.plot)
 
 
-def step_of(arguments: argparse.Namespace, patient: run.Patient, keep: float) -> str:
+def step_of(arguments: argparse.Namespace, patient: Patient, keep: float) -> str:
     """The step that leaves this share of the FFN multiplications."""
     if not arguments.uniform:
         return f"{{op: fff, keep: {keep}, depth: {arguments.depth}, shared_part: {arguments.shared_part}}}"

@@ -42,6 +42,7 @@ from llmsurgeon.formats.models import empty_model, fill  # noqa: E402
 from llmsurgeon.formats.write import write_config  # noqa: E402
 from llmsurgeon.modeling.surgeon_mlgru import BitLinear, MLGRUState  # noqa: E402
 from llmsurgeon.operations.matmulfree import MatMulFree  # noqa: E402
+from llmsurgeon.patient import open_patient  # noqa: E402
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def built(name: str, dtype: torch.dtype, steps: tuple[Any, ...]) -> Any:
     """The model in the surgeon format in memory after these steps."""
-    patient = run.open_patient(name)
+    patient = open_patient(name)
     subject, weights = patient.subject({}), patient.weights
     for step in steps:
         plan = step.resolve(subject).plan(subject)

@@ -26,6 +26,7 @@ from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.export import export_gguf  # noqa: E402
 from llmsurgeon.formats.bitnet import packing_of, ternary_linears  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
+from llmsurgeon.patient import open_patient  # noqa: E402
 
 
 def main() -> None:
@@ -78,7 +79,7 @@ steps:
         seconds = time.monotonic() - began
         found = {"seconds": round(seconds, 1), **judge(out)}
         if "granularity" not in arguments.step:
-            patient = run.open_patient(out)
+            patient = open_patient(out)
             meta = patient.meta()
             packing = packing_of(patient.config, meta, ternary_linears(patient.weights, patient.config))
             plain = sum(t.numel() * t.dtype.itemsize for t in meta.values())

@@ -19,8 +19,10 @@ from llmsurgeon.formats.gguf import Exported as GGUF
 from llmsurgeon.formats.gguf import write_gguf
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
-from llmsurgeon.run import Options, Patient, open_patient, shapes_of, without_empty_blocks
+from llmsurgeon.patient import Patient, open_patient, shapes_of
+from llmsurgeon.planning import without_empty_blocks
 from llmsurgeon.summary import Costs
+from llmsurgeon.texts import Options
 
 CheckpointForm = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
 

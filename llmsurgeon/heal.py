@@ -21,26 +21,15 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import WrittenFormat, write_config
 from llmsurgeon.healing.training import on_cpu, several
 from llmsurgeon.operations.distill import Distill
+from llmsurgeon.patient import Patient, open_patient, shapes_of
+from llmsurgeon.planning import Planned, check_recipe, without_empty_blocks
 from llmsurgeon.progress import set_quiet
 from llmsurgeon.proof import missed
 from llmsurgeon.recipe import Recipe, dump, loads
-from llmsurgeon.run import (
-    Options,
-    Outcome,
-    Patient,
-    Planned,
-    Texts,
-    check_recipe,
-    heal_and_prove,
-    job_of,
-    logs_of,
-    open_patient,
-    shapes_of,
-    without_empty_blocks,
-    write_story,
-)
+from llmsurgeon.run import Options, Outcome, heal_and_prove, job_of, logs_of, write_story
 from llmsurgeon.spec import BlockSpec, ModelSpec
 from llmsurgeon.summary import costs
+from llmsurgeon.texts import Texts
 
 
 def heal(

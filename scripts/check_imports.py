@@ -17,6 +17,7 @@ PACKAGE = "llmsurgeon"
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
 BASE = {"errors", "layers", "progress", "ternary"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
+STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
@@ -49,15 +50,20 @@ ARROWS: dict[str, set[str]] = {
     "scores": TOOLS | {"analysis", "operations"},
     "card": TOOLS | {"formats", "summary"},
     "proof": TOOLS | {"analysis.walk", "evaluation", "recipe"},
-    "run": TOOLS | RUN_HELPERS | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
+    # A checkpoint opened, what a recipe makes of it, and the text it is healed and judged on.
+    "patient": TOOLS | {"formats", "operations", "summary"},
+    "planning": TOOLS | {"formats", "operations", "patient", "proof", "recipe", "summary"},
+    "texts": TOOLS | {"analysis", "formats", "healing.data", "operations.distill", "patient", "planning", "recipe"},
+    "run": TOOLS | RUN_HELPERS | STAGES | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
     # The same model in another form: opened and checked as run does it.
-    "export": TOOLS | {"card", "formats", "operations", "run", "summary"},
+    "export": TOOLS | {"card", "formats", "operations", "patient", "planning", "summary", "texts"},
     # A written student and its parent: opened, healed and written as run does it.
-    "heal": TOOLS | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"},
+    "heal": TOOLS | STAGES | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"},
     # Called by vLLM; names the config class by path.
     "vllm_plugin": set(),
     "cli": TOOLS
     | RUN_HELPERS
+    | STAGES
     | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"},
     "__main__": {"cli"},
     "__init__": set(),

@@ -19,7 +19,7 @@ from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.gguf import Exported, write_gguf
 from llmsurgeon.formats.models import expected_shapes, load_config, normalised, surgeon_classes
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.run import open_patient
+from llmsurgeon.patient import open_patient
 from llmsurgeon.spec import FFNSpec
 
 VOCAB = 320

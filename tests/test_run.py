@@ -21,8 +21,10 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import CheckpointError, GateFailed, SurgeryError
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import canonical
+from llmsurgeon.patient import open_config, open_patient
+from llmsurgeon.planning import plan
 from llmsurgeon.recipe import load, loads
-from llmsurgeon.run import Options, open_config, open_patient, plan, run
+from llmsurgeon.run import Options, run
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40
 

@@ -47,8 +47,9 @@ def analyze_command(
     from llmsurgeon.analysis.analyze import analyze, write_analysis
     from llmsurgeon.analysis.search import default_count
     from llmsurgeon.cli.options import dtype_of
+    from llmsurgeon.patient import open_patient
     from llmsurgeon.recipe import Calibration
-    from llmsurgeon.run import Options, Texts, open_patient
+    from llmsurgeon.texts import Options, Texts
 
     patient = open_patient(model, revision)
     calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)

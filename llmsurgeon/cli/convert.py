@@ -17,8 +17,9 @@ from llmsurgeon.cli.options import dtype_of, short_name
 from llmsurgeon.errors import RecipeError, SurgeryError
 
 if TYPE_CHECKING:
+    from llmsurgeon.planning import Planned
     from llmsurgeon.recipe import Recipe
-    from llmsurgeon.run import Outcome, Planned
+    from llmsurgeon.run import Outcome
 
 Out = Annotated[
     str | None, typer.Option("--out", "-o", help="Folder to write; default: MODEL's name with the recipe's.")
@@ -251,7 +252,8 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.run import foreseen, open_config, plan
+        from llmsurgeon.patient import open_config
+        from llmsurgeon.planning import foreseen, plan
 
         patient = open_config(name, job.revision)
         planned = plan(patient, recipe, foreseen(patient, recipe))

@@ -27,7 +27,7 @@ def inspect_command(
 
     Which linears are ternary is told by their weights, of models on this disk.
     """
-    from llmsurgeon.run import open_config, shapes_of, ternary_by_block
+    from llmsurgeon.patient import open_config, shapes_of, ternary_by_block
     from llmsurgeon.summary import block_rows, costs, human
 
     patient = open_config(model, revision)

@@ -22,10 +22,9 @@ Shapes: S sequences, T tokens, D model width, F features (FFN width, or heads * 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -35,13 +34,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
-from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.healing.fits import Fit, stored_fits, stored_names
+from llmsurgeon.healing.outlet import Outlet
+from llmsurgeon.healing.ridge import Moments, best_update, joint_update
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 from llmsurgeon.ternary import is_ternary
 
-GRAM_COLUMNS = 512
 # An MLGRU's output projection was made for other inputs: there is little in it that a ridge should hold on to.
 MIXER_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)
 
@@ -56,111 +55,6 @@ class RefitOptions:
     join: bool = True
     join_ridge: float = 0.3
     batch: int = 8
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What happened to one projection. Errors are mean squared errors on the held-out sequences, relative to before."""
-
-    block: int
-    parents: tuple[int, ...]
-    projection: str
-    ridge: float | None
-    error_ratio: float
-
-    @property
-    def accepted(self) -> bool:
-        """True where the update was made."""
-        return self.ridge is not None
-
-
-@dataclass
-class Moments:
-    """Sums that ridge regression needs, in float32, for the tokens that fit and those held out.
-
-    gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R; square = ||R||^2. Index 0 fits,
-    index 1 judges.
-    """
-
-    gram: list[Tensor] = field(default_factory=list)
-    cross: list[Tensor] = field(default_factory=list)
-    square: list[float] = field(default_factory=lambda: [0.0, 0.0])
-
-    def add(self, features: Tensor, residual: Tensor, held_out: bool) -> None:
-        """Add tokens: features [n, F], residual [n, O]."""
-        if not self.gram:
-            f, o = features.shape[-1], residual.shape[-1]
-            self.gram = [features.new_zeros(f, f, dtype=torch.float32) for _ in range(2)]
-            self.cross = [features.new_zeros(f, o, dtype=torch.float32) for _ in range(2)]
-        a, r = features.float(), residual.float()
-        for start in range(0, a.shape[1], GRAM_COLUMNS):
-            # The Gram matrix is symmetric: only blocks on and above the diagonal are computed.
-            columns = a[:, start : start + GRAM_COLUMNS]
-            self.gram[held_out][start : start + GRAM_COLUMNS, start:].addmm_(columns.T, a[:, start:])
-        self.cross[held_out].addmm_(a.T, r)
-        square = r.square().sum().item()
-        if not math.isfinite(square):
-            raise SurgeryError(
-                "refit: hidden states are not finite; run `llmsurgeon verify` on the source, and if it is sound, "
-                "calibrate in a wider dtype (--dtype float32)"
-            )
-        self.square[held_out] += square
-
-    def complete(self) -> Moments:
-        """Mirror the Gram matrices once everything is added."""
-        for gram in self.gram:
-            gram.copy_(gram.triu() + gram.triu(1).T)
-        return self
-
-    def held_out_error(self, update: Tensor) -> float:
-        """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
-        before = self.square[1]
-        change = (update * (self.gram[1] @ update)).sum() - 2 * (update * self.cross[1]).sum()
-        return (before + change.item()) / before if before > 0 else 1.0
-
-
-def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[int] = ()) -> Tensor:
-    """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, from A^T A [F, F] and A^T R [F, O]. [F, O].
-
-    groups: sizes of feature groups that differ in scale; each is damped by its own mean.
-    """
-    damped = gram.clone()
-    for diagonal in damped.diagonal().split(list(groups) or len(gram)):
-        diagonal.add_(ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny))
-    factor, info = torch.linalg.cholesky_ex(damped)
-    if info.item():
-        # Rounding in the float32 sums can outweigh a small ridge and push eigenvalues below zero: raise them to it.
-        values, vectors = torch.linalg.eigh(damped.double())
-        rounding = values[-1] * torch.finfo(torch.float32).eps
-        return (vectors @ ((vectors.T @ cross.double()) / values.clamp_min(rounding)[:, None])).float()
-    return torch.cholesky_solve(cross, factor)
-
-
-def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
-    """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
-
-    The held-out tokens choose the ridge and enter no fit: what is measured on them afterwards is of unseen text.
-    """
-
-    def solved(ridge: float) -> Tensor:
-        return ridge_solution(moments.gram[0], moments.cross[0], ridge)
-
-    errors = {ridge: moments.held_out_error(solved(ridge)) for ridge in ridges}
-    ridge = min(errors, key=lambda r: errors[r])
-    return (solved(ridge), ridge, errors[ridge]) if errors[ridge] < 1 else (None, None, 1.0)
-
-
-def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
-    """(the first group's part of the joint update [groups[0], O], held-out error relative to leaving that group out).
-
-    No update where the first group does not lower the held-out error.
-    """
-    own = groups[0]
-    joint = ridge_solution(moments.gram[0], moments.cross[0], ridge, groups)
-    others = torch.zeros_like(joint)
-    others[own:] = ridge_solution(moments.gram[0][own:, own:], moments.cross[0][own:], ridge, groups[1:])
-    error = moments.held_out_error(joint) / moments.held_out_error(others)
-    return (joint[:own], error) if error < 1 else (None, 1.0)
 
 
 def spans(spec: ModelSpec, parent_layers: int) -> list[tuple[int, ...]]:
@@ -238,7 +132,7 @@ class Refit:
                     attended = None
                     if is_changed or drifted:
                         file, attended = self._fitted(index, block, span, layer, is_changed, drifted)
-                        found.update({self.family.layer(index) + name: file for name in _names(file)})
+                        found.update({self.family.layer(index) + name: file for name in stored_names(file)})
                     else:
                         self._walk_parent(span)
                     self._advance(index, attended)
@@ -658,120 +552,3 @@ class Refit:
                     ridge, error = None, 1.0
         outlet.close()
         self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
-
-
-class Outlet:
-    """The way from a part's output projection into the stream, watched: contribution = m * post_norm(projection(read)).
-
-    Without a post-norm the contribution is linear in the projection. A post-norm g * z / rms(z) is taken as linear
-    with each token's rms as it is: good for small updates. So is a LayerNorm `outer` behind the residual sum, with each
-    token's deviation as it is.
-    """
-
-    def __init__(self, layer: Any, name: str, post_norm: str, transposed: bool, outer: str = "") -> None:
-        self.name, self.transposed = name, transposed
-        self.layer, self.post_norm = layer, post_norm or None
-        self.projection: Any = layer.get_submodule(name)
-        self.read = self.output = torch.empty(0)
-        weight = self.weight
-        ones = weight.new_ones(weight.shape[0])
-        # A norm of ones is its gain.
-        self.gain = getattr(layer, post_norm)(ones).float() if post_norm else None
-        self.factor = float(layer.residual_multiplier)
-        self.hooks = [self.projection.register_forward_hook(self._see)]
-        self.outer = outer
-        if outer:
-            norm = layer.get_submodule(outer)
-            self.gain = norm.weight.data.float()
-            self.hooks.append(norm.register_forward_pre_hook(self._see_sum))
-
-    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.read, self.output = inputs[0], output
-
-    def _see_sum(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.output = inputs[0]
-
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self.hooks:
-            hook.remove()
-
-    @property
-    def weight(self) -> Tensor:
-        """The projection's weight as a view [O, F]."""
-        weight: Tensor = self.projection.weight.data
-        return weight.T if self.transposed else weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The projection's bias [O]."""
-        bias = getattr(self.projection, "bias", None)
-        return None if bias is None else bias.data
-
-    def tensors(self) -> list[Tensor]:
-        """What an update moves, as views."""
-        return [self.weight, *([] if self.bias is None else [self.bias])]
-
-    def features(self) -> Tensor:
-        """What an update multiplies to change the contribution, for the tokens seen last [n, F (+ 1 for the bias)]."""
-        features = self.read.float().flatten(0, -2)
-        if self.bias is not None:
-            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        if self.gain is not None:
-            normed = self.output.float().flatten(0, -2)
-            if self.outer:
-                normed = normed - normed.mean(-1, keepdim=True)
-            features = features * normed.square().mean(-1, keepdim=True).rsqrt()
-        return features if self.factor == 1 else features * self.factor
-
-    def contribution(self, read: Tensor) -> Tensor:
-        """What the part adds to the stream when its projection reads this."""
-        added: Tensor = self.layer.added(self.post_norm, self.projection(read))
-        return added
-
-    def move(self, update: Tensor) -> None:
-        """Add an update [F, O] of the contribution to the projection; a last row beyond its inputs goes to its bias."""
-        if self.gain is not None:
-            # Channels that the norm all but closes cannot be reached.
-            open_enough = self.gain.abs() > 1e-3 * self.gain.abs().max()
-            update = torch.where(open_enough, update / self.gain, 0)
-        if (bias := self.bias) is not None:
-            bias.copy_((bias.float() + update[-1]).to(bias.dtype))
-            update = update[:-1]
-        self.weight.copy_((self.weight.float() + update.T).to(self.weight.dtype))
-
-
-def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
-
-
-def stored_fits(file: Path) -> list[Fit]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        stored = json.loads(opened.metadata()["fits"])
-    return [Fit(**{**fit, "parents": tuple(fit["parents"])}) for fit in stored]
-
-
-def overlay(weights: Mapping[str, Tensor], found: Mapping[str, Path]) -> TransformedWeights:
-    """The student's weights with the fitted tensors, read from their files when asked for."""
-
-    def read(name: str, file: Path) -> Callable[[Tensor], Tensor]:
-        def fitted(old: Tensor) -> Tensor:
-            from safetensors import safe_open
-
-            if old.is_meta:
-                return old
-            with safe_open(file, framework="pt") as opened:
-                key = next(key for key in opened.keys() if name.endswith(key))  # noqa: SIM118
-                tensor: Tensor = opened.get_tensor(key)
-            return tensor.to(old.dtype)
-
-        return fitted
-
-    return TransformedWeights(
-        weights, [WeightTransform((name,), (name,), read(name, file)) for name, file in found.items()]
-    )

@@ -33,7 +33,10 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.refit import Fit, Moments, Outlet, best_update, changed, spans, stored_fits
+from llmsurgeon.healing.fits import Fit, stored_fits
+from llmsurgeon.healing.outlet import Outlet
+from llmsurgeon.healing.refit import changed, spans
+from llmsurgeon.healing.ridge import Moments, best_update
 from llmsurgeon.progress import Progress
 from llmsurgeon.spec import ModelSpec
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.healing.refit import Moments, best_update
+from llmsurgeon.healing.ridge import Moments, best_update
 
 
 @dataclass(frozen=True)

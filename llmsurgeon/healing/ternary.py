@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.refit import Moments, best_update
+from llmsurgeon.healing.ridge import Moments, best_update
 from llmsurgeon.progress import Progress
 from llmsurgeon.ternary import Grid, compensated, fitted_gain, is_ternary
 

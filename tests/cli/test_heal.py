@@ -17,8 +17,8 @@ from conftest import encoder_tokenizer, save_encoder, save_tiny
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
+from llmsurgeon.patient import open_patient
 from llmsurgeon.recipe import loads
-from llmsurgeon.run import open_patient
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
 CUT = "steps:\n  - {op: prune_attention, layers: [2, 3]}\n  - {op: fuse_ffn, runs: [1-3]}\n"

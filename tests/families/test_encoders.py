@@ -26,8 +26,9 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
+from llmsurgeon.patient import open_patient
 from llmsurgeon.recipe import loads
-from llmsurgeon.run import Options, open_patient, run
+from llmsurgeon.run import Options, run
 
 HEADS = [(family, head) for family in ENCODER_NAMES for head, _ in FAMILIES[family].heads]
 POST_NORM = [name for name in ENCODER_NAMES if FAMILIES[name].post_norm]

@@ -26,8 +26,10 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
+from llmsurgeon.patient import open_config, open_patient
+from llmsurgeon.planning import plan
 from llmsurgeon.recipe import loads
-from llmsurgeon.run import Options, open_config, open_patient, plan, run
+from llmsurgeon.run import Options, run
 
 DOWN = {"mixtral": "block_sparse_moe.experts.{}.w2.weight", "qwen3_moe": "mlp.experts.{}.down_proj.weight"}
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40

@@ -20,8 +20,10 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.families.vision_language import VISION_LANGUAGE
 from llmsurgeon.formats.loading import load_model, load_tokenizer
+from llmsurgeon.patient import open_config, open_patient
+from llmsurgeon.planning import plan
 from llmsurgeon.recipe import loads
-from llmsurgeon.run import Options, open_config, open_patient, plan, run
+from llmsurgeon.run import Options, run
 
 NAMES = tuple(VISION_LANGUAGE)
 LAYERS = 4

@@ -15,8 +15,9 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.packed import pack_linears
+from llmsurgeon.patient import open_patient
 from llmsurgeon.recipe import loads
-from llmsurgeon.run import Options, open_patient, run
+from llmsurgeon.run import Options, run
 
 IDS = torch.randint(8, 280, (2, 12), generator=torch.Generator().manual_seed(3))
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "tie_word_embeddings": True}

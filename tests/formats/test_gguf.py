@@ -21,7 +21,7 @@ from llmsurgeon.formats.gguf import TYPES
 from llmsurgeon.formats.gguf_model import ARCHITECTURES, lay_out, llama3_factors
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
-from llmsurgeon.run import open_patient
+from llmsurgeon.patient import open_patient
 
 Kind = gguf.GGMLQuantizationType
 SLIDING, FULL = "sliding_attention", "full_attention"

@@ -12,7 +12,7 @@ from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.gguf_ternary import exact_kind, ternary_q4_0
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.run import open_patient
+from llmsurgeon.patient import open_patient
 from llmsurgeon.ternary import Grid, is_ternary, rounded
 
 Kind = gguf.GGMLQuantizationType

@@ -25,7 +25,7 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.data import rows_of
 from llmsurgeon.healing.distill import Case, build_student, distill, wanted_of
-from llmsurgeon.healing.refit import overlay
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.targets import StoredTargets, TappedModel, Wanted
 from llmsurgeon.healing.training import Trainer
 from llmsurgeon.operations.distill import Distill, Lora

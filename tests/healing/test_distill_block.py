@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.healing.distill import Distiller, GlobalTask, build_student, distill
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.losses import NextTokens, kl_rows
-from llmsurgeon.healing.refit import overlay
 from llmsurgeon.healing.targets import LiveTargets, TappedModel, Wanted
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN

@@ -20,7 +20,7 @@ from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.data import read_rows, rows_of
 from llmsurgeon.healing.distill import Case, build_student, distill, wanted_of
 from llmsurgeon.healing.encoders import EncoderDistiller, EncoderTask
-from llmsurgeon.healing.refit import overlay
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.targets import LiveTargets, StoredTargets, TappedModel
 from llmsurgeon.healing.training import Trainer
 from llmsurgeon.operations.distill import Distill

@@ -12,8 +12,8 @@ from torch import nn
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.distill import build_student, distill
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.latent import LatentLinear, packed, started, ternary_of
-from llmsurgeon.healing.refit import overlay
 from llmsurgeon.healing.training import Trainer, coarse_share
 from llmsurgeon.operations.distill import Distill, Lora
 from llmsurgeon.operations.fuse_ffn import FuseFFN

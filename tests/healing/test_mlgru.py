@@ -11,7 +11,7 @@ from operations.helpers import some_tokens
 
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.healing.distill import distill
-from llmsurgeon.healing.refit import overlay
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 

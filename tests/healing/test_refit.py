@@ -16,17 +16,10 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit import (
-    Moments,
-    Outlet,
-    Refit,
-    RefitOptions,
-    best_update,
-    changed,
-    overlay,
-    ridge_solution,
-    spans,
-)
+from llmsurgeon.healing.fits import overlay
+from llmsurgeon.healing.outlet import Outlet
+from llmsurgeon.healing.refit import Refit, RefitOptions, changed, spans
+from llmsurgeon.healing.ridge import Moments, best_update, ridge_solution
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -72,7 +65,7 @@ def test_a_singular_system_still_has_a_solution():
 
 
 def test_gram_matrices_are_summed_in_blocks(monkeypatch):
-    monkeypatch.setattr("llmsurgeon.healing.refit.GRAM_COLUMNS", 3)
+    monkeypatch.setattr("llmsurgeon.healing.ridge.GRAM_COLUMNS", 3)
     (a, r), (b, s) = rows(20, 8, 2), rows(9, 8, 2, seed=1)
     moments = Moments()
     for features, residual in ((a, r), (b, s)):

@@ -11,7 +11,8 @@ from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.formats.models import as_surgeon, normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
+from llmsurgeon.healing.fits import overlay
+from llmsurgeon.healing.refit import Refit, RefitOptions
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN

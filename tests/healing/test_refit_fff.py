@@ -12,7 +12,8 @@ from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
+from llmsurgeon.healing.fits import overlay
+from llmsurgeon.healing.refit import Refit, RefitOptions
 from llmsurgeon.healing.refit_fff import LeafSums, fit_leaves, fit_nodes, leaf_updates
 from llmsurgeon.modeling.surgeon_fff import LeafFeedForward, NodeFeedForward
 from llmsurgeon.operations.fff import FFF

@@ -16,8 +16,9 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import filled_model, normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.latent import install
-from llmsurgeon.healing.refit import Refit, RefitOptions, overlay
+from llmsurgeon.healing.refit import Refit, RefitOptions
 from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary, token_weights
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.ternary import Grid, compensated, grid_of, is_ternary

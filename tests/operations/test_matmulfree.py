@@ -271,7 +271,7 @@ def test_formats_that_cannot_hold_it_name_the_block(wanted):
 
 
 def test_in_memory_and_streamed_are_one(tmp_path):
-    from llmsurgeon.run import open_patient
+    from llmsurgeon.patient import open_patient
 
     parent = tiny_model("llama")
     parent.save_pretrained(tmp_path / "parent")

@@ -1,0 +1,158 @@
+"""The checkpoint that is operated on, opened and held against its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
+from llmsurgeon.checkpoint.transform import rebase
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.families import Family, family_of
+from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised
+from llmsurgeon.formats.towers import Tower, tower_of
+from llmsurgeon.formats.write import FormatName, Written, write_config
+from llmsurgeon.operations import Subject
+from llmsurgeon.operations.ternary import linears_of
+from llmsurgeon.spec import ModelSpec
+from llmsurgeon.summary import Costs, costs
+from llmsurgeon.ternary import is_ternary
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only.
+
+    `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
+    config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
+    """
+
+    name: str
+    config: dict[str, Any]
+    family: Family
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    checkpoint: Checkpoint | None
+    model_type: str
+    tower: Tower | None = None
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Names of the tensors that only go along with a text tower."""
+        return self.tower.beside if self.tower else frozenset()
+
+    def form(self, spec: ModelSpec, wanted: FormatName) -> Written:
+        """The form in which a model of this description is written.
+
+        Raises:
+            SurgeryError: the format that is asked for cannot express it.
+        """
+        write = self.tower.write if self.tower else write_config
+        return write(spec, self.family, self.config, wanted)
+
+    def costs(self, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Costs:
+        """Costs of a model with these tensors; what goes along counts as parameters and on the disk alone."""
+        size = self.dtype.itemsize
+        own = {name: shape for name, shape in shapes.items() if name not in self.beside}
+        numbers = sum(prod(shapes[name]) for name in self.beside if name in shapes)
+        made = costs(spec, self.family, own, size)
+        return replace(made, parameters=made.parameters + numbers, disk_bytes=made.disk_bytes + numbers * size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most numbers are stored in."""
+        meta = self.meta()
+        sizes: dict[torch.dtype, int] = {}
+        for tensor in meta.values():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def subject(self, scores: Mapping[str, Any]) -> Subject:
+        """The parent as operations see it."""
+        return Subject(self.spec, self.family, frozenset(self.weights), scores)
+
+    def meta(self) -> Mapping[str, Tensor]:
+        """Names, shapes and dtypes."""
+        return self.weights if self.checkpoint is None else rebase(self.weights, self.checkpoint.meta())
+
+
+def open_patient(model: str, revision: str | None = None) -> Patient:
+    """Open a checkpoint and hold its tensors against its config.
+
+    Raises:
+        SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
+    """
+    checkpoint = open_checkpoint(model, revision=revision)
+    refuse_quantised(checkpoint.config, checkpoint.name)
+    tower = tower_of(checkpoint.config, checkpoint)
+    config = normalised(tower.text if tower else checkpoint.config)
+    family = family_of(config)
+    spec = family.describe(config)
+    weights = canonical(tower.inner(checkpoint) if tower else checkpoint, family, spec.tied)
+    model_type = checkpoint.config["model_type"]
+    patient = Patient(checkpoint.name, config, family, spec, weights, checkpoint, model_type, tower)
+    expected = expected_shapes(empty_model(config))
+    check_shapes(shapes_of(patient.meta()), expected, checkpoint.name, family, patient.beside)
+    return patient
+
+
+def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
+    """Raise SurgeryError for a checkpoint whose weights are packed or scaled by a quantizer."""
+    found = config.get("quantization_config")
+    if found:
+        raise SurgeryError(
+            f"{name}: its weights are quantised already (quantization_config: {found.get('quant_method')}), and "
+            "operations work on plain numbers; take the checkpoint that it was made from"
+        )
+
+
+def open_config(model: str, revision: str | None = None) -> Patient:
+    """The same from config.json alone: enough for a plan."""
+    raw = read_config(model, revision)
+    refuse_quantised(raw, model)
+    tower = tower_of(raw)
+    config = normalised(tower.text if tower else raw)
+    family = family_of(config)
+    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."))
+    shapes = expected_shapes(empty_model(config))
+    weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower)
+
+
+def check_length(patient: Patient, length: int, setting: str) -> None:
+    """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
+    limit = patient.spec.max_positions
+    if limit and length > limit:
+        raise SurgeryError(f"{patient.name}: {setting} is {length}, and the model has {limit} positions; lower it")
+
+
+def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(meta[name].shape) for name in meta}
+
+
+def ternary_by_block(model: str, revision: str | None = None) -> list[tuple[str, ...]] | None:
+    """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
+
+    None where there are no weights to look at: of hub ids, lone config.json files, and GGUF files, which are decoded.
+    """
+    if not Path(model).is_dir():
+        return None
+    try:
+        patient = open_patient(model, revision)
+    except SurgeryError:
+        return None
+    subject, family = patient.subject({}), patient.family
+    found = []
+    for index in range(len(patient.spec.blocks)):
+        names = () if patient.spec.blocks[index].branches else linears_of(subject, index)
+        weights = {name: patient.weights[family.layer(index) + name] for name in names}
+        looked = {name: w.T if family.transposed else w for name, w in weights.items()}
+        found.append(tuple(n.removesuffix(".weight") for n, w in looked.items() if is_ternary(w[:: len(w) // 64 + 1])))
+    return found

@@ -1,0 +1,116 @@
+"""Where and how to run, and the calibration text of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon import recipe as recipe_file
+from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
+from llmsurgeon.analysis.self_text import SelfText, cached_self_text
+from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.formats.loading import load_tokenizer, model_of
+from llmsurgeon.healing.data import Rows, training_rows
+from llmsurgeon.operations.distill import Distill as DistillStep
+from llmsurgeon.patient import Patient, check_length
+from llmsurgeon.planning import check_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to run; nothing here changes what is computed but dtype and device."""
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    batch: int = 8
+    say: Say = field(default=lambda line: None)
+
+
+class Texts:
+    """Calibration text and the parent's runner, made when first asked for."""
+
+    def __init__(self, patient: Patient, wanted: recipe_file.Calibration, tokens: int, options: Options) -> None:
+        self.patient, self.options, self.wanted = patient, options, wanted
+        self.calibration = Calibration(
+            wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
+        )
+        self.description = "none"
+        self._windows: Tensor | None = None
+        self._runner: LayerRunner | None = None
+
+    @property
+    def windows(self) -> Tensor:
+        """Calibration tokens [S, T]."""
+        if self._windows is None:
+            check_text(self.patient, self.wanted)
+            checkpoint = self.patient.checkpoint
+            assert checkpoint is not None
+            self._windows = calibration_tokens(
+                self.patient.name,
+                self.tokenizer(),
+                text=self.calibration.text,
+                dataset=self.calibration.dataset,
+                tokens=self.calibration.tokens,
+                sequence_length=self.calibration.sequence_length,
+                seed=self.calibration.seed,
+                sentences=self.calibration.sentences,
+                model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
+                fingerprint=checkpoint.fingerprint,
+            )
+            setting = "calibration.sequence_length (--seq-len of analyze)"
+            check_length(self.patient, self._windows.shape[1], setting)
+            self.description = self.calibration.describe(self._windows)
+            self.options.say(self.description)
+        return self._windows
+
+    def training(self, step: DistillStep, windows: Tensor) -> list[Rows]:
+        """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
+        check_length(self.patient, step.sequence_length, "distill.sequence_length")
+        checkpoint = self.patient.checkpoint
+        assert checkpoint is not None
+        tokenizer = self.tokenizer()
+
+        def sample(tokens: int, length: int, seed: int) -> Tensor:
+            load = lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device)  # noqa: E731
+            return cached_self_text(load, tokenizer, checkpoint.fingerprint, SelfText(tokens, length, seed))
+
+        rows = training_rows(
+            step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
+        )
+        for source in rows:
+            self.options.say(f"training text: {source.tokens.size:,} tokens of {source.name}")
+        return rows
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The parent's tokenizer."""
+        assert self.patient.checkpoint is not None
+        return load_tokenizer(str(self.patient.checkpoint.path))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What activations are computed in: the checkpoint's dtype, bfloat16 for float16 on a CPU."""
+        stored = self.options.dtype or self.patient.dtype
+        return torch.bfloat16 if stored == torch.float16 and self.options.device == "cpu" else stored
+
+    @property
+    def runner(self) -> LayerRunner:
+        """The parent, layer by layer."""
+        if self._runner is None:
+            self._runner = self.walker(self.patient.config, self.patient.weights)
+        return self._runner
+
+    def walker(self, config: dict[str, Any], weights: Mapping[str, Tensor]) -> LayerRunner:
+        """A model of this description on the calibration text, layer by layer."""
+        padding = self.tokenizer().pad_token_id if self.calibration.sentences else None
+        return LayerRunner(config, weights, self.dtype, self.options.device, padding)
