@@ -83,6 +83,7 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
 
 
 def check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
+    """Raise SurgeryError where text is needed, none is given, and the model cannot sample any."""
     if patient.family.encoder and not (wanted.text or wanted.dataset):
         raise SurgeryError(
             f"{patient.name}: {patient.family.model_type} is an encoder and cannot sample text from itself; "

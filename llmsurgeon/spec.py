@@ -64,6 +64,7 @@ class MLGRUSpec(AttentionSpec):
 
     @property
     def kv_width(self) -> int:
+        """Nothing is cached for each token."""
         return 0
 
 

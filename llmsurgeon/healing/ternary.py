@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.healing.fits import stored_names
 from llmsurgeon.healing.ridge import Moments, best_update
 from llmsurgeon.progress import Progress
 from llmsurgeon.ternary import Grid, compensated, fitted_gain, is_ternary
@@ -123,7 +124,7 @@ class Ternarise:
                 with self.runner.loaded(index) as layer:
                     if index in self.chosen or self._drifted:
                         file = self._block(index, layer)
-                        found.update({self.family.layer(index) + name: file for name in _names(file)})
+                        found.update({self.family.layer(index) + name: file for name in stored_names(file)})
                     else:
                         self.x = self.p = self._advanced(index, self.x)
                 progress.advance()
@@ -256,6 +257,8 @@ class Ternarise:
         weights = token_weights(streams[1]) if group.writes else None
         moments, modules = Moments(), [layer.get_submodule(name) for name in group.modules]
         for part, held in self.parts:
+            if held and not aligns:
+                continue  # nothing is judged
             features = self._read(index, layer, group, part, mine)
             residual = features.new_zeros(len(features), 0)
             if aligns:
@@ -377,13 +380,6 @@ def summary(made: Sequence[Ternarised]) -> str:
         f"Ternarised {len(made)} linears, codes and scales fitted to calibration text: their outputs err by {mean:.3f} "
         f"of their size (squared; rounding {rounding:.3f}), {100 * zeros:.0f} % of the codes are 0."
     )
-
-
-def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
 
 
 def _stored(file: Path) -> list[dict[str, Any]]:

@@ -138,6 +138,7 @@ class BlockEmbedder(nn.Module):
         self.projection = nn.Linear(length * hidden, hidden) if projected else nn.Identity()
 
     def forward(self, ids_BnL, real_BnL):
+        """One input for each block, [B, n, D], from its tokens; padding counts as nothing."""
         return self.projection((self.embed_tokens(ids_BnL) * real_BnL[..., None]).flatten(2))
 
 

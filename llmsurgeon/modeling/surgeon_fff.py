@@ -191,6 +191,7 @@ class FastFeedForward(nn.Module):
         return right
 
     def forward(self, hidden_states):
+        """[..., D] -> [..., D]: soft decisions while training with a temperature, one path for each token otherwise."""
         shortcut = self._shortcut.found
         if shortcut is not None and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling()):
             y = shortcut(hidden_states)

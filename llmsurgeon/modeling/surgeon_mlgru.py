@@ -48,6 +48,7 @@ class MLGRU(nn.Module):
         self.layer_idx = None
 
     def forward(self, hidden_states, past_key_values=None, token_mask=None, **kwargs):
+        """hidden_states [B, T, D] -> (output [B, T, D], None); token_mask [B, T] is 0 for padding."""
         mixed_BTW, gate_BTW = self.mixed(hidden_states, past_key_values, token_mask)
         return self.o_proj(gate_BTW * mixed_BTW), None
 
@@ -130,6 +131,7 @@ class BitLinear(nn.Linear):
         self.eps, self.share, self.fused = eps, 1.0, True
 
     def forward(self, x):
+        """[..., I] -> [..., O]; while training, ternary by `share` and dense for the rest."""
         compute = _FusedBitLinear.apply if self.fused else bit_linear
         return compute(x, self.gain, self.weight, self.bias, self.share if self.training else 1.0, self.eps)
 
