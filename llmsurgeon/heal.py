@@ -33,28 +33,30 @@ from llmsurgeon.texts import Texts
 
 
 def heal(
-    student: str, parent: str, recipe: Recipe, out: str, options: Options, *, resume: bool = False
+    student: str,
+    parent: str,
+    recipe: Recipe,
+    out: str,
+    options: Options,
+    *,
+    revision: str | None = None,
+    resume: bool = False,
 ) -> Outcome | None:
     """Distill `student` (a checkpoint cut from `parent`) by the distill steps of `recipe` and write it to `out`.
 
-    A run that was killed goes on by itself; `resume` insists on it. Returns None in all processes but the main one.
+    `revision` is the parent's. A run that was killed goes on by itself; `resume` insists on it. Returns None in all
+    processes but the main one.
 
     Raises:
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
         Stopped: on SIGTERM, with the state saved.
     """
-    wounded, whole = open_patient(student), open_patient(parent)
+    wounded, planned = prepare(student, parent, recipe, revision)
+    whole, recipe = planned.patient, planned.recipe
     assert wounded.checkpoint is not None and whole.checkpoint is not None
-    steps = tuple(step for step in recipe.steps if isinstance(step, Distill))
-    if not steps:
-        raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
-    recipe = recipe.model_copy(update={"steps": steps})
-    check_recipe(whole, recipe)
-    recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
     sources = (wounded.checkpoint.path, whole.checkpoint.path)
     Stage.check(out, overwrite=options.overwrite, sources=sources)
-    planned = plan_healing(wounded, whole, recipe)
     fingerprints = [wounded.checkpoint.fingerprint, whole.checkpoint.fingerprint]
     job = [__version__, "heal", job_of(recipe, parent), *fingerprints, str(options.dtype)]
     partial = Path(out).expanduser().resolve()
@@ -92,6 +94,22 @@ def heal(
     if short:
         raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short))
     return outcome
+
+
+def prepare(student: str, parent: str, recipe: Recipe, revision: str | None = None) -> tuple[Patient, Planned]:
+    """(the opened student, all that is known before training it by the distill steps of `recipe`).
+
+    Raises:
+        SurgeryError: the recipe has no such step, or the two are not parent and student.
+    """
+    wounded, whole = open_patient(student), open_patient(parent, revision)
+    steps = tuple(step for step in recipe.steps if isinstance(step, Distill))
+    if not steps:
+        raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
+    recipe = recipe.model_copy(update={"steps": steps})
+    check_recipe(whole, recipe)
+    recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
+    return wounded, plan_healing(wounded, whole, recipe)
 
 
 def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:

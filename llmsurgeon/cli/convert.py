@@ -289,11 +289,12 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
         **plan_report(outcome.planned),
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
         "gate_missed": list(outcome.gate),
-        "warning": _warning(outcome),
+        "warning": warning(outcome),
     }
 
 
-def _warning(outcome: Outcome) -> str | None:
+def warning(outcome: Outcome) -> str | None:
+    """What is to be said where quality has collapsed."""
     from llmsurgeon.card import collapse
 
     return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
@@ -344,8 +345,8 @@ def print_outcome(outcome: Outcome) -> None:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
     else:
         print(f"quality: not measured; llmsurgeon eval {outcome.out} --against {outcome.planned.patient.name} does")
-    if warning := _warning(outcome):
-        print(f"WARNING: {warning}")
+    if collapsed := warning(outcome):
+        print(f"WARNING: {collapsed}")
     print(f"wrote {outcome.out}")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsurgeon.cli import say
+from llmsurgeon.cli.convert import warning
 from llmsurgeon.cli.options import dtype_of, short_name
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ def heal_command(
     ] = None,
     text: Annotated[str | None, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to train on, NAME[:CONFIG][:SPLIT].")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the parent on the hub.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check models and recipe and print the plan; train nothing.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin anew: go on with what was killed.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
@@ -47,15 +52,20 @@ def heal_command(
     Without --text or --dataset it trains on text sampled from the parent. A run that was killed or stopped goes on
     when the same command is given again.
     """
-    from llmsurgeon.cli.convert import with_text
-    from llmsurgeon.heal import heal
+    from llmsurgeon.cli.convert import plan_report, print_plan, with_text
+    from llmsurgeon.heal import heal, prepare
     from llmsurgeon.recipe import load, loads
     from llmsurgeon.run import Options
 
     changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
     wanted = with_text(load(recipe, changes) if recipe else loads(DEFAULT, "defaults", changes), text, dataset)
+    if dry_run:
+        _, planned = prepare(student, parent, wanted, revision)
+        print(json.dumps(plan_report(planned))) if as_json else print_plan(planned, notes=True)
+        return
     options = Options(device, dtype_of(dtype), overwrite, max_shard_size, say=say)
-    outcome = heal(student, parent, wanted, out or f"{short_name(student)}-healed", options, resume=resume)
+    target = out or f"{short_name(student)}-healed"
+    outcome = heal(student, parent, wanted, target, options, revision=revision, resume=resume)
     if outcome is not None:
         print(json.dumps(heal_report(outcome))) if as_json else print_healed(outcome)
 
@@ -69,6 +79,7 @@ def heal_report(outcome: Outcome) -> dict[str, Any]:
         "distill": [training.to_dict() for training in outcome.trainings],
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
         "gate_missed": list(outcome.gate),
+        "warning": warning(outcome),
     }
 
 
@@ -87,4 +98,6 @@ def print_healed(outcome: Outcome) -> None:
             console.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
     if outcome.evaluation:
         console.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False)
+    if collapsed := warning(outcome):
+        print(f"WARNING: {collapsed}")
     console.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)

@@ -131,6 +131,30 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(folder, run, arguments
     assert not (folder / "healed").exists()
 
 
+def test_a_dry_run_plans_and_writes_nothing(folder, run):
+    code, out, err = run(
+        "heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--dry-run", "--json"
+    )
+    assert code == 0, err
+    report = json.loads(out)
+    assert report["blocks"] == [[0], [1, 2, 3], [4], [5]] and [step["op"] for step in report["steps"]] == ["distill"]
+    code, out, _ = run("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--dry-run")
+    assert code == 0 and "Plan for parent" in out and "distill: " in out
+    assert not (folder / "healed").exists() and not list(folder.glob("*.partial"))
+
+
+def test_a_collapse_that_training_leaves_is_said(folder, run):
+    """One step at no rate to speak of heals nothing of a student that says the opposite of its parent."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "student/model.safetensors")
+    weights["lm_head.weight"] = -40 * load_file(folder / "parent/model.safetensors")["lm_head.weight"]
+    save_file(weights, folder / "student/model.safetensors", metadata={"format": "pt"})
+    least = ("--set", "distill.learning_rate=1e-9", "--set", "distill.steps=1")
+    code, out, err = run("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", *least)
+    assert code == 0 and "WARNING: Quality has collapsed" in out, err
+
+
 def test_a_student_that_does_not_say_where_it_comes_from_is_refused(folder, run):
     save_tiny(folder / "short", "llama", tokenizer=True, num_hidden_layers=4)
     code, _, err = run("heal", "short", "--parent", "parent", "-o", "healed")
