@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsurgeon import __version__
+from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
@@ -57,6 +58,7 @@ def heal(
     assert wounded.checkpoint is not None and whole.checkpoint is not None
     sources = (wounded.checkpoint.path, whole.checkpoint.path)
     Stage.check(out, overwrite=options.overwrite, sources=sources)
+    parse_size(options.max_shard_size)
     fingerprints = [wounded.checkpoint.fingerprint, whole.checkpoint.fingerprint]
     job = [__version__, "heal", job_of(recipe, parent), *fingerprints, str(options.dtype)]
     partial = Path(out).expanduser().resolve()

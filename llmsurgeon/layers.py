@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -105,3 +106,14 @@ def _expand_text(text: str) -> range:
     if last > MAX_LAYER:
         raise LayersError(f"layer {last} is too large: layers go up to {MAX_LAYER}")
     return range(first, last + 1)
+
+
+def write_ranges(layers: Sequence[int], dash: str = "-") -> str:
+    """4, 7, 8, 9 -> "4, 7-9"; two neighbours stay apart."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}{dash}{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs)

@@ -123,6 +123,8 @@ def find_recipe(name: str | Path) -> Path:
     wanted = str(name).removesuffix(".yaml").removesuffix(".yml")
     if wanted in builtin:
         return builtin[wanted]
+    if "/" in str(name):
+        raise RecipeError([f"{name}: no such file"])
     hint = did_you_mean(wanted, builtin)
     raise RecipeError([f"no file and no built-in recipe {str(name)!r}{hint} (built in: {', '.join(builtin)})"])
 

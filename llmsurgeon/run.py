@@ -16,6 +16,7 @@ from llmsurgeon import __version__
 from llmsurgeon.analysis.calibration import split
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.card import collapse, model_card
+from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, SurgeryError
@@ -67,6 +68,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     assert patient.checkpoint is not None
     source = patient.checkpoint.path
     Stage.check(out, overwrite=options.overwrite, sources=(source,))
+    parse_size(options.max_shard_size)
     if several():
         raise SurgeryError(
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
@@ -82,6 +84,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         else {}
     )
     planned = plan(patient, recipe, scores)
+    options.planned(planned)
     resolved = dump(planned.recipe.model_copy(update={"model": model}))
     job = [__version__, job_of(planned.recipe, model), patient.checkpoint.fingerprint, str(options.dtype)]
     with Stage.open(

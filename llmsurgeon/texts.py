@@ -17,7 +17,7 @@ from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.patient import Patient, check_length
-from llmsurgeon.planning import check_text
+from llmsurgeon.planning import Planned, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +27,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """Where and how to run; nothing here changes what is computed but dtype and device."""
+    """Where and how to run; nothing here changes what is computed but dtype and device.
+
+    `planned` is told the plan before anything is healed or written.
+    """
 
     device: str = "cpu"
     dtype: torch.dtype | None = None
@@ -35,6 +38,7 @@ class Options:
     max_shard_size: str = "5GB"
     batch: int = 8
     say: Say = field(default=lambda line: None)
+    planned: Callable[[Planned], None] = field(default=lambda planned: None)
 
 
 class Texts:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
 PROMPT = "The river had been rising for three days when"
 
 
@@ -72,6 +73,18 @@ def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, 
     Console().print(shown)
 
 
+def make_room(folder: Path) -> None:
+    """An empty folder for this run, in the place of an earlier demo's but of nothing else."""
+    mark = folder / MARK
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"--out {folder}: is a file; name another folder")
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        sys.exit(f"--out {folder}: holds files that no demo wrote; name another folder or remove it yourself")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    mark.touch()
+
+
 def main() -> None:
     """Measure, cut, heal, prove."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -81,8 +94,7 @@ def main() -> None:
     parser.add_argument("--drop", type=int, default=8, help="attentions to drop")
     options = parser.parse_args()
     start = time.monotonic()
-    shutil.rmtree(options.out, ignore_errors=True)
-    options.out.mkdir(parents=True)
+    make_room(options.out)
     parent, analysis, student = (options.out / name for name in ("parent", "analysis", "student"))
 
     from llmsurgeon.export import export
@@ -92,11 +104,11 @@ def main() -> None:
     text = ["--text", options.text] if options.text else []
     llmsurgeon("analyze", str(parent), "--tokens", "2048", "--drop", str(options.drop), "-o", str(analysis), *text)
     recipe = str(analysis / "suggested.yaml")
-    llmsurgeon("run", recipe, "--set", "calibration.tokens=24576", "-o", str(student))
+    llmsurgeon("run", recipe, "--set", "calibration.tokens=16384", "-o", str(student))
     against = [str(student), "--against", str(parent), "--json"]
     measured_on = ["--text", options.eval_text] if options.eval_text else []
     evaluation = llmsurgeon("eval", *against, "--tokens", "4096", "--seq-len", "256", *measured_on, capture=True)
-    bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "5", capture=True)
+    bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "3", capture=True)
     print()
     table(evaluation, bench, json.loads((student / "surgery.json").read_text()))
     print(f"Measured on {evaluation['tokens']:,} tokens: {evaluation['text']}.\n")

@@ -261,6 +261,8 @@ def test_nemotron_leaves_the_last_ffn_of_each_stretch():
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(RecipeError, match=r"no built-in recipe 'ulta'; did you mean 'ultra'\?"):
         load("ulta")
+    with pytest.raises(RecipeError, match=r"^recipe: in/ultra\.yaml: no such file$"):
+        load("in/ultra.yaml")
     with pytest.raises(RecipeError, match="is a folder"):
         load(tmp_path)
     binary = tmp_path / "model.safetensors"

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TypeGuard
 
+from llmsurgeon.layers import write_ranges
+
 # Colours of a heat map, from class c0 on.
 LEVELS = 48
 # A range wider than this factor is drawn on a log scale.
@@ -185,13 +187,7 @@ def named(noun: str, count: int, names: str) -> str:
 
 def ranges(layers: Sequence[int]) -> str:
     """4, 7, 8, 9 -> 4, 7-9."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(layer_range(run[0], run[-1]) if len(run) > 2 else ", ".join(map(str, run)) for run in runs)
+    return write_ranges(layers, DASH)
 
 
 # Colours: even steps of lightness in OKLCH (Ottosson 2020), so that equal differences look equal, in both themes.

@@ -200,7 +200,8 @@ def _open_folder(
         raise CheckpointError(f"{name}: holds {len(ggufs)} GGUF files ({names}); give the path of one of them")
     if any(any(folder.glob(pattern)) for pattern in PICKLE_PATTERNS) or (hub_id and _hub_has_pickles(hub_id)):
         raise CheckpointError(_pickle_message(name, hub_id or str(folder)))
-    raise CheckpointError(f"{name}: no weights here: expected {WEIGHTS}, {INDEX} or one .gguf file in {folder}")
+    place = "" if Path(name) == folder else f" in {folder}"
+    raise CheckpointError(f"{name}: no weights here: expected {WEIGHTS}, {INDEX} or one .gguf file{place}")
 
 
 def _open_gguf(path: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:

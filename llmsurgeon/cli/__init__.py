@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OFF_TERMINAL_COLUMNS = 160
 
 
 class Output:
@@ -12,6 +19,14 @@ class Output:
 
 
 output = Output()
+
+
+def console() -> Console:
+    """Where results for people go: as wide as the terminal, and wide enough for every table where there is none."""
+    from rich.console import Console
+
+    fitting = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if fitting else OFF_TERMINAL_COLUMNS)
 
 
 def say(message: str) -> None:

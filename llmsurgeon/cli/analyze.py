@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import console, say
 
 if TYPE_CHECKING:
     from llmsurgeon.analysis.analyze import Analysis
@@ -61,22 +62,25 @@ def analyze_command(
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.
-    fit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, 65_536), "sequence_length": seq_len}
+    fit_tokens = max(tokens, 65_536)
+    fit_on = {"text": text, "dataset": dataset, "tokens": fit_tokens, "sequence_length": seq_len}
     files = write_analysis(folder, result, fit_on)
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))
         return
-    print_analysis(result, files)
+    print_analysis(result, files, fit_tokens)
 
 
-def print_analysis(result: Analysis, files: list[Path]) -> None:
-    """The suggestion and the scores behind it."""
-    from rich.console import Console
+def print_analysis(result: Analysis, files: list[Path], fit_tokens: int) -> None:
+    """The suggestion and the scores behind it; `fit_tokens` is what the suggested recipe is calibrated on."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     scores = result.measurements.scores
     scale = "" if result.distance == "kl" else "; attn, FFN, block removed: 1 - cos to the parent"
-    table = Table(title=f"{result.model}: {result.layers} layers, {result.text}{scale}", title_justify="left")
+    title = f"{result.model}: {result.layers} layers, {result.text}{scale}"
+    # Without lines between the columns it fits 80 characters.
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     # An encoder's removals are scored by the cosine distance of what leaves it.
     removed = ("attn KL", "FFN KL", "block KL") if result.distance == "kl" else ("attn", "FFN", "block")
     columns = ("layer", *removed, "attn sim", "influence", "suggestion")
@@ -90,9 +94,9 @@ def print_analysis(result: Analysis, files: list[Path]) -> None:
             notes.append(f"run {run_of[layer][0]}-{run_of[layer][-1]}")
         names = ("attention_kl", "ffn_kl", "block_kl", "attention_similarity", "block_influence")
         table.add_row(str(layer), *(f"{scores[name].mean[layer]:.4f}" for name in names), ", ".join(notes))
-    console = Console()
-    console.print(table)
+    console().print(table)
     for file in files:
-        console.print(f"wrote {file}", highlight=False)
+        print(f"wrote {file}")
     suggested = next(file for file in files if file.name == "suggested.yaml")
-    console.print(f"next: llmsurgeon run {suggested} -o OUT", highlight=False)
+    print(f"next: llmsurgeon run {shlex.quote(str(suggested))} -o OUT")
+    print(f"      (its refit takes {fit_tokens:,} tokens; --tokens N for fewer)")

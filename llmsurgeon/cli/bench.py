@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import console, say
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -68,9 +68,8 @@ def bench_command(
     if as_json:
         print(json.dumps({"name": model, "parent_name": against, **result.to_dict()}))
         return
-    from rich.console import Console
 
-    Console().print(bench_table(result))
+    console().print(bench_table(result))
 
 
 def _in_transformers(

@@ -6,13 +6,13 @@ import inspect
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import console, say
 from llmsurgeon.cli.options import dtype_of, short_name
 from llmsurgeon.errors import RecipeError, SurgeryError
 
@@ -27,6 +27,8 @@ Out = Annotated[
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step.key=value, calibration.tokens=8192 ...")]
 Text = Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.")]
 Dataset = Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")]
+Tokens = Annotated[int | None, typer.Option(help="Calibration tokens; default: the recipe's.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence; default: the recipe's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; config.json alone is enough.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
@@ -76,12 +78,12 @@ def add_verb(
 
     def command(context: typer.Context, **values: Any) -> None:
         flags = {name: values.pop(name) for name in inspect.signature(steps).parameters}
-        recipe, sets, text, dataset = (values.pop(name) for name in ("recipe", "sets", "text", "dataset"))
+        recipe, calibration = values.pop("recipe"), calibration_of(values)
         if recipe:
-            loaded = load(recipe, sets, text, dataset)
+            loaded = load(recipe, *calibration)
             must_have(context, loaded, ops, verb)
         else:
-            loaded = built(steps(**flags), sets, text, dataset)
+            loaded = built(steps(**flags), *calibration)
         go(loaded, Path(recipe or label.format(**flags)).stem, Job(**values))
 
     shared = parameters_of(_shared)
@@ -111,6 +113,8 @@ def _shared(
     sets: Sets = None,
     text: Text = None,
     dataset: Dataset = None,
+    tokens: Tokens = None,
+    seq_len: SeqLen = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     max_shard_size: ShardSize = "5GB",
@@ -127,8 +131,15 @@ def run_command(
     **values: Any,
 ) -> None:
     """Run a recipe on a checkpoint and write the result as a new one."""
-    sets, text, dataset = (values.pop(name) for name in ("sets", "text", "dataset"))
-    go(load(recipe, sets, text, dataset), Path(recipe).stem, Job(**values))
+    calibration = calibration_of(values)
+    go(load(recipe, *calibration), Path(recipe).stem, Job(**values))
+
+
+def calibration_of(values: dict[str, Any]) -> tuple[list[str], str | None, str | None]:
+    """Take out of a command's values what changes a recipe: (--set, --tokens and --seq-len, --text, --dataset)."""
+    sizes = {"tokens": values.pop("tokens"), "sequence_length": values.pop("seq_len")}
+    sets = [f"calibration.{key}={value}" for key, value in sizes.items() if value is not None]
+    return [*(values.pop("sets") or ()), *sets], values.pop("text"), values.pop("dataset")
 
 
 def fuse_steps(
@@ -193,14 +204,14 @@ def split(text: str) -> list[Any]:
     return [int(part) if part.strip().isdigit() else part.strip() for part in text.split(",")]
 
 
-def load(recipe: str, sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+def load(recipe: str, sets: list[str], text: str | None, dataset: str | None) -> Recipe:
     """The recipe of a file or built in, with --set, --text and --dataset applied."""
     from llmsurgeon import recipe as recipes
 
-    return with_text(recipes.load(recipe, sets or ()), text, dataset)
+    return with_text(recipes.load(recipe, sets), text, dataset)
 
 
-def built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None, dataset: str | None) -> Recipe:
+def built(steps: list[dict[str, Any]], sets: list[str], text: str | None, dataset: str | None) -> Recipe:
     """The recipe that flags stand for, from its steps."""
     import yaml
 
@@ -210,7 +221,7 @@ def built(steps: list[dict[str, Any]], sets: list[str] | None, text: str | None,
         return f"{steps[int(place[1])]['op']}{place[2]}"
 
     try:
-        recipe = loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets or ())
+        recipe = loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets)
     except RecipeError as error:
         # Nobody has seen the file whose lines these are: say op.key, as --set would.
         problems = [re.sub(r"^flags:\d+: steps\[(\d+)\]([.:])", named, problem) for problem in error.problems]
@@ -263,6 +274,8 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
 
     target = job.out or f"{short_name(name)}-{label}"
     options = Options(job.device, dtype_of(job.dtype), job.overwrite, job.max_shard_size, say=say)
+    if not job.as_json:
+        options = replace(options, planned=print_plan)
     outcome = run(recipe, name, target, options, job.revision)
     print(json.dumps(outcome_report(outcome))) if job.as_json else print_outcome(outcome)
 
@@ -302,12 +315,11 @@ def warning(outcome: Outcome) -> str | None:
 
 def print_plan(planned: Planned, notes: bool = False) -> None:
     """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
-    from rich.console import Console
     from rich.table import Table
 
     from llmsurgeon.summary import human
 
-    console = Console()
+    out = console()
     table = Table(title=f"Plan for {planned.patient.name}", title_justify="left")
     for column in ("", "parent", "result", "change"):
         table.add_column(column, justify="right" if column else "left")
@@ -324,23 +336,21 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
         before, after = getattr(planned.before, key), getattr(planned.after, key)
         change = f"{100 * (after / before - 1):+.1f} %" if before else ""
         table.add_row(label, human(before), human(after), change)
-    console.print(table)
+    out.print(table)
     for step in planned.recipe.steps:
         shown = ", ".join(
             f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
         )
-        console.print(f"  {step.op}: {shown}", highlight=False)
+        out.print(f"  {step.op}: {shown}", highlight=False)
     for note in planned.notes if notes else ():
-        console.print(f"  {note}", highlight=False, markup=False)
-    console.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
-    console.print(planned.written.loads, highlight=False)
-    console.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
+        out.print(f"  {note}", highlight=False, markup=False)
+    out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
+    out.print(planned.written.loads, highlight=False)
+    out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
 
 
 def print_outcome(outcome: Outcome) -> None:
-    """The result as tables."""
-
-    print_plan(outcome.planned)
+    """What came of the plan, in a few lines."""
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import console, say
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -84,11 +84,10 @@ def evaluate_command(
     if as_json:
         print(json.dumps(report))
         return
-    from rich.console import Console
 
-    Console().print(_encoder_table(result) if encoder else _table(result))
+    console().print(_encoder_table(result) if encoder else _table(result))
     if tasks:
-        Console().print(_task_table(report["tasks"], report["parent_tasks"]))
+        console().print(_task_table(report["tasks"], report["parent_tasks"]))
 
 
 def _check_same_tokens(model: str, revision: str | None, against: str, theirs: PreTrainedTokenizerBase) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import console, say
 from llmsurgeon.cli.convert import warning
 from llmsurgeon.cli.options import dtype_of, short_name
 
@@ -85,19 +85,17 @@ def heal_report(outcome: Outcome) -> dict[str, Any]:
 
 def print_healed(outcome: Outcome) -> None:
     """What was made, in a few lines."""
-    from rich.console import Console
-
-    console = Console()
+    out = console()
     for training in outcome.trainings:
-        console.print(training.note, highlight=False)
+        out.print(training.note, highlight=False)
         for block, made in training.trainings:
             measure = "KL" if all("kl" in judged for judged in made.judged) else "1 - cos"
             name = f"held-out {measure}" if block is None else f"block {block}, held-out loss"
             values = [judged["value"] for judged in made.judged]
             change = f"{name} {values[0]:.4f} -> {min(values):.4f}, " if values else ""
-            console.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
+            out.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
     if outcome.evaluation:
-        console.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False)
+        out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False)
     if collapsed := warning(outcome):
         print(f"WARNING: {collapsed}")
-    console.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)
+    out.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)

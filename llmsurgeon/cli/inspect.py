@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from llmsurgeon.cli import console
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 
@@ -42,7 +43,6 @@ def inspect_command(
         halves = {"block_transformer": asdict(patient.spec.block_transformer)} if patient.spec.block_transformer else {}
         print(json.dumps({**report, **halves, "layers": rows}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{model}: {patient.model_type}, {human(total.parameters)} parameters, " + (
@@ -73,7 +73,7 @@ def inspect_command(
         joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
         names = ", ".join(path.rpartition(".")[2] for path in row["ternary"]) if some else ""
         table.add_row(str(row["block"]), *joined, human(row["parameters"]), *((names or "-",) if some else ()))
-    Console().print(table)
+    console().print(table)
 
 
 def verify_command(
@@ -85,7 +85,8 @@ def verify_command(
     from llmsurgeon.formats.loading import load_model
 
     if not Path(folder).is_dir():
-        raise SurgeryError(f"{folder}: no such folder; verify takes the folder of a checkpoint")
+        what = "is a file" if Path(folder).exists() else "no such folder"
+        raise SurgeryError(f"{folder}: {what}; verify takes the folder of a checkpoint")
     problems = verify_files(Path(folder))
     packed = not problems and _is_packed(folder)
     if not problems and not packed:

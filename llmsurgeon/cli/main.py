@@ -32,7 +32,10 @@ from llmsurgeon.progress import set_quiet
 # At the end the interpreter would search all that torch and transformers made for cycles: over a second for nothing.
 atexit.register(gc.freeze)
 
+QUIET = ("--quiet", "-q")
 EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED, EXIT_STOPPED = 2, 3, 130, 143
+
+INTERRUPTED = "interrupted; where an OUT.partial folder is left, the same command goes on from what is finished"
 
 # Plain help: importing rich's formatter alone would take longer than everything else that --help does.
 app = typer.Typer(
@@ -82,14 +85,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SurgeryError as error:
         _fail(str(error), EXIT_ERROR)
     except KeyboardInterrupt:
-        _fail("interrupted", EXIT_INTERRUPTED)
+        _fail(INTERRUPTED, EXIT_INTERRUPTED)
+    except SystemExit as end:
+        # Typer turns an interrupt into this code, and says nothing.
+        if end.code == EXIT_INTERRUPTED:
+            print(f"error: {INTERRUPTED}", file=sys.stderr)
+        raise
 
 
 def _quiet_first(arguments: Sequence[str]) -> list[str]:
     """`llmsurgeon analyze MODEL --quiet` means the same as `llmsurgeon --quiet analyze MODEL`."""
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    rest = [a for a in own if a != "--quiet"] + list(arguments[len(own) :])
-    return ["--quiet", *rest] if "--quiet" in own else rest
+    rest = [a for a in own if a not in QUIET] + list(arguments[len(own) :])
+    return ["--quiet", *rest] if any(a in QUIET for a in own) else rest
 
 
 def _fail(message: str, code: int) -> None:

@@ -154,14 +154,14 @@ def _summary(means: dict[str, Tensor], tokens: Tensor) -> Evaluation:
 
 def _against_parent(means: dict[str, Tensor]) -> dict[str, Any]:
     change_S = means["loss"] - means["parent_loss"]
-    agreement = mean_interval(means["top1"])
+    agreement, divergence = mean_interval(means["top1"]), mean_interval(means["kl"])
     return dict(
         parent_perplexity=perplexity(means["parent_loss"].mean().item()),
         parent_perplexity_interval=perplexity_interval(means["parent_loss"]),
         perplexity_ratio=perplexity(change_S.mean().item()),
         perplexity_ratio_interval=perplexity_interval(change_S),
         kl=means["kl"].mean().item(),
-        kl_interval=mean_interval(means["kl"]),
+        kl_interval=divergence and (max(divergence[0], 0.0), divergence[1]),
         top1_agreement=means["top1"].mean().item(),
         top1_agreement_interval=agreement and (max(agreement[0], 0.0), min(agreement[1], 1.0)),
     )

@@ -92,7 +92,7 @@ class Subject:
         if name not in self.scores:
             raise SurgeryError(
                 f"{why} needs the score {name!r}, which is measured on text when the recipe runs; a dry run has none. "
-                "Name layers instead, or run it"
+                "Name layers or runs (in the recipe, or by flags: --help) instead, or run it"
             )
         return self.scores[name]
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.layers import LayerList, write_ranges
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.spec import FFFSpec, FFNSpec
 
@@ -238,7 +238,7 @@ class FFF(Step):
     def plan(self, subject: Subject) -> Plan:
         routings = subject.score(SCORE, "fff")
         blocks = all_kept(subject)
-        notes = []
+        alike: dict[str, list[int]] = {}
         before = after = 0
         for layer, specs in self.wanted(subject).items():
             index = subject.position(layer)
@@ -250,14 +250,16 @@ class FFF(Step):
             before += dense.width * (3 if spec.gated else 2)
             after += spec.rows
             blocks[index] = _converted(subject, blocks[index], routing)
-            notes.append(
-                f"layer {layer}: {spec.words}, {100 * spec.rows / (dense.width * (3 if spec.gated else 2)):.1f} % of "
-                "the FFN's multiplications" + _measured(routing)
-            )
+            share = 100 * spec.rows / (dense.width * (3 if spec.gated else 2))
+            said = f"{spec.words}, {share:.1f} % of the FFN's multiplications{_measured(routing)}"
+            alike.setdefault(said, []).append(layer)
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
         if self.keep is not None:
             total += f" Shapes within the share of {self.keep} are chosen by measured error in the run itself; counted "
             total += "here are the same ones for every layer."
+        notes = [
+            f"layer{'s' if len(layers) > 1 else ''} {write_ranges(layers)}: {said}" for said, layers in alike.items()
+        ]
         return assemble(subject, blocks, [total, *notes])
 
 

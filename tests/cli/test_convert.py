@@ -10,6 +10,7 @@ import torch
 from conftest import save_tiny, tiny_model
 
 from llmsurgeon.cli import main as cli
+from llmsurgeon.errors import SurgeryError
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
 SMALL = ("--set", "calibration.tokens=512", "--set", "calibration.sequence_length=16")
@@ -50,6 +51,27 @@ def test_fuse(run, folder):
     assert report["evaluation"]["kl"] > 0 and report["gate_missed"] == []
     assert [step["op"] for step in report["steps"]] == ["prune_attention", "fuse_ffn", "refit"]
     assert run("verify", "out")[0] == 0
+
+
+def test_calibration_sizes_are_flags_too(run, folder):
+    code, _, err = run(
+        "prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", "--tokens", 64, "--seq-len", 8
+    )
+    assert code == 0 and "64 tokens of text.txt" in err
+    assert "tokens: 64, sequence_length: 8," in (folder / "out/recipe.yaml").read_text()
+    code, _, err = run("prune", "parent", "-o", "other", "--attention", "2", "--text", "text.txt", "--tokens", 0)
+    assert code == 2 and "calibration.tokens" in err and not (folder / "other").exists()
+
+
+def test_the_plan_is_shown_before_the_work(run, folder, monkeypatch):
+    def fail(*arguments):
+        raise SurgeryError("healing began")
+
+    monkeypatch.setattr("llmsurgeon.run.heal_and_prove", fail)
+    code, out, err = run("prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", *SMALL)
+    assert code == 2 and "healing began" in err
+    assert "Plan for parent" in out and "prune_attention: layers=[2]" in out
+    assert run("prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", *SMALL, "--json")[1] == ""
 
 
 def test_fuse_chooses(run, folder):
@@ -175,6 +197,8 @@ def test_verify(run, folder):
     assert code == 2 and "config.json" in err
     code, _, err = run("verify", "nowhere")
     assert code == 2 and "no such folder" in err
+    code, _, err = run("verify", "out/config.json")
+    assert code == 2 and "out/config.json: is a file; verify takes the folder" in err
 
 
 def test_verify_finds_nan(run, folder):
@@ -202,8 +226,18 @@ def test_analyze_and_run_what_it_suggests(run, folder):
 def test_analyze_tables(run, folder):
     code, out, _ = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16")
     assert code == 0 and "next: llmsurgeon run parent-analysis/suggested.yaml" in out
+    assert "its refit takes 65,536 tokens" in out
     code, _, err = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16", "--drop", "9")
     assert code == 2 and "expected 1 to 5" in err
+
+
+def test_analyze_on_a_narrow_terminal_and_in_a_folder_with_a_space(run, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    small = ("--text", "text.txt", "--tokens", "256", "--seq-len", "16", "--drop", "2")
+    code, out, err = run("analyze", "parent", "-o", "my report", *small)
+    assert code == 0, err
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out and "suggestion" in out
+    assert "next: llmsurgeon run 'my report/suggested.yaml' -o OUT" in out
 
 
 BAD = {

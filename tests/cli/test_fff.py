@@ -78,6 +78,8 @@ def test_a_dry_run_of_one_shape_names_it(run, folder):  # noqa: F811
     assert code == 0, err
     said = " ".join(out.split())
     assert "layer 1: depth 2, 4 leaves of 24 neurons, 0 shared, 25.7 % of the FFN's multiplications" in said
+    _, out, _ = run("fff", "parent", "--depth", 2, "--leaf-width", 24, "--layers", "1,3-5", "--dry-run")
+    assert "layers 1, 3-5: depth 2, 4 leaves of 24 neurons" in " ".join(out.split()), "alike layers once"
 
 
 def test_an_encoder(run, folder):  # noqa: F811

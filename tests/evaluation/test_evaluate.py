@@ -94,6 +94,17 @@ def test_a_model_against_itself(tokens):
     assert result.top1_agreement_interval == (1.0, 1.0)
 
 
+def test_two_windows_bound_kl_and_agreement_by_what_they_can_be():
+    from llmsurgeon.evaluation.evaluate import _against_parent
+
+    means = {"loss": torch.tensor([3.0, 3.5]), "parent_loss": torch.tensor([2.9, 3.0])}
+    means |= {"kl": torch.tensor([0.1, 0.5]), "top1": torch.tensor([0.9, 0.4])}
+    assert mean_interval(means["kl"])[0] < 0 and mean_interval(means["top1"])[1] > 1
+    found = _against_parent(means)
+    assert found["kl_interval"][0] == 0 and found["kl_interval"][1] > 0.5
+    assert found["top1_agreement_interval"] == (0.0, 1.0)
+
+
 def test_every_figure_lies_in_its_interval(pair, tokens):
     result = evaluate(pair[0], tokens, pair[1]).to_dict()
     for name in ("perplexity", "parent_perplexity", "perplexity_ratio", "kl", "top1_agreement"):

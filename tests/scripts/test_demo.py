@@ -1,0 +1,36 @@
+"""scripts/demo.py: it makes room for itself and takes nothing away from anyone."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
+SPEC = importlib.util.spec_from_file_location("demo", SCRIPT)
+assert SPEC and SPEC.loader
+demo = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(demo)
+
+
+def test_an_earlier_demo_makes_room(tmp_path):
+    out = tmp_path / "demo-out"
+    demo.make_room(out)
+    (out / "student").mkdir()
+    demo.make_room(out)
+    assert [path.name for path in out.iterdir()] == [demo.MARK]
+
+
+def test_an_empty_folder_is_taken(tmp_path):
+    demo.make_room(tmp_path)
+    assert (tmp_path / demo.MARK).exists()
+
+
+def test_what_no_demo_wrote_stays(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit, match="holds files that no demo wrote"):
+        demo.make_room(tmp_path)
+    with pytest.raises(SystemExit, match="is a file"):
+        demo.make_room(tmp_path / "thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
