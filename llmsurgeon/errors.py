@@ -1,5 +1,9 @@
 """Errors a user can act on. The CLI prints them without a traceback and exits with code 2."""
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class SurgeryError(Exception):
     """An expected failure: says what is wrong, where, what was expected and what to do next."""
@@ -18,7 +22,14 @@ class CheckpointError(SurgeryError):
 
 
 class GateFailed(SurgeryError):
-    """A finished run whose quality missed the recipe's gate (exit code 3; the output is kept)."""
+    """A finished run whose quality missed the recipe's gate (exit code 3; the output is kept).
+
+    outcome: what the run made, an `llmsurgeon.run.Outcome`.
+    """
+
+    def __init__(self, message: str, outcome: Any = None) -> None:
+        super().__init__(message)
+        self.outcome = outcome
 
 
 class Stopped(SurgeryError):

@@ -17,7 +17,7 @@ from llmsurgeon import __version__
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
-from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
+from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, is_surgeon, ships_code
 from llmsurgeon.formats.write import WrittenFormat, write_config
 from llmsurgeon.healing.training import on_cpu, several
@@ -25,9 +25,8 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.patient import Patient, open_patient, shapes_of
 from llmsurgeon.planning import Planned, check_recipe, without_empty_blocks
 from llmsurgeon.progress import set_quiet
-from llmsurgeon.proof import missed
 from llmsurgeon.recipe import Recipe, dump, loads
-from llmsurgeon.run import Options, Outcome, heal_and_prove, job_of, logs_of, write_story
+from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, job_of, logs_of
 from llmsurgeon.spec import BlockSpec, ModelSpec
 from llmsurgeon.summary import costs
 from llmsurgeon.texts import Texts
@@ -85,17 +84,8 @@ def heal(
         healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
         if stage is None:
             return None
-        stage.write_weights(
-            planned.written.published(healed.weights, whole.family), max_shard_size=options.max_shard_size
-        )
-        short = missed(recipe.gate, healed.evaluation)
         story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}))
-        write_story(stage, planned, story, healed, texts, short, wounded.checkpoint)
-        stage.commit()
-    outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
-    if short:
-        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short))
-    return outcome
+        return finish(stage, out, planned, story, healed, texts, wounded.checkpoint)
 
 
 def prepare(student: str, parent: str, recipe: Recipe, revision: str | None = None) -> tuple[Patient, Planned]:

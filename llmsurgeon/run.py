@@ -95,14 +95,25 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         needed_bytes=planned.after.disk_bytes,
     ) as stage:
         healed = heal_and_prove(planned, texts, options, stage.scratch, logs_of(out))
-        weights = planned.written.published(healed.weights, patient.family)
-        stage.write_weights(weights, max_shard_size=options.max_shard_size)
-        short = missed(recipe.gate, healed.evaluation)
-        write_story(stage, planned, resolved, healed, texts, short, patient.checkpoint)
-        stage.commit()
+        return finish(stage, out, planned, resolved, healed, texts, patient.checkpoint)
+
+
+def finish(
+    stage: Stage, out: str, planned: Planned, recipe: str, healed: Healed, texts: Texts, source: Checkpoint
+) -> Outcome:
+    """Write the healed weights and all that goes with them, `recipe` among it, and make `out` appear.
+
+    Raises:
+        GateFailed: the result misses the recipe's gate; it is there all the same, and its card says so.
+    """
+    weights = planned.written.published(healed.weights, planned.patient.family)
+    stage.write_weights(weights, max_shard_size=texts.options.max_shard_size)
+    short = missed(planned.recipe.gate, healed.evaluation)
+    write_story(stage, planned, recipe, healed, texts, short, source)
+    stage.commit()
     outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
     if short:
-        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short))
+        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short), outcome)
     return outcome
 
 

@@ -245,3 +245,33 @@ def tiny(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny(tmp_path / name, family, **changes)
 
     return make
+
+
+# A text, and what keeps calibration on it short.
+TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
+SMALL = ("--set", "calibration.tokens=512", "--set", "calibration.sequence_length=16")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with a parent, a text and nothing else."""
+    save_tiny(tmp_path / "parent", "llama", tokenizer=True)
+    (tmp_path / "text.txt").write_text(TEXT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path.parent / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys) -> Callable[..., tuple[int, str, str]]:
+    """Exit code, stdout and stderr of a command line."""
+    from llmsurgeon.cli.main import main
+
+    def invoke(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return invoke

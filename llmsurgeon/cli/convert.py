@@ -14,7 +14,7 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.options import dtype_of, short_name
-from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
     from llmsurgeon.planning import Planned
@@ -276,8 +276,22 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     options = Options(job.device, dtype_of(job.dtype), job.overwrite, job.max_shard_size, say=say)
     if not job.as_json:
         options = replace(options, planned=print_plan)
-    outcome = run(recipe, name, target, options, job.revision)
-    print(json.dumps(outcome_report(outcome))) if job.as_json else print_outcome(outcome)
+
+    def show(outcome: Outcome) -> None:
+        print(json.dumps(outcome_report(outcome))) if job.as_json else print_outcome(outcome)
+
+    shown(lambda: run(recipe, name, target, options, job.revision), show)
+
+
+def shown(work: Callable[[], Outcome | None], show: Callable[[Outcome], None]) -> None:
+    """Show what `work` makes, be it a model that misses its gate."""
+    try:
+        outcome = work()
+    except GateFailed as error:
+        show(error.outcome)
+        raise
+    if outcome is not None:
+        show(outcome)
 
 
 def plan_report(planned: Planned) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.convert import warning
+from llmsurgeon.cli.convert import shown, warning
 from llmsurgeon.cli.options import dtype_of, short_name
 
 if TYPE_CHECKING:
@@ -65,9 +65,11 @@ def heal_command(
         return
     options = Options(device, dtype_of(dtype), overwrite, max_shard_size, say=say)
     target = out or f"{short_name(student)}-healed"
-    outcome = heal(student, parent, wanted, target, options, revision=revision, resume=resume)
-    if outcome is not None:
+
+    def show(outcome: Outcome) -> None:
         print(json.dumps(heal_report(outcome))) if as_json else print_healed(outcome)
+
+    shown(lambda: heal(student, parent, wanted, target, options, revision=revision, resume=resume), show)
 
 
 def heal_report(outcome: Outcome) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -31,6 +31,7 @@ from llmsurgeon.healing.distill import Case
 from llmsurgeon.healing.latent import install, packed
 from llmsurgeon.healing.losses import normalised_mse
 from llmsurgeon.healing.refit import spans
+from llmsurgeon.healing.signals import as_before, on_stop
 from llmsurgeon.healing.targets import StoredTargets, Wanted
 from llmsurgeon.healing.training import Trainer, Training, engine
 from llmsurgeon.progress import Progress, set_quiet
@@ -270,22 +271,15 @@ def _fail(job: BlockJob, code: int, running: dict[Any, tuple[BlockJob, Any]]) ->
 def _forwarded(running: dict[Any, tuple[BlockJob, Any]]) -> Iterator[None]:
     """SIGTERM and Ctrl-C go on to the processes that train, which save and end."""
 
-    def forward(number: int, frame: Any) -> None:
+    def forward(number: int, before: dict[int, Any]) -> None:
         for _, process in running.values():
             process.terminate()
         if not running:
-            signal.signal(number, before[number])
+            as_before(number, before)
             signal.raise_signal(number)
 
-    before: dict[int, Any] = {}
-    with suppress(ValueError):
-        for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-            before[number] = signal.signal(number, forward)
-    try:
+    with on_stop(forward):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _in_process(job: BlockJob) -> None:

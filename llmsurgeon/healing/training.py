@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.healing.data import Corpus
+from llmsurgeon.healing.signals import as_before, on_stop
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -525,20 +526,13 @@ class Trainer:
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C end the run after the step that they find it in."""
-        before: dict[int, Any] = {}
 
-        def note(number: int, frame: Any) -> None:
-            self._signal = int(number)
-            signal.signal(number, before[number])  # a second one does what it always does
+        def note(number: int, before: dict[int, Any]) -> None:
+            self._signal = number
+            as_before(number, before)  # a second one does what it always does
 
-        with suppress(ValueError):  # not in the main thread: somebody else's signals
-            for number in (int(signal.SIGTERM), int(signal.SIGINT)):
-                before[number] = signal.signal(number, note)
-        try:
+        with on_stop(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _end_by(self, number: int) -> None:
         if number == signal.SIGINT:

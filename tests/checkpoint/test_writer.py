@@ -18,7 +18,7 @@ from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.checkpoint.shards import parse_size, plan_shards
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename, row_blocks
-from llmsurgeon.checkpoint.weight_file import copy_bytes
+from llmsurgeon.checkpoint.weight_file import copy_bytes, raise_unless_finite
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
@@ -164,6 +164,16 @@ def test_nan_in_a_computed_tensor_is_named(bad, where, dtype, tmp_path):
     with Stage.open(tmp_path / "out", fingerprint="x") as stage:
         stage.write_weights(weights, check_finite=False)
         stage.commit()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_large_numbers_are_finite_though_their_sum_is_not(dtype):
+    raise_unless_finite("large", torch.full((64,), torch.finfo(dtype).max).to(dtype))
+
+
+def test_infinities_that_cancel_out_are_found():
+    with pytest.raises(SurgeryError, match="'both': the result holds NaN or infinity"):
+        raise_unless_finite("both", torch.tensor([float("inf"), float("-inf")]))
 
 
 def test_blocks_are_made_on_one_thread(tmp_path):

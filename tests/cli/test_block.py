@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import save_encoder, save_tiny
+from conftest import SMALL, save_encoder, save_tiny
 from operations.helpers import logits, operate, some_tokens
 from safetensors.torch import load_file
 
@@ -18,7 +17,7 @@ from llmsurgeon.operations.block import Block
 TEXT = ("--text", "text.txt", *SMALL)
 
 
-def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa: F811
+def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):
     code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--split", 2, "--no-refit", "--json")
     assert code == 0, err
     report = json.loads(out)
@@ -55,7 +54,7 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):  # noqa
     assert code == 0, err
 
 
-def test_text_that_is_given_is_measured_on(run, folder):  # noqa: F811
+def test_text_that_is_given_is_measured_on(run, folder):
     """Though neither refit nor training asks for it; and what the refit did is in the report."""
     code, out, err = run("block", "parent", "-o", "out", "--no-refit", *TEXT, "--json")
     assert code == 0, err
@@ -75,7 +74,7 @@ def test_text_that_is_given_is_measured_on(run, folder):  # noqa: F811
     assert json.loads((folder / "bare" / "surgery.json").read_text())["evaluation"] is None
 
 
-def test_streaming_is_in_memory(run, folder):  # noqa: F811
+def test_streaming_is_in_memory(run, folder):
     for number, flags in enumerate(
         ({"decoder": "cross_attention", "prefix_length": 1}, {"embedder": "concat", "decoder": "summation"})
     ):
@@ -89,7 +88,7 @@ def test_streaming_is_in_memory(run, folder):  # noqa: F811
         assert torch.equal(logits(load_model(f"out-{number}"), tokens), logits(student, tokens))
 
 
-def test_a_block_that_vanishes_moves_the_split(run, folder):  # noqa: F811
+def test_a_block_that_vanishes_moves_the_split(run, folder):
     """Layer 1 loses attention and FFN in two steps, and goes as a whole."""
     (folder / "r.yaml").write_text(
         "version: 1\nsteps:\n  - {op: prune_attention, layers: [1]}\n  - {op: prune_ffn, layers: [1]}\n"
@@ -108,7 +107,7 @@ def test_a_block_that_vanishes_moves_the_split(run, folder):  # noqa: F811
     assert torch.equal(logits(load_model("out"), tokens), logits(load_model("pruned"), tokens))
 
 
-def test_a_dry_run_counts_what_is_multiplied(run, folder):  # noqa: F811
+def test_a_dry_run_counts_what_is_multiplied(run, folder):
     code, out, _ = run("block", "parent", "--dry-run", "--json")
     assert code == 0 and not (folder / "parent-block-4").exists()
     report = json.loads(out)
@@ -123,7 +122,7 @@ def test_a_dry_run_counts_what_is_multiplied(run, folder):  # noqa: F811
     assert report["after"]["parameters"] == report["before"]["parameters"] + new
 
 
-def test_training_heal_and_gate(run, folder):  # noqa: F811
+def test_training_heal_and_gate(run, folder):
     short = ("steps=12", "sequence_length=16", "batch=4", "learning_rate=0.002", "evaluations=1")
     sets = [part for value in short for part in ("--set", f"distill.{value}")]
     code, out, err = run("block", "parent", "-o", "out", "--block-length", 2, "--minutes", 5, *sets, *TEXT, "--json")
@@ -162,7 +161,7 @@ def test_training_heal_and_gate(run, folder):  # noqa: F811
         (("parent", "-r", "shortgpt"), "this recipe has no step for `block`"),
     ],
 )
-def test_bad_input_writes_nothing(run, folder, arguments, message):  # noqa: F811
+def test_bad_input_writes_nothing(run, folder, arguments, message):
     if arguments[0] in ("mistral", "qwen2", "gemma2"):
         save_tiny(folder / arguments[0], arguments[0])
     elif arguments[0] == "encoder":
@@ -174,7 +173,7 @@ def test_bad_input_writes_nothing(run, folder, arguments, message):  # noqa: F81
     assert not [path for path in folder.iterdir() if path.name.startswith("out")]
 
 
-def test_what_a_block_model_cannot_be_asked(run, folder):  # noqa: F811
+def test_what_a_block_model_cannot_be_asked(run, folder):
     """Analysis, cuts, other formats, contexts beyond the parent's positions."""
     assert run("block", "parent", "-o", "out", "--no-refit")[0] == 0
     for command, message in (

@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny, tiny_model
+from conftest import SMALL, tiny_model
 
-from llmsurgeon.cli import main as cli
 from llmsurgeon.errors import SurgeryError
-
-TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
-SMALL = ("--set", "calibration.tokens=512", "--set", "calibration.sequence_length=16")
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with a parent, a text and nothing else."""
-    save_tiny(tmp_path / "parent", "llama", tokenizer=True)
-    (tmp_path / "text.txt").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path.parent / "cache"))
-    return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def invoke(*arguments):
-        code = 0
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as exit_:
-            code = exit_.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return invoke
 
 
 def test_fuse(run, folder):
@@ -161,8 +132,12 @@ def test_a_missed_gate_is_exit_code_3(run, folder):
     (folder / "mine.yaml").write_text(
         "version: 1\nsteps:\n  - {op: prune_blocks, layers: 1-4}\ngate: {max_perplexity_ratio: 0.01}\n"
     )
-    code, _, err = run("run", "mine.yaml", "parent", "-o", "out", "--text", "text.txt", *SMALL)
+    command = ("run", "mine.yaml", "parent", "--text", "text.txt", *SMALL)
+    code, out, err = run(*command, "-o", "out")
     assert code == 3 and "out is written, but it misses the recipe's gate: perplexity ratio" in err
+    assert "wrote out" in out
+    code, out, _ = run(*command, "-o", "again", "--json")
+    assert code == 3 and "perplexity ratio" in json.loads(out)["gate_missed"][0]
     assert (folder / "out" / "config.json").exists()
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from conftest import save_tiny
 
-from llmsurgeon.cli.main import main
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.recipe import loads
 from llmsurgeon.run import Options
@@ -23,17 +22,6 @@ def folder(tmp_path, monkeypatch) -> Path:
     recipe = loads("version: 1\nsteps:\n  - {op: prune_attention, layers: [2]}\nformat: surgeon\n")
     run_recipe(recipe, "parent", "student", Options())
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def invoke(*arguments):
-        with pytest.raises(SystemExit) as exit:
-            main([str(a) for a in arguments])
-        captured = capsys.readouterr()
-        return exit.value.code or 0, captured.out, captured.err
-
-    return invoke
 
 
 @pytest.mark.parametrize("form", ["native", "nemotron-nas", "surgeon"])

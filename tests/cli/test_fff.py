@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import encoder_tokenizer, save_encoder, save_tiny
+from conftest import SMALL, encoder_tokenizer, save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 from safetensors import safe_open
 
@@ -17,7 +16,7 @@ from llmsurgeon.modeling import surgeon_fff
 from llmsurgeon.recipe import builtin_recipes, load
 
 
-def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypatch):  # noqa: F811
+def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypatch):
     flags = ("--depth", 2, "--leaf-width", 24, "--shared", 16, "--layers", "1,3-4", "--set", "fff.min_tokens=8")
     code, out, err = run("fff", "parent", "-o", "out", *flags, "--dry-run", "--json")
     assert code == 0, err
@@ -46,7 +45,7 @@ def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypat
         assert opened.get_tensor("model.layers.3.mlp.leaf_down").shape == (4, 24, 32)
 
 
-def test_a_budget_and_its_resolved_recipe_repeats_it(run, folder):  # noqa: F811
+def test_a_budget_and_its_resolved_recipe_repeats_it(run, folder):
     code, _, err = run(
         *("fff", "parent", "-o", "out", "--keep", 0.5, "--depth", 2, "--set", "fff.min_tokens=8"),
         *("--text", "text.txt", *SMALL),
@@ -60,7 +59,7 @@ def test_a_budget_and_its_resolved_recipe_repeats_it(run, folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("form", ["leaf", "node"])
-def test_a_dry_run_of_a_budget_counts_the_share_and_says_that_shapes_come_later(run, folder, form):  # noqa: F811
+def test_a_dry_run_of_a_budget_counts_the_share_and_says_that_shapes_come_later(run, folder, form):
     flags = ("--form", form, "--keep", 0.7, "--dry-run")
     code, out, err = run("fff", "parent", "-o", "out", *flags)
     assert code == 0, err
@@ -73,7 +72,7 @@ def test_a_dry_run_of_a_budget_counts_the_share_and_says_that_shapes_come_later(
     assert not list(folder.glob("out*"))
 
 
-def test_a_dry_run_of_one_shape_names_it(run, folder):  # noqa: F811
+def test_a_dry_run_of_one_shape_names_it(run, folder):
     code, out, err = run("fff", "parent", "--depth", 2, "--leaf-width", 24, "--layers", "1", "--dry-run")
     assert code == 0, err
     said = " ".join(out.split())
@@ -82,7 +81,7 @@ def test_a_dry_run_of_one_shape_names_it(run, folder):  # noqa: F811
     assert "layers 1, 3-5: depth 2, 4 leaves of 24 neurons" in " ".join(out.split()), "alike layers once"
 
 
-def test_an_encoder(run, folder):  # noqa: F811
+def test_an_encoder(run, folder):
     save_encoder(folder / "encoder", "bert")
     code, out, err = run(
         *("fff", "encoder", "-o", "out", "--form", "node", "--depth", 1, "--text", "text.txt", *SMALL, "--json")
@@ -91,7 +90,7 @@ def test_an_encoder(run, folder):  # noqa: F811
     assert json.loads(out)["evaluation"]["pooled_cosine"] > 0.5
 
 
-def test_an_encoder_on_sentences(run, folder):  # noqa: F811
+def test_an_encoder_on_sentences(run, folder):
     save_encoder(folder / "encoder", "bert")
     tokenizer = encoder_tokenizer()
     tokenizer.pad_token = "\n"
@@ -117,7 +116,7 @@ def test_an_encoder_on_sentences(run, folder):  # noqa: F811
         (("--recipe", "shortgpt"), "this recipe has no step for `fff`"),
     ],
 )
-def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):  # noqa: F811
+def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):
     if "min_tokens" not in message:
         code, _, err = run("fff", "parent", "-o", "out", *flags, "--dry-run")
         assert code == 2 and message in err
@@ -128,14 +127,14 @@ def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, messag
     assert not (folder / "out").exists() and not list(folder.glob("out*"))
 
 
-def test_mixture_of_experts_layers_are_refused(run, folder):  # noqa: F811
+def test_mixture_of_experts_layers_are_refused(run, folder):
     save_tiny(folder / "mixture", "mixtral", tokenizer=True)
     code, _, err = run("fff", "mixture", "-o", "out", "--keep", 0.5, "--text", "text.txt")
     assert code == 2 and "mixtral: fff: its FFN is a mixture of experts" in err
     assert not (folder / "out").exists()
 
 
-def test_a_forced_kernel_that_is_not_installed_ends_the_command(run, folder, monkeypatch):  # noqa: F811
+def test_a_forced_kernel_that_is_not_installed_ends_the_command(run, folder, monkeypatch):
     monkeypatch.setenv("LLMSURGEON_FFF_KERNEL", "numba")
     monkeypatch.setattr(surgeon_fff, "installed", lambda name: False)
     code, _, err = run("fff", "parent", "-o", "out", "--keep", 0.5, "--text", "text.txt", *SMALL)

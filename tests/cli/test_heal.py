@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import encoder_tokenizer, save_encoder, save_tiny
+from conftest import TEXT, encoder_tokenizer, save_encoder, save_tiny
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
 from llmsurgeon.patient import open_patient
 from llmsurgeon.recipe import loads
 
-TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on.\n" * 60
 CUT = "steps:\n  - {op: prune_attention, layers: [2, 3]}\n  - {op: fuse_ffn, runs: [1-3]}\n"
 CALIBRATION = "version: 1\ncalibration: {text: text.txt, tokens: 512, sequence_length: 16}\n"
 STEP = "{op: distill, steps: 6, sequence_length: 16, batch: 2, learning_rate: 0.002, evaluations: 2, save_steps: 2}"
@@ -40,21 +39,6 @@ def folder(tmp_path, monkeypatch) -> Path:
         cli.main(["run", "cut.yaml", "parent", "-o", "student"])
     assert not stop.value.code
     return tmp_path
-
-
-@pytest.fixture
-def run(capsys):
-    def invoke(*arguments):
-        code = 0
-        capsys.readouterr()
-        try:
-            cli.main([str(a) for a in arguments])
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return invoke
 
 
 def test_it_writes_a_whole_checkpoint_in_the_students_form(folder, run):
@@ -107,8 +91,9 @@ def test_local_mode_moves_changed_blocks_alone(folder, run):
 
 def test_the_gate_is_held(folder, run):
     (folder / "gate.yaml").write_text(HEAL + "gate: {max_kl: 0.000001}\n")
-    code, _, err = run("heal", "student", "--parent", "parent", "-r", "gate.yaml", "-o", "healed")
+    code, out, err = run("heal", "student", "--parent", "parent", "-r", "gate.yaml", "-o", "healed", "--json")
     assert code == 3 and "misses the recipe's gate" in err and (folder / "healed/config.json").exists()
+    assert "KL" in json.loads(out)["gate_missed"][0]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -7,8 +7,7 @@ import random
 
 import pytest
 import torch
-from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import save_encoder, save_tiny
+from conftest import SMALL, save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +17,7 @@ from llmsurgeon.recipe import builtin_recipes, load
 
 
 @pytest.fixture
-def hybrid(run, folder):  # noqa: F811
+def hybrid(run, folder):
     """A checkpoint with MLGRUs in layers 1 and 3, and the report of making it."""
     how = ("--layers", "1,3", "--text", "text.txt", *SMALL, "--json")
     code, out, err = run("matmulfree", "parent", "-o", "out", *how)
@@ -26,7 +25,7 @@ def hybrid(run, folder):  # noqa: F811
     return json.loads(out)
 
 
-def test_flags_write_a_checkpoint_that_every_command_takes(run, folder, hybrid):  # noqa: F811
+def test_flags_write_a_checkpoint_that_every_command_takes(run, folder, hybrid):
     assert hybrid["format"] == "surgeon" and [s["op"] for s in hybrid["steps"]] == ["matmulfree", "refit"]
     assert hybrid["before"]["attentions"] == 6 and hybrid["after"]["attentions"] == 4
     assert hybrid["after"]["kv_bytes_per_token"] * 6 == hybrid["before"]["kv_bytes_per_token"] * 4
@@ -50,7 +49,7 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder, hybrid):
     assert code == 0, err
 
 
-def test_it_is_healed_and_cut_further(run, folder, hybrid):  # noqa: F811
+def test_it_is_healed_and_cut_further(run, folder, hybrid):
     draw = random.Random(0)
     (folder / "long.txt").write_text("".join(draw.choices("abcdefgh ,.\n", k=8000)))
     short = ("--set", "distill.sequence_length=16", "--set", "distill.batch=2")
@@ -68,7 +67,7 @@ def test_it_is_healed_and_cut_further(run, folder, hybrid):  # noqa: F811
     assert run("verify", "ternary")[0] == 0 and "bitlinear" in run("inspect", "ternary")[1]
 
 
-def test_a_dry_run_shows_the_cache_falling(run, folder):  # noqa: F811
+def test_a_dry_run_shows_the_cache_falling(run, folder):
     code, out, err = run("matmulfree", "parent/config.json", "--keep-attention", "0,5", "--dry-run", "--json")
     assert code == 0, err
     report = json.loads(out)
@@ -78,14 +77,14 @@ def test_a_dry_run_shows_the_cache_falling(run, folder):  # noqa: F811
     assert code == 0 and "-100.0 %" in out and not (folder / "parent-matmulfree").exists()
 
 
-def test_the_analysis_chooses(run, folder):  # noqa: F811
+def test_the_analysis_chooses(run, folder):
     code, out, err = run("matmulfree", "parent", "-o", "out", "--count", 2, "--text", "text.txt", *SMALL, "--json")
     assert code == 0, err
     report = json.loads(out)
     assert len(report["steps"][0]["layers"]) == 2 and report["after"]["attentions"] == 4
 
 
-def test_a_missed_gate_says_so(run, folder):  # noqa: F811
+def test_a_missed_gate_says_so(run, folder):
     recipe = "version: 1\nsteps:\n  - {op: matmulfree, linears: ternary}\ngate: {max_kl: 0.0001}\n"
     (folder / "gated.yaml").write_text(recipe)
     code, _, err = run("matmulfree", "parent", "-r", "gated.yaml", "-o", "out", "--text", "text.txt", *SMALL)
@@ -106,14 +105,14 @@ def test_a_missed_gate_says_so(run, folder):  # noqa: F811
         (("--recipe", "shortgpt"), "this recipe has no step for `matmulfree`"),
     ],
 )
-def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):  # noqa: F811
+def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message):
     settings = ("--text", "text.txt", "--set", "calibration.sequence_length=128")
     code, _, err = run("matmulfree", "parent", "-o", "out", *flags, *settings)
     assert code == 2 and message in err
     assert not (folder / "out").exists() and not list(folder.glob("out*"))
 
 
-def test_families_that_it_does_not_take(run, folder):  # noqa: F811
+def test_families_that_it_does_not_take(run, folder):
     save_encoder(folder / "encoder", "bert")
     code, _, err = run("matmulfree", "encoder", "-o", "out", "--text", "text.txt")
     assert code == 2 and "bert: matmulfree: it is an encoder and reads in both directions" in err
@@ -123,7 +122,7 @@ def test_families_that_it_does_not_take(run, folder):  # noqa: F811
     assert not (folder / "out").exists()
 
 
-def test_exports_name_the_first_block_that_does_not_fit(run, folder, hybrid):  # noqa: F811
+def test_exports_name_the_first_block_that_does_not_fit(run, folder, hybrid):
     for form, target in (("nemotron-nas", "made"), ("native", "made"), ("gguf", "made.gguf")):
         code, _, err = run("export", "out", "--to", form, "-o", target)
         assert code == 2 and "block 1 has an MLGRU in the place of its attention" in err, err
@@ -135,7 +134,7 @@ def test_the_recipes_are_there(name):
     assert name in builtin_recipes() and load(name).steps[0].op == "matmulfree"
 
 
-def test_two_checkpoints_generate_in_one_process(run, folder):  # noqa: F811
+def test_two_checkpoints_generate_in_one_process(run, folder):
     """Each brings classes of its own, and transformers makes all caches of those that came last."""
     for name in ("first", "second"):
         assert run("matmulfree", "parent", "-o", name, "--layers", "1", "--no-refit")[0] == 0

@@ -6,8 +6,7 @@ import json
 
 import pytest
 import torch
-from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
-from conftest import save_encoder, save_tiny
+from conftest import SMALL, save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +23,7 @@ def ternary_names(path):
     return {name for name, t in model.state_dict().items() if t.dim() == 2 and is_ternary(t)}
 
 
-def test_flags_write_a_plain_checkpoint_that_everything_loads(run, folder):  # noqa: F811
+def test_flags_write_a_plain_checkpoint_that_everything_loads(run, folder):
     code, out, err = run(
         *("ternary", "parent", "-o", "out", "--linears", "ffn", "--layers", "1,3-4", "--granularity", "row"),
         *("--refit", *TEXT, "--json"),
@@ -46,7 +45,7 @@ def test_flags_write_a_plain_checkpoint_that_everything_loads(run, folder):  # n
     assert "Ternary: 9 linears of 3 blocks, a scale for each row" in card and "Ternarised 9 linears" in card
 
 
-def test_inspect_names_the_ternary_linears(run, folder):  # noqa: F811
+def test_inspect_names_the_ternary_linears(run, folder):
     code, _, err = run("ternary", "parent", "-o", "out", "--method", "round", "--linears", "ffn", "--layers", "1,3")
     assert code == 0, err
     layers = json.loads(run("inspect", "out", "--json")[1])["layers"]
@@ -57,14 +56,14 @@ def test_inspect_names_the_ternary_linears(run, folder):  # noqa: F811
     assert "ternary" not in json.loads(run("inspect", "out/config.json", "--json")[1])["layers"][0]
 
 
-def test_a_text_that_nothing_else_needs_measures(run, folder):  # noqa: F811
+def test_a_text_that_nothing_else_needs_measures(run, folder):
     code, out, err = run("ternary", "parent", "-o", "out", "--method", "round", *TEXT, "--json")
     assert code == 0, err
     assert json.loads(out)["evaluation"]["kl"] > 0
     assert "perplexity" in (folder / "out/README.md").read_text()
 
 
-def test_norms_before_output_projections(run, folder):  # noqa: F811
+def test_norms_before_output_projections(run, folder):
     code, out, err = run("ternary", "parent", "-o", "out", "--sub-norm", "--layers", "1-2", *TEXT, "--json")
     assert code == 0, err
     report = json.loads(out)
@@ -92,7 +91,7 @@ def test_norms_before_output_projections(run, folder):  # noqa: F811
     assert is_ternary(state["model.layers.1.mlp.down_proj.weight"]) and any("ffn_sub_norm" in name for name in state)
 
 
-def test_rounding_needs_no_text_and_a_resolved_recipe_repeats_it(run, folder):  # noqa: F811
+def test_rounding_needs_no_text_and_a_resolved_recipe_repeats_it(run, folder):
     code, _, err = run("ternary", "parent", "-o", "out", "--method", "round")
     assert code == 0, err
     assert len(ternary_names("out")) == 42
@@ -105,12 +104,12 @@ def test_rounding_needs_no_text_and_a_resolved_recipe_repeats_it(run, folder):  
     assert a.read_bytes() == b.read_bytes()
 
 
-def test_a_dry_run_tells_the_plan(run, folder):  # noqa: F811
+def test_a_dry_run_tells_the_plan(run, folder):
     code, out, _ = run("ternary", "parent", "--layers", 2, "--dry-run")
     assert code == 0 and "ternary: " in out and not (folder / "parent-ternary").exists()
 
 
-def test_an_encoder(run, folder):  # noqa: F811
+def test_an_encoder(run, folder):
     save_encoder(folder / "encoder", "bert")
     code, out, err = run("ternary", "encoder", "-o", "out", "--linears", "ffn", *TEXT, "--json")
     assert code == 0, err
@@ -129,7 +128,7 @@ def test_an_encoder(run, folder):  # noqa: F811
     ],
 )
 @pytest.mark.parametrize("method", ["round", "compensated"])
-def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message, method):  # noqa: F811
+def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, message, method):
     save_tiny(folder / "tied", "llama", tokenizer=True, tie_word_embeddings=True)
     settings = ("--text", "text.txt", "--set", "calibration.sequence_length=128")
     how = () if "--recipe" in flags else ("--method", method)
@@ -138,7 +137,7 @@ def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, messag
     assert not list(folder.glob("out*"))
 
 
-def test_what_is_ternary_or_quantised_is_refused(run, folder):  # noqa: F811
+def test_what_is_ternary_or_quantised_is_refused(run, folder):
     assert run("ternary", "parent", "-o", "once", "--method", "round", "--layers", 2)[0] == 0
     for method in ("round", "compensated"):
         code, _, err = run("ternary", "once", "-o", "out", "--method", method, "--text", "text.txt")
@@ -152,7 +151,7 @@ def test_what_is_ternary_or_quantised_is_refused(run, folder):  # noqa: F811
     assert not list(folder.glob("out*"))
 
 
-def test_cuts_come_before(run, folder):  # noqa: F811
+def test_cuts_come_before(run, folder):
     (folder / "r.yaml").write_text(
         "version: 1\nsteps:\n  - {op: ternary, method: round}\n  - {op: prune_ffn, layers: [1]}\n"
     )
@@ -160,7 +159,7 @@ def test_cuts_come_before(run, folder):  # noqa: F811
     assert code == 2 and "step prune_ffn comes after ternary" in err
 
 
-def test_the_packed_form_is_verified_by_its_files(run, folder):  # noqa: F811
+def test_the_packed_form_is_verified_by_its_files(run, folder):
     assert run("ternary", "parent", "-o", "out", "--method", "round")[0] == 0
     assert run("export", "out", "--to", "bitnet", "-o", "packed")[0] == 0
     code, out, _ = run("verify", "packed")

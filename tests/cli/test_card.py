@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from cli.test_convert import SMALL, folder, run  # noqa: F401 - fixtures
+from conftest import SMALL
 
 from llmsurgeon.card import collapse
 
@@ -24,7 +24,7 @@ def test_what_counts_as_a_collapse(evaluation, message):
     assert found is None if message is None else message in found
 
 
-def test_card_report_and_terminal_say_so(run, folder, monkeypatch):  # noqa: F811
+def test_card_report_and_terminal_say_so(run, folder, monkeypatch):
     monkeypatch.setattr("llmsurgeon.card.COLLAPSED_RATIO", 0.01)  # a random model has nothing to lose
     command = ("ternary", "parent", "--linears", "ffn", "--text", "text.txt", *SMALL)
     code, out, _ = run(*command, "-o", "out")
