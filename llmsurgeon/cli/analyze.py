@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
+from llmsurgeon.cli.options import dtype_of, text_file
 
 if TYPE_CHECKING:
     from llmsurgeon.analysis.analyze import Analysis
@@ -25,7 +26,9 @@ def analyze_command(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder for the report; default: MODEL-analysis.")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.", callback=text_file)
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 8192,
     seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
@@ -47,7 +50,6 @@ def analyze_command(
     """
     from llmsurgeon.analysis.analyze import analyze, write_analysis
     from llmsurgeon.analysis.search import default_count
-    from llmsurgeon.cli.options import dtype_of
     from llmsurgeon.patient import open_patient
     from llmsurgeon.recipe import Calibration
     from llmsurgeon.texts import Options, Texts

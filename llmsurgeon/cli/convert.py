@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import dtype_of, short_name
+from llmsurgeon.cli.options import dtype_of, short_name, text_file
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ Out = Annotated[
     str | None, typer.Option("--out", "-o", help="Folder to write; default: MODEL's name with the recipe's.")
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step.key=value, calibration.tokens=8192 ...")]
-Text = Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.")]
+Text = Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.", callback=text_file)]
 Dataset = Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")]
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens; default: the recipe's.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence; default: the recipe's.")]

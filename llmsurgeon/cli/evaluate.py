@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsurgeon.cli import console, say
+from llmsurgeon.cli.options import dtype_of, text_file
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def register(app: typer.Typer) -> None:
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
     against: Annotated[str | None, typer.Option(help="The parent: adds KL, top-1 agreement and the ratio.")] = None,
-    text: Annotated[str | None, typer.Option(help="Text to measure on: .txt, .jsonl or .parquet.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text to measure on: .txt, .jsonl or .parquet.", callback=text_file)
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to measure on, NAME[:CONFIG][:SPLIT].")] = None,
     tokens: Annotated[int, typer.Option(help="How many tokens.")] = 32768,
     seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
@@ -48,7 +51,6 @@ def evaluate_command(
     masked tokens.
     """
     from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
-    from llmsurgeon.cli.options import dtype_of
     from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of
     from llmsurgeon.evaluation.evaluate import check_same_vocabulary, evaluate
     from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks

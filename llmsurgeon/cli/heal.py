@@ -10,7 +10,7 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.convert import shown, warning
-from llmsurgeon.cli.options import dtype_of, short_name
+from llmsurgeon.cli.options import dtype_of, short_name, text_file
 
 if TYPE_CHECKING:
     from llmsurgeon.run import Outcome
@@ -34,7 +34,9 @@ def heal_command(
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Override: distill.tokens=500000, calibration.seed=1 ...")
     ] = None,
-    text: Annotated[str | None, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.")] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.", callback=text_file)
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to train on, NAME[:CONFIG][:SPLIT].")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the parent on the hub.")] = None,
     dry_run: Annotated[

@@ -16,6 +16,13 @@ def short_name(model: str) -> str:
     return Path(model).stem if model.endswith(".gguf") else Path(model).name
 
 
+def text_file(name: str | None) -> str | None:
+    """What --text names; a file that is not there is said at once, before anything heavy is imported."""
+    if name is not None and not Path(name).is_file():
+        raise SurgeryError(f"{name}: no such text file")
+    return name
+
+
 def dtype_of(name: str | None) -> torch.dtype | None:
     """The torch dtype that --dtype names; None keeps the checkpoint's own."""
     from llmsurgeon.formats.loading import DTYPES

@@ -270,6 +270,14 @@ def test_bad_text(run, folder, text, message):
     assert sorted(folder.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "verb", ["run shortgpt nowhere", "eval nowhere", "analyze nowhere", "heal nowhere --parent nowhere"]
+)
+def test_a_missing_text_is_said_before_anything_is_opened(run, folder, verb):
+    code, _, err = run(*verb.split(), "--text", "none.txt")
+    assert code == 2 and err == "error: none.txt: no such text file\n"
+
+
 def test_cuts_after_healing(run, folder):
     (folder / "mine.yaml").write_text("version: 1\nsteps:\n  - {op: refit}\n  - {op: prune_blocks, layers: 2}\n")
     before = sorted(folder.iterdir())
