@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from llmsurgeon.cli import console, say
+from llmsurgeon.cli import console, output, say
 from llmsurgeon.cli.options import dtype_of, short_name, text_file
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
@@ -274,7 +275,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
 
     target = job.out or f"{short_name(name)}-{label}"
     options = Options(job.device, dtype_of(job.dtype), job.overwrite, job.max_shard_size, say=say)
-    if not job.as_json:
+    if not (job.as_json or output.quiet):
         options = replace(options, planned=print_plan)
 
     def show(outcome: Outcome) -> None:
@@ -357,9 +358,9 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
         )
         out.print(f"  {step.op}: {shown}", highlight=False)
     for note in planned.notes if notes else ():
-        out.print(f"  {note}", highlight=False, markup=False)
-    out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False)
-    out.print(planned.written.loads, highlight=False)
+        out.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False, soft_wrap=True)
+    out.print(planned.written.loads, highlight=False, soft_wrap=True)
     out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
 
 
@@ -368,7 +369,8 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.evaluation:
         print(f"held-out calibration text: {outcome.evaluation.sentence()}")
     else:
-        print(f"quality: not measured; llmsurgeon eval {outcome.out} --against {outcome.planned.patient.name} does")
+        command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.patient.name)}"
+        print(f"quality: not measured; {command} does")
     if collapsed := warning(outcome):
         print(f"WARNING: {collapsed}")
     print(f"wrote {outcome.out}")

@@ -91,15 +91,15 @@ def print_healed(outcome: Outcome) -> None:
     """What was made, in a few lines."""
     out = console()
     for training in outcome.trainings:
-        out.print(training.note, highlight=False)
+        out.print(training.note, highlight=False, soft_wrap=True)
         for block, made in training.trainings:
             measure = "KL" if all("kl" in judged for judged in made.judged) else "1 - cos"
             name = f"held-out {measure}" if block is None else f"block {block}, held-out loss"
             values = [judged["value"] for judged in made.judged]
             change = f"{name} {values[0]:.4f} -> {min(values):.4f}, " if values else ""
-            out.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False)
+            out.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False, soft_wrap=True)
     if outcome.evaluation:
-        out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False)
+        out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False, soft_wrap=True)
     if collapsed := warning(outcome):
         print(f"WARNING: {collapsed}")
-    out.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False)
+    out.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False, soft_wrap=True)

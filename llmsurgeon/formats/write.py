@@ -91,7 +91,10 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     if wanted == "bitnet":
         plain = write_config(spec, family, source, "native")
         if plain.transforms:
-            raise SurgeryError("format bitnet takes blocks of one shape, and these would be filled up with zeros")
+            misfit = _first_odd(spec, family) or "these would be filled up with zeros"
+            raise SurgeryError(
+                f"format bitnet takes blocks of one shape: {misfit}; native and surgeon hold it unpacked"
+            )
         why = "ternary linears are packed as asked for"
         return replace(plain, format="bitnet", why=why, loads=BITNET_LOADS.format(model_type=family.model_type))
     left_out = ("auto_map", "block_configs", "block_transformer", "_name_or_path")

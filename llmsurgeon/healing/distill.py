@@ -448,7 +448,7 @@ class Distilled:
     def note(self) -> str:
         """One line for the model card."""
         what = "the whole student" if self.mode == "global" else f"{len(self.trainings)} blocks, each on its own"
-        line = f"Distilled: {what}, {self.tokens:,} tokens in {self.seconds / 60:.0f} minutes"
+        line = f"Distilled: {what}, {self.tokens:,} tokens in {_duration(self.seconds)}"
         kept = [training for _, training in self.trainings if training.file is None]
         odd = [t.stopped for _, t in self.trainings if t.stopped != "done"]
         line += f"; {len(kept)} of {len(self.trainings)} kept as it was, nothing was better" if kept else ""
@@ -500,3 +500,8 @@ def distill(case: Case, settings: Distill, began: float | None = None) -> Distil
         lines = (Path(training.folder) / "loss.jsonl").read_text().splitlines()
         log += [{**({} if block is None else {"block": block}), **json.loads(line)} for line in lines]
     return Distilled(settings.mode, files, tuple(trainings), log, time.monotonic() - began)
+
+
+def _duration(seconds: float) -> str:
+    """In minutes, from two of them on."""
+    return f"{seconds:.0f} seconds" if seconds < 120 else f"{seconds / 60:.0f} minutes"

@@ -8,6 +8,7 @@ needs is in one folder: `state-N` (accelerate's checkpoint at step N, with `loop
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -107,6 +108,8 @@ def engine(settings: Distill, device: str, low_precision: bool, logs: Path) -> A
     from accelerate.state import AcceleratorState, GradientState
     from accelerate.tracking import get_available_trackers
 
+    # Saving a state it warns of tied heads, which are saved once and tied again.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in settings.trackers:
         if tracker not in available:

@@ -45,6 +45,12 @@ def test_the_plan_is_shown_before_the_work(run, folder, monkeypatch):
     assert run("prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", *SMALL, "--json")[1] == ""
 
 
+def test_quiet_leaves_the_plan_out_and_commands_can_be_pasted(run, folder):
+    code, out, _ = run("prune", "parent", "-o", "my out", "--attention", "2", "--no-refit", "--quiet")
+    assert code == 0 and "Plan" not in out
+    assert "llmsurgeon eval 'my out' --against parent does" in out and "wrote my out" in out
+
+
 def test_fuse_chooses(run, folder):
     code, out, _ = run("fuse", "parent", "-o", "out", "--drop-count", 2, "--text", "text.txt", *SMALL, "--json")
     report = json.loads(out)

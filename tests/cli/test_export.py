@@ -127,3 +127,9 @@ def test_what_gguf_cannot_hold(run, folder):
     run_recipe(recipe, "window", "cut", Options())
     code, _, err = run("export", "cut", "--to", "nemotron-nas", "-o", "nas")
     assert code == 2 and "block 0 has a sliding window; formats that can: native, surgeon, gguf" in err
+
+
+def test_bitnet_names_the_block_that_does_not_fit(run, folder):
+    code, _, err = run("export", "student", "--to", "bitnet", "-o", "packed")
+    assert code == 2 and "format bitnet takes blocks of one shape: block 2 " in err and "native and surgeon" in err
+    assert not (folder / "packed").exists()

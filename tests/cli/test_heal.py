@@ -89,6 +89,14 @@ def test_local_mode_moves_changed_blocks_alone(folder, run):
     assert "Block 1: " in (folder / "healed/report.html").read_text()
 
 
+def test_a_tied_head_is_saved_without_a_warning(folder, run, caplog):
+    save_tiny(folder / "tied", "llama", tokenizer=True, tie_word_embeddings=True)
+    assert run("prune", "tied", "-o", "short", "--blocks", "2", "--no-refit")[0] == 0
+    code, _, err = run("heal", "short", "--parent", "tied", "-r", "heal.yaml", "-o", "healed")
+    assert code == 0, err
+    assert "Removed shared tensor" not in caplog.text
+
+
 def test_the_gate_is_held(folder, run):
     (folder / "gate.yaml").write_text(HEAL + "gate: {max_kl: 0.000001}\n")
     code, out, err = run("heal", "student", "--parent", "parent", "-r", "gate.yaml", "-o", "healed", "--json")
