@@ -27,7 +27,6 @@ from llmsurgeon.summary import Costs
 # The score that padded sentences are measured without their padding for.
 SENTENCE_SCORE = "fff"
 
-
 # What an edit that is computed a block of rows at a time holds, in float32 with its inputs.
 STREAMED_BYTES = 8 << 20
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,13 +37,18 @@ def stored_names(file: Path) -> list[str]:
         return list(opened.keys())
 
 
-def stored_fits(file: Path) -> list[Fit]:
-    """The fits that a file's tensors come from."""
+def stored_records(file: Path, key: str) -> list[dict[str, Any]]:
+    """What stands beside a file's tensors under `key`: how each of them was found."""
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as opened:
-        stored = json.loads(opened.metadata()["fits"])
-    return [Fit(**{**fit, "parents": tuple(fit["parents"])}) for fit in stored]
+        records: list[dict[str, Any]] = json.loads(opened.metadata()[key])
+    return records
+
+
+def stored_fits(file: Path) -> list[Fit]:
+    """The fits that a file's tensors come from."""
+    return [Fit(**{**fit, "parents": tuple(fit["parents"])}) for fit in stored_records(file, "fits")]
 
 
 def overlay(weights: Mapping[str, Tensor], found: Mapping[str, Path]) -> TransformedWeights:

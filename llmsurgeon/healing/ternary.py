@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.fits import stored_names
+from llmsurgeon.healing.fits import stored_names, stored_records
 from llmsurgeon.healing.ridge import Moments, best_update
 from llmsurgeon.progress import Progress
 from llmsurgeon.ternary import Grid, compensated, fitted_gain, is_ternary
@@ -154,7 +154,7 @@ class Ternarise:
             layer.load_state_dict({**layer.state_dict(), **stored}, assign=True)
             self.x = self._left(index, self._attended(index))
             self.p = left
-            self.made += [Ternarised(**entry) for entry in _stored(file)]
+            self.made += [Ternarised(**entry) for entry in stored_records(file, "ternary")]
             return file
         known, before = len(self.made), layer.state_dict()
         groups = self._groups(layer)
@@ -380,11 +380,3 @@ def summary(made: Sequence[Ternarised]) -> str:
         f"Ternarised {len(made)} linears, codes and scales fitted to calibration text: their outputs err by {mean:.3f} "
         f"of their size (squared; rounding {rounding:.3f}), {100 * zeros:.0f} % of the codes are 0."
     )
-
-
-def _stored(file: Path) -> list[dict[str, Any]]:
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as opened:
-        entries: list[dict[str, Any]] = json.loads(opened.metadata()["ternary"])
-    return entries

@@ -247,11 +247,11 @@ class FFF(Step):
             spec = routing.spec
             dense = blocks[index].spec.ffn
             assert dense
-            before += dense.width * (3 if spec.gated else 2)
+            whole = dense.width * (3 if spec.gated else 2)
+            before += whole
             after += spec.rows
             blocks[index] = _converted(subject, blocks[index], routing)
-            share = 100 * spec.rows / (dense.width * (3 if spec.gated else 2))
-            said = f"{spec.words}, {share:.1f} % of the FFN's multiplications{_measured(routing)}"
+            said = f"{spec.words}, {100 * spec.rows / whole:.1f} % of the FFN's multiplications{_measured(routing)}"
             alike.setdefault(said, []).append(layer)
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
         if self.keep is not None:
