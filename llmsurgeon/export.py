@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,10 +70,16 @@ def export(
         packing = packing_of(written.config, meta, ternary_linears(weights, written.config), linear_class)
         written = replace(written, packing=packing)
         after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
-    job = json.dumps([__version__, "export", to, linear_class, checkpoint.fingerprint])
+    job = {
+        "llmsurgeon": __version__,
+        "verb": "export",
+        "format": to,
+        "linear class": str(linear_class),
+        "model": checkpoint.fingerprint,
+    }
     with Stage.open(
         out,
-        fingerprint=hashlib.sha256(job.encode()).hexdigest(),
+        job=job,
         overwrite=options.overwrite,
         sources=(checkpoint.path,),
         needed_bytes=after.disk_bytes,

@@ -5,7 +5,6 @@ Started by `accelerate launch` there are several processes: all of them train, t
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,8 +57,14 @@ def heal(
     sources = (wounded.checkpoint.path, whole.checkpoint.path)
     Stage.check(out, overwrite=options.overwrite, sources=sources)
     parse_size(options.max_shard_size)
-    fingerprints = [wounded.checkpoint.fingerprint, whole.checkpoint.fingerprint]
-    job = [__version__, "heal", job_of(recipe, parent), *fingerprints, str(options.dtype)]
+    job = {
+        "llmsurgeon": __version__,
+        "verb": "heal",
+        "recipe": job_of(recipe, parent),
+        "student": wounded.checkpoint.fingerprint,
+        "parent": whole.checkpoint.fingerprint,
+        "dtype": str(options.dtype),
+    }
     partial = Path(out).expanduser().resolve()
     partial = partial.with_name(f"{partial.name}.partial")
     if resume and not partial.exists():
@@ -69,7 +74,7 @@ def heal(
     texts = Texts(whole, recipe.calibration, recipe.calibration.tokens, options)
     with world.stage(
         out,
-        fingerprint=hashlib.sha256(json.dumps(job).encode()).hexdigest(),
+        job=job,
         overwrite=options.overwrite,
         sources=sources,
         needed_bytes=planned.after.disk_bytes,
@@ -216,10 +221,10 @@ class World:
                 set_quiet(True)
 
     @contextmanager
-    def stage(self, out: str, **job: Any) -> Iterator[tuple[Stage | None, Path]]:
+    def stage(self, out: str, **options: Any) -> Iterator[tuple[Stage | None, Path]]:
         """(the stage in the main process, the scratch folder in all). What refuses in one refuses in all."""
         if self.state is None:
-            with Stage.open(out, **job) as stage:
+            with Stage.open(out, **options) as stage:
                 yield stage, stage.scratch
             return
         from accelerate.utils import broadcast_object_list
@@ -228,7 +233,7 @@ class World:
         told: list[str | None] = [None, None]
         if self.main:
             try:
-                opened = Stage.open(out, **job)
+                opened = Stage.open(out, **options)
                 told[0] = str(opened.scratch)
             except SurgeryError as error:
                 told[1] = str(error)

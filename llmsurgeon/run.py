@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -86,10 +85,16 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     planned = plan(patient, recipe, scores)
     options.planned(planned)
     resolved = dump(planned.recipe.model_copy(update={"model": model}))
-    job = [__version__, job_of(planned.recipe, model), patient.checkpoint.fingerprint, str(options.dtype)]
+    job = {
+        "llmsurgeon": __version__,
+        "verb": "run",
+        "recipe": job_of(planned.recipe, model),
+        "model": patient.checkpoint.fingerprint,
+        "dtype": str(options.dtype),
+    }
     with Stage.open(
         out,
-        fingerprint=hashlib.sha256(json.dumps(job).encode()).hexdigest(),
+        job=job,
         overwrite=options.overwrite,
         sources=(source,),
         needed_bytes=planned.after.disk_bytes,

@@ -18,6 +18,7 @@ from types import TracebackType
 
 from torch import Tensor
 
+from llmsurgeon.checkpoint.job import fingerprint_of
 from llmsurgeon.checkpoint.manifest import MANIFEST, FollowingHash, file_sha256, is_plain, write_manifest
 from llmsurgeon.checkpoint.shards import Shard, index_json, meta_weights, parse_size, plan_shards
 from llmsurgeon.checkpoint.source import INDEX
@@ -51,13 +52,14 @@ class Stage:
         cls,
         out: str | os.PathLike[str],
         *,
-        fingerprint: str,
+        job: Mapping[str, str],
         overwrite: bool = False,
         sources: tuple[Path, ...] = (),
         needed_bytes: int = 0,
     ) -> Stage:
-        """Open OUT.partial, where the job `fingerprint` names goes on if it was there before.
+        """Open OUT.partial, where the same job goes on if it was there before.
 
+        `job` is all that the result depends on, part by part (name -> short text or hash): the journal keeps it.
         `sources` are folders that are read and must survive; `needed_bytes` is what will be written.
 
         Raises:
@@ -74,7 +76,7 @@ class Stage:
             try:
                 _recover_replaced(target)
                 _check_existing(target, overwrite)
-                stage._resume_or_clear(fingerprint)
+                stage._resume_or_clear(job)
                 stage._check_space(needed_bytes)
             except BaseException:
                 stage.close()
@@ -111,15 +113,16 @@ class Stage:
         names = {path.name for path in self.path.iterdir()} - {JOURNAL, JOURNAL_NEW}
         return bool(names - {SCRATCH}) or (SCRATCH in names and any((self.path / SCRATCH).iterdir()))
 
-    def _resume_or_clear(self, fingerprint: str) -> None:
+    def _resume_or_clear(self, job: Mapping[str, str]) -> None:
         journal = self.path / JOURNAL
         if any(path.name != JOURNAL_NEW for path in self.path.iterdir()) and not journal.exists():
             raise SurgeryError(f"{self.path}: exists and was not written by this tool; move it away or delete it")
         old: dict = {}
         with suppress(FileNotFoundError, ValueError):  # a damaged journal means starting afresh
             old = json.loads(journal.read_text())
+        fingerprint = fingerprint_of(job)
         resumed = old.get("fingerprint") == fingerprint
-        self._journal = {"fingerprint": fingerprint, "files": old["files"] if resumed else {}}
+        self._journal = {"fingerprint": fingerprint, "job": dict(job), "files": old["files"] if resumed else {}}
         self._save_journal()  # first, so that a kill while clearing cannot mix two jobs
         keep = {JOURNAL, *self._journal["files"], *([SCRATCH] if resumed else [])}
         for path in list(self.path.iterdir()):

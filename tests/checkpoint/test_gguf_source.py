@@ -118,7 +118,7 @@ def test_gives_the_model_that_was_written(family, tmp_path):
 def test_written_checkpoint_computes_the_same(tmp_path):
     model = write_gguf(tmp_path / "m.gguf", "llama").eval()
     checkpoint = open_checkpoint(tmp_path / "m.gguf")
-    with Stage.open(tmp_path / "out", fingerprint=checkpoint.fingerprint, sources=(checkpoint.path,)) as stage:
+    with Stage.open(tmp_path / "out", job={"weights": checkpoint.fingerprint}, sources=(checkpoint.path,)) as stage:
         stage.write_weights(TransformedWeights(checkpoint, []))
         stage.write_file("config.json", json.dumps(checkpoint.config))
         out = stage.commit()

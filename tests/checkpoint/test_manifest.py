@@ -17,7 +17,7 @@ from llmsurgeon.errors import CheckpointError
 @pytest.fixture
 def written(folder, tmp_path):
     checkpoint = open_checkpoint(folder)
-    with Stage.open(tmp_path / "written", fingerprint="x") as stage:
+    with Stage.open(tmp_path / "written", job={"all": "x"}) as stage:
         stage.write_weights(checkpoint, max_shard_size=15_000)
         stage.write_file("config.json", json.dumps(checkpoint.config))
         return stage.commit()

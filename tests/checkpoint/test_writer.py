@@ -49,10 +49,10 @@ def edits() -> list[WeightTransform]:
     ]
 
 
-def convert(source: Path, out: Path, size: int | str = "5GB", fingerprint: str = "job", **options) -> Path:
+def convert(source: Path, out: Path, size: int | str = "5GB", job: str = "job", **options) -> Path:
     checkpoint = open_checkpoint(source)
     opened = {key: options.pop(key) for key in ("overwrite",) if key in options}
-    with Stage.open(out, fingerprint=fingerprint, sources=(checkpoint.path,), **opened) as stage:
+    with Stage.open(out, job={"all": job}, sources=(checkpoint.path,), **opened) as stage:
         (stage.scratch / "intermediate").write_text("x")
         stage.write_weights(TransformedWeights(checkpoint, edits()), max_shard_size=size, **options)
         stage.write_file("config.json", json.dumps(checkpoint.config))
@@ -81,7 +81,7 @@ def test_streaming_equals_in_memory_bit_for_bit(layout, size, weights, tmp_path,
 
 def test_state_dict_and_checkpoint_write_the_same_file(folder, weights, tmp_path):
     out = convert(folder, tmp_path / "streamed")
-    with Stage.open(tmp_path / "memory", fingerprint="job") as stage:
+    with Stage.open(tmp_path / "memory", job={"all": "job"}) as stage:
         stage.write_weights(TransformedWeights(weights, edits()))
         memory = stage.commit()
     assert (out / "model.safetensors").read_bytes() == (memory / "model.safetensors").read_bytes()
@@ -124,7 +124,7 @@ def test_untouched_bytes_never_enter_memory(folder, tmp_path, monkeypatch):
     read = []
     original = type(checkpoint).__getitem__
     monkeypatch.setattr(type(checkpoint), "__getitem__", lambda self, name: read.append(name) or original(self, name))
-    with Stage.open(tmp_path / "out", fingerprint="job") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "job"}) as stage:
         stage.write_weights(TransformedWeights(checkpoint, edits()))
     touched = {source for edit in edits() if edit.fn for source in edit.sources}
     assert sorted(read) == sorted(touched)  # and each of them once
@@ -158,10 +158,10 @@ def test_nan_in_a_computed_tensor_is_named(bad, where, dtype, tmp_path):
 
     base = {"good": torch.ones(3, 4).to(dtype), "broken": torch.ones(3, 4).to(dtype)}
     weights = TransformedWeights(base, [WeightTransform(("broken",), ("broken",), spoil)])
-    with pytest.raises(SurgeryError, match="'broken'"), Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with pytest.raises(SurgeryError, match="'broken'"), Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         stage.write_weights(weights)
     assert not (tmp_path / "out").exists()
-    with Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         stage.write_weights(weights, check_finite=False)
         stage.commit()
 
@@ -189,7 +189,10 @@ def test_blocks_are_made_on_one_thread(tmp_path):
     torch.set_num_threads(2)
     try:
         weights = TransformedWeights({"a": torch.ones(8, 2)}, [WeightTransform(("a",), ("a",), halves)])
-        with Stage.open(tmp_path / "out", fingerprint="x") as stage, pytest.raises(SurgeryError, match="'a'") as raised:
+        with (
+            Stage.open(tmp_path / "out", job={"all": "x"}) as stage,
+            pytest.raises(SurgeryError, match="'a'") as raised,
+        ):
             stage.write_weights(weights)
         assert seen == [1, 1] and raised.value
         assert torch.get_num_threads() == 2  # also after a failure, while its traceback is alive
@@ -252,7 +255,7 @@ def test_no_permission(helpers):
             if os.geteuid() == 0:
                 os.setgid(65534)
                 os.setuid(65534)
-            Stage.open(parent / "out", fingerprint="x")
+            Stage.open(parent / "out", job={"all": "x"})
 
         status, said = helpers.in_child(work)
         assert status != 0 and said.startswith("SurgeryError") and "no permission to write here" in said
@@ -263,11 +266,11 @@ def test_no_permission(helpers):
 
 def test_not_enough_space(folder, tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match=r"1,000,000,000,000,000,000 bytes are needed and [\d,]+ are free"):
-        Stage.open(tmp_path / "out", fingerprint="x", needed_bytes=10**18)
+        Stage.open(tmp_path / "out", job={"all": "x"}, needed_bytes=10**18)
     assert not (tmp_path / "out.partial").exists()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
-    with Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         with pytest.raises(SurgeryError, match="bytes are needed and 100 are free"):
             stage.write_weights(open_checkpoint(folder))
         assert [p.name for p in stage.path.iterdir()] == [".journal.json"]
@@ -283,7 +286,7 @@ def test_foreign_staging_folder_is_left_alone(folder, tmp_path):
 
 
 def test_second_run_on_one_output_is_refused(folder, tmp_path):
-    with Stage.open(tmp_path / "out", fingerprint="x"), pytest.raises(SurgeryError, match="another run is writing it"):
+    with Stage.open(tmp_path / "out", job={"all": "x"}), pytest.raises(SurgeryError, match="another run is writing it"):
         convert(folder, tmp_path / "out")
     convert(folder, tmp_path / "out")
 
@@ -340,7 +343,10 @@ def test_source_that_shrinks_meanwhile(folder, tmp_path):
     checkpoint = open_checkpoint(folder)
     path = folder / "model.safetensors"
     os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(CheckpointError, match="became shorter"), Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with (
+        pytest.raises(CheckpointError, match="became shorter"),
+        Stage.open(tmp_path / "out", job={"all": "x"}) as stage,
+    ):
         stage.write_weights(checkpoint)
 
 
@@ -349,7 +355,7 @@ def test_source_that_shrinks_meanwhile(folder, tmp_path):
 
 def test_damaged_or_foreign_shards_are_written_again(folder, tmp_path):
     expected = contents(convert(folder, tmp_path / "expected", 6000))
-    with Stage.open(tmp_path / "out", fingerprint="job") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "job"}) as stage:
         stage.write_weights(TransformedWeights(open_checkpoint(folder), edits()), max_shard_size=6000)
     first, second = sorted((tmp_path / "out.partial").glob("*.safetensors"))[:2]
     data = bytearray(first.read_bytes())
@@ -360,7 +366,7 @@ def test_damaged_or_foreign_shards_are_written_again(folder, tmp_path):
 
 
 def test_another_job_starts_afresh(folder, tmp_path):
-    with Stage.open(tmp_path / "out", fingerprint="another") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "another"}) as stage:
         stage.write_weights({name: tensor * 2 for name, tensor in open_checkpoint(folder).items()})
         stage.write_file("stale.txt", "x")
         (stage.scratch / "stale").write_text("x")
@@ -369,9 +375,9 @@ def test_another_job_starts_afresh(folder, tmp_path):
 
 
 def test_scratch_survives_until_commit(tmp_path):
-    with Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         (stage.scratch / "a").write_text("kept")
-    with Stage.open(tmp_path / "out", fingerprint="x") as stage:
+    with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         assert (stage.scratch / "a").read_text() == "kept"
         stage.write_weights({"a": torch.ones(2)})
         assert not (stage.commit() / ".scratch").exists()
