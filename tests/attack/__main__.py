@@ -1,0 +1,173 @@
+"""Run attacks and print a table: kind, tries, clean, wrong. Exit code 1 if any try went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("headers", "indexes", "configs", "tokenizers", "gguf", "yaml", "surgery", "texts", "arguments", "kills")
+
+
+def options() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(prog="scripts/attack", description=__doc__)
+    here = [kind for kind in KINDS if Path(__file__).with_name(f"{kind}.py").exists()]
+    parser.add_argument("--seed", type=int, default=0, help="tries of one seed are the same every time")
+    parser.add_argument("--tries", type=int, default=3000, help="how many in all (default: 3000)")
+    parser.add_argument("--seconds", type=float, help="stop after so long, however many were made")
+    parser.add_argument("--kinds", default=",".join(here), help=f"some of {','.join(here)}")
+    parser.add_argument("--case", metavar="KIND:NUMBER", help="one try again, with all that it printed")
+    parser.add_argument("--keep", type=Path, help="folder for the inputs of tries that went wrong")
+    given = parser.parse_args()
+    if unknown := set(given.kinds.split(",")) - set(here):
+        parser.error(f"no such kind: {', '.join(sorted(unknown))}; there are {', '.join(here)}")
+    return given
+
+
+def prepare(scratch: Path) -> None:
+    """Set the environment that every try starts with, and import what commands import, so that a fork is quick."""
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(scratch / "hub"),
+        "LLMSURGEON_CACHE": str(scratch / "cache"),
+        "HOME": str(scratch / "home"),
+        "TMPDIR": str(scratch / "tmp"),
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "NUMBA_CACHE_DIR": str(Path(tempfile.gettempdir()) / "llmsurgeon-attack-numba"),
+    }
+    for name in ("home", "tmp"):
+        (scratch / name).mkdir()
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    warnings.simplefilter("ignore")
+    import datasets  # noqa: F401 - slow to import, as the others
+    import gguf  # noqa: F401
+    import torch
+    import transformers
+
+    import llmsurgeon
+
+    torch.set_num_threads(1)
+    for found in pkgutil.walk_packages(llmsurgeon.__path__, "llmsurgeon."):
+        if not any(part in found.name for part in ("triton", "vllm", "__main__")):
+            importlib.import_module(found.name)
+    for name in (
+        "AutoTokenizer",
+        "AutoModelForCausalLM",
+        "Trainer",
+        "LlamaForCausalLM",
+        "Qwen3ForCausalLM",
+        "BertForMaskedLM",
+    ):
+        getattr(transformers, name)
+
+
+def main() -> int:
+    """Make the tries that the command line asks for."""
+    given = options()
+    scratch = Path(tempfile.mkdtemp(prefix="llmsurgeon-attack-"))
+    try:
+        prepare(scratch)
+        return replay(given, scratch) if given.case else attack(given, scratch)
+    finally:
+        for place, folders, _ in os.walk(scratch):
+            for folder in folders:
+                Path(place, folder).chmod(0o700)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def replay(given: argparse.Namespace, scratch: Path) -> int:
+    """One try, with everything that it printed."""
+    from tests.attack.ground import Ground
+
+    kind, number = given.case.split(":")
+    verdict = attempt(kind, int(number), given, Ground(_made(scratch / "ground")), scratch)
+    print(f"{verdict.what}\nllmsurgeon {' '.join(map(ascii, verdict.arguments))}")
+    if verdict.ended:
+        print(f"exit code {verdict.ended.code}, signal {verdict.ended.signal}, {verdict.ended.seconds:.2f} s")
+        print(f"--- stdout\n{ascii_lines(verdict.ended.out)}\n--- stderr\n{ascii_lines(verdict.ended.err)}")
+    print(f"--- wrong: {verdict.wrong}")
+    return int(verdict.wrong is not None)
+
+
+def attack(given: argparse.Namespace, scratch: Path) -> int:
+    """All tries, kinds in turn; the table."""
+    from tests.attack.ground import Ground
+
+    kinds, ground = given.kinds.split(","), Ground(_made(scratch / "ground"))
+    tries, wrong, seconds = Counter[str](), Counter[str](), Counter[str]()
+    seen: dict[str, list[str]] = {}
+    started = time.monotonic()
+    for place in range(given.tries):
+        if given.seconds and time.monotonic() - started > given.seconds:
+            break
+        kind, number = kinds[place % len(kinds)], place // len(kinds)
+        before = time.monotonic()
+        verdict = attempt(kind, number, given, ground, scratch)
+        seconds[kind] += time.monotonic() - before  # type: ignore[assignment]
+        tries[kind] += 1
+        if verdict.wrong:
+            wrong[kind] += 1
+            alike = seen.setdefault(verdict.signature, [])
+            alike.append(f"{kind}:{number}")
+            if len(alike) == 1:
+                line = " ".join(ascii(word)[:80] for word in verdict.arguments)
+                print(
+                    f"{kind}:{number} {verdict.signature}\n    {verdict.what!a}\n    {line}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    for signature, cases in sorted(seen.items(), key=lambda item: -len(item[1])):
+        print(f"{len(cases):5}  {signature}  {' '.join(cases[:4])}")
+    print(f"\n{'kind':12} {'tries':>6} {'clean':>6} {'wrong':>6} {'seconds':>8}")
+    for kind in kinds:
+        print(f"{kind:12} {tries[kind]:6} {tries[kind] - wrong[kind]:6} {wrong[kind]:6} {seconds[kind]:8.0f}")
+    total, bad = sum(tries.values()), sum(wrong.values())
+    print(f"{'all':12} {total:6} {total - bad:6} {bad:6} {time.monotonic() - started:8.0f}")
+    if bad:
+        print(f"again: scripts/attack --seed {given.seed} --case {next(iter(seen.values()))[0]}")
+    return int(bad > 0)
+
+
+def attempt(kind: str, number: int, given: argparse.Namespace, ground: object, scratch: Path) -> object:
+    """One try of a kind: the same for one seed and number every time."""
+    from tests.attack.scene import Scene
+
+    folder = _made(scratch / f"{kind}-{number}")
+    scene = Scene(folder, ground)
+    try:
+        verdict = importlib.import_module(f"tests.attack.{kind}").attempt(
+            Random(f"{given.seed}:{kind}:{number}"), scene
+        )
+        if verdict.wrong and given.keep:
+            shutil.copytree(
+                folder, given.keep / folder.name, symlinks=True, dirs_exist_ok=True, ignore_dangling_symlinks=True
+            )
+        return verdict
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ascii_lines(text: str) -> str:
+    """A text that no terminal trips over."""
+    return "\n".join(ascii(line)[1:-1] for line in text.splitlines())
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main())
