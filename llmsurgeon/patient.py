@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
+from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family, family_of
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised
+from llmsurgeon.formats.models import empty_model, expected_shapes, normalised, stored_dtype
+from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.formats.write import FormatName, Written, write_config
 from llmsurgeon.operations import Subject
 from llmsurgeon.operations.ternary import linears_of
+from llmsurgeon.progress import remark
 from llmsurgeon.spec import ModelSpec
 from llmsurgeon.summary import Costs, costs
 from llmsurgeon.ternary import is_ternary
@@ -31,6 +32,7 @@ class Patient:
 
     `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
     config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
+    `notes` tells where tensors and config.json disagree, and how that was read.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Patient:
     checkpoint: Checkpoint | None
     model_type: str
     tower: Tower | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def beside(self) -> frozenset[str]:
@@ -67,11 +70,7 @@ class Patient:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype most numbers are stored in."""
-        meta = self.meta()
-        sizes: dict[torch.dtype, int] = {}
-        for tensor in meta.values():
-            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
-        return max(sizes, key=lambda dtype: sizes[dtype])
+        return stored_dtype(self.meta())
 
     def subject(self, scores: Mapping[str, Any]) -> Subject:
         """The parent as operations see it."""
@@ -90,16 +89,13 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
     """
     checkpoint = open_checkpoint(model, revision=revision)
     refuse_quantised(checkpoint.config, checkpoint.name)
-    tower = tower_of(checkpoint.config, checkpoint)
-    config = normalised(tower.text if tower else checkpoint.config)
-    family = family_of(config)
-    spec = family.describe(config)
-    weights = canonical(tower.inner(checkpoint) if tower else checkpoint, family, spec.tied)
-    model_type = checkpoint.config["model_type"]
-    patient = Patient(checkpoint.name, config, family, spec, weights, checkpoint, model_type, tower)
-    expected = expected_shapes(empty_model(config))
-    check_shapes(shapes_of(patient.meta()), expected, checkpoint.name, family, patient.beside)
-    return patient
+    made = read_model(checkpoint)
+    spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
+    for note in made.notes:
+        remark(f"{checkpoint.name}: {note}")
+    return Patient(
+        checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, made.notes
+    )
 
 
 def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
@@ -125,6 +121,15 @@ def open_config(model: str, revision: str | None = None) -> Patient:
     return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower)
 
 
+def open_known(model: str, revision: str | None = None) -> Patient:
+    """With its weights where they are on this disk, else from config.json alone.
+
+    Raises:
+        SurgeryError: as `open_patient`.
+    """
+    return open_patient(model, revision) if has_weights(model) else open_config(model, revision)
+
+
 def check_length(patient: Patient, length: int, setting: str) -> None:
     """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
     limit = patient.spec.max_positions
@@ -137,16 +142,12 @@ def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(meta[name].shape) for name in meta}
 
 
-def ternary_by_block(model: str, revision: str | None = None) -> list[tuple[str, ...]] | None:
+def ternary_by_block(patient: Patient) -> list[tuple[str, ...]] | None:
     """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
 
-    None where there are no weights to look at: of hub ids, lone config.json files, and GGUF files, which are decoded.
+    None where there are no weights to look at: of a config alone, and of GGUF files, which are decoded.
     """
-    if not Path(model).is_dir():
-        return None
-    try:
-        patient = open_patient(model, revision)
-    except SurgeryError:
+    if patient.checkpoint is None or patient.checkpoint.path.is_file():
         return None
     subject, family = patient.subject({}), patient.family
     found = []

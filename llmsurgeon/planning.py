@@ -110,7 +110,7 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     subject = patient.subject(scores)
     weights: Mapping[str, Tensor] = patient.weights
     resolved: list[Step] = []
-    notes: list[str] = []
+    notes = list(patient.notes)
     for step in recipe.steps:
         if resolved and resolved[-1].heals and not step.heals:
             raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")

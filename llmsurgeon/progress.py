@@ -1,4 +1,4 @@
-"""Progress of long work, on stderr: a bar with rate and estimate on a terminal, plain lines otherwise.
+"""Progress of long work, on stderr: a bar with rate and estimate on a terminal, plain lines otherwise; and remarks.
 
 Nothing is shown after `set_quiet(True)`.
 """
@@ -15,12 +15,21 @@ T = TypeVar("T")
 
 LINE_SECONDS = 10.0  # between two plain lines, where stderr is a file or a pipe
 _quiet = False
+_said: set[str] = set()
 
 
 def set_quiet(quiet: bool) -> None:
     """Switch progress output off (or on again) for the whole process."""
     global _quiet
     _quiet = quiet
+
+
+def remark(line: str) -> None:
+    """Say something that the reader should know on stderr, once in a process; nothing where quiet is set."""
+    if line not in _said:
+        _said.add(line)
+        if not _quiet:
+            print(f"note: {line}", file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "steps") -> Iterator[T]:

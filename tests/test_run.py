@@ -429,4 +429,4 @@ def test_old_names_are_mended_and_written_back(tmp_path):
 
 def test_canonical_leaves_nothing_behind(family_name):
     subject, weights, _ = subject_of(tiny_model(family_name))
-    assert set(canonical(weights, subject.family, subject.spec.tied)) == set(weights)
+    assert set(canonical(weights, subject.family)) == set(weights)

@@ -187,6 +187,14 @@ def read_config(model: str | os.PathLike[str], revision: str | None = None) -> d
     return _read_json(_download(name, revision, ["config.json"]) / "config.json")
 
 
+def has_weights(model: str | os.PathLike[str]) -> bool:
+    """True where `model` is a file or folder of this disk with weights in it, be they ones that cannot be read."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return any(any(path.glob(pattern)) for pattern in (INDEX, "*.safetensors", "*.gguf", *PICKLE_PATTERNS))
+    return path.is_file() and path.suffix != ".json"
+
+
 def _open_folder(
     folder: Path, name: str, hub_id: str | None = None, gguf_dtype: torch.dtype | None = None
 ) -> Checkpoint:

@@ -264,10 +264,10 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.patient import open_config
+        from llmsurgeon.patient import open_known
         from llmsurgeon.planning import foreseen, plan
 
-        patient = open_config(name, job.revision)
+        patient = open_known(name, job.revision)
         planned = plan(patient, recipe, foreseen(patient, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import console
+from llmsurgeon.cli import console, say
 from llmsurgeon.errors import CheckpointError, SurgeryError
+
+if TYPE_CHECKING:
+    from llmsurgeon.patient import Patient
 
 
 def register(app: typer.Typer) -> None:
@@ -26,22 +29,23 @@ def inspect_command(
 ) -> None:
     """List the blocks of a model: attention, FFN and parameters of each. A config.json is enough.
 
-    Which linears are ternary is told by their weights, of models on this disk.
+    Of a model on this disk its weights are looked at, too: which linears are ternary, and whether config.json is right
+    about them.
     """
-    from llmsurgeon.patient import open_config, shapes_of, ternary_by_block
-    from llmsurgeon.summary import block_rows, costs, human
+    from llmsurgeon.patient import shapes_of, ternary_by_block
+    from llmsurgeon.summary import block_rows, human
 
-    patient = open_config(model, revision)
-    shapes = shapes_of(patient.weights)
-    total = costs(patient.spec, patient.family, shapes, patient.dtype.itemsize)
+    patient, problems = _what_is_known(model, revision)
+    shapes = shapes_of(patient.meta())
+    total = patient.costs(patient.spec, shapes)
     rows = block_rows(patient.spec, patient.family, shapes)
-    ternary = ternary_by_block(model, revision) or []
+    ternary = ternary_by_block(patient) or []
     for row, linears in zip(rows, ternary, strict=False):
         row["ternary"] = list(linears)
     if as_json:
         report: dict[str, Any] = {"model": model, "model_type": patient.model_type, **total.to_dict()}
         halves = {"block_transformer": asdict(patient.spec.block_transformer)} if patient.spec.block_transformer else {}
-        print(json.dumps({**report, **halves, "layers": rows}))
+        print(json.dumps({**report, **halves, "problems": problems, "remarks": list(patient.notes), "layers": rows}))
         return
     from rich.table import Table
 
@@ -74,6 +78,21 @@ def inspect_command(
         names = ", ".join(path.rpartition(".")[2] for path in row["ternary"]) if some else ""
         table.add_row(str(row["block"]), *joined, human(row["parameters"]), *((names or "-",) if some else ()))
     console().print(table)
+    for problem in problems:
+        print(f"not in order: {problem}")
+
+
+def _what_is_known(model: str, revision: str | None) -> tuple[Patient, list[str]]:
+    """The model as far as it can be opened, and what keeps the rest of the commands from using it."""
+    from llmsurgeon.patient import open_config, open_known
+
+    try:
+        return open_known(model, revision), []
+    except SurgeryError as error:
+        try:
+            return open_config(model, revision), [str(error)]
+        except SurgeryError:
+            raise error from None
 
 
 def verify_command(
@@ -82,17 +101,19 @@ def verify_command(
 ) -> None:
     """Check a checkpoint: hashes, index, names and shapes against the config, tied weights, one tiny forward pass."""
     from llmsurgeon.checkpoint.manifest import verify_files
-    from llmsurgeon.formats.loading import load_model
 
     if not Path(folder).is_dir():
         what = "is a file" if Path(folder).exists() else "no such folder"
         raise SurgeryError(f"{folder}: {what}; verify takes the folder of a checkpoint")
     problems = verify_files(Path(folder))
+    remarks: list[str] = []
     packed = not problems and _is_packed(folder)
     if not problems and not packed:
-        problems += _model_problems(load_model, folder)
+        problems, remarks = _model_problems(folder)
     if as_json:
-        print(json.dumps({"folder": folder, "ok": not problems, "problems": problems}))
+        print(json.dumps({"folder": folder, "ok": not problems, "problems": problems, "remarks": remarks}))
+    for remark in remarks:
+        say(f"note: {remark}")
     if problems:
         raise CheckpointError(f"{folder}: " + "; ".join(p.removeprefix(f"{folder}: ") for p in problems))
     if packed and not as_json:
@@ -111,28 +132,30 @@ def _is_packed(folder: str) -> bool:
         return False  # what is wrong with it is said by what comes next
 
 
-def _model_problems(load_model: Any, folder: str) -> list[str]:
+def _model_problems(folder: str) -> tuple[list[str], list[str]]:
+    """What is wrong with a checkpoint, and what is to be said of it."""
     import torch
 
     from llmsurgeon.checkpoint.source import open_checkpoint
     from llmsurgeon.checkpoint.weight_file import raise_unless_finite
+    from llmsurgeon.formats.models import fill
+    from llmsurgeon.formats.reading import read_model
 
     try:
         checkpoint = open_checkpoint(folder)
         for name in checkpoint:
             raise_unless_finite(name, checkpoint[name])
-        model = load_model(folder)
+        made = read_model(checkpoint)
+        fill(made.empty, made.weights, None, "cpu")
     except SurgeryError as error:
-        return [str(error)]
-    problems = []
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if model.config.tie_word_embeddings and head is not None and head.weight.data_ptr() != embedding.weight.data_ptr():
-        problems.append("the config ties head and embedding, the loaded weights are apart")
-    ids = torch.arange(4)[None] % len(embedding.weight)
+        return [str(error)], []
+    problems, remarks = list(made.contradictions), list(made.remarks)
+    model = made.empty
+    ids = torch.arange(4)[None] % len(model.get_input_embeddings().weight)
     if type(model).__name__.endswith("MultipleChoice"):
         ids = ids[None]
     with torch.no_grad():
         outputs = [output for output in model(input_ids=ids).to_tuple() if isinstance(output, torch.Tensor)]
     if not all(torch.isfinite(output).all() for output in outputs):
         problems.append("a forward pass gives NaN or infinite outputs: the weights are damaged")
-    return problems
+    return problems, remarks

@@ -101,8 +101,6 @@ class Family:
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     # Path of a projection behind the final norm, which some sizes have.
     final_projection: str = ""
-    # Prefix that old checkpoints lack and today's classes add.
-    optional_prefix: str = ""
     # (name in published checkpoints, name in today's class), where the two differ.
     legacy_names: tuple[tuple[str, str], ...] = ()
     # Config settings under which the layer order is part of the maths: (key, value, reason).
@@ -126,8 +124,6 @@ class Family:
     reserved_positions_key: str | None = None
     # Old spellings in tensor names, read and not written: (pattern, replacement).
     old_names: tuple[tuple[str, str], ...] = ()
-    # Further tensors that repeat others where embeddings are tied.
-    tied_names: tuple[str, ...] = ()
     # Operations that this family's maths or classes cannot take: (operation, reason).
     unsupported: tuple[tuple[str, str], ...] = ()
     # (settings, fields): where the config has all the settings, these fields differ.

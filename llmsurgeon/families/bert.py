@@ -49,7 +49,6 @@ BERT = Family(
     prefix="bert.",
     ignored=(r"embeddings\.position_ids$", r"embeddings\.token_type_ids$"),
     old_names=((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias")),
-    tied_names=("cls.predictions.decoder.bias",),
     refused=(("is_decoder", True, DECODER_ONLY), ("add_cross_attention", True, DECODER_ONLY)),
     unsupported=POST_NORM,
     examples=("google-bert/bert-base-uncased", "sentence-transformers/all-MiniLM-L6-v2"),

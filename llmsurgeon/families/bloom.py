@@ -21,7 +21,6 @@ BLOOM = Family(
     kv_heads_key=None,
     width_key=None,
     per_layer_lists=(),
-    optional_prefix="transformer.",
     refused=(
         (
             "apply_residual_connection_post_layernorm",

@@ -29,7 +29,6 @@ DISTILBERT = replace(
         ("DistilBertForMultipleChoice", "AutoModelForMultipleChoice"),
     ),
     prefix="distilbert.",
-    tied_names=(),
     refused=(),
     examples=("distilbert/distilbert-base-uncased", "distilbert/distilbert-base-uncased-finetuned-sst-2-english"),
 )

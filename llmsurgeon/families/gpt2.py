@@ -25,7 +25,6 @@ GPT2 = Family(
     positions_key="n_positions",
     per_layer_lists=(),
     ignored=(r"\.attn\.(masked_)?bias$",),
-    optional_prefix="transformer.",
     refused=(
         ("scale_attn_by_inverse_layer_idx", True, "its attention scale depends on the layer's position"),
         ("add_cross_attention", True, "cross-attention has no part in a decoder-only model"),

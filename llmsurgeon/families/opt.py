@@ -23,7 +23,6 @@ OPT = Family(
     kv_heads_key=None,
     width_key="ffn_dim",
     per_layer_lists=(),
-    optional_prefix="model.",
     unsupported=LOOSE_FFN,
     layouts=(
         (

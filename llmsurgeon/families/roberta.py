@@ -19,6 +19,5 @@ ROBERTA = replace(
     ),
     prefix="roberta.",
     reserved_positions_key="pad_token_id",
-    tied_names=("lm_head.decoder.bias",),
     examples=("FacebookAI/roberta-base", "sentence-transformers/all-distilroberta-v1"),
 )

@@ -12,22 +12,12 @@ import torch
 from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
-from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import CheckpointError
-from llmsurgeon.families import family_of
 from llmsurgeon.families.vision_language import vision_language_of
-from llmsurgeon.formats.models import (
-    canonical,
-    check_shapes,
-    empty_model,
-    expected_shapes,
-    fill,
-    is_surgeon,
-    load_config,
-    normalised,
-    ships_code,
-)
-from llmsurgeon.formats.towers import text_config, tower_of
+from llmsurgeon.formats.models import fill, is_surgeon, load_config, ships_code
+from llmsurgeon.formats.reading import read_model
+from llmsurgeon.formats.towers import text_config
+from llmsurgeon.progress import remark
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,16 +46,11 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
             f"{checkpoint.name}: holds packed ternary linears (bitnet), which transformers loads and this tool does "
             "not read back; take the plain checkpoint that it was exported from"
         )
-    tower = tower_of(checkpoint.config, checkpoint)
-    config = normalised(tower.text if tower else checkpoint.config)
-    family = family_of(config)
-    model = empty_model(config)
-    named = tower.inner(checkpoint) if tower else checkpoint
-    weights = canonical(named, family, bool(config.get("tie_word_embeddings")))
-    shapes = {name: tuple(t.shape) for name, t in rebase(weights, checkpoint.meta()).items()}
-    check_shapes(shapes, expected_shapes(model), checkpoint.name, family, tower.beside if tower else ())
-    fill(model, weights, dtype, device)
-    return model
+    made = read_model(checkpoint)
+    for note in made.notes:
+        remark(f"{checkpoint.name}: {note}")
+    fill(made.empty, made.weights, dtype, device)
+    return made.empty
 
 
 def is_packed(config: Mapping[str, Any]) -> bool:

@@ -176,17 +176,20 @@ def check_shapes(
     where: str,
     family: Family | None = None,
     beside: Collection[str] = (),
+    hint: str = "",
 ) -> None:
     """Hold names and shapes against what the config promises.
 
     An encoder's file may hold heads that its class does not have (a pooler beside a masked-LM head): given the
-    `family`, they are no problem, and go along. So does what lies `beside` a text tower.
+    `family`, they are no problem, and go along. So does what lies `beside` a text tower. `hint` ends the message.
 
     Raises:
         CheckpointError: listing missing, unexpected and misshapen tensors.
     """
     problems = [f"{name} is missing (expected shape {list(expected[name])})" for name in expected if name not in found]
-    strict = f"{family.layers}." if family and family.encoder else ""
+    strict: tuple[str, ...] = ("",)
+    if family and family.encoder:
+        strict = (f"{family.layers}.", family.embedding.rpartition(".")[0] + ".")
     problems += [
         f"{name} is not part of the model"
         for name in found
@@ -199,21 +202,31 @@ def check_shapes(
     ]
     if problems:
         more = f" (and {len(problems) - 4} more)" if len(problems) > 4 else ""
-        raise CheckpointError(f"{where}: tensors and config.json disagree: " + "; ".join(problems[:4]) + more)
+        raise CheckpointError(f"{where}: tensors and config.json disagree: " + "; ".join(problems[:4]) + more + hint)
 
 
-def canonical(weights: Mapping[str, Tensor], family: Family, tied: bool) -> TransformedWeights:
-    """The weights under the names of today's classes: old buffers dropped, old prefixes and names mended."""
+def stored_dtype(meta: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype most numbers are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in meta.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def canonical(weights: Mapping[str, Tensor], family: Family, repeated: Collection[str] = ()) -> TransformedWeights:
+    """The weights under the names of today's classes: old buffers dropped, old prefixes and names mended.
+
+    repeated: names of today's that only repeat others, as a tied head does; they are dropped.
+    """
     transforms: list[WeightTransform] = []
     legacy = dict(family.legacy_names)
-    prefix = family.optional_prefix
-    repeated = {f"{family.head}.weight", *family.tied_names} if tied else set()
     weights = file_form(weights, family)
+    prefix = _missing_prefix(weights, family)
     for name in weights:
         target = legacy.get(name, name)
         for pattern, replacement in family.old_names:
             target = re.sub(pattern, replacement, target)
-        if prefix and not target.startswith((prefix, f"{family.head}.")):
+        if prefix and not target.startswith(f"{family.head}."):
             target = prefix + target
         if family.heads:
             target = _with_prefix(target, family)
@@ -222,6 +235,15 @@ def canonical(weights: Mapping[str, Tensor], family: Family, tied: bool) -> Tran
         elif target != name:
             transforms.append(rename(name, target))
     return TransformedWeights(weights, transforms)
+
+
+def _missing_prefix(weights: Mapping[str, Tensor], family: Family) -> str:
+    """The prefix that a decoder's class puts before its body's names, where a file of the body alone has none."""
+    prefix = family.layers.partition(".")[0] + "."
+    if family.heads or any(name.startswith(prefix) for name in weights):
+        return ""
+    inside = {path.removeprefix(prefix).partition(".")[0] for path in (family.layers, family.embedding)}
+    return prefix if any(name.partition(".")[0] in inside for name in weights) else ""
 
 
 def _with_prefix(name: str, family: Family) -> str:

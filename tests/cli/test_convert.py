@@ -171,7 +171,7 @@ def test_inspect(run, folder):
 
 def test_verify(run, folder):
     assert run("prune", "parent", "-o", "out", "--blocks", "2", "--no-refit")[0] == 0
-    assert json.loads(run("verify", "out", "--json")[1]) == {"folder": "out", "ok": True, "problems": []}
+    assert json.loads(run("verify", "out", "--json")[1]) == {"folder": "out", "ok": True, "problems": [], "remarks": []}
     config = folder / "out" / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps"', '"rms_norm_eps" '))
     code, _, err = run("verify", "out")

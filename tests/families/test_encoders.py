@@ -65,7 +65,7 @@ def test_every_class_in_both_forms(name, head):
     config = normalised(model.config.to_dict())
     family = family_of(config)
     assert family.model_class == head and family.encoder
-    weights = canonical(model.state_dict(), family, family.describe(config).tied)
+    weights = canonical(model.state_dict(), family, model.all_tied_weights_keys)
     ids, mask = some_ids(), torch.ones(3, 14, dtype=torch.long)
     mask[0, 9:] = 0
     for form in (config, as_surgeon(config)):

@@ -9,7 +9,6 @@ import torch
 from conftest import save_tiny, tiny_config, tiny_model
 from operations.helpers import logits, operate, some_tokens, subject_of
 
-from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
@@ -36,7 +35,7 @@ def test_empty_models_hold_no_weights_and_run_once_filled(family_name):
     assert expected_shapes(empty) == {
         name: tuple(t.shape) for name, t in model.state_dict().items() if name in expected_shapes(empty)
     }
-    fill(empty, canonical(model.state_dict(), FAMILIES[family_name], model.config.tie_word_embeddings), None, "cpu")
+    fill(empty, canonical(model.state_dict(), FAMILIES[family_name], model.all_tied_weights_keys), None, "cpu")
     assert torch.equal(logits(empty, some_tokens()), logits(model, some_tokens()))
 
 
@@ -115,17 +114,10 @@ def spec_of(family):
 def test_published_names_and_back():
     family = FAMILIES["gpt_neox"]
     weights = {name: torch.zeros(1) for name in ("embed_out.weight", "gpt_neox.layers.0.attention.bias")}
-    today = canonical(weights, family, tied=False)
+    today = canonical(weights, family)
     assert set(today) == {"lm_head.weight"}
     assert set(legacy(today, family)) == {"embed_out.weight"}
-    assert set(canonical({"wte.weight": torch.zeros(1)}, FAMILIES["gpt2"], True)) == {"transformer.wte.weight"}
-
-
-def test_a_tied_head_in_the_file_is_dropped(tmp_path):
-    folder = save_tiny(tmp_path / "parent", "gpt2")
-    family, checkpoint = FAMILIES["gpt2"], open_checkpoint(str(folder))
-    state = {**{n: checkpoint[n] for n in checkpoint}, "lm_head.weight": torch.zeros(64, 32)}
-    assert "lm_head.weight" not in canonical(state, family, tied=True)
+    assert set(canonical({"wte.weight": torch.zeros(1)}, FAMILIES["gpt2"])) == {"transformer.wte.weight"}
 
 
 def test_surgeon_classes(family_name):

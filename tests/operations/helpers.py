@@ -52,7 +52,7 @@ def subject_of(model: Any, scores: dict[str, Any] | None = None) -> tuple[Subjec
     config = normalised(model.config.to_dict())
     family = family_of(config)
     spec = family.describe(config)
-    weights = canonical({n: t for n, t in model.state_dict().items()}, family, spec.tied)
+    weights = canonical(model.state_dict(), family, model.all_tied_weights_keys)
     subject = Subject(spec, family, frozenset(weights), scores or {})
     return subject, weights, config
 
