@@ -58,6 +58,7 @@ class Planned:
 def check_recipe(patient: Patient, recipe: Recipe) -> None:
     """Raise SurgeryError for what needs no planning to be refused."""
     check_gate(recipe.gate, patient.family)
+    check_order(recipe.steps)
     for step in recipe.steps:
         patient.subject({}).check(step.op)
         if patient.tower and step.op == "block":
@@ -79,6 +80,19 @@ def check_recipe(patient: Patient, recipe: Recipe) -> None:
             )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
         check_text(patient, recipe.calibration)
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise SurgeryError for steps that cannot follow one another; before anything is measured for them."""
+    for place, step in enumerate(steps):
+        before = steps[:place]
+        if before and before[-1].heals and not step.heals:
+            raise SurgeryError(f"step {step.op} comes after {before[-1].op}: cuts come first, healing last")
+        ternary = [done for done in before if isinstance(done, Ternary)]
+        if ternary and not (step.heals or isinstance(step, Ternary)):
+            raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
+        if isinstance(step, Ternary) and ternary and any(each.sub_norm for each in (*ternary, step)):
+            raise SurgeryError("ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes")
 
 
 def check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
@@ -112,13 +126,6 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     resolved: list[Step] = []
     notes = list(patient.notes)
     for step in recipe.steps:
-        if resolved and resolved[-1].heals and not step.heals:
-            raise SurgeryError(f"step {step.op} comes after {resolved[-1].op}: cuts come first, healing last")
-        if not (step.heals or step.op == "ternary") and any(done.op == "ternary" for done in resolved):
-            raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
-        others = [done for done in resolved if isinstance(done, Ternary)]
-        if isinstance(step, Ternary) and others and any(each.sub_norm for each in (*others, step)):
-            raise SurgeryError("ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes")
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)

@@ -214,8 +214,8 @@ def _surgeon(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> tupl
         },
         "block_configs": to_block_configs(spec),
         **({"block_transformer": to_block_transformer(halves)} if halves else {}),
-        family.layers_key: config_class.layers_in_file,  # type: ignore[attr-defined]
     }
+    made = config_class.spelled_for_file(made)  # type: ignore[attr-defined]
     return made, modeling_files((*BLOCKS, *(HALVES if halves else ()), f"{module}.py"))
 
 

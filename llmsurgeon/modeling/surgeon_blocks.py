@@ -26,28 +26,42 @@ from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgr
 class SurgeonConfigMixin:
     """Gives a family's config `block_configs`, and a KV cache with one entry per attention that exists.
 
-    In config.json the number of layers is spelled `layers_in_file`. A stock config class refuses a text there, so a
-    stock model class named by hand raises before it makes a weight; left alone it would fill what is gone at random.
+    In config.json the model's width is a text, the number and `how_to_load`. A stock config class refuses a text there,
+    so a stock model class named by hand raises before it makes a weight; left alone it would fill what is gone at
+    random. What reads any config.json without a class of its own, as the Trainer does, looks into no width.
     """
 
-    layers_in_file: ClassVar[str] = "see block_configs; load with trust_remote_code=True through an Auto class"
+    how_to_load: ClassVar[str] = "see block_configs; load with trust_remote_code=True through an Auto class"
 
     @classmethod
-    def layers_key(cls):
-        """The family's own name for num_hidden_layers."""
-        return cls.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    def spelled_for_file(cls, values):
+        """A config's values as config.json spells them."""
+        width = cls.attribute_map.get("hidden_size", "hidden_size")
+        return {**values, width: f"{values[width]} ({cls.how_to_load})"}
+
+    @classmethod
+    def read_from_file(cls, values):
+        """The inverse of `spelled_for_file`; values that are spelled otherwise stay as they are."""
+        width, layers = (cls.attribute_map.get(key, key) for key in ("hidden_size", "num_hidden_layers"))
+        if str(values.get(width)).endswith(f" ({cls.how_to_load})"):
+            values = {**values, width: int(values[width].split()[0])}
+        # Files of the first releases have the text in the place of the number of layers.
+        if values.get(layers) == cls.how_to_load:
+            values = {**values, layers: len(values["block_configs"])}
+        return values
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        if config_dict.get(cls.layers_key()) == cls.layers_in_file:
-            config_dict = {**config_dict, cls.layers_key(): len(config_dict["block_configs"])}
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(cls.read_from_file(config_dict), **kwargs)
 
     def to_json_string(self, use_diff=True):
         text = super().to_json_string(use_diff)
         if not self.block_configs:
             return text
-        return json.dumps({**json.loads(text), self.layers_key(): self.layers_in_file}, indent=2, sort_keys=True) + "\n"
+        # The width may equal the class's default, which a file leaves out.
+        width = self.attribute_map.get("hidden_size", "hidden_size")
+        values = {**json.loads(text), width: getattr(self, width)}
+        return json.dumps(self.spelled_for_file(values), indent=2, sort_keys=True) + "\n"
 
     def get_text_config(self, decoder=None, encoder=None):
         # Caches are built from this view. Attentions that are gone must not hold a slot: an empty

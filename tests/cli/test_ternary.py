@@ -159,6 +159,17 @@ def test_cuts_come_before(run, folder):
     assert code == 2 and "step prune_ffn comes after ternary" in err
 
 
+def test_two_steps_with_norms_are_refused_before_anything_is_measured(run, folder):
+    (folder / "r.yaml").write_text(
+        "version: 1\nsteps:\n  - {op: ternary, method: round, sub_norm: true, linears: ffn, layers: [1]}\n"
+        "  - {op: ternary, method: round, sub_norm: true, linears: attention, layers: [2]}\n"
+    )
+    for more in ((), ("--dry-run",)):
+        code, _, err = run("run", "r.yaml", "parent", "-o", "out", *TEXT, *more)
+        assert code == 2 and "a step with sub_norm is the only ternary step of a recipe" in err, err
+    assert not list(folder.glob("out*"))
+
+
 def test_the_packed_form_is_verified_by_its_files(run, folder):
     assert run("ternary", "parent", "-o", "out", "--method", "round")[0] == 0
     assert run("export", "out", "--to", "bitnet", "-o", "packed")[0] == 0
