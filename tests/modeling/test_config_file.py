@@ -1,4 +1,4 @@
-"""How the surgeon form spells its config.json: stock classes refuse it, its own read it, files of earlier releases too."""
+"""How the surgeon form spells its config.json: stock classes refuse it, its own read it, older files are read too."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_a_width_that_is_the_family_s_default_is_in_the_file(tmp_path):
 def test_what_has_no_class_of_its_own_reads_it(name, tmp_path):
     """As the Trainer does when it goes on, and tokenizers where they are not trusted with code."""
     values = written(name, tmp_path)
-    for plain in (PreTrainedConfig.from_json_file(tmp_path / "config.json"), PreTrainedConfig.from_pretrained(tmp_path)):
+    file = tmp_path / "config.json"
+    for plain in (PreTrainedConfig.from_json_file(file), PreTrainedConfig.from_pretrained(tmp_path)):
         assert len(plain.block_configs) == len(values["block_configs"])
 
 
