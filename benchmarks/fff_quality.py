@@ -31,6 +31,7 @@ from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.heal import heal  # noqa: E402
 from llmsurgeon.patient import Patient, open_patient  # noqa: E402
+from llmsurgeon.text_file import file_text  # noqa: E402
 
 
 def main() -> None:
@@ -133,7 +134,7 @@ class Sentences:
     """Sentence embeddings against the parent's."""
 
     def __init__(self, arguments: argparse.Namespace, count: int = 500) -> None:
-        self.texts = {Path(name).name: sentences(Path(name).read_text(), count) for name in arguments.unseen}
+        self.texts = {Path(name).name: sentences(file_text(name), count) for name in arguments.unseen}
         self.tokenizer = load_tokenizer(arguments.model)
         self.parent: dict[str, torch.Tensor] = {}
 

@@ -43,6 +43,7 @@ from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.packed import PackedLinear, pack_linears, resident_bytes  # noqa: E402
 from llmsurgeon.ternary import Grid, taken_apart  # noqa: E402
 from llmsurgeon.ternary import rounded as ternary_weight  # noqa: E402
+from llmsurgeon.text_file import file_text  # noqa: E402
 
 
 def main() -> None:
@@ -219,7 +220,7 @@ def tiny_tokenizer(folder: Path) -> None:
 
 def agree(folder: Path, arguments: argparse.Namespace) -> None:
     """One line for each type: differences over whole distributions of next tokens, and over their likely part."""
-    ids = load_tokenizer(arguments.model)(Path(arguments.text).read_text(encoding="utf-8"))["input_ids"]
+    ids = load_tokenizer(arguments.model)(file_text(arguments.text))["input_ids"]
     model = load_model(arguments.model, dtype=torch.float32)
     cuts = [(place * len(ids) // arguments.places, n) for n in arguments.lengths for place in range(arguments.places)]
     stretches = [ids[start : start + length] for start, length in cuts]

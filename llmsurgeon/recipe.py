@@ -29,6 +29,7 @@ from llmsurgeon.recipe_files import (
     read_document,
     recipes_dir,
 )
+from llmsurgeon.text_file import TextFile
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.base import Step as AnyStep
@@ -45,7 +46,9 @@ class _Part(BaseModel):
 class Calibration(_Part):
     """The text that scores and refits are computed on. Neither text nor dataset: sampled from the model itself."""
 
-    text: str | None = Field(default=None, description="a UTF-8 text file; relative to the working folder")
+    text: TextFile | None = Field(
+        default=None, description="a .txt (UTF-8), .jsonl or .parquet file; relative to the working folder"
+    )
     dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
     tokens: int = Field(default=65_536, gt=0, description="how many tokens to use at most")
     sequence_length: int = Field(default=512, gt=1, description="tokens in a window")

@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"errors", "layers", "progress", "ternary"}
+BASE = {"errors", "layers", "progress", "ternary", "text_file"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
@@ -23,6 +23,7 @@ ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "layers": {"errors"},
     "progress": set(),
+    "text_file": {"errors", "progress"},
     "ternary": {"errors"},
     # A loaded model with packed weights; the kernel is there where numba is.
     "packed": {"ternary", "packed_numba"},

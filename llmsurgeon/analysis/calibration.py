@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from llmsurgeon.analysis.self_text import Sampling, SelfText, cached_self_text, model_fingerprint, sample_self_text
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.text_file import file_documents, file_text, kind_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +43,8 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.text and self.dataset:
             raise SurgeryError("calibration: give text or dataset, not both")
+        if self.text:
+            kind_of(self.text)
         if self.sequence_length < 2:
             raise SurgeryError(f"calibration: sequence_length is {self.sequence_length}, expected 2 or more")
         if self.tokens < self.sequence_length:
@@ -94,12 +94,13 @@ def calibration_tokens(
         sampling: how to sample, the default recipe otherwise.
 
     Raises:
-        SurgeryError: no such file, not UTF-8, empty, shorter than one window, dataset out of reach, no model.
+        SurgeryError: no such file, of another kind, not UTF-8, empty, shorter than one window, dataset out of reach, no
+            model.
     """
     wanted = Calibration(text, dataset, tokens, sequence_length, seed)
     count = tokens // sequence_length
     if text:
-        return _cut(_read_text(Path(text)), text, tokenizer, count, sequence_length, seed, sentences)
+        return _cut(file_text(text), text, tokenizer, count, sequence_length, seed, sentences)
     if dataset:
         # Documents differ in length and cannot be counted in a stream, so enough text is taken for the whole budget.
         passages = _stream_text(dataset, seed, characters=tokens * PASSAGE)
@@ -158,67 +159,7 @@ def documents(*, text: str | None = None, dataset: str | None = None, seed: int 
         yield from ((document,) for document in _streamed(dataset, seed))
         return
     assert text is not None
-    path = Path(text)
-    with _readable(path):
-        if path.suffix == ".jsonl":
-            yield from ((document,) for document in _json_lines(path))
-        elif path.suffix == ".parquet":
-            yield from ((document,) for document in _parquet(path))
-        else:
-            yield _pieces(path)
-
-
-def _pieces(path: Path, characters: int = 1 << 20) -> Iterator[str]:
-    """The text of a file, cut at ends of lines."""
-    with _readable(path), path.open(encoding="utf-8") as file:
-        while lines := file.readlines(characters):
-            yield "".join(lines)
-
-
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn what can be wrong with a text file into a SurgeryError."""
-    if not path.is_file():
-        raise SurgeryError(f"{path}: no such text file")
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        raise SurgeryError(
-            f"{path}: not UTF-8 text (byte {error.start}); expected .txt, .jsonl or .parquet, convert it first"
-        ) from error
-    except OSError as error:
-        raise SurgeryError(f"{path}: cannot be read: {error}") from error
-
-
-def _read_text(path: Path) -> str:
-    """The file's text; documents of .jsonl and .parquet are joined by blank lines."""
-    with _readable(path):
-        if path.suffix == ".jsonl":
-            return "\n\n".join(_json_lines(path))
-        if path.suffix == ".parquet":
-            return "\n\n".join(_parquet(path))
-        return path.read_text(encoding="utf-8")
-    raise AssertionError("unreachable")
-
-
-def _json_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield _text_of(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                if isinstance(error, UnicodeDecodeError):
-                    raise
-                raise SurgeryError(
-                    f'{path}, line {number}: expected a JSON object with a string under "text"'
-                ) from error
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    rows = _load_dataset("parquet", data_files=str(path), split="train", name=str(path))
-    return _texts(rows, str(path))
+    yield from file_documents(text)
 
 
 def _stream_text(dataset: str, seed: int, characters: int) -> str:
@@ -255,13 +196,7 @@ def _load_dataset(*args: str | None, name: str, **kwargs: str) -> Any:
 def _texts(rows: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
     """The text of each row that has any."""
     try:
-        for row in rows:
-            try:
-                text = _text_of(row)
-            except (KeyError, TypeError) as error:
-                raise SurgeryError(f'{name}: no text column "text"; it has {", ".join(row)}') from error
-            if text.strip():
-                yield text
+        yield from texts_of(((lambda: f"dataset {name}", row) for row in rows), name)
     except SurgeryError:
         raise
     except Exception as error:  # a stream can fail in any of its layers: network, archive, parser
@@ -274,13 +209,6 @@ def _unreachable(name: str, error: Exception) -> SurgeryError:
         f"dataset {name} cannot be read: {reason}; check the name (NAME:CONFIG:SPLIT) and the network, "
         "unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE where they are set, or give a local file with --text"
     )
-
-
-def _text_of(row: dict[str, Any]) -> str:
-    text = row["text"]
-    if not isinstance(text, str):
-        raise TypeError("text is not a string")
-    return text
 
 
 def _cut(

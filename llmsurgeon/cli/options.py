@@ -17,9 +17,11 @@ def short_name(model: str) -> str:
 
 
 def text_file(name: str | None) -> str | None:
-    """What --text names; a file that is not there is said at once, before anything heavy is imported."""
-    if name is not None and not Path(name).is_file():
-        raise SurgeryError(f"{name}: no such text file")
+    """What --text names; a file that is not there, or of another kind, is said before anything heavy is imported."""
+    from llmsurgeon.text_file import check_text_file
+
+    if name is not None:
+        check_text_file(name)
     return name
 
 

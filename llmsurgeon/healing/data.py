@@ -30,6 +30,7 @@ from llmsurgeon.analysis.self_text import cache_folder, document_start
 from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
+from llmsurgeon.text_file import check_text_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,7 +106,8 @@ def read_rows(
     """
     name = text or dataset
     assert name is not None
-    source: list[Any] = [file_sha256(_existing(text))] if text else [dataset, seed]
+    # The same bytes are other documents under another suffix.
+    source: list[Any] = [check_text_file(text), file_sha256(Path(text))] if text else [dataset, seed]
     key = _key(*source, _tokenizer_key(tokenizer), length, limit, *(["sentences"] if sentences else []))
     path = _folder("tokens") / f"{key}.u32"
     if not path.exists():
@@ -261,12 +263,6 @@ class Corpus:
         """int64 [len(numbers), L]."""
         found = [self.sources[source].tokens[row] for source, row in map(self.place, numbers)]
         return torch.from_numpy(np.stack(found).astype(np.int64))
-
-
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise SurgeryError(f"{path}: no such text file")
-    return Path(path)
 
 
 def _folder(kind: str) -> Path:

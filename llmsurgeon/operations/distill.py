@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.spec import FFFSpec
+from llmsurgeon.text_file import TextFile
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -25,7 +26,7 @@ class Source(_Part):
     At most `tokens` tokens of it are taken, and drawn as often as `weight` says beside the other sources'.
     """
 
-    text: str | None = None
+    text: TextFile | None = None
     dataset: str | None = None
     sampled: Count | None = None
     calibration: Literal[True] | None = None

@@ -131,9 +131,9 @@ def test_dataset_out_of_reach_names_the_switch(tokenizer, monkeypatch):
         ("short.txt", b"abcde", "5 tokens are fewer than one window of 8.*--seq-len"),
         ("latin.txt", b"caf\xe9 au lait", r"not UTF-8 text \(byte 3\)"),
         ("latin.jsonl", b'{"text": "caf\xe9"}', "not UTF-8"),
-        ("wrong.jsonl", b'{"text": "a"}\n{"words": 1}', 'wrong.jsonl, line 2: expected .* "text"'),
+        ("wrong.jsonl", b'{"text": "a"}\n{"words": 1}', 'wrong.jsonl, line 2: no "text" in it; it has words'),
         ("broken.jsonl", b'{"text": ', "broken.jsonl, line 1"),
-        ("broken.parquet", b"PAR1 no", "broken.parquet cannot be read"),
+        ("broken.parquet", b"PAR1 no", "broken.parquet: cannot be read as parquet"),
     ],
 )
 def test_bad_text(tmp_path, tokenizer, name, content, message):

@@ -88,7 +88,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch):
     ("none.txt", None, "no such text file"),
     ("short.txt", b"ab", "does not fill one row of 8"),
     ("latin.txt", b"\xe9" * 50, "not UTF-8 text"),
-    ("bad.jsonl", b'{"txt": 1}\n', "line 1: expected a JSON object"),
+    ("bad.jsonl", b'{"txt": 1}\n', "line 1: no .text. in it; it has txt"),
 ])  # fmt: skip
 def test_bad_text_is_refused_and_nothing_is_kept(tmp_path, cache, name, content, message):
     if content is not None:
