@@ -58,7 +58,8 @@ def export(
     patient = open_patient(model, revision)
     checkpoint = patient.checkpoint
     assert checkpoint is not None
-    Stage.check(out, overwrite=options.overwrite, sources=(checkpoint.path,))
+    place = options.staging(checkpoint.path)
+    Stage.check(out, **place)
     subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
     written = patient.form(subject.spec, to)
     shapes = shapes_of(written.fit(rebase(weights, checkpoint.meta())))
@@ -80,9 +81,8 @@ def export(
     with Stage.open(
         out,
         job=job,
-        overwrite=options.overwrite,
-        sources=(checkpoint.path,),
         needed_bytes=after.disk_bytes,
+        **place,
     ) as stage:
         stage.write_weights(written.published(weights, patient.family), max_shard_size=options.max_shard_size)
         write_beside(stage, written, checkpoint)
@@ -126,6 +126,7 @@ def export_gguf(
         name=Path(patient.name).stem,
         pre=pre,
         overwrite=options.overwrite,
+        reads=options.reads,
     )
 
 

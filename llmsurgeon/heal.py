@@ -6,7 +6,7 @@ Started by `accelerate launch` there are several processes: all of them train, t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +28,7 @@ from llmsurgeon.recipe import Recipe, dump, loads
 from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, job_of, logs_of
 from llmsurgeon.spec import BlockSpec, ModelSpec
 from llmsurgeon.summary import costs
-from llmsurgeon.texts import Texts
+from llmsurgeon.texts import Texts, files_of
 
 
 def heal(
@@ -54,8 +54,7 @@ def heal(
     wounded, planned = prepare(student, parent, recipe, revision)
     whole, recipe = planned.patient, planned.recipe
     assert wounded.checkpoint is not None and whole.checkpoint is not None
-    sources = (wounded.checkpoint.path, whole.checkpoint.path)
-    Stage.check(out, overwrite=options.overwrite, sources=sources)
+    place = options.staging(wounded.checkpoint.path, whole.checkpoint.path, *files_of(recipe))
     parse_size(options.max_shard_size)
     job = {
         "llmsurgeon": __version__,
@@ -65,25 +64,17 @@ def heal(
         "parent": whole.checkpoint.fingerprint,
         "dtype": str(options.dtype),
     }
-    partial = Path(out).expanduser().resolve()
-    partial = partial.with_name(f"{partial.name}.partial")
-    if resume and not partial.exists():
-        raise SurgeryError(f"--resume: there is no {partial.name} to go on from; leave --resume out to begin")
     world = World()
+    world.main_alone(lambda: Stage.check(out, job=job, resume=resume, **place))
     options = options if world.main else replace(options, say=lambda line: None)
     texts = Texts(whole, recipe.calibration, recipe.calibration.tokens, options)
     with world.stage(
         out,
         job=job,
-        overwrite=options.overwrite,
-        sources=sources,
+        resume=resume,
         needed_bytes=planned.after.disk_bytes,
+        **place,
     ) as (stage, scratch):
-        if resume and world.main and not any(scratch.iterdir()):
-            raise SurgeryError(
-                f"--resume: {partial.name} is of another job (other models, settings or version); start again with the "
-                "command that it was begun with, or leave --resume out to begin anew"
-            )
         with world.main_first():
             _ = texts.windows
         healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
@@ -227,24 +218,35 @@ class World:
             with Stage.open(out, **options) as stage:
                 yield stage, stage.scratch
             return
+        opened: list[Stage] = []
+
+        def open_it() -> str:
+            opened.append(Stage.open(out, **options))
+            return str(opened[0].scratch)
+
+        try:
+            scratch = Path(self.main_alone(open_it))
+            yield (opened[0] if opened else None), scratch
+        finally:
+            for stage in opened:
+                stage.close()
+
+    def main_alone(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives in the main process, in all of them. A SurgeryError there is one everywhere."""
+        if self.state is None:
+            return work()
         from accelerate.utils import broadcast_object_list
 
-        opened: Stage | None = None
-        told: list[str | None] = [None, None]
+        told: list[Any] = [None, None]
         if self.main:
             try:
-                opened = Stage.open(out, **options)
-                told[0] = str(opened.scratch)
+                told[0] = work()
             except SurgeryError as error:
                 told[1] = str(error)
         broadcast_object_list(told)
-        if told[0] is None:
+        if told[1] is not None:
             raise SurgeryError(told[1])
-        try:
-            yield opened, Path(told[0])
-        finally:
-            if opened is not None:
-                opened.close()
+        return told[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -41,7 +41,7 @@ from llmsurgeon.proof import missed, prove, prove_whole
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.texts import Options as Options
-from llmsurgeon.texts import Texts
+from llmsurgeon.texts import Texts, files_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     patient = open_patient(model, revision)
     assert patient.checkpoint is not None
     source = patient.checkpoint.path
-    Stage.check(out, overwrite=options.overwrite, sources=(source,))
+    place = options.staging(source, *files_of(recipe))
+    Stage.check(out, **place)
     parse_size(options.max_shard_size)
     if several():
         raise SurgeryError(
@@ -95,9 +96,8 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     with Stage.open(
         out,
         job=job,
-        overwrite=options.overwrite,
-        sources=(source,),
         needed_bytes=planned.after.disk_bytes,
+        **place,
     ) as stage:
         healed = heal_and_prove(planned, texts, options, stage.scratch, logs_of(out))
         return finish(stage, out, planned, resolved, healed, texts, patient.checkpoint)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
 from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.checkpoint.staging import existing
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.operations.distill import Distill as DistillStep
@@ -29,7 +31,10 @@ Say = Callable[[str], None]
 class Options:
     """Where and how to run; nothing here changes what is computed but dtype and device.
 
-    `planned` is told the plan before anything is healed or written.
+    overwrite: replace an OUT that this tool wrote.
+    discard_partial: delete what an unfinished run left in OUT.partial.
+    reads: files that were read already, as the recipe, and must survive.
+    planned: is told the plan before anything is healed or written.
     """
 
     device: str = "cpu"
@@ -39,6 +44,23 @@ class Options:
     batch: int = 8
     say: Say = field(default=lambda line: None)
     planned: Callable[[Planned], None] = field(default=lambda planned: None)
+    discard_partial: bool = False
+    reads: tuple[Path, ...] = ()
+
+    def staging(self, *sources: Path) -> dict[str, Any]:
+        """What Stage is to be told of OUT, where `sources` are read beside `reads`."""
+        reads = (*sources, *self.reads)
+        return {"overwrite": self.overwrite, "discard_partial": self.discard_partial, "sources": reads}
+
+
+def files_of(recipe: recipe_file.Recipe) -> tuple[Path, ...]:
+    """The files and folders that a recipe names and a run of it reads."""
+    calibration = recipe.calibration
+    sources = [source for step in recipe.steps if isinstance(step, DistillStep) for source in step.sources]
+    return existing(
+        *(calibration.text, calibration.dataset),
+        *(name for source in sources for name in (source.text, source.dataset)),
+    )
 
 
 class Texts:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from llmsurgeon.analysis.measure import Measurements, ffn_dependency, measure
 from llmsurgeon.analysis.report import html_report
 from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, search_attentions
 from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 
 _DISTANCES = {"kl": "KL to the parent: {:.3f} nats a token", "cosine": "Cosine distance to the parent: {:.3f}"}
@@ -157,8 +157,12 @@ def analyze(
     )
 
 
-def write_analysis(folder: Path, analysis: Analysis, calibration: Mapping[str, Any]) -> list[Path]:
-    """Write the four files into `folder` (made if missing), each complete or not at all. Returns their paths."""
+def write_analysis(stage: Stage, analysis: Analysis, calibration: Mapping[str, Any]) -> list[Path]:
+    """Write the four files of an analysis and make its folder appear. Returns their paths.
+
+    Raises:
+        SurgeryError: the disk fails, or the folder has come to hold something meanwhile.
+    """
     from safetensors.torch import save
 
     report = analysis.report()
@@ -169,14 +173,9 @@ def write_analysis(folder: Path, analysis: Analysis, calibration: Mapping[str, A
         "suggested.yaml": recipe.encode(),
         "report.html": html_report(report, recipe).encode(),
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            partial = folder / f".{name}.{os.getpid()}"
-            partial.write_bytes(content)
-            partial.rename(folder / name)
-    except OSError as error:
-        raise SurgeryError(f"{folder}: the report cannot be written: {error.strerror}; choose another --out") from error
+    for name, content in files.items():
+        stage.write_file(name, content)
+    folder = stage.commit()
     return [folder / name for name in files]
 
 

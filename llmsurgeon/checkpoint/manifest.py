@@ -9,6 +9,8 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -18,6 +20,7 @@ from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, read_index
 from llmsurgeon.errors import CheckpointError
 
 MANIFEST = "checksums.sha256"  # `sha256sum -c checksums.sha256` reads it too
+MARK = "# Written by llmsurgeon; it may replace the files named here, and no other."  # a comment to sha256sum
 STEP = 1 << 24
 SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
@@ -119,7 +122,44 @@ class FollowingHash(threading.Thread):
 def write_manifest(folder: Path, known: Mapping[str, str]) -> None:
     """Write `checksums.sha256` over every visible file of `folder`; `known` holds the sums that need no reading."""
     lines = [f"{known.get(name) or file_sha256(path)}  {name}\n" for name, path in _files(folder).items()]
-    (folder / MANIFEST).write_text("".join(lines), encoding="utf-8")
+    (folder / MANIFEST).unlink(missing_ok=True)  # never through a link
+    with (folder / MANIFEST).open("x", encoding="utf-8") as file:
+        file.writelines([f"{MARK}\n", *lines])
+
+
+@dataclass(frozen=True)
+class Strangers:
+    """What a folder holds: whether its manifest carries our mark, the files that it names, and whatever else is there.
+
+    Names are relative; of a folder that the manifest knows nothing of, the folder's name alone.
+    """
+
+    marked: bool
+    ours: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+def strangers(folder: Path) -> Strangers:
+    """Tell what this tool wrote into a folder from what it did not."""
+    ours: tuple[str, ...] = ()
+    marked = False
+    with suppress(CheckpointError, OSError, UnicodeDecodeError):
+        if not (folder / MANIFEST).is_symlink():
+            ours = tuple(read_manifest(folder))
+            marked = (folder / MANIFEST).read_text(encoding="utf-8").startswith(MARK)
+    if not marked:
+        ours = ()
+    known = {*ours, MANIFEST}
+    folders = {name.rpartition("/")[0] for name in ours} - {""}
+    foreign: list[str] = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir() and not path.is_symlink() and name in folders:
+            continue
+        inside_foreign = any(name.startswith(f"{other}/") for other in foreign)
+        if (name not in known or path.is_symlink() or path.is_dir()) and not inside_foreign:
+            foreign.append(name)
+    return Strangers(marked, ours, tuple(foreign))
 
 
 def read_manifest(folder: Path) -> dict[str, str]:
@@ -135,6 +175,8 @@ def read_manifest(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: cannot be read ({error})") from error
     sums: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
+        if line.startswith("#"):
+            continue
         match = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if not match or not is_plain(match[2]):
             raise CheckpointError(f"{path}: line {number} is not a SHA-256 and a file name")

@@ -45,7 +45,8 @@ def write_shard(
 ) -> FollowingHash:
     """Write one file; return the hash that follows it."""
     path = folder / shard.file
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # a link that stands there is not followed
+    with path.open("xb") as file:
         os.truncate(file.fileno(), shard.size)
         following = FollowingHash(path, shard.size, shard.key)
         try:

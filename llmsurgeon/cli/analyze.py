@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import dtype_of, text_file
+from llmsurgeon.cli.options import OVERWRITE, dtype_of, text_file
 
 if TYPE_CHECKING:
     from llmsurgeon.analysis.analyze import Analysis
@@ -41,6 +41,7 @@ def analyze_command(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     batch: Annotated[int, typer.Option(help="Sequences that go through a layer together.")] = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout as well.")] = False,
 ) -> None:
     """Find attentions, FFN runs and blocks that can go; write a report and a recipe that runs as it is.
@@ -50,23 +51,33 @@ def analyze_command(
     """
     from llmsurgeon.analysis.analyze import analyze, write_analysis
     from llmsurgeon.analysis.search import default_count
+    from llmsurgeon.checkpoint.staging import existing
+    from llmsurgeon.checkpoint.writer import Stage
     from llmsurgeon.patient import open_patient
     from llmsurgeon.recipe import Calibration
     from llmsurgeon.texts import Options, Texts
 
     patient = open_patient(model, revision)
-    calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
-    options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
-    texts = Texts(patient, calibration, tokens, options)
-    windows = texts.windows
-    count = default_count(len(patient.spec.blocks)) if drop is None else drop
-    result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
+    assert patient.checkpoint is not None
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.
     fit_tokens = max(tokens, 65_536)
     fit_on = {"text": text, "dataset": dataset, "tokens": fit_tokens, "sequence_length": seq_len}
-    files = write_analysis(folder, result, fit_on)
+    # Opened before anything is measured: a folder that cannot be written is heard of at once.
+    with Stage.open(
+        folder,
+        job={"verb": "analyze"},
+        overwrite=overwrite,
+        sources=(patient.checkpoint.path, *existing(text, dataset)),
+    ) as stage:
+        calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
+        options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
+        texts = Texts(patient, calibration, tokens, options)
+        windows = texts.windows
+        count = default_count(len(patient.spec.blocks)) if drop is None else drop
+        result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
+        files = write_analysis(stage, result, fit_on)
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))
         return

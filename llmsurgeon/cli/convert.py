@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llmsurgeon.cli import console, output, say
-from llmsurgeon.cli.options import dtype_of, short_name, text_file
+from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ Dataset = Annotated[str | None, typer.Option(help="Calibration dataset on the hu
 Tokens = Annotated[int | None, typer.Option(help="Calibration tokens; default: the recipe's.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence; default: the recipe's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; config.json alone is enough.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
+Discard = Annotated[bool, typer.Option("--discard-partial", help=DISCARD)]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
 Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda ...")]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of calibration: float32, bfloat16; default: the checkpoint's.")]
@@ -52,11 +53,13 @@ class Job:
     out: str | None
     dry_run: bool
     overwrite: bool
+    discard_partial: bool
     max_shard_size: str
     device: str
     dtype: str | None
     revision: str | None
     as_json: bool
+    recipe: str | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -85,7 +88,7 @@ def add_verb(
             must_have(context, loaded, ops, verb)
         else:
             loaded = built(steps(**flags), *calibration)
-        go(loaded, Path(recipe or label.format(**flags)).stem, Job(**values))
+        go(loaded, Path(recipe or label.format(**flags)).stem, Job(**values, recipe=recipe))
 
     shared = parameters_of(_shared)
     signed(command, [*shared[:4], *parameters_of(steps), *shared[4:]])
@@ -118,6 +121,7 @@ def _shared(
     seq_len: SeqLen = None,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
+    discard_partial: Discard = False,
     max_shard_size: ShardSize = "5GB",
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -133,7 +137,7 @@ def run_command(
 ) -> None:
     """Run a recipe on a checkpoint and write the result as a new one."""
     calibration = calibration_of(values)
-    go(load(recipe, *calibration), Path(recipe).stem, Job(**values))
+    go(load(recipe, *calibration), Path(recipe).stem, Job(**values, recipe=recipe))
 
 
 def calibration_of(values: dict[str, Any]) -> tuple[list[str], str | None, str | None]:
@@ -274,7 +278,15 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     from llmsurgeon.run import Options, run
 
     target = job.out or f"{short_name(name)}-{label}"
-    options = Options(job.device, dtype_of(job.dtype), job.overwrite, job.max_shard_size, say=say)
+    options = Options(
+        job.device,
+        dtype_of(job.dtype),
+        job.overwrite,
+        job.max_shard_size,
+        discard_partial=job.discard_partial,
+        reads=recipe_paths(job.recipe),
+        say=say,
+    )
     if not (job.as_json or output.quiet):
         options = replace(options, planned=print_plan)
 

@@ -10,7 +10,7 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.convert import shown, warning
-from llmsurgeon.cli.options import dtype_of, short_name, text_file
+from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file
 
 if TYPE_CHECKING:
     from llmsurgeon.run import Outcome
@@ -43,7 +43,8 @@ def heal_command(
         bool, typer.Option("--dry-run", help="Check models and recipe and print the plan; train nothing.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Refuse to begin anew: go on with what was killed.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+    discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     device: Annotated[str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
@@ -65,7 +66,15 @@ def heal_command(
         _, planned = prepare(student, parent, wanted, revision)
         print(json.dumps(plan_report(planned))) if as_json else print_plan(planned, notes=True)
         return
-    options = Options(device, dtype_of(dtype), overwrite, max_shard_size, say=say)
+    options = Options(
+        device,
+        dtype_of(dtype),
+        overwrite,
+        max_shard_size,
+        discard_partial=discard_partial,
+        reads=recipe_paths(recipe),
+        say=say,
+    )
     target = out or f"{short_name(student)}-healed"
 
     def show(outcome: Outcome) -> None:

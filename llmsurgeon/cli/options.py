@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     import torch
 
 
+OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
+DISCARD = "Delete what an unfinished run left in OUT.partial, be it of another job, and begin anew."
+
+
 def short_name(model: str) -> str:
     """The last part of a hub id or path, for names of output folders."""
     return Path(model).stem if model.endswith(".gguf") else Path(model).name
@@ -34,3 +38,10 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise SurgeryError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def recipe_paths(recipe: str | None) -> tuple[Path, ...]:
+    """The file that --recipe names, or the one of a built-in recipe, which the run reads."""
+    from llmsurgeon.recipe_files import find_recipe
+
+    return (find_recipe(recipe),) if recipe else ()

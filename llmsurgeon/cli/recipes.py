@@ -46,6 +46,7 @@ def copy_recipe(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to edit it."""
+    from llmsurgeon.checkpoint.atomic import write_whole
     from llmsurgeon.errors import SurgeryError
     from llmsurgeon.recipe_files import find_recipe
 
@@ -53,8 +54,7 @@ def copy_recipe(
     text = source.read_text(encoding="utf-8")
     target = dest / source.name if dest.is_dir() else dest
     try:
-        with target.open("w" if overwrite else "x", encoding="utf-8") as file:
-            file.write(text)
+        write_whole(target, text.encode(), overwrite=overwrite)
     except FileExistsError:
         raise SurgeryError(f"{target} exists; name another file or pass --overwrite") from None
     except OSError as error:

@@ -1,20 +1,18 @@
 """Write a model as a GGUF file, for llama.cpp and all that embeds it.
 
 Weights pass through as transforms over the checkpoint, some rows at a time: read, put in llama.cpp's order, turned into
-the wanted type, written. The file is OUT.gguf.partial until it is whole.
+the wanted type, written. The file lies in the folder OUT.gguf.partial until it is whole.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +20,10 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.gguf_file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import file_order, meta_weights
+from llmsurgeon.checkpoint.staging import NOTHING, explained
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
 from llmsurgeon.checkpoint.weight_file import raise_unless_finite
-from llmsurgeon.checkpoint.writer import disk_trouble
+from llmsurgeon.checkpoint.writer import FileStage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family
 from llmsurgeon.formats.gguf_model import Layout, lay_out, why_not
@@ -70,6 +69,7 @@ def write_gguf(
     name: str | None = None,
     pre: str | None = None,
     overwrite: bool = False,
+    reads: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Exported:
     """Write a model as one GGUF file.
@@ -77,7 +77,8 @@ def write_gguf(
     `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
     tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
     float32. With a ternary type, tensors that it cannot hold exactly are Q4_0 where that holds them, else `float_type`
-    (F16). `pre` names the pre-tokenizer where it cannot be recognised. `progress` is called with (bytes done, in
+    (F16). `pre` names the pre-tokenizer where it cannot be recognised. `reads` are files and folders beside `source`
+    that are read and must survive. `progress` is called with (bytes done, in
     total).
 
     Raises:
@@ -85,7 +86,9 @@ def write_gguf(
     """
     path = Path(out).expanduser().absolute()
     kind = _known_type(type)
-    _check_out(path, source, overwrite)
+    if path.suffix != ".gguf":
+        raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
+    FileStage.check(path, overwrite=overwrite, sources=(source, *reads))
     layout = _laid_out(config, family, spec, weights)
     tokenizer = tokenizer_fields(source, spec.vocab, pre)
     notes = [*layout.notes, *tokenizer.notes]
@@ -111,11 +114,17 @@ def write_gguf(
     title = tokenizer.model_name(name or path.stem)
     fields = [*_general(title, kind, kinds), *layout.fields, *tokenizer.fields]
     sizes = {tensor: _bytes(tuple(meta[tensor].shape), chosen) for tensor, chosen in kinds.items()}
-    with (
-        _staged(path, sum(sizes.values())) as partial,
-        closing(_writer(partial, layout.architecture, fields, meta, kinds, sizes)) as writer,
-    ):
-        _write_tensors(writer, tensors, kinds, sizes, progress, exact=kind.name in TERNARY)
+    place = FileStage.open(
+        path,
+        job={"verb": "export", "format": "gguf"},
+        overwrite=overwrite,
+        sources=(source, *reads),
+        needed_bytes=sum(sizes.values()),
+    )
+    with place as stage, explained(path, then=NOTHING):
+        with closing(_writer(stage.path, layout.architecture, fields, meta, kinds, sizes)) as writer:
+            _write_tensors(writer, tensors, kinds, sizes, progress, exact=kind.name in TERNARY)
+        stage.commit()
     return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
 
 
@@ -285,45 +294,3 @@ def _encoded(
             rows_of_block = numbers.contiguous().numpy()
             made = ternary_q4_0(rows_of_block) if exact and kind.name == "Q4_0" else quantize(rows_of_block, kind)
             yield np.ascontiguousarray(made).view(np.uint8).reshape(-1).data
-
-
-def _check_out(path: Path, source: Path, overwrite: bool) -> None:
-    if path.suffix != ".gguf":
-        raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
-    if path.is_dir():
-        raise SurgeryError(f"{path}: is a folder; choose another name")
-    if path.exists() and path.resolve() == source.resolve():
-        raise SurgeryError(f"{path}: is where the model is read from; choose another name")
-    if path.exists() and not overwrite:
-        raise SurgeryError(f"{path}: exists already; choose another name or pass --overwrite")
-
-
-@contextmanager
-def _staged(path: Path, needed: int) -> Iterator[Path]:
-    """OUT.gguf.partial, locked; renamed to OUT.gguf at the end, removed where something fails."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        if needed > free:
-            raise SurgeryError(f"{path.parent}: {needed:,} bytes are needed and {free:,} are free")
-        with partial.open("ab") as lock:
-            _lock(lock, path)
-            try:
-                yield partial
-                partial.replace(path)
-            except BaseException:
-                with suppress(OSError):
-                    partial.unlink()
-                raise
-    except OSError as error:
-        raise SurgeryError(f"{error.filename or path}: {disk_trouble(error)}. Nothing was written") from error
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise SurgeryError(f"{path}: another run is writing it now; wait for it or stop it") from error
-    except OSError:
-        pass  # a network file system without locks

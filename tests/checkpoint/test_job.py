@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
-from llmsurgeon.checkpoint.writer import JOURNAL, Stage
+from llmsurgeon.checkpoint.staging import JOURNAL
+from llmsurgeon.checkpoint.writer import Stage
 
 
 def test_a_job_is_the_same_whatever_the_order_of_its_parts():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmsurgeon.checkpoint import weight_file
+from llmsurgeon.checkpoint import staging, weight_file
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.checkpoint.shards import parse_size, plan_shards
 from llmsurgeon.checkpoint.source import open_checkpoint
@@ -226,9 +226,8 @@ def test_existing_output(folder, tmp_path):
     out.mkdir()
     convert(folder, out)  # an empty folder is no obstacle
     refused("exists already", folder, out)
-    (out / "config.json").unlink()
     (out / "checksums.sha256").unlink()
-    refused("is not a checkpoint", folder, out, overwrite=True)
+    refused("was not written by llmsurgeon", folder, out, overwrite=True)
     (tmp_path / "file").write_text("x")
     refused("is not a folder", folder, tmp_path / "file", overwrite=True)
 
@@ -273,14 +272,14 @@ def test_not_enough_space(folder, tmp_path, monkeypatch):
     with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         with pytest.raises(SurgeryError, match="bytes are needed and 100 are free"):
             stage.write_weights(open_checkpoint(folder))
-        assert [p.name for p in stage.path.iterdir()] == [".journal.json"]
+        assert not list(stage.path.iterdir()) and {p.name for p in stage.folder.iterdir()} == {"job.json", "result"}
     assert not (tmp_path / "out.partial").exists()
 
 
 def test_foreign_staging_folder_is_left_alone(folder, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("x")
-    with pytest.raises(SurgeryError, match="was not written by this tool"):
+    with pytest.raises(SurgeryError, match="holds thesis.txt, which llmsurgeon did not put there"):
         convert(folder, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "x"
 
@@ -320,9 +319,9 @@ def test_full_disk_then_resumed(folder, tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match=r"the disk is full \([\d,]+ bytes needed\).*started again"):
         convert(folder, tmp_path / "out", 6000)
     assert not (tmp_path / "out").exists()
-    kept = json.loads((tmp_path / "out.partial" / ".journal.json").read_text())["files"]
+    kept = json.loads((tmp_path / "out.partial" / "job.json").read_text())["files"]
     assert kept
-    before = {file: (tmp_path / "out.partial" / file).stat().st_mtime_ns for file in kept}
+    before = {file: (tmp_path / "out.partial" / "result" / file).stat().st_mtime_ns for file in kept}
     monkeypatch.undo()
     out = convert(folder, tmp_path / "out", 6000)
     assert contents(out) == expected
@@ -357,21 +356,12 @@ def test_damaged_or_foreign_shards_are_written_again(folder, tmp_path):
     expected = contents(convert(folder, tmp_path / "expected", 6000))
     with Stage.open(tmp_path / "out", job={"all": "job"}) as stage:
         stage.write_weights(TransformedWeights(open_checkpoint(folder), edits()), max_shard_size=6000)
-    first, second = sorted((tmp_path / "out.partial").glob("*.safetensors"))[:2]
+    first, second = sorted((tmp_path / "out.partial" / "result").glob("*.safetensors"))[:2]
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
     second.write_bytes(second.read_bytes()[:-1])
     assert contents(convert(folder, tmp_path / "out", 6000)) == expected
-
-
-def test_another_job_starts_afresh(folder, tmp_path):
-    with Stage.open(tmp_path / "out", job={"all": "another"}) as stage:
-        stage.write_weights({name: tensor * 2 for name, tensor in open_checkpoint(folder).items()})
-        stage.write_file("stale.txt", "x")
-        (stage.scratch / "stale").write_text("x")
-    out = convert(folder, tmp_path / "out")
-    assert contents(out) == contents(convert(folder, tmp_path / "expected"))
 
 
 def test_scratch_survives_until_commit(tmp_path):
@@ -407,19 +397,28 @@ def killed_at(step: int, work) -> None:
     work()
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_every_step_then_run_again(overwrite, folder, tmp_path, helpers):
+def written(folder: Path, out: Path) -> Path:
+    """An OUT of another job, to be replaced."""
+    with Stage.open(out, job={"all": "old"}) as stage:
+        stage.write_weights({"old": torch.ones(3)})
+        stage.write_file("old.txt", "old")
+        return stage.commit()
+
+
+@pytest.mark.parametrize("how", ["new", "overwrite", "overwrite without exchange"])
+def test_killed_at_every_step_then_run_again(how, folder, tmp_path, helpers, monkeypatch):
     expected = contents(convert(folder, tmp_path / "expected", 12_000))
-    old = {"config.json": b"{}", "old.txt": b"old"}
+    old = contents(written(folder, tmp_path / "old"))
+    overwrite = how != "new"
+    if how == "overwrite without exchange":  # as on a file system that cannot swap two names
+        monkeypatch.setattr(staging, "exchange", lambda one, other: False)
     out = tmp_path / "out"
     step = 0
     while True:
         for path in tmp_path.glob("out*"):
             shutil.rmtree(path)
         if overwrite:
-            out.mkdir()
-            for name, data in old.items():
-                (out / name).write_bytes(data)
+            shutil.copytree(tmp_path / "old", out)
 
         def work():
             convert(folder, out, 12_000, overwrite=overwrite)
@@ -428,14 +427,17 @@ def test_killed_at_every_step_then_run_again(overwrite, folder, tmp_path, helper
         finished = status == 0
         assert finished or os.WTERMSIG(status) == signal.SIGKILL, said
         # Whatever the moment: the old or the new one is there and whole.
-        found = {n: d for n, d in contents(out).items() if n != ".journal.json"} if out.exists() else None
-        if overwrite and found is None:
-            found = contents(tmp_path / "out.replaced")
+        found = contents(out) if out.exists() else None
+        if how == "overwrite without exchange" and found is None:
+            found = contents(tmp_path / "out.partial" / "replaced")
         assert found in ([old, expected] if overwrite else [None, expected])
-        again = overwrite or found is None
-        status, said = helpers.in_child(lambda work=work, again=again: work() if again else None)
-        assert status == 0, said
-        assert {n: d for n, d in contents(out).items() if n != ".journal.json"} == expected
+        status, said = helpers.in_child(work)
+        if not overwrite and found:  # nothing is left to do but to tidy up
+            assert status != 0 and "exists already" in said
+            assert finished or not (tmp_path / "out.partial").exists()
+        else:
+            assert status == 0, said
+        assert contents(out) == expected
         assert {p.name for p in tmp_path.glob("out*")} == {"out"}
         if finished:
             break

@@ -205,7 +205,7 @@ def begun(folder, *arguments):
     process = subprocess.Popen(
         command("-o", "healed", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
     )
-    log = folder / "healed.partial/.scratch/distill-0/loss.jsonl"
+    log = folder / "healed.partial/scratch/distill-0/loss.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 6:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -218,7 +218,7 @@ def test_sigterm_ends_with_143_and_resume_goes_on(folder, run):
     _, err = process.communicate()
     assert process.returncode == 143 and "error: distill: stopped by SIGTERM" in err
     assert not (folder / "healed").exists()
-    (state,) = (folder / "healed.partial/.scratch/distill-0").glob("state-*")
+    (state,) = (folder / "healed.partial/scratch/distill-0").glob("state-*")
     step = int(state.name.removeprefix("state-"))
     heal = ("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--resume")
     code, _, err = run(*heal, "--set", "distill.batch=3")
@@ -226,7 +226,7 @@ def test_sigterm_ends_with_143_and_resume_goes_on(folder, run):
     process = begun(folder, "--set", "distill.steps=100000")
     process.kill()
     process.communicate()
-    (state,) = (folder / "healed.partial/.scratch/distill-0").glob("state-*[0-9]")
+    (state,) = (folder / "healed.partial/scratch/distill-0").glob("state-*[0-9]")
     step = int(state.name.removeprefix("state-"))
     code, out, err = run(*heal, "--set", f"distill.steps={step + 4}", "--json")
     assert code == 0, err

@@ -1,0 +1,576 @@
+"""OUT.partial: where an output is prepared, marked as this tool's, locked while in use, gone on with after a kill.
+
+    job.json   the mark: whose work this is, since when, and which of its files are finished
+    scratch/   intermediate results, which may be hours of training
+    result     what becomes OUT by one rename: a folder, or a file where OUT is one
+
+Only what carries the mark is touched, and of an OUT that is replaced only what its manifest names. Nothing is deleted
+before the step that makes it superfluous has succeeded: OUT appears first, then the old one and the scratch go. A kill
+at any moment leaves OUT as it was or whole; what is left in OUT.partial is put in order by the next run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Self
+from uuid import uuid4
+
+from llmsurgeon.checkpoint.atomic import exchange, fsync, move
+from llmsurgeon.checkpoint.job import differences, fingerprint_of
+from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
+from llmsurgeon.errors import SurgeryError
+
+JOURNAL, JOURNAL_NEW, SCRATCH, RESULT, REPLACED = "job.json", "job.json.new", "scratch", "result", "replaced"
+KINDS = {JOURNAL: stat.S_ISREG, JOURNAL_NEW: stat.S_ISREG, SCRATCH: stat.S_ISDIR, REPLACED: stat.S_ISDIR}
+MARK = "llmsurgeon staging"  # a key of job.json
+HOW_FAR = "how-far.txt"  # what a job may write into its scratch, for people: a line
+LONGEST_INSIDE = "x" * 80  # names of files inside
+
+
+class Staging:
+    """The staging folder of one output. Use as a context manager.
+
+    Leaving without a commit keeps the folder where something in it can be gone on with.
+    """
+
+    # Whether OUT is one file, of which nothing is kept that is not whole.
+    single_file: ClassVar[bool] = False
+
+    def __init__(self, target: Path, lock: int, overwrite: bool) -> None:
+        self.out, self.folder = target, partial_of(target)
+        self.path = self.folder / RESULT
+        self.committed = False
+        self._lock: int | None = lock
+        self._overwrite = overwrite
+        self._journal: dict[str, Any] = {}
+        self._finished_before = False
+
+    @classmethod
+    def open(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        job: Mapping[str, str],
+        overwrite: bool = False,
+        discard_partial: bool = False,
+        resume: bool = False,
+        sources: Sequence[Path] = (),
+        needed_bytes: int = 0,
+    ) -> Self:
+        """Open OUT.partial, where the same job goes on if it was there before.
+
+        Args:
+            job: all that the result depends on, part by part (name -> short text or hash).
+            overwrite: an OUT that this tool wrote may be replaced.
+            discard_partial: delete what was begun there, by this job or another.
+            resume: refuse to begin anew.
+            sources: folders and files that are read and must survive.
+            needed_bytes: what will be written.
+
+        Raises:
+            SurgeryError: OUT cannot be written, or may not be; another run is writing it; there is unfinished work
+                of another job. Nothing has been written or deleted then.
+        """
+        target = cls._place(out, sources)
+        folder = partial_of(target)
+        if resume and not folder.exists():
+            raise SurgeryError(f"--resume: there is no {folder.name} to go on from; leave --resume out to begin")
+        with explained(folder, needed_bytes, ELSEWHERE):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                folder.mkdir()
+            stage = cls(target, _lock_folder(folder, target), overwrite)
+            try:
+                stage._look()
+                stage._check_existing()
+                stage._begin(job, discard_partial, resume)
+                stage._check_space(needed_bytes)
+            except BaseException:
+                stage.close()
+                raise
+        return stage
+
+    @classmethod
+    def check(
+        cls,
+        out: str | os.PathLike[str],
+        *,
+        job: Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        discard_partial: bool = False,
+        resume: bool = False,
+        sources: Sequence[Path] = (),
+    ) -> None:
+        """Raise what `open` would raise for this place: before the work that leads there. Writes nothing.
+
+        `job` is as much of the job as is known yet.
+        """
+        target = cls._place(out, sources)
+        folder = partial_of(target)
+        if not os.path.lexists(folder):
+            if resume:
+                raise SurgeryError(f"--resume: there is no {folder.name} to go on from; leave --resume out to begin")
+            _check_existing(target, overwrite, cls.single_file)
+            return
+        with explained(folder, then=ELSEWHERE):
+            stage = cls(target, _lock_folder(folder, target), overwrite)
+            try:
+                stage._look()
+                stage._check_existing()
+                old = stage._journal.get("job")
+                if job is not None and old is not None and not discard_partial:
+                    stage._refuse_another({name: old[name] for name in job if name in old}, job, resume)
+            finally:
+                stage.close()
+
+    @classmethod
+    def _place(cls, out: str | os.PathLike[str], sources: Sequence[Path]) -> Path:
+        """Where OUT is, links on the way resolved; what cannot work there is said."""
+        if not os.fspath(out):
+            raise SurgeryError("the name of the output is empty; give --out a name")
+        path = Path(out).expanduser()
+        # A file that is a link is replaced itself; a folder is where its link leads.
+        target = Path(os.path.realpath(path.parent), path.name) if cls.single_file else Path(os.path.realpath(path))
+        _check_place(target, cls.single_file)
+        _check_sources(target, sources, cls.single_file)
+        return target
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the lock. What was staged stays; a folder with nothing in it to go on with does not."""
+        if self._lock is None:
+            return
+        # What went wrong before is what should be heard of.
+        with suppress(OSError):
+            if not self.committed and self._ours() and not self._worth():
+                self._clear()
+                self.folder.rmdir()
+        os.close(self._lock)
+        self._lock = None
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for intermediate results of this job: survives a kill, is gone after the commit."""
+        folder = self.folder / SCRATCH
+        with explained(folder):
+            folder.mkdir(exist_ok=True)
+        return folder
+
+    # What is found
+
+    def _ours(self) -> bool:
+        """True for a folder that is marked, or that has nothing in it yet."""
+        return MARK in self._journal or set(os.listdir(self.folder)) <= {JOURNAL_NEW}
+
+    def _look(self) -> None:
+        """Read the journal, refuse what is not ours, finish a commit that a kill interrupted."""
+        names = set(os.listdir(self.folder))
+        kinds = {**KINDS, RESULT: stat.S_ISREG if self.single_file else stat.S_ISDIR}
+        for name in sorted(names):
+            if name not in kinds:
+                raise SurgeryError(
+                    f"{self.folder}: holds {name}, which llmsurgeon did not put there; move it away or choose another "
+                    "output"
+                )
+            if not kinds[name](os.lstat(self.folder / name).st_mode):
+                raise SurgeryError(f"{self.folder / name}: is not what llmsurgeon put there; move {self.folder} away")
+        if JOURNAL in names:
+            self._journal = _read_journal(self.folder / JOURNAL)
+        elif names - {JOURNAL_NEW}:
+            raise SurgeryError(f"{self.folder}: exists and was not written by this tool; move it away or delete it")
+        if "committing" in self._journal:
+            self._finish_commit()
+
+    def _worth(self) -> bool:
+        """True where something is there that can be gone on with."""
+        if self.single_file or "discarded" in self._journal:
+            return False
+        finished = any((self.path / file).is_file() for file in self._journal.get("files", {}))
+        return (
+            finished
+            or any((self.folder / SCRATCH).glob("*/*"))
+            or any(path.is_file() for path in (self.folder / SCRATCH).glob("*"))
+        )
+
+    def _begin(self, job: Mapping[str, str], discard: bool, resume: bool) -> None:
+        """Go on with the same job, or begin."""
+        fingerprint = fingerprint_of(job)
+        if not discard and "job" in self._journal:
+            self._refuse_another(self._journal["job"], job, resume)
+        same = self._journal.get("fingerprint") == fingerprint and not discard and "discarded" not in self._journal
+        if not same and self._journal:
+            # Said first, so that a kill while clearing cannot mix two jobs.
+            self._journal = {MARK: 1, "discarded": True}
+            self._save_journal()
+            self._clear(JOURNAL)
+        if not same:
+            begun = datetime.now().astimezone().isoformat(timespec="seconds")
+            self._journal = {MARK: 1, "fingerprint": fingerprint, "job": dict(job), "begun": begun, "files": {}}
+            self._save_journal()
+        if self.single_file:
+            self.path.unlink(missing_ok=True)
+            return
+        self.path.mkdir(exist_ok=True)
+        for path in list(self.path.iterdir()):
+            if path.name not in self._journal["files"]:
+                remove(path)
+
+    def _refuse_another(self, before: Mapping[str, str], now: Mapping[str, str], resume: bool) -> None:
+        differ = differences(before, now)
+        if not self._worth():
+            if resume:
+                raise SurgeryError(
+                    f"--resume: nothing in {self.folder.name} can be gone on with; leave --resume out to begin"
+                )
+            return
+        if differ:
+            raise SurgeryError(
+                f"{self.folder.name}: holds unfinished work that is of another job: {self.description()}. Of what was "
+                f"asked for then and now, {'; '.join(differ)}. Give what it was begun with to go on with it, or pass "
+                "--discard-partial to delete it and begin anew"
+            )
+
+    def description(self) -> str:
+        """Whose work is staged here and how far it came, in a phrase."""
+        job = self._journal.get("job", {})
+        files = [path for top in (self.folder / SCRATCH, self.path) for path in top.rglob("*") if path.is_file()]
+        notes = [path.read_text(errors="replace").strip() for path in sorted(files) if path.name == HOW_FAR]
+        finished = len(self._journal.get("files", {}))
+        facts = [
+            f"`{job.get('verb', 'unknown')}` begun {_moment(self._journal.get('begun'))}",
+            f"last written {_moment(max((path.stat().st_mtime for path in files), default=None))}",
+            *notes,
+            *([f"{finished} weight files finished"] if finished else []),
+            f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
+        ]
+        return ", ".join(facts)
+
+    # What is written
+
+    def _save_journal(self) -> None:
+        temporary = self.folder / JOURNAL_NEW
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            json.dump(self._journal, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / JOURNAL)
+
+    def _clear(self, *but: str) -> None:
+        """Delete what is ours, the mark last."""
+        for name in (SCRATCH, RESULT, JOURNAL_NEW, JOURNAL):
+            if name not in but:
+                remove(self.folder / name)
+
+    def _check_space(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free + sum(
+            (self.path / file).stat().st_size for file in self._journal.get("files", ()) if (self.path / file).exists()
+        )
+        if needed > free:
+            raise SurgeryError(
+                f"{self.folder.parent}: {needed:,} bytes are needed and {free:,} are free; free some space or choose "
+                "another output folder"
+            )
+
+    def _check_existing(self) -> None:
+        try:
+            _check_existing(self.out, self._overwrite, self.single_file)
+        except SurgeryError as error:
+            if not self._finished_before:
+                raise
+            raise SurgeryError(f"{error}. It is whole: the run that wrote it was killed while it tidied up") from None
+
+    # The commit
+
+    def _publish(self) -> None:
+        """Make OUT appear, then delete what it makes superfluous. Everything staged must be on the disk."""
+        with explained(self.out, then=NOTHING if self.single_file else GOES_ON):
+            self._journal["committing"] = self._identity(self.path)
+            self._save_journal()
+            fsync(self.folder)
+            self._check_existing()  # it may have appeared meanwhile
+            self._swap()
+            fsync(self.out.parent)
+        self.committed = True
+        try:
+            kept = self._tidy()
+            self.folder.rmdir()
+        except OSError as error:
+            raise SurgeryError(
+                f"{self.out} is written, and whole. What it makes superfluous could not be removed: "
+                f"{error.filename or self.folder}: {disk_trouble(error)}"
+            ) from error
+        finally:
+            self.close()
+        if kept:
+            raise SurgeryError(
+                f"{self.out} is written, and whole. Files that llmsurgeon did not write had come into the one that it "
+                f"replaces; they are kept in {kept}"
+            )
+
+    def _identity(self, path: Path) -> str | None:
+        """What tells one result from another; None where there is none."""
+        if self.single_file:
+            return "there" if os.path.lexists(path) else None
+        manifest = path / MANIFEST
+        return file_sha256(manifest) if manifest.is_file() else None
+
+    def _swap(self) -> None:
+        if self.single_file:
+            os.replace(self.path, self.out) if self._overwrite else move(self.path, self.out)
+        elif not self.out.exists() or not any(self.out.iterdir()):
+            os.rename(self.path, self.out)
+        elif not exchange(self.path, self.out):
+            replaced = self.folder / REPLACED
+            os.rename(self.out, replaced)
+            try:
+                os.rename(self.path, self.out)
+            except BaseException:
+                os.rename(replaced, self.out)
+                raise
+
+    def _finish_commit(self) -> None:
+        """After a kill: put everything in order, whether OUT had appeared or not."""
+        wanted, replaced = self._journal["committing"], self.folder / REPLACED
+        if replaced.exists() and not os.path.lexists(self.out):
+            os.rename(replaced, self.out)
+        there = self._identity(self.path) != wanted
+        if not self.single_file:
+            there = there and self._identity(self.out) == wanted
+        if there:
+            self._tidy()
+            self._journal = {}
+            self._finished_before = True
+        else:
+            del self._journal["committing"]
+            self._save_journal()
+
+    def _tidy(self) -> Path | None:
+        """Delete scratch, the replaced OUT and the mark. Returns where files are that were in OUT and are not ours."""
+        kept = None
+        for old in (self.path, self.folder / REPLACED):
+            if old.is_dir() and not _remove_written(old):
+                kept = self.out.with_name(f"{self.out.name}.replaced-{uuid4().hex[:8]}")
+                move(old, kept)
+        self._clear()
+        return kept
+
+
+def partial_of(target: Path) -> Path:
+    """The staging folder of an output."""
+    return target.with_name(f"{target.name}.partial")
+
+
+def _read_journal(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or MARK not in found:
+        raise SurgeryError(
+            f"{path.parent}: its {path.name} was not written by this tool, or is damaged; move the folder away or "
+            "delete it"
+        )
+    return found
+
+
+def _moment(when: str | float | None) -> str:
+    """A time for people."""
+    if when is None:
+        return "at an unknown time"
+    found = datetime.fromisoformat(when) if isinstance(when, str) else datetime.fromtimestamp(when)
+    return found.strftime("%Y-%m-%d %H:%M")
+
+
+def _remove_written(folder: Path) -> bool:
+    """Delete the files that a folder's manifest names, and the folder; False where others are in it, which stay."""
+    for name in strangers(folder).ours:
+        (folder / name).unlink(missing_ok=True)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for inside in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        with suppress(OSError):
+            inside.rmdir()
+    try:
+        folder.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
+# Where an output may be
+
+
+def _check_place(target: Path, single_file: bool) -> None:
+    kind = "file" if single_file else "folder"
+    if not target.name or os.path.ismount(target):
+        raise SurgeryError(f"{target}: is where a file system is mounted; choose a {kind} inside it")
+    if os.path.realpath(os.getcwd()) == str(target):
+        raise SurgeryError(f"{target}: is the working folder; choose a {kind} inside it")
+    parent = next(path for path in target.parents if os.path.lexists(path))
+    if not parent.is_dir():
+        raise SurgeryError(f"{target.parent}: cannot be created, because {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise SurgeryError(f"{parent}: no permission to write here; choose another output {kind}")
+    folder = partial_of(target)
+    try:
+        os.lstat(folder / RESULT / LONGEST_INSIDE)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SurgeryError(f"{target}: this name is too long for the file system; choose a shorter one") from None
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or os.path.ismount(folder)):
+        raise SurgeryError(
+            f"{folder}: is needed to prepare {target.name} and is a file, a link or a mount point; move it away or "
+            "choose another output"
+        )
+    if os.path.lexists(target) and _sticky(parent) and os.lstat(target).st_uid != os.geteuid():
+        raise SurgeryError(f"{target}: belongs to another user; choose another output {kind}")
+
+
+def _sticky(folder: Path) -> bool:
+    """True where a folder lets its files be renamed by their owners alone (as /tmp does), and we are not above that."""
+    found = folder.stat()
+    return bool(found.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, found.st_uid)
+
+
+def _check_sources(target: Path, sources: Sequence[Path], single_file: bool) -> None:
+    """Raise where something that the run reads lies in what it will replace."""
+    folders = [target, partial_of(target)]
+    for source in sources:
+        inside = [path for path in source.iterdir() if path.is_symlink()] if source.is_dir() else []
+        for path in (source, *inside):
+            real = Path(os.path.realpath(path))
+            if not any(_same(above, folder) for folder in folders for above in (real, *real.parents)):
+                continue
+            if single_file or real.is_dir():
+                kind = "name" if single_file else "output folder"
+                raise SurgeryError(f"{target}: is where the model is read from; choose another {kind}")
+            raise SurgeryError(f"{target}: holds {path}, which this run reads; choose another output folder")
+
+
+def existing(*names: str | os.PathLike[str] | None) -> tuple[Path, ...]:
+    """Those of some names that are files or folders here; a dataset's may be of the hub."""
+    return tuple(Path(name) for name in names if name is not None and os.path.exists(name))
+
+
+def _same(one: Path, other: Path) -> bool:
+    """True for two names of one thing, be it under another mount or in another case."""
+    if one == other:
+        return True
+    with suppress(OSError):
+        return os.path.samestat(os.stat(one), os.stat(other))
+    return False
+
+
+def _check_existing(target: Path, overwrite: bool, single_file: bool) -> None:
+    """Raise where OUT is there and may not be replaced."""
+    if not os.path.lexists(target):
+        return
+    if single_file:
+        _check_existing_file(target, overwrite)
+        return
+    if not target.is_dir():
+        raise SurgeryError(f"{target}: exists and is not a folder; choose another output folder")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise SurgeryError(f"{target}: exists already; choose another output folder or pass --overwrite")
+    found = strangers(target)
+    if not found.marked:
+        raise SurgeryError(
+            f"{target}: holds files and was not written by llmsurgeon (there is no {MANIFEST} of it), so it is not "
+            "overwritten; delete it yourself"
+        )
+    if found.foreign:
+        raise SurgeryError(
+            f"{target}: holds {found.foreign[0]}, which llmsurgeon did not write, so it is not overwritten; move that "
+            "away or choose another output folder"
+        )
+    if not os.access(target, os.W_OK | os.X_OK):
+        raise SurgeryError(f"{target}: no permission to replace it; choose another output folder")
+
+
+def _check_existing_file(target: Path, overwrite: bool) -> None:
+    if target.is_dir():
+        raise SurgeryError(f"{target}: is a folder; choose another name")
+    if not overwrite:
+        raise SurgeryError(f"{target}: exists already; choose another name or pass --overwrite")
+    if not target.is_symlink() and not stat.S_ISREG(os.lstat(target).st_mode):
+        raise SurgeryError(f"{target}: is not a file that can be replaced; choose another name")
+
+
+def _lock_folder(folder: Path, target: Path) -> int:
+    """Lock the staging folder itself, so that no lock file is left behind; returns the descriptor that holds it."""
+    while True:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.lstat(folder)):
+                return fd
+        except FileNotFoundError:
+            folder.mkdir(exist_ok=True)  # removed between open and lock, by a run that just ended
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                os.close(fd)
+                raise SurgeryError(f"{target}: another run is writing it now; wait for it or stop it") from error
+            if error.errno in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                return fd  # a network file system without locks on folders
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder of ours, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def disk_trouble(error: OSError) -> str:
+    """What went wrong while writing, in words."""
+    return {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "the file would exceed the size that the system allows",
+        errno.EACCES: "no permission to write",
+        errno.EPERM: "not permitted to write",
+        errno.EROFS: "the file system is read-only",
+        errno.EEXIST: "it has appeared meanwhile",
+        errno.ENOTEMPTY: "it has appeared meanwhile",
+        errno.EBUSY: "it is a mount point, or in use",
+    }.get(error.errno or 0, error.strerror or str(error))
+
+
+GOES_ON = "What is finished stays in the .partial folder; the same command started again goes on from there"
+ELSEWHERE = "Choose another output folder"
+NOTHING = "Nothing was written"
+
+
+@contextmanager
+def explained(path: Path, needed: int = 0, then: str = GOES_ON) -> Iterator[None]:
+    """Turn errors of the disk into a SurgeryError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        need = f" ({needed:,} bytes needed)" if needed else ""
+        raise SurgeryError(f"{error.filename or path}: {disk_trouble(error)}{need}. {then}") from error
