@@ -77,7 +77,7 @@ def analyze_command(
         windows = texts.windows
         count = default_count(len(patient.spec.blocks)) if drop is None else drop
         result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
-        files = write_analysis(stage, result, fit_on)
+        files = [folder / written.name for written in write_analysis(stage, result, fit_on)]
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))
         return

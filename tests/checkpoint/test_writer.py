@@ -279,7 +279,7 @@ def test_not_enough_space(folder, tmp_path, monkeypatch):
 def test_foreign_staging_folder_is_left_alone(folder, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("x")
-    with pytest.raises(SurgeryError, match="holds thesis.txt, which llmsurgeon did not put there"):
+    with pytest.raises(SurgeryError, match=r"holds thesis\.txt, which llmsurgeon did not put there"):
         convert(folder, tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "x"
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import SMALL, tiny_model
 
+from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.errors import SurgeryError
 
 
@@ -204,12 +205,60 @@ def test_analyze_and_run_what_it_suggests(run, folder):
     assert spec["blocks"] == report["suggestion"]["blocks_after"] and spec["attentions"] == 4
 
 
+def test_an_analysis_replaces_nothing_that_it_did_not_write(run, folder):
+    arguments = ("analyze", "parent", "-o", "report", "--text", "text.txt", "--tokens", "256", "--seq-len", "16")
+    (folder / "report").mkdir()
+    (folder / "report" / "report.html").write_text("mine")
+    for options, message in (((), "exists already"), (("--overwrite",), "was not written by llmsurgeon")):
+        code, _, err = run(*arguments, *options)
+        assert code == 2 and message in err
+    assert [path.name for path in (folder / "report").iterdir()] == ["report.html"]
+    assert (folder / "report" / "report.html").read_text() == "mine"
+    (folder / "report" / "report.html").unlink()
+    assert run(*arguments)[0] == 0 and verify_files(folder / "report") == []
+    before = (folder / "report" / "suggested.yaml").read_text()
+    assert run(*arguments)[0] == 2
+    assert run(*arguments, "--overwrite", "--drop", "1")[0] == 0
+    assert (folder / "report" / "suggested.yaml").read_text() != before
+    (folder / "report" / "notes.txt").write_text("mine")
+    code, _, err = run(*arguments, "--overwrite")
+    assert code == 2 and "holds notes.txt, which llmsurgeon did not write" in err
+    assert not list(folder.glob("*.partial"))
+
+
+def test_a_folder_that_cannot_be_written_is_heard_of_before_measuring(run, folder, monkeypatch):
+    monkeypatch.setattr("llmsurgeon.analysis.analyze.measure", lambda *arguments: pytest.fail("it measured"))
+    (folder / "file").write_text("mine")
+    code, _, err = run("analyze", "parent", "-o", "file/report", "--text", "text.txt", "--tokens", "256")
+    assert code == 2 and "file is a file" in err
+
+
+def test_what_the_run_reads_is_not_overwritten(run, folder):
+    arguments = ("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out", "--overwrite")
+    assert run(*arguments)[0] == 0
+    (folder / "text.txt").rename(folder / "out" / "text.txt")
+    (folder / "out" / "mine.yaml").write_text(
+        "version: 1\ncalibration: {text: out/text.txt, tokens: 256, sequence_length: 16}\n"
+        "steps: [{op: prune_blocks, layers: [2]}]\n"
+    )
+    (folder / "out" / "mine.yaml").rename(folder / "mine.yaml")
+    code, _, err = run("run", "mine.yaml", "parent", "-o", "out", "--overwrite")
+    assert code == 2 and "holds out/text.txt, which this run reads" in err
+    code, _, err = run(*arguments, "--text", "out/text.txt")
+    assert code == 2 and "holds out/text.txt, which this run reads" in err
+    (folder / "out" / "text.txt").rename(folder / "text.txt")
+    code, _, err = run("run", "out/recipe.yaml", "parent", "-o", "out", "--overwrite")
+    assert code == 2 and "recipe.yaml, which this run reads" in err and (folder / "out" / "recipe.yaml").exists()
+
+
 def test_analyze_tables(run, folder):
     code, out, _ = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16")
     assert code == 0 and "next: llmsurgeon run parent-analysis/suggested.yaml" in out
     assert "its refit takes 65,536 tokens" in out
-    code, _, err = run("analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16", "--drop", "9")
-    assert code == 2 and "expected 1 to 5" in err
+    code, _, err = run(
+        "analyze", "parent", "--text", "text.txt", "--tokens", "256", "--seq-len", "16", "-o", "other", "--drop", "9"
+    )
+    assert code == 2 and "expected 1 to 5" in err and not list(folder.glob("other*"))
 
 
 def test_analyze_on_a_narrow_terminal_and_in_a_folder_with_a_space(run, folder, monkeypatch):

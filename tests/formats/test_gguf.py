@@ -355,13 +355,26 @@ def test_a_full_disk_leaves_nothing(tmp_path):
 
 
 def test_two_runs_for_one_file(tmp_path):
-    import fcntl
+    from llmsurgeon.checkpoint.writer import FileStage
 
     folder = save_uniform(tmp_path / "model", "llama", num_hidden_layers=1)
-    with (tmp_path / "model.gguf.partial").open("ab") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(SurgeryError, match="another run is writing it now"):
-            export(folder, tmp_path / "model.gguf")
-    assert (tmp_path / "model.gguf.partial").exists()
+    with (
+        FileStage.open(tmp_path / "model.gguf", job={"verb": "export"}),
+        pytest.raises(SurgeryError, match="another run is writing it now"),
+    ):
+        export(folder, tmp_path / "model.gguf")
+    assert not (tmp_path / "model.gguf").exists()
     export(folder, tmp_path / "model.gguf")
     assert not (tmp_path / "model.gguf.partial").exists()
+
+
+def test_a_download_beside_it_and_what_a_link_leads_to_stay(tmp_path):
+    folder = save_uniform(tmp_path / "model", "llama", num_hidden_layers=1)
+    partial, mine = tmp_path / "model.gguf.partial", tmp_path / "mine"
+    mine.write_text("precious")
+    for make in (lambda: partial.write_text("precious"), lambda: partial.symlink_to(mine)):
+        make()
+        with pytest.raises(SurgeryError, match="move it away or choose another output"):
+            export(folder, tmp_path / "model.gguf")
+        assert partial.read_text() == mine.read_text() == "precious"
+        partial.unlink()
