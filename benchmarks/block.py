@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmsurgeon.analysis.self_text import RoomyLayer  # noqa: E402
+from llmsurgeon.caches import cached_call  # noqa: E402
 from llmsurgeon.checkpoint.source import read_config  # noqa: E402
 from llmsurgeon.families import family_of  # noqa: E402
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised  # noqa: E402
@@ -169,7 +170,7 @@ def prefill(side: Side, context: int, rounds: int) -> tuple[float, Any]:
     taken, cache = [], None
     for _ in range(rounds + 1):
         start = time.perf_counter()
-        cache = side.model(input_ids=ids, use_cache=True, logits_to_keep=1, **halves).past_key_values
+        _, cache = cached_call(side.model, input_ids=ids, logits_to_keep=1, **halves)
         taken.append(time.perf_counter() - start)
     return statistics.median(taken[1:]), cache
 
@@ -213,7 +214,7 @@ def decode(sides: list[Side], caches: list[Any], context: int, batch: int, argum
         for side, cache, taken in runs:
             start = time.perf_counter()
             for _ in range(STEPS):
-                side.model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                cached_call(side.model, cache, input_ids=tokens, logits_to_keep=1)
             if number:
                 taken.append(time.perf_counter() - start)
     speeds = {side.name: STEPS * batch / statistics.median(taken) for side, _, taken in runs}

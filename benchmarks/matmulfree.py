@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 from fff_quality import Windows  # noqa: E402
 
 from llmsurgeon import recipe, run, scores  # noqa: E402
+from llmsurgeon.caches import cached_call  # noqa: E402
 from llmsurgeon.checkpoint.transform import TransformedWeights  # noqa: E402
 from llmsurgeon.evaluation.latency import cache_bytes, state_bytes  # noqa: E402
 from llmsurgeon.formats.models import empty_model, fill  # noqa: E402
@@ -135,7 +136,7 @@ def timed(models: dict[str, Any], caches: dict[str, Any], length: int, repeats: 
         for name, model in models.items():
             position = torch.tensor([[length + turn]])
             start = time.perf_counter()
-            model(input_ids=torch.tensor([[5]]), position_ids=position, past_key_values=caches[name], use_cache=True)
+            cached_call(model, caches[name], input_ids=torch.tensor([[5]]), position_ids=position)
             seconds[name].append(time.perf_counter() - start)
     return {name: 1000 * median(values[2:]) for name, values in seconds.items()}
 

@@ -15,11 +15,12 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"errors", "layers", "progress", "ternary", "text_file"}
+BASE = {"caches", "errors", "layers", "progress", "ternary", "text_file"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
 ARROWS: dict[str, set[str]] = {
+    "caches": set(),
     "errors": set(),
     "layers": {"errors"},
     "progress": set(),

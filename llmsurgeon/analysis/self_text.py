@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 
@@ -225,8 +226,7 @@ def _continue(
     banned = banned.to(model.device)
     cache = _empty_cache(model, text_BL.shape[1])
     for step in range(text_BL.shape[1] - 1):
-        output = model(input_ids=text_BL[:, step : step + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output, cache = cached_call(model, cache, input_ids=text_BL[:, step : step + 1])
         drawn_B = _draw(output.logits[:, -1].index_fill(1, banned, -torch.inf), sampling, generator)
         text_BL[:, step + 1] = torch.where(text_BL[:, step + 1] < 0, drawn_B, text_BL[:, step + 1])
         advance(len(text_BL))
@@ -284,7 +284,7 @@ def _never_drawn(tokenizer: PreTrainedTokenizerBase, vocab: int) -> Tensor:
 @torch.no_grad()
 def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     """Measured on one token, so that any architecture's cache counts."""
-    cache = model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True).past_key_values
+    _, cache = cached_call(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return max(1, sum(t.numel() * t.element_size() for t in held if t is not None))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.encoders import encoder_family
 from llmsurgeon.evaluation.llamacpp import LlamaCpp
@@ -230,14 +231,13 @@ def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> _Round:
         model(input_ids=ids_BT[:, None] if type(model).__name__.endswith("MultipleChoice") else ids_BT)
         after_prefill = _now(model)
     else:
-        output = model(input_ids=ids_BT, use_cache=True, **last_only)
+        output, cache = cached_call(model, input_ids=ids_BT, **last_only)
         after_prefill = _now(model)
-        cache = output.past_key_values
         prompt_cache = cache_bytes(cache)
         decode_start = _now(model)
         for _ in range(new_tokens):
             token_B1 = output.logits[:, -1:].argmax(-1)
-            output = model(input_ids=token_B1, past_key_values=cache, use_cache=True, **last_only)
+            output, cache = cached_call(model, cache, input_ids=token_B1, **last_only)
         decode = _now(model) - decode_start
     peak = torch.cuda.max_memory_allocated(model.device) - held + parameter_bytes(model) if cuda else None
     held_bytes = 0 if cache is None else cache_bytes(cache) + state_bytes(cache)

@@ -161,9 +161,12 @@ SURGEON_LOADS = (
     "load that does not run that code refuses."
 )
 # surgeon_blocks.py and what it imports.
-BLOCKS = ("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py")
+BLOCKS = (
+    *("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py"),
+    "surgeon_versions.py",
+)
 HALVES = ("surgeon_block_transformer.py",)
-DECILM = ("configuration_decilm.py", "modeling_decilm.py")
+DECILM = ("configuration_decilm.py", "modeling_decilm.py", "surgeon_versions.py")
 
 
 Misfit = Callable[[ModelSpec, Family, Mapping[str, Any]], str | None]

@@ -1,11 +1,11 @@
 """Llama as a block transformer; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
 from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
 from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,11 +1,11 @@
 """Mistral as a block transformer; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 
 from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
 from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

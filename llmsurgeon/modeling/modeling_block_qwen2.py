@@ -1,11 +1,11 @@
 """Qwen2 as a block transformer; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 
 from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
 from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,11 +1,11 @@
 """Qwen3 as a block transformer; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
 from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
 from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

@@ -5,6 +5,7 @@ import copy
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
 from .configuration_decilm import DeciLMConfig
+from .surgeon_versions import layer_arguments, layer_call
 
 
 class DeciLMDecoderLayer(LlamaDecoderLayer):
@@ -25,11 +26,15 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
             del self.mlp, self.post_attention_layernorm
 
     def forward(self, hidden_states, *args, **kwargs):
+        call = layer_call(self, args, kwargs)
         if hasattr(self, "self_attn"):
-            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), *args, **kwargs)[0]
+            hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), **call)[0]
         if hasattr(self, "mlp"):
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
+
+
+DeciLMDecoderLayer.argument_names, DeciLMDecoderLayer.cache_name = layer_arguments(DeciLMDecoderLayer)
 
 
 class DeciLMForCausalLM(LlamaForCausalLM):

@@ -1,10 +1,10 @@
 """BERT with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bert.configuration_bert import BertConfig
 
 from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,12 +1,12 @@
 """Bloom with blocks of differing shape; ships inside converted checkpoints."""
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers.models.bloom.configuration_bloom import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import layer_call, strict
 
 
 @strict
@@ -30,9 +30,10 @@ class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
     # Bloom's attention and FFN add the residual themselves: with zeros in its place they give their contribution.
 
     def attend(self, hidden_BTD, *args, **kwargs):
+        call = layer_call(self, args, kwargs)
         if not hasattr(self, "self_attention"):
             return None
-        return self.self_attention(self.attention_input(hidden_BTD), torch.zeros_like(hidden_BTD), *args, **kwargs)[0]
+        return self.self_attention(self.attention_input(hidden_BTD), torch.zeros_like(hidden_BTD), **call)[0]
 
     def feed_forward(self, hidden_BTD):
         if not hasattr(self, "mlp"):

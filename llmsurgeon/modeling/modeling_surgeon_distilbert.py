@@ -1,10 +1,10 @@
 """DistilBERT with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.distilbert import modeling_distilbert as distilbert
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 
 from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import layer_call, strict
 
 
 @strict
@@ -24,10 +24,11 @@ class SurgeonDistilBertBlock(PostNormBlock, distilbert.TransformerBlock):
     def __init__(self, config, layer_idx):
         super().__init__(config)
 
-    def attended(self, hidden_BTD, attention_mask=None, **kwargs):
+    def attended(self, hidden_BTD, *args, **kwargs):
+        call = layer_call(self, args, kwargs)
         if not hasattr(self, "attention"):
             return self.sa_layer_norm(hidden_BTD)
-        return self.sa_layer_norm(self.attention(hidden_BTD, attention_mask, **kwargs)[0] + hidden_BTD)
+        return self.sa_layer_norm(self.attention(hidden_BTD, **call)[0] + hidden_BTD)
 
     def fed_forward(self, hidden_BTD):
         if not hasattr(self, "ffn"):

@@ -1,11 +1,11 @@
 """Falcon with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from torch.nn import functional as F
 from transformers.models.falcon.configuration_falcon import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

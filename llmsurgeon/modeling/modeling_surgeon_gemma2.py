@@ -1,10 +1,10 @@
 """Gemma2 with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,10 +1,10 @@
 """GPTNeoX with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXLayer
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,10 +1,10 @@
 """Idefics3 whose text tower has blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.idefics3.configuration_idefics3 import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3ForConditionalGeneration
 
 from .surgeon_llama_tower import TowerConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

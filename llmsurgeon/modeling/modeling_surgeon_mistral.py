@@ -1,11 +1,11 @@
 """Mistral with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,14 +1,10 @@
 """Mixtral with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import read_names_as, strict
 
 
 @strict
@@ -32,6 +28,6 @@ class SurgeonMixtralForCausalLM(MixtralForCausalLM):
 
 
 # Files hold each expert by itself, as the stock model's do; the class stacks them.
-register_checkpoint_conversion_mapping("surgeon_mixtral", get_checkpoint_conversion_mapping("mixtral"), overwrite=True)
+read_names_as("surgeon_mixtral", "mixtral")
 SurgeonMixtralConfig.register_for_auto_class()
 SurgeonMixtralForCausalLM.register_for_auto_class("AutoModelForCausalLM")

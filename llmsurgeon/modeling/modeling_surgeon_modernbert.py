@@ -1,10 +1,10 @@
 """ModernBERT with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.modernbert import modeling_modernbert as modernbert
 from transformers.models.modernbert.configuration_modernbert import ModernBertConfig
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

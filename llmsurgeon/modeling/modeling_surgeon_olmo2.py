@@ -1,10 +1,10 @@
 """Olmo2 with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,11 +1,11 @@
 """OPT with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from torch.nn import functional as F
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
 from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import layer_call, strict
 
 
 @strict
@@ -33,9 +33,10 @@ class SurgeonOPTBlock(SurgeonBlock, Layer):
     ffn_in_names = ("fc1",)
 
     def attend(self, hidden_BTD, *args, **kwargs):
+        call = layer_call(self, args, kwargs)
         if not hasattr(self, "self_attn"):
             return None
-        return self.attention_output(self.attention_input(hidden_BTD), *args, **kwargs)
+        return self.attention_output(self.attention_input(hidden_BTD), **call)
 
     def feed_forward(self, hidden_BTD):
         return self.ffn_output(self.ffn_input(hidden_BTD)) if hasattr(self, "fc1") else None
@@ -48,7 +49,8 @@ class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
     ffn_parts = ("fc1", "fc2")
 
     def attended(self, hidden_BTD, *args, **kwargs):
-        added = self.attention_output(hidden_BTD, *args, **kwargs) if hasattr(self, "self_attn") else 0
+        call = layer_call(self, args, kwargs)
+        added = self.attention_output(hidden_BTD, **call) if hasattr(self, "self_attn") else 0
         return self.self_attn_layer_norm(hidden_BTD + added)
 
     def fed_forward(self, hidden_BTD):

@@ -1,10 +1,10 @@
 """Phi3 with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

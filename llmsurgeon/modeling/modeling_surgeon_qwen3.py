@@ -1,11 +1,11 @@
 """Qwen3 with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,14 +1,10 @@
 """Qwen3 MoE with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import read_names_as, strict
 
 
 @strict
@@ -32,8 +28,6 @@ class SurgeonQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
 
 
 # Files hold each expert by itself, as the stock model's do; the class stacks them.
-register_checkpoint_conversion_mapping(
-    "surgeon_qwen3_moe", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
-)
+read_names_as("surgeon_qwen3_moe", "qwen3_moe")
 SurgeonQwen3MoeConfig.register_for_auto_class()
 SurgeonQwen3MoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,10 +1,10 @@
 """RoBERTa with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
 from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

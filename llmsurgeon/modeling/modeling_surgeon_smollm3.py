@@ -1,11 +1,11 @@
 """SmolLM3 with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,10 +1,10 @@
 """SmolVLM whose text tower has blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMForConditionalGeneration
 
 from .surgeon_llama_tower import TowerConfigMixin
+from .surgeon_versions import strict
 
 
 @strict

@@ -1,10 +1,10 @@
 """StableLm with blocks of differing shape; ships inside converted checkpoints."""
 
-from huggingface_hub.dataclasses import strict
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_versions import strict
 
 
 @strict

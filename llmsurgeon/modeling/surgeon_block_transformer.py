@@ -27,11 +27,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .surgeon_blocks import SurgeonBlock, cache_slots, swap_blocks
+from .surgeon_versions import CACHE_NAMES, OUTPUT_CACHE, causal_mask, check_known, pop_cache
+
+# What the body may be called with beside its own arguments and makes nothing of.
+TAKEN = frozenset(["cache_position", "num_items_in_batch"])
+# What it has not got to give: asked not to, it does not.
+OPTIONS = frozenset(["output_attentions", "output_hidden_states", "output_router_logits"])
 
 
 class BlockCache(Cache):
@@ -173,19 +178,28 @@ class BlockTransformerBody:
         self,
         input_ids=None,
         attention_mask=None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         use_cache=None,
         block_padding=None,
         last=0,
         **kwargs,
     ):
-        """Hidden states behind the final norm, of the `last` columns alone where that is not 0."""
+        """Hidden states behind the final norm, of the `last` columns alone where that is not 0.
+
+        The cache may come by any of its names.
+
+        Raises:
+            TypeError: an argument that is not understood.
+        """
+        who, others = type(self).__name__, {"cache": cache, **kwargs}
+        given = pop_cache(who, others)
+        check_known(who, {name: value for name, value in others.items() if value or name not in OPTIONS}, TAKEN)
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a block transformer embeds tokens in two ways: give input_ids, not inputs_embeds")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        cache = self._cache(input_ids, attention_mask, past_key_values, block_padding)
-        keep = past_key_values is not None or use_cache
+        cache = self._cache(input_ids, attention_mask, given, block_padding)
+        keep = given is not None or use_cache
         length, tokens = self.block_length, input_ids.shape[1]
         real_BT = attention_mask[:, -tokens:].bool() if attention_mask is not None else None
         real_BT = torch.ones_like(input_ids, dtype=torch.bool) if real_BT is None else real_BT
@@ -214,7 +228,7 @@ class BlockTransformerBody:
             cache = BlockCache(self.block_slots, self.token_slots)
         if not isinstance(cache, BlockCache):
             raise ValueError(
-                f"a block transformer keeps a cache of its own: leave past_key_values out at first, not {type(cache)}"
+                f"a block transformer makes a cache of its own: give none at first, not one of {type(cache).__name__}"
             )
         if cache.ids is None:
             padding = self.block_length - 1 if padding is None else padding
@@ -239,7 +253,7 @@ class BlockTransformerBody:
             positions = (cache.blocks.cumsum(1) - 1).clamp_min(0)[:, before:]
         else:
             positions = torch.arange(before, before + count, device=hidden.device)[None]
-        mask = create_causal_mask(self.config, hidden, cache.blocks.long() if cache.masked else None, past)
+        mask = causal_mask(self.config, hidden, cache.blocks.long() if cache.masked else None, past)
         return self._through(self.layers[: self.split], hidden, mask, positions, past)
 
     def _closed_blocks(self, ids_BnL, contexts_BnD, blocks, old):
@@ -294,7 +308,7 @@ class BlockTransformerBody:
         elif self.decoder == "cross_attention":
             more["context_BCD"] = self._expanded(context_MD)
         positions = torch.arange(start, start + hidden.shape[1], device=hidden.device)[None]
-        mask = create_causal_mask(self.config, hidden, None, past)
+        mask = causal_mask(self.config, hidden, None, past)
         return self._through(self.layers[self.split :], hidden, mask, positions, past, **more)
 
     def _embedded(self, ids):
@@ -311,7 +325,7 @@ class BlockTransformerBody:
                 attention_mask=mask,
                 position_embeddings=rotary,
                 position_ids=positions,
-                past_key_values=past,
+                cache=past,
                 use_cache=past is not None,
                 **more,
             )
@@ -349,6 +363,7 @@ class BlockTransformerForCausalLM:
         use_cache=None,
         logits_to_keep=0,
         block_padding=None,
+        cache=None,
         **kwargs,
     ):
         """Logits [B, T, V] of the next token at each place, of the last `logits_to_keep` places where that is not 0."""
@@ -359,11 +374,13 @@ class BlockTransformerForCausalLM:
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
+            cache=cache,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             block_padding=block_padding,
             last=logits_to_keep if isinstance(logits_to_keep, int) else 0,
+            **kwargs,
         )
         hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, torch.Tensor):
@@ -374,12 +391,12 @@ class BlockTransformerForCausalLM:
             said = F.pad(outputs.said[:, :-1], (1, 0))
             labels = labels.masked_fill(~said, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)})
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
         prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None and kwargs.get("past_key_values") is None:
+        if prompt is not None and all(kwargs.get(name) is None for name in CACHE_NAMES):
             # The prompt ends where a block ends, so that reading it takes the block decoder alone.
             kwargs.setdefault("block_padding", -prompt.shape[1] % self.config.block_transformer["block_length"])
         return super().generate(inputs, *args, **kwargs)

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .surgeon_fff import install_fast_feed_forward
 from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgru, is_mlgru
+from .surgeon_versions import layer_arguments, layer_call
 
 
 class SurgeonConfigMixin:
@@ -116,6 +117,11 @@ class SurgeonBlock(GradientCheckpointingLayer):
     # The family's own layer returns (stream, attention weights).
     returns_tuple = False
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if any(base.__module__.startswith("transformers.models.") for base in cls.__mro__):
+            cls.argument_names, cls.cache_name = layer_arguments(cls)
+
     def normed(self, name, hidden_BTD):
         """What one of the layer's norms gives, the input itself where the family has no such norm."""
         return hidden_BTD if name is None else getattr(self, name)(hidden_BTD)
@@ -135,13 +141,18 @@ class SurgeonBlock(GradientCheckpointingLayer):
         return output_BTD if self.residual_multiplier == 1 else output_BTD * self.residual_multiplier
 
     def attend(self, hidden_BTD, *args, **kwargs):
-        """Attention's contribution [B, T, D], None where there is no attention."""
+        """Attention's contribution [B, T, D], None where there is no attention.
+
+        Raises:
+            TypeError: an argument that is not understood, whether there is an attention or not.
+        """
+        call = layer_call(self, args, kwargs)
         attention = getattr(self, self.attention_name, None)
         if attention is None:
             return None
         if not isinstance(attention, MLGRU):
-            kwargs.pop("token_mask", None)  # it has a mask of its own
-        output = attention(self.attention_input(hidden_BTD), *args, **kwargs)[0]
+            call.pop("token_mask", None)  # it has a mask of its own
+        output = attention(self.attention_input(hidden_BTD), **call)[0]
         return self.added(self.attention_post_norm_name, output)
 
     def feed_forward(self, hidden_BTD):
@@ -197,10 +208,11 @@ class BertShapedBlock(PostNormBlock):
     ffn_name = "intermediate"
     ffn_idle = ("output.dense",)
 
-    def attended(self, hidden_BTD, attention_mask=None, *args, **kwargs):
+    def attended(self, hidden_BTD, *args, **kwargs):
+        call = layer_call(self, args, kwargs)
         if not hasattr(self.attention, "self"):
             return self.attention.output.LayerNorm(hidden_BTD)
-        return self.attention(hidden_BTD, attention_mask, **kwargs)[0]
+        return self.attention(hidden_BTD, **call)[0]
 
     def fed_forward(self, hidden_BTD):
         if not hasattr(self, "intermediate"):

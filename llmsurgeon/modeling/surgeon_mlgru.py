@@ -13,6 +13,7 @@ This file ships inside converted checkpoints and needs nothing but torch and tra
 Shapes: B batch, T tokens, D model width, W state width, N tokens of a flattened batch, I and O in and out features.
 """
 
+import inspect
 import math
 
 import torch
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from .surgeon_versions import check_known, pop_asked_cache
 
 # The type of a cache layer that holds an MLGRU's state.
 CACHE_TYPE = "mlgru"
@@ -47,12 +50,20 @@ class MLGRU(nn.Module):
         self.lower_bound = nn.Parameter(torch.full((1,), -4.0))
         self.layer_idx = None
 
-    def forward(self, hidden_states, past_key_values=None, token_mask=None, **kwargs):
-        """hidden_states [B, T, D] -> (output [B, T, D], None); token_mask [B, T] is 0 for padding."""
-        mixed_BTW, gate_BTW = self.mixed(hidden_states, past_key_values, token_mask)
+    def forward(self, hidden_states, token_mask=None, **kwargs):
+        """hidden_states [B, T, D] -> (output [B, T, D], None); token_mask [B, T] is 0 for padding.
+
+        Of what attentions are called with beside it, the cache counts, by any of its names.
+
+        Raises:
+            TypeError: an argument that is not understood, or a cache that was asked for and is not there.
+        """
+        cache = pop_asked_cache("MLGRU", kwargs)
+        check_known("MLGRU", kwargs)
+        mixed_BTW, gate_BTW = self.mixed(hidden_states, cache, token_mask)
         return self.o_proj(gate_BTW * mixed_BTW), None
 
-    def mixed(self, x_BTD, past_key_values=None, token_mask=None):
+    def mixed(self, x_BTD, cache=None, token_mask=None):
         """States and the gates on them, [B, T, W] each."""
         low = torch.sigmoid(self.lower_bound.float())
         score_BTW = self.f_proj(x_BTD).float()
@@ -62,7 +73,7 @@ class MLGRU(nn.Module):
         if token_mask is not None:
             real_BT1 = token_mask[:, -x_BTD.shape[1] :, None].to(x_BTD.device, torch.bool)
             keep_BTW, write_BTW = keep_BTW.where(real_BT1, 1.0), write_BTW.where(real_BT1, 0.0)
-        slot = None if past_key_values is None else state_slot(past_key_values, self.layer_idx)
+        slot = None if cache is None else state_slot(cache, self.layer_idx)
         start_BW = torch.zeros_like(keep_BTW[:, 0]) if slot is None or slot.state is None else slot.state
         h_BTW = linear_recurrence(keep_BTW, write_BTW, start_BW)
         if slot is not None:
@@ -337,14 +348,29 @@ def pass_padding(body):
 
     Attention learns it from the mask of scores, which an MLGRU has none of. The hook goes where the body is called, by
     the model with a head or directly.
+
+    Raises:
+        TypeError: this release's body has no `attention_mask` to read it from.
     """
-    if any(isinstance(module, MLGRU) for module in body.modules()):
-        body.register_forward_pre_hook(_with_token_mask, with_kwargs=True)
+    if not any(isinstance(module, MLGRU) for module in body.modules()):
+        return
+    names = list(inspect.signature(body.forward).parameters)
+    if "attention_mask" not in names:
+        raise TypeError(
+            f"{type(body).__name__} takes no attention_mask in this release of transformers, and MLGRUs learn from it "
+            "which positions are padding: take an earlier release"
+        )
+    place = names.index("attention_mask")
 
+    def with_token_mask(body, args, kwargs):
+        mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[place] if len(args) > place else None
+        if mask is None:
+            return None
+        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+            found = f"of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise ValueError(
+                f"attention_mask {found}: a model with MLGRUs takes one of [batch, positions], 0 where there is padding"
+            )
+        return args, {**kwargs, "token_mask": mask}
 
-def _with_token_mask(body, args, kwargs):
-    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[1] if len(args) > 1 else None
-    # Masks of four dimensions are somebody's own and do not say what is padding.
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-        return None
-    return args, {**kwargs, "token_mask": mask}
+    body.register_forward_pre_hook(with_token_mask, with_kwargs=True)

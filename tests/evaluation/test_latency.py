@@ -8,8 +8,10 @@ import json
 import pytest
 import torch
 from conftest import tiny_model
+from generation import generate
 from rich.console import Console
 
+from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation import latency
 from llmsurgeon.evaluation.latency import Spread, bench_table, benchmark, cache_bytes, parameter_bytes
@@ -65,14 +67,14 @@ def test_decoding_is_greedy_generation_without_a_stop(monkeypatch):
     latency._run(model, prompt, 6)
     monkeypatch.undo()
     model.generation_config.eos_token_id = None
-    expected = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    expected = generate(model, prompt, max_new_tokens=6)
     assert torch.equal(torch.cat(seen, 1), expected)
 
 
 def test_sliding_windows_count_what_they_hold():
     model = tiny_model("mistral")  # a window of 8
     with torch.no_grad():
-        cache = model(torch.zeros(1, 40, dtype=torch.long), use_cache=True).past_key_values
+        _, cache = cached_call(model, input_ids=torch.zeros(1, 40, dtype=torch.long))
     assert cache_bytes(cache) == 6 * 32 * 4 * 7
 
 

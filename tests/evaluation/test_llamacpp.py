@@ -11,6 +11,7 @@ import pytest
 import torch
 import typer
 from conftest import tiny_model
+from generation import generate
 from gguf_models import byte_level_tokenizer, export, save_uneven, save_uniform
 from odd_text import odd_lines
 from typer.testing import CliRunner
@@ -64,9 +65,7 @@ def test_engine_answers_as_transformers_does(tmp_path):
     reference.generation_config.eos_token_id = None
     prompt = torch.tensor([ids])
     ends = [1, 3, 4, 5, 6]  # what llama.cpp takes for ends of text
-    greedy = reference.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=12, do_sample=False, suppress_tokens=ends
-    )
+    greedy = generate(reference, prompt, max_new_tokens=12, suppress_tokens=ends)
     assert made == greedy[0, len(ids) :].tolist()
     assert timing.prefill > 0 and timing.decode > 0
 

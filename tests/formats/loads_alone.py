@@ -47,22 +47,29 @@ def examine(folder):
     # Prefill, then one token at a time, further than any window.
     with torch.no_grad():
         out = model(input_ids=tokens[:, :11], use_cache=True)
-        pieces, cache = [out.logits], out.past_key_values
+        # Renamed in transformers 5.24.
+        name = "cache" if "cache" in out else "past_key_values"
+        pieces, cache = [out.logits], out[name]
         for at in range(11, 24):
-            pieces.append(model(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+            pieces.append(model(input_ids=tokens[:, at : at + 1], use_cache=True, **{name: cache}).logits)
     found["cached"] = difference(torch.cat(pieces, 1), whole)
     found["slots"] = len(cache.layers)
     found["filled"] = [layer.get_seq_length() for layer in cache.layers]
 
     greedy = dict(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
-    generated = model.generate(tokens[:1, :10], attention_mask=torch.ones(1, 10), use_cache=True, **greedy)
-    uncached = model.generate(tokens[:1, :10], attention_mask=torch.ones(1, 10), use_cache=False, **greedy)
-    found["generate"] = torch.equal(generated, uncached)
+    found["generate"] = []
+
+    def generate(prompt, mask):
+        made = [model.generate(prompt, attention_mask=mask, use_cache=use, **greedy) for use in (True, False)]
+        found["generate"].append(torch.equal(*made))
+        return made[0]
+
+    generated = generate(tokens[:1, :10], torch.ones(1, 10).long())
 
     padded = torch.cat([torch.zeros(1, 4, dtype=torch.long), tokens[:1, :10]], 1)
     mask = torch.cat([torch.zeros(1, 4), torch.ones(1, 10)], 1).long()
     batch = torch.cat([padded, tokens[1:, :14]])
-    batched = model.generate(batch, attention_mask=torch.cat([mask, torch.ones(1, 14).long()]), **greedy)
+    batched = generate(batch, torch.cat([mask, torch.ones(1, 14).long()]))
     found["left_padding"] = torch.equal(batched[0, 4:], generated[0])
 
     found["eager"] = difference(full(load(folder, attn_implementation="eager"), tokens), whole)

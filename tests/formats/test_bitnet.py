@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
+from generation import generate
 from operations.helpers import operate, some_tokens
 from safetensors.torch import load_file
 from torch import nn
@@ -86,8 +87,7 @@ def test_stock_transformers_computes_what_the_plain_model_does_on_int8_inputs(tm
     exact = logits(stock(plain))
     assert 0 < (logits(model) - exact).abs().max() < 0.2 * exact.std()
     prompt = TOKENS[:1, :6]
-    asked = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
-    assert torch.equal(model.generate(prompt, **asked), reference.generate(prompt, **asked))
+    assert torch.equal(generate(model, prompt, max_new_tokens=12), generate(reference, prompt, max_new_tokens=12))
 
 
 @pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])

@@ -139,7 +139,7 @@ def test_checkpoints_work_alone(reports, folders, name):
     assert found["slots"] == 4
     assert found["filled"] == [24] * 4
     assert found["cached"] < CLOSE
-    assert found["generate"] and found["left_padding"]
+    assert found["generate"] == [True, True] and found["left_padding"]
     # Eager Falcon adds alibi twice, to the scores and within the mask; transformers' own class differs there, too.
     assert (found["eager"] < CLOSE) is (name != "falcon-alibi") and found["sdpa"] < CLOSE
     assert found["without_gradient"] == found["checkpointed"] == []
@@ -154,7 +154,7 @@ def test_recurrent_mixers_work_alone(reports, folders, name):
     torch.testing.assert_close(torch.tensor(found["logits"]), here(folders[name]), atol=close, rtol=0)
     assert found["filled"] == [24] * (5 if name == "mlgru-windows" else 6)
     assert max(found["cached"], found["eager"], found["sdpa"]) < close
-    assert found["generate"] and found["left_padding"]
+    assert found["generate"] == [True, True] and found["left_padding"]
     assert found["without_gradient"] == found["checkpointed"] == []
     assert "surgeon_mlgru.py" in found["saved"] and found["again"] == 0 and found["same_tensors"]
 
@@ -170,7 +170,7 @@ def test_block_transformers_work_alone(reports, folders, name):
     lead = step.prefix_length if step.decoder == "prefix" else 1
     assert found["filled"] == [blocks] * split + [lead + opened] * (6 - split)
     assert found["cached"] < CLOSE and found["eager"] < CLOSE and found["sdpa"] < CLOSE
-    assert found["generate"] and found["left_padding"]
+    assert found["generate"] == [True, True] and found["left_padding"]
     assert found["without_gradient"] == found["checkpointed"] == []
     assert set(found["saved"]) == {path.name for path in folders[name].glob("*.py")}
     assert "surgeon_block_transformer.py" in found["saved"]

@@ -8,10 +8,13 @@ from functools import cache
 import pytest
 import torch
 from conftest import tiny_model
+from generation import generate, in_pieces
 from operations.helpers import logits, operate
 from torch.nn import functional as F
 from transformers import DynamicCache
 
+from llmsurgeon.caches import cached_call
+from llmsurgeon.modeling.surgeon_versions import OUTPUT_CACHE
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -189,7 +192,7 @@ def test_one_of_the_decoders_may_be_empty(split):
     for length in (2, 4):
         model, ids = made(length, split=split), text(1, 14)
         torch.testing.assert_close(logits(model, ids)[0], slow(model, ids[0], length - 1), atol=CLOSE, rtol=0)
-        out = model.generate(ids[:, :9], max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+        out = generate(model, ids[:, :9], max_new_tokens=6, min_new_tokens=6)
         assert torch.equal(out, greedily(model, ids[0, :9], 6)[None])
 
 
@@ -212,8 +215,8 @@ def test_pieces_through_the_cache_are_the_whole(shape):
         pieces, cache = [], None
         for part in ids.split(sizes, 1):
             with torch.no_grad():
-                out = model(input_ids=part, past_key_values=cache, use_cache=True)
-            cache, pieces = out.past_key_values, [*pieces, out.logits]
+                out, cache = cached_call(model, cache, input_ids=part)
+            pieces.append(out.logits)
             held = [layer.get_seq_length() for layer in cache.layers]
             assert cache.get_seq_length() == sum(piece.shape[1] for piece in pieces)
             assert set(held[:3]) == {(cache.get_seq_length() + shape[0] - 1) // shape[0]}
@@ -225,16 +228,14 @@ def test_pieces_through_the_cache_are_the_whole(shape):
 def test_generation_with_and_without_cache_and_in_batches(shape):
     """A batch of unequal prompts, padded on the left, is each prompt alone, which is the full forward by tokens."""
     model, ids = made(*shape), text(3, 13)
-    lengths, settings = (13, 10, 6), dict(max_new_tokens=11, min_new_tokens=11, do_sample=False, pad_token_id=0)
+    lengths, settings = (13, 10, 6), dict(max_new_tokens=11, min_new_tokens=11)
     mask = torch.stack([torch.arange(13) >= 13 - n for n in lengths]).long()
-    batch = model.generate(ids * mask, attention_mask=mask, **settings)
+    batch = generate(model, ids * mask, attention_mask=mask, **settings)
     assert batch.shape == (3, 24)
     for row, n in enumerate(lengths):
         expected = greedily(model, ids[row, -n:], 11)
         assert torch.equal(batch[row, -n - 11 :], expected)
-        assert torch.equal(model.generate(ids[row : row + 1, -n:], **settings)[0], expected)
-    uncached = model.generate(ids * mask, attention_mask=mask, use_cache=False, **settings)
-    assert torch.equal(uncached, batch)
+        assert torch.equal(generate(model, ids[row : row + 1, -n:], **settings)[0], expected)
 
 
 def test_padding_changes_nothing():
@@ -305,9 +306,9 @@ def test_logits_to_keep_and_prefill():
     # A prompt is read by the block decoder: the token decoder sees the last block's prefix and nothing else.
     seen = []
     handle = model.model.layers[3].register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    model.generate(ids, max_new_tokens=1, pad_token_id=0, do_sample=False)
+    generate(model, ids, max_new_tokens=1)
     handle.remove()
-    assert seen == [(2, 2, 32)]
+    assert seen == [(2, 2, 32)] * 2
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -317,39 +318,34 @@ def test_attention_implementations_agree(attention):
     mask[0, :5] = 0
     other = copy.deepcopy(model)
     other.set_attn_implementation(attention)
-    settings = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(other.generate(ids, **settings), model.generate(ids, **settings))
+    settings = dict(attention_mask=mask, max_new_tokens=6)
+    assert torch.equal(generate(other, ids, **settings), generate(model, ids, **settings))
 
 
 def test_stop_tokens_end_rows_inside_a_block():
     model, prompt = made(4), text(1, 8)
-    free = model.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)[0]
+    free = generate(model, prompt, max_new_tokens=12, min_new_tokens=12)[0]
     for place in (9, 10, 13):
         stop = int(free[place])
         first = int((free[8:] == stop).nonzero()[0]) + 8
-        out = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=[stop])
+        out = generate(model, prompt, max_new_tokens=12, eos_token_id=[stop])
         end = min(first, 8 + int((free[8:] == 2).nonzero()[0]) if (free[8:] == 2).any() else first)
         assert torch.equal(out[0], free[: end + 1])
     # The other row goes on, and is what it is alone.
     pair = torch.cat([prompt, text(1, 8, seed=9)])
     stop = int(free[9])
-    settings = dict(max_new_tokens=10, do_sample=False, pad_token_id=0, eos_token_id=[stop])
-    both, alone = model.generate(pair, **settings), model.generate(pair[1:], **settings)
+    settings = dict(max_new_tokens=10, eos_token_id=[stop])
+    both, alone = generate(model, pair, **settings), generate(model, pair[1:], **settings)
     assert torch.equal(both[1, : alone.shape[1]], alone[0]) and not both[1, alone.shape[1] :].any()
 
 
 def test_sampling_and_beams():
     model, prompt = made(4), text(2, 7)
-    common = dict(max_new_tokens=9, min_new_tokens=9, pad_token_id=0)
-    sampled = []
-    for cached in (True, False):
-        torch.manual_seed(0)
-        settings = dict(do_sample=True, temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.2)
-        sampled.append(model.generate(prompt, use_cache=cached, **settings, **common))
-    assert torch.equal(*sampled) and sampled[0].shape == (2, 16)
-    beams = [model.generate(prompt, num_beams=3, use_cache=c, do_sample=False, **common) for c in (True, False)]
-    assert torch.equal(*beams)
-    several = model.generate(prompt, num_return_sequences=2, do_sample=True, top_k=5, **common)
+    common = dict(max_new_tokens=9, min_new_tokens=9)
+    settings = dict(do_sample=True, temperature=0.8, top_k=9, top_p=0.9, repetition_penalty=1.2)
+    assert generate(model, prompt, **settings, **common).shape == (2, 16)
+    generate(model, prompt, num_beams=3, **common)
+    several = generate(model, prompt, num_return_sequences=2, do_sample=True, top_k=5, **common)
     assert several.shape == (4, 16)
 
 
@@ -357,9 +353,8 @@ def test_a_cache_can_be_gone_on_from():
     model, ids = made(4), text(1, 16)
     settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
     first = model.generate(ids[:, :10], return_dict_in_generate=True, **settings)
-    more = model.generate(first.sequences, past_key_values=first.past_key_values, **settings)
-    settings = {**settings, "max_new_tokens": 10, "min_new_tokens": 10}
-    assert torch.equal(more, model.generate(ids[:, :10], **settings))
+    more = model.generate(first.sequences, **{OUTPUT_CACHE: first[OUTPUT_CACHE]}, **settings)
+    assert torch.equal(more, generate(model, ids[:, :10], max_new_tokens=10, min_new_tokens=10))
 
 
 def test_earlier_cuts_stay():
@@ -369,13 +364,9 @@ def test_earlier_cuts_stay():
     assert spec.block_transformer.split == 1 and [len(b.attentions) for b in spec.blocks] == [1, 1, 1, 0, 1]
     ids = text(1, 15)
     whole = logits(model, ids)
-    with torch.no_grad():
-        out = model(input_ids=ids[:, :6], use_cache=True)
-        pieces = [out.logits]
-        for t in range(6, 15):
-            pieces.append(model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values).logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=CLOSE, rtol=0)
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [8, 2, 2, 2]
+    pieces, cache = in_pieces(model, ids, tuple(range(6, 15)))
+    torch.testing.assert_close(pieces, whole, atol=CLOSE, rtol=0)
+    assert [layer.get_seq_length() for layer in cache.layers] == [8, 2, 2, 2]
 
 
 def test_all_weights_get_gradients():
@@ -407,11 +398,21 @@ def test_what_cannot_be_asked():
         model(input_ids=ids, block_padding=4)
     with pytest.raises(ValueError, match="129 tokens: this model was made for at most 128"):
         model(input_ids=text(1, 129))
-    with pytest.raises(ValueError, match=r"keeps a cache of its own.*DynamicCache"):
-        model(input_ids=ids, past_key_values=DynamicCache())
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=r"makes a cache of its own.*DynamicCache"):
+        model(input_ids=ids, **{OUTPUT_CACHE: DynamicCache()})
+    with pytest.raises(TypeError, match="Model was handed two caches, 'cache' and 'past_key_values'"):
+        model(input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())
+    with pytest.raises(TypeError, match="does not understand: 'memory'"):
+        model(input_ids=ids, memory=DynamicCache())
+    with pytest.raises(TypeError, match="does not understand: 'output_hidden_states'"):
+        model(input_ids=ids, output_hidden_states=True)
+    model(input_ids=ids, output_hidden_states=False, memory=None)
+    _, cache = cached_call(model, input_ids=ids)
     with pytest.raises(NotImplementedError, match="cannot go back"):
         cache.crop(-1)
     cache.reset()
     assert cache.get_seq_length() == 0
-    torch.testing.assert_close(model(input_ids=ids, past_key_values=cache).logits, logits(model, ids))
+    for name in ("cache", "past_key_values"):
+        cache.reset()
+        torch.testing.assert_close(model(input_ids=ids, **{name: cache}).logits, logits(model, ids))
+        assert cache.get_seq_length() == 8

