@@ -23,9 +23,9 @@ def cached_call(model: PreTrainedModel, cache: Any = None, **inputs: Any) -> tup
     Raises:
         TypeError: the model takes a cache, or gives one, under no name that is known here.
     """
-    given = {} if cache is None else {_taken(type(model)): cache}
+    given = {} if cache is None else {_taken(model.__class__): cache}
     output = model(**inputs, **given, use_cache=True)
-    return output, output[_given(type(output))]
+    return output, output[_given(output.__class__)]
 
 
 @lru_cache
