@@ -127,6 +127,17 @@ def _auto_class(written: Written) -> str:
     return next((dict(f.heads)[name] for f in FAMILIES.values() if name in dict(f.heads)), "AutoModelForCausalLM")
 
 
+def _bits(bits: dict[str, Any] | None) -> list[str]:
+    """Rows that compare models with different tokenizers; the others are on tokens that both have."""
+    if not bits:
+        return []
+    return [
+        f"| bits per byte | {bits['parent_bits_per_byte']:.4f} | {bits['bits_per_byte']:.4f} |",
+        f"| perplexity per word | {bits['parent_word_perplexity']:.1f} | {bits['word_perplexity']:.1f} |",
+        f"| tokens of the same text | 100 % | {100 + 100 * bits['more_tokens']:.1f} % |",
+    ]
+
+
 def _quality(evaluation: dict[str, Any]) -> list[str]:
     """Rows of the table: the parent's figure and the model's."""
     if "hidden_cosine" not in evaluation:
@@ -134,6 +145,7 @@ def _quality(evaluation: dict[str, Any]) -> list[str]:
             f"| perplexity | {evaluation['parent_perplexity']:.2f} | {evaluation['perplexity']:.2f} |",
             f"| KL to the parent, nats a token | 0 | {evaluation['kl']:.3f} |",
             f"| top-1 agreement | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
+            *_bits(evaluation.get("bits")),
         ]
     rows = [
         f"| cosine of the last hidden states to the parent's | 1 | {evaluation['hidden_cosine']:.4f} |",

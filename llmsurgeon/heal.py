@@ -28,7 +28,8 @@ from llmsurgeon.recipe import Recipe, dump, loads
 from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, job_of, logs_of
 from llmsurgeon.spec import BlockSpec, ModelSpec
 from llmsurgeon.summary import costs
-from llmsurgeon.texts import Texts, files_of
+from llmsurgeon.texts import Texts, files_of, trimmed
+from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 
 def heal(
@@ -53,8 +54,8 @@ def heal(
     """
     wounded, planned = prepare(student, parent, recipe, revision)
     whole, recipe = planned.patient, planned.recipe
-    assert wounded.checkpoint is not None and whole.checkpoint is not None
-    place = options.staging(wounded.checkpoint.path, whole.checkpoint.path, *files_of(recipe))
+    assert wounded.checkpoint is not None and whole.checkpoint is not None and whole.original.checkpoint is not None
+    place = options.staging(wounded.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
     parse_size(options.max_shard_size)
     job = {
         "llmsurgeon": __version__,
@@ -91,6 +92,9 @@ def prepare(student: str, parent: str, recipe: Recipe, revision: str | None = No
         SurgeryError: the recipe has no such step, or the two are not parent and student.
     """
     wounded, whole = open_patient(student), open_patient(parent, revision)
+    if wounded.spec.vocab < whole.spec.vocab:
+        assert wounded.checkpoint is not None and whole.checkpoint is not None
+        whole = trimmed(whole, trimmed_like(wounded.checkpoint, whole.checkpoint))
     steps = tuple(step for step in recipe.steps if isinstance(step, Distill))
     if not steps:
         raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")

@@ -44,6 +44,13 @@ class Patient:
     model_type: str
     tower: Tower | None = None
     notes: tuple[str, ...] = ()
+    # The model as it came, where its vocabulary was trimmed.
+    whole: Patient | None = None
+
+    @property
+    def original(self) -> Patient:
+        """The model as it came."""
+        return self.whole or self
 
     @property
     def beside(self) -> frozenset[str]:
@@ -87,7 +94,11 @@ def open_patient(model: str, revision: str | None = None) -> Patient:
     Raises:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
-    checkpoint = open_checkpoint(model, revision=revision)
+    return patient_of(open_checkpoint(model, revision=revision))
+
+
+def patient_of(checkpoint: Checkpoint) -> Patient:
+    """The same of a checkpoint that is open already."""
     refuse_quantised(checkpoint.config, checkpoint.name)
     made = read_model(checkpoint)
     spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]

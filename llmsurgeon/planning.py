@@ -18,6 +18,7 @@ from llmsurgeon.formats.write import Written
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
 from llmsurgeon.operations.ternary import Ternary, refuse_ternary
+from llmsurgeon.operations.trim_vocab import TrimVocab
 from llmsurgeon.patient import Patient, shapes_of
 from llmsurgeon.proof import check_gate
 from llmsurgeon.recipe import Recipe
@@ -93,6 +94,11 @@ def check_order(steps: Sequence[Step]) -> None:
             raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
         if isinstance(step, Ternary) and ternary and any(each.sub_norm for each in (*ternary, step)):
             raise SurgeryError("ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes")
+        if isinstance(step, TrimVocab) and before:
+            raise SurgeryError(
+                "step trim_vocab comes first, and once: later steps fit and measure the tokens that stay (`keep` takes "
+                "a list)"
+            )
 
 
 def check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
@@ -131,6 +137,7 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         weights = TransformedWeights(weights, planned.transforms)
         subject = subject.after(planned)
         notes += planned.notes
+    whole = patient.original
     subject, weights = without_empty_blocks(subject, weights)
     written = patient.form(subject.spec, recipe.format)
     meta = written.fit(weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta()))
@@ -150,7 +157,7 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
         written=written,
         heals=tuple(step for step in resolved if step.heals),
         notes=tuple(notes),
-        before=patient.costs(patient.spec, shapes_of(patient.meta())),
+        before=whole.costs(whole.spec, shapes_of(whole.meta())),
         after=after,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,8 +10,10 @@ from torch import Tensor
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.bits_per_byte import Score
 from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, masking_of
 from llmsurgeon.evaluation.evaluate import Evaluation, evaluate_hidden
+from llmsurgeon.evaluation.perplexity import token_losses
 from llmsurgeon.families import Family
 from llmsurgeon.recipe import Gate
 
@@ -60,6 +62,23 @@ def prove_whole(student: PreTrainedModel, parent: LayerRunner, tokens: Tensor, b
     return evaluate_hidden(tokens, mine, lambda row: parent.final(theirs[row].to(parent.device)))
 
 
+def walked(runner: LayerRunner, batch: int) -> Score:
+    """Log losses of a model whose layers are read one at a time."""
+
+    def score(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        longest = max(map(len, sequences))
+        # What follows a sequence changes nothing before it: models that predict the next token look back alone.
+        tokens = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in sequences])
+        hidden = walk(runner, tokens, [Variant()], batch=batch)[0]
+        losses = []
+        for row, ids in enumerate(sequences):
+            logits = runner.final(hidden[row, : len(ids) - 1].to(runner.device))
+            losses.append(token_losses(logits, tokens[row, 1 : len(ids)].to(logits.device)).cpu())
+        return losses
+
+    return score
+
+
 def check_gate(gate: Gate | None, family: Family) -> None:
     """Raise SurgeryError for a key that this family's evaluation has no figure for."""
     given = [key for key, value in gate if value is not None] if gate else []
@@ -70,7 +89,7 @@ def check_gate(gate: Gate | None, family: Family) -> None:
                 f"gate.{key}: {family.model_type} is judged by what it says next; use max_perplexity_ratio, max_kl or "
                 "min_top1_agreement"
             )
-        if family.encoder and key == "max_perplexity_ratio":
+        if family.encoder and key in ("max_perplexity_ratio", "max_bits_per_byte_ratio"):
             masked = f"; {' and '.join(MASKED_KEYS)} are taken at masked tokens" if family.head else ""
             raise SurgeryError(f"gate.{key}: {family.model_type} predicts no next token; use {cosines}{masked}")
         if family.encoder and key in MASKED_KEYS and not family.head:
@@ -82,14 +101,16 @@ def missed(gate: Gate | None, evaluation: Evaluation | EncoderEvaluation | None)
     if gate is None or evaluation is None:
         return []
     if isinstance(evaluation, EncoderEvaluation):
-        where, ratio = " at masked tokens", None
+        where, ratio, bits = " at masked tokens", None, None
         kl, top1 = evaluation.masked_kl, evaluation.masked_top1_agreement
         hidden, pooled = evaluation.hidden_cosine, evaluation.pooled_cosine
     else:
         where, ratio, kl, top1 = "", evaluation.perplexity_ratio, evaluation.kl, evaluation.top1_agreement
         hidden = pooled = None
+        bits = evaluation.bits_ratio
     lines = [
         ("perplexity ratio", ratio, gate.max_perplexity_ratio, "most", ""),
+        ("bits per byte ratio", bits, gate.max_bits_per_byte_ratio, "most", ""),
         ("KL", kl, gate.max_kl, "most", f" nats a token{where}"),
         ("top-1 agreement", top1, gate.min_top1_agreement, "least", where),
         ("hidden cosine", hidden, gate.min_hidden_cosine, "least", ""),

@@ -71,6 +71,9 @@ class Gate(_Part):
     """What the result must reach. A miss ends with exit code 3; the output is kept and its card says so."""
 
     max_perplexity_ratio: float | None = Field(default=None, gt=0, description="perplexity / the parent's perplexity")
+    max_bits_per_byte_ratio: float | None = Field(
+        default=None, gt=0, description="bits per byte / the parent's; also where a vocabulary was trimmed"
+    )
     max_kl: float | None = Field(default=None, ge=0, description="KL(parent || result) in nats a token")
     min_top1_agreement: float | None = Field(
         default=None, ge=0, le=1, description="share of tokens whose top token stays"

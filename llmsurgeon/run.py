@@ -19,6 +19,7 @@ from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, SurgeryError
+from llmsurgeon.evaluation.bits_per_byte import scored_by
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.evaluate import Evaluation
 from llmsurgeon.formats.models import filled_model, normalised
@@ -35,13 +36,12 @@ from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.patient import open_patient
 from llmsurgeon.planning import Planned, check_recipe, plan, refuse_ternary_parent
-from llmsurgeon.proof import missed, prove, prove_whole
+from llmsurgeon.proof import missed, prove, prove_whole, walked
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
 from llmsurgeon.texts import Options as Options
-from llmsurgeon.texts import Texts, files_of
+from llmsurgeon.texts import Texts, files_of, opened
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
-    patient = open_patient(model, revision)
-    assert patient.checkpoint is not None
-    source = patient.checkpoint.path
+    patient = opened(model, recipe, revision)
+    assert patient.checkpoint is not None and patient.original.checkpoint is not None
+    source = patient.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
     Stage.check(out, **place)
     parse_size(options.max_shard_size)
@@ -169,9 +169,12 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
             healed = _distilled(healed, step, planned, texts, held_out, store, logs)
     if planned.spec.block_transformer:
         whole = filled_model(planned.written.student, healed.weights, texts.dtype, options.device)
-        return replace(healed, evaluation=prove_whole(whole, texts.runner, texts.windows[held_out], options.batch))
+        judged = prove_whole(whole, texts.runner, texts.windows[held_out], options.batch)
+        return replace(healed, evaluation=replace(judged, bits=texts.bits(scored_by(whole), texts.windows[held_out])))
     student = texts.walker(normalised(planned.written.student), healed.weights)
     found = prove(student, texts.runner, texts.windows[held_out], texts.tokenizer, options.batch)
+    if isinstance(found, Evaluation):
+        found = replace(found, bits=texts.bits(walked(student, options.batch), texts.windows[held_out]))
     return replace(healed, evaluation=found)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,19 @@ import torch
 from torch import Tensor
 
 from llmsurgeon import recipe as recipe_file
-from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
+from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, documents, window_start
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.checkpoint.staging import existing
+from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byte, passages, texts_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.data import Rows, training_rows
 from llmsurgeon.operations.distill import Distill as DistillStep
-from llmsurgeon.patient import Patient, check_length
-from llmsurgeon.planning import Planned, check_text
+from llmsurgeon.operations.trim_vocab import TrimVocab
+from llmsurgeon.patient import Patient, check_length, open_patient, patient_of
+from llmsurgeon.planning import Planned, check_recipe, check_text
+from llmsurgeon.proof import walked
+from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,10 +61,51 @@ def files_of(recipe: recipe_file.Recipe) -> tuple[Path, ...]:
     """The files and folders that a recipe names and a run of it reads."""
     calibration = recipe.calibration
     sources = [source for step in recipe.steps if isinstance(step, DistillStep) for source in step.sources]
+    trim = trims(recipe)
     return existing(
         *(calibration.text, calibration.dataset),
+        *(name for entry in (trim.entries if trim else ()) for name in (entry.text, entry.file)),
         *(name for source in sources for name in (source.text, source.dataset)),
     )
+
+
+def opened(model: str, recipe: recipe_file.Recipe, revision: str | None = None) -> Patient:
+    """The checkpoint that a recipe operates on: where its first step trims the vocabulary, with the rows that stay.
+
+    Raises:
+        SurgeryError: as `open_patient`, or the vocabulary cannot be trimmed as asked for.
+    """
+    patient = open_patient(model, revision)
+    step = trims(recipe)
+    if step is None:
+        return patient
+    check_recipe(patient, recipe)
+    assert patient.checkpoint is not None
+    sources = [
+        Source(
+            documents(text=entry.text) if entry.text else None,
+            entry.min_count,
+            entry.tokens,
+            Path(entry.file) if entry.file else None,
+        )
+        for entry in step.entries
+    ]
+    return trimmed(patient, trim(patient.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of))
+
+
+def trims(recipe: recipe_file.Recipe) -> TrimVocab | None:
+    """The step that trims the vocabulary, None where there is none."""
+    return next((step for step in recipe.steps if isinstance(step, TrimVocab)), None)
+
+
+def trimmed(whole: Patient, checkpoint: TrimmedCheckpoint) -> Patient:
+    """`whole` with the rows of `checkpoint` alone."""
+    vocabulary = checkpoint.vocabulary
+    notes = [f"Vocabulary: {len(vocabulary.kept):,} of {vocabulary.size:,} rows stay."]
+    if checkpoint.left_out:
+        notes.append(f"Left out, since they hold the parent's vocabulary: {', '.join(checkpoint.left_out)}.")
+    made = patient_of(checkpoint)
+    return replace(made, whole=whole, notes=(*made.notes, *notes))
 
 
 class Texts:
@@ -128,6 +173,18 @@ class Texts:
         """What activations are computed in: the checkpoint's dtype, bfloat16 for float16 on a CPU."""
         stored = self.options.dtype or self.patient.dtype
         return torch.bfloat16 if stored == torch.float16 and self.options.device == "cpu" else stored
+
+    def bits(self, student: Score, windows: Tensor) -> BitsPerByte | None:
+        """Both models on what `windows` say, each with its own tokenizer; None where the tokenizer stayed as it was."""
+        whole = self.patient.whole
+        if whole is None or self.patient.family.encoder:
+            return None
+        assert whole.checkpoint is not None
+        mine, theirs = self.tokenizer(), load_tokenizer(str(whole.checkpoint.path))
+        starts = window_start(mine), window_start(theirs)
+        found = passages(texts_of(windows, mine), mine, theirs, *starts, self.patient.spec.max_positions)
+        parent = LayerRunner(whole.config, whole.weights, self.dtype, self.options.device)
+        return bits_per_byte(found, student, walked(parent, self.options.batch))
 
     @property
     def runner(self) -> LayerRunner:

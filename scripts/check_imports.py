@@ -46,6 +46,8 @@ ARROWS: dict[str, set[str]] = {
     | {"formats.models", "evaluation.encoders", "evaluation.evaluate", "operations.distill"},
     "formats": TOOLS,
     "evaluation": TOOLS,
+    # A checkpoint with fewer rows, whose tables are those that the model of a smaller config has smaller.
+    "vocabulary": TOOLS | {"formats.models", "formats.reading", "formats.towers"},
     # run's own helpers, each a file beside it.
     "memory": BASE,
     "summary": TOOLS,
@@ -55,18 +57,21 @@ ARROWS: dict[str, set[str]] = {
     # A checkpoint opened, what a recipe makes of it, and the text it is healed and judged on.
     "patient": TOOLS | {"formats", "operations", "summary"},
     "planning": TOOLS | {"formats", "operations", "patient", "proof", "recipe", "summary"},
-    "texts": TOOLS | {"analysis", "formats", "healing.data", "operations.distill", "patient", "planning", "recipe"},
+    "texts": TOOLS
+    | {"analysis", "evaluation.bits_per_byte", "formats", "healing.data", "operations", "patient", "planning", "proof"}
+    | {"recipe", "vocabulary"},
     "run": TOOLS | RUN_HELPERS | STAGES | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
     # The same model in another form: opened and checked as run does it.
     "export": TOOLS | {"card", "formats", "operations", "patient", "planning", "summary", "texts"},
     # A written student and its parent: opened, healed and written as run does it.
-    "heal": TOOLS | STAGES | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"},
+    "heal": TOOLS | STAGES | {"formats", "healing", "operations", "proof", "recipe", "run", "summary", "vocabulary"},
     # Called by vLLM; names the config class by path.
     "vllm_plugin": set(),
     "cli": TOOLS
     | RUN_HELPERS
     | STAGES
-    | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"},
+    | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"}
+    | {"vocabulary"},
     "__main__": {"cli"},
     "__init__": set(),
 }

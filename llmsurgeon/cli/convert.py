@@ -42,7 +42,7 @@ Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; 
 RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
 
 FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
-PRUNE_OPS = {"prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
+PRUNE_OPS = {"trim_vocab", "prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,20 @@ def prune_steps(
     block_count: Annotated[int | None, typer.Option(help="How many blocks go, by block influence.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
     width: Annotated[int | None, typer.Option(help="FFN width to cut to.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
+    ] = None,
+    vocab_text: Annotated[str | None, typer.Option(help="Text whose tokens stay.", callback=text_file)] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
 ) -> list[dict[str, Any]]:
-    """Remove attentions, FFNs, blocks, key/value heads or FFN channels, by a recipe that prunes or by flags."""
+    """Remove attentions, FFNs, blocks, key/value heads, FFN channels or tokens, by a recipe that prunes or by flags."""
     steps: list[dict[str, Any]] = []
+    trim: list[dict[str, Any]] = []
+    if vocab_text or vocab is not None:
+        # With a number of rows, as many of the text's tokens as have room in them.
+        some = {} if vocab is None else {"tokens": 0}
+        keep = {"keep": {"text": vocab_text, **some}} if vocab_text else {}
+        trim.append({"op": "trim_vocab", **keep, **({} if vocab is None else {"rows": vocab})})
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:
             steps.append({"op": op, "layers": split(layers)})
@@ -195,13 +205,15 @@ def prune_steps(
         steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
     if width is not None:
         steps.append({"op": "prune_width", "width": width})
-    if not steps:
+    if not steps and not trim:
         raise SurgeryError(
-            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads or --width"
+            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads, --width, "
+            "--vocab or --vocab-text"
         )
-    if refit:
+    # Fewer tokens leave nothing to make up for.
+    if refit and steps:
         steps.append({"op": "refit"})
-    return steps
+    return trim + steps
 
 
 def split(text: str) -> list[Any]:
@@ -270,8 +282,10 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if job.dry_run:
         from llmsurgeon.patient import open_known
         from llmsurgeon.planning import foreseen, plan
+        from llmsurgeon.texts import opened, trims
 
-        patient = open_known(name, job.revision)
+        # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
+        patient = opened(name, recipe, job.revision) if trims(recipe) else open_known(name, job.revision)
         planned = plan(patient, recipe, foreseen(patient, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return

@@ -13,9 +13,12 @@ from llmsurgeon.cli.options import dtype_of, text_file
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
+    import torch
     from rich.table import Table
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from llmsurgeon.evaluation.bits_per_byte import BitsPerByte
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
     from llmsurgeon.evaluation.evaluate import Evaluation
     from llmsurgeon.families import Family
@@ -52,7 +55,7 @@ def evaluate_command(
     """
     from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
     from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of
-    from llmsurgeon.evaluation.evaluate import check_same_vocabulary, evaluate
+    from llmsurgeon.evaluation.evaluate import evaluate
     from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
     from llmsurgeon.formats.loading import load_model, load_tokenizer
 
@@ -64,10 +67,11 @@ def evaluate_command(
     if encoder:
         _check_encoder(encoder, model, against, text or dataset, tasks)
     parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
-    if parent is not None:
-        check_same_vocabulary(student, parent)
     tokenizer = load_tokenizer(against) if against else load_tokenizer(model, revision)
-    if against:
+    across = parent is not None and parent.config.vocab_size != student.config.vocab_size
+    if encoder and across and against:
+        parent, tokenizer = _trimmed_alike(model, revision, against, dtype_of(dtype), device)
+    elif against and not across:
         _check_same_tokens(model, revision, against, tokenizer)
     sampled = student if parent is None else parent
     windows = calibration_tokens(against or model, tokenizer, **asdict(source), model=sampled)
@@ -76,6 +80,8 @@ def evaluate_command(
     result: Any
     if encoder:
         result = evaluate_encoder(student, windows, parent, masking_of(tokenizer, windows, student, parent))
+    elif parent is not None and across:
+        result = _across(student, parent, load_tokenizer(model, revision), tokenizer, windows)
     else:
         result = evaluate(student, windows, parent)
     report = {"model": model, "parent": against, "text": described.removeprefix("text: "), **result.to_dict()}
@@ -90,6 +96,45 @@ def evaluate_command(
     console().print(_encoder_table(result) if encoder else _table(result))
     if tasks:
         console().print(_task_table(report["tasks"], report["parent_tasks"]))
+
+
+def _trimmed_alike(
+    model: str, revision: str | None, against: str, dtype: torch.dtype | None, device: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """(the parent with the tokens of `model`, whose vocabulary was trimmed, alone; the tokenizer of both)."""
+    from llmsurgeon.checkpoint.source import open_checkpoint
+    from llmsurgeon.formats.loading import load_tokenizer, model_of
+    from llmsurgeon.vocabulary.trimmed import trimmed_like
+
+    alike = trimmed_like(open_checkpoint(model, revision=revision), open_checkpoint(against))
+    return model_of(alike, dtype=dtype, device=device), load_tokenizer(model, revision)
+
+
+def _across(
+    student: PreTrainedModel,
+    parent: PreTrainedModel,
+    mine: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase,
+    windows: Tensor,
+) -> Evaluation:
+    """Models with different tokenizers on what the parent's `windows` say."""
+    import torch
+
+    from llmsurgeon.analysis.calibration import window_start
+    from llmsurgeon.evaluation.bits_per_byte import passages, texts_of
+    from llmsurgeon.evaluation.evaluate import evaluate_across
+    from llmsurgeon.vocabulary.keep import same_tokens
+
+    limits = [getattr(each.config, "max_position_embeddings", None) for each in (student, parent)]
+    limit = min((each for each in limits if each), default=None)
+    found = passages(texts_of(windows, theirs), mine, theirs, window_start(mine), window_start(theirs), limit)
+    kept = None
+    try:
+        rows = same_tokens(mine.get_vocab(), theirs.get_vocab(), student.config.vocab_size, "other tokens")
+        kept = torch.tensor(rows)
+    except SurgeryError as error:
+        say(f"only bits per byte are measured: {error}")
+    return evaluate_across(student, parent, found, kept)
 
 
 def _check_same_tokens(model: str, revision: str | None, against: str, theirs: PreTrainedTokenizerBase) -> None:
@@ -134,7 +179,20 @@ def _table(result: Evaluation) -> Table:
         "KL(parent || model), nats a token": "kl",
         "top-1 agreement": "top1_agreement",
     }
-    return _rows_table(f"{result.tokens:,} predicted tokens, windows of {result.sequence_length}", result, rows)
+    table = _rows_table(f"{result.tokens:,} predicted tokens, windows of {result.sequence_length}", result, rows)
+    if result.bits:
+        bits = {
+            "bits per byte": "bits_per_byte",
+            "parent's bits per byte": "parent_bits_per_byte",
+            "bits per byte, ratio": "ratio",
+            "perplexity per word": "word_perplexity",
+            "parent's perplexity per word": "parent_word_perplexity",
+            "more tokens of the same text, share": "more_tokens",
+        }
+        _add_rows(table, result.bits, bits)
+    if result.outside_mass is not None:
+        table.add_row("parent's probability on tokens that are gone", f"{result.outside_mass:.4g}", "")
+    return table
 
 
 def _encoder_table(result: EncoderEvaluation) -> Table:
@@ -157,11 +215,15 @@ def _rows_table(title: str, result: Evaluation | EncoderEvaluation, rows: dict[s
     table = Table(title=title, title_justify="left")
     for column in ("", "value", "95 % interval"):
         table.add_column(column, justify="right" if column else "left")
+    _add_rows(table, result, rows)
+    return table
+
+
+def _add_rows(table: Table, result: Evaluation | EncoderEvaluation | BitsPerByte, rows: dict[str, str]) -> None:
     for label, field in rows.items():
-        value, interval = getattr(result, field), getattr(result, f"{field}_interval")
+        value, interval = getattr(result, field), getattr(result, f"{field}_interval", None)
         if value is not None:
             table.add_row(label, f"{value:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
-    return table
 
 
 def _task_table(tasks: dict[str, dict], parent: dict[str, dict] | None) -> Table:

@@ -6,8 +6,8 @@ S sequences, L tokens each, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
+from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Passage, bits_per_byte, scored_by
 from llmsurgeon.evaluation.perplexity import (
     CHUNK,
     Interval,
     mean_interval,
     perplexity,
     perplexity_interval,
+    rows,
     token_losses,
 )
 from llmsurgeon.progress import Progress
@@ -35,6 +37,10 @@ LOGIT_BYTES = 128 * 2**20  # of one batch's logits; a batch has at least one seq
 class Evaluation:
     """What was measured. An `_interval` holds the 95 % confidence bounds; None where there is no parent
     (or, for intervals, only one sequence).
+
+    Of a model whose vocabulary was trimmed these hold for its own tokens, which the parent reads, too, and predicts
+    among those that stayed; `outside_mass` is the share of the parent's probability that lies on the others. `bits`
+    compares the two on text, each with its own tokenizer.
 
     `tokens` counts predicted tokens (all but the first of each sequence); `kl` is KL(parent || model) in nats per
     token; `top1_agreement` a share from 0 to 1; `perplexity_ratio` is perplexity / parent_perplexity, its interval
@@ -54,13 +60,32 @@ class Evaluation:
     kl_interval: Interval | None = None
     top1_agreement: float | None = None
     top1_agreement_interval: Interval | None = None
+    outside_mass: float | None = None
+    bits: BitsPerByte | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields under their own names, intervals as [low, high]."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """The fields under their own names, intervals as [low, high]; `outside_mass` and `bits` if measured."""
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        extra = {"outside_mass": made.pop("outside_mass"), "bits": self.bits and self.bits.to_dict()}
+        del made["bits"]
+        return made | {name: value for name, value in extra.items() if value is not None}
+
+    @property
+    def bits_ratio(self) -> float | None:
+        """Bits per byte over the parent's; with one tokenizer the ratio of the log losses is just that."""
+        if self.bits:
+            return self.bits.ratio
+        if not self.parent_perplexity or self.parent_perplexity == 1:
+            return None
+        return math.log(self.perplexity) / math.log(self.parent_perplexity)
 
     def sentence(self) -> str:
         """The comparison with the parent in one line."""
+        if self.bits:
+            return f"{self.bits.sentence()}; on the model's own tokens {self._sentence()}"
+        return self._sentence()
+
+    def _sentence(self) -> str:
         return (
             f"perplexity {self.parent_perplexity:.2f} -> {self.perplexity:.2f} (ratio {self.perplexity_ratio:.3f}), "
             f"KL {self.kl:.3f}, top-1 agreement {100 * (self.top1_agreement or 0):.1f} %"
@@ -68,19 +93,43 @@ class Evaluation:
 
 
 def evaluate(
-    model: PreTrainedModel, tokens: Tensor, parent: PreTrainedModel | None = None, *, chunk: int = CHUNK
+    model: PreTrainedModel,
+    tokens: Tensor,
+    parent: PreTrainedModel | None = None,
+    *,
+    kept: Tensor | None = None,
+    chunk: int = CHUNK,
 ) -> Evaluation:
     """Measure `model`, and against `parent` where given, on `tokens` (int64 [S, L], each row a text of its own).
 
     Logits exist for one batch at a time and are widened to float32 `chunk` rows at a time. Intervals are over
-    sequences (see `mean_interval`). Both models are put in eval mode. Raises SurgeryError for tokens that do not fit
-    the models, for differing vocabularies and for NaN logits.
+    sequences (see `mean_interval`). Both models are put in eval mode. `kept` [V] holds the parent's id of each of the
+    model's tokens, where its vocabulary was trimmed: the parent is then asked about those alone. Raises SurgeryError
+    for tokens that do not fit the models, for differing vocabularies and for NaN logits.
     """
-    if parent is not None:
+    _check(model, tokens)
+    if parent is not None and kept is None:
         check_same_vocabulary(model, parent)
         _check(parent, tokens)
-    _check(model, tokens)
-    return _summary(_sequence_means(tokens, _forward(model, parent, tokens), chunk), tokens)
+    outside: list[float] = []
+    made = _summary(_sequence_means(tokens, _forward(model, parent, tokens, kept, outside), chunk), tokens)
+    return replace(made, outside_mass=sum(outside) / len(outside)) if outside else made
+
+
+def evaluate_across(
+    model: PreTrainedModel, parent: PreTrainedModel, found: Sequence[Passage], kept: Tensor | None
+) -> Evaluation:
+    """A model and a parent with another tokenizer, on the same text.
+
+    Bits per byte come from each one's own tokens. Where the model's tokens are some of the parent's (`kept`, as in
+    `evaluate`), KL and the like are taken on the model's tokens, of passages cut to one length; else there are none.
+    """
+    bits = bits_per_byte(found, scored_by(model), scored_by(parent))
+    usual = sorted(len(each.mine) for each in found)[len(found) // 2]
+    rows = [each.mine for each in found if len(each.mine) > 0.9 * usual]
+    tokens = torch.tensor([row[: min(map(len, rows))] for row in rows])
+    made = evaluate(model, tokens) if kept is None else evaluate(model, tokens, parent, kept=kept)
+    return replace(made, bits=bits)
 
 
 def evaluate_hidden(
@@ -99,13 +148,35 @@ def evaluate_hidden(
 
 
 def _forward(
-    model: PreTrainedModel, parent: PreTrainedModel | None, tokens_SL: Tensor
+    model: PreTrainedModel,
+    parent: PreTrainedModel | None,
+    tokens_SL: Tensor,
+    kept: Tensor | None,
+    outside: list[float],
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Logits [L, V] of both models for each sequence, computed a batch at a time."""
+    """Logits [L, V] of both models for each sequence, computed a batch at a time.
+
+    Of a parent that is asked about the `kept` tokens alone, the mass on the others is noted in `outside`.
+    """
     bytes_a_sequence = tokens_SL.shape[1] * model.config.vocab_size * model.dtype.itemsize
     for ids_BL in tokens_SL.split(max(1, LOGIT_BYTES // bytes_a_sequence)):
         logits = _logits(model, ids_BL)
-        yield from zip(logits, [None] * len(ids_BL) if parent is None else _logits(parent, ids_BL), strict=True)
+        if parent is None or kept is None:
+            yield from zip(logits, [None] * len(ids_BL) if parent is None else _logits(parent, ids_BL), strict=True)
+            continue
+        for mine, whole in zip(logits, _logits(parent, kept[ids_BL]), strict=True):
+            theirs = whole[:, kept.to(whole.device)]
+            outside.append(_outside(whole, theirs))
+            yield mine, theirs
+
+
+def _outside(whole_TV: Tensor, kept_TK: Tensor) -> float:
+    """Mean probability that the parent gives to tokens other than the kept ones."""
+    parts = [
+        1 - (inside.float().logsumexp(-1) - every.float().logsumexp(-1)).exp()
+        for every, inside in rows(CHUNK, whole_TV, kept_TK)
+    ]
+    return torch.cat(parts).mean().item()
 
 
 def _logits(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:

@@ -14,8 +14,10 @@ from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.operations.trim_vocab import TrimVocab
 
 OPERATIONS: dict[str, type[Step]] = {
+    "trim_vocab": TrimVocab,
     "prune_attention": PruneAttention,
     "prune_ffn": PruneFFN,
     "prune_blocks": PruneBlocks,

@@ -14,12 +14,21 @@ from llmsurgeon.families import Family
 from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
-AFTER_TREES = ("fff", "matmulfree", "prune_attention", "prune_kv_heads", "prune_blocks", "refit", "distill")
+AFTER_TREES = (
+    "trim_vocab",
+    "fff",
+    "matmulfree",
+    "prune_attention",
+    "prune_kv_heads",
+    "prune_blocks",
+    "refit",
+    "distill",
+)
 # Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
 BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks", "block")
 # Operations that know nothing of, or do not touch, what a part computes inside.
-AFTER_SUB_NORMS = ("ternary", "prune_attention", "prune_ffn", "prune_blocks", "distill")
-AFTER_BIT_LINEARS = ("matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
+AFTER_SUB_NORMS = ("trim_vocab", "ternary", "prune_attention", "prune_ffn", "prune_blocks", "distill")
+AFTER_BIT_LINEARS = ("trim_vocab", "matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""A smaller vocabulary: the rows of embedding and head whose tokens nobody asked for go, and so do those tokens.
+
+Small models are mostly their table: of Gemma 3 270M's 268 million parameters 168 million are 262,144 rows, and
+decoding reads the head for every token. The tokenizer goes along: text whose tokens all stayed is cut exactly as
+before, any other text into smaller pieces (`llmsurgeon.vocabulary.closure`).
+
+The rows are chosen when the checkpoint is opened, from the tokenizer's files, and every later step fits and measures a
+model that never had the others; so the step comes first.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from llmsurgeon.operations.base import Plan, Step, Subject
+
+
+class KeepTokens(BaseModel):
+    """Tokens that stay: those of a text, the first of the vocabulary, or those in a list."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str | None = Field(default=None, description="a .txt, .jsonl or .parquet file whose tokens stay")
+    min_count: int = Field(default=1, ge=1, description="of text: how often a token must occur")
+    tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="so many: of text the most frequent (0: they only come first in filling `rows` up), else the first",
+    )
+    file: str | None = Field(default=None, description="a list of tokens: one a line, or JSON with tokens or ids")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> KeepTokens:
+        if (self.text is not None) + (self.file is not None) + (self.text is None and self.tokens is not None) != 1:
+            raise ValueError("keep takes text (with min_count or tokens), tokens alone, or file; a list takes several")
+        if self.text is None and self.tokens == 0:
+            raise ValueError("keep: tokens 0 goes with text")
+        if self.min_count != 1 and self.text is None:
+            raise ValueError("keep: min_count goes with text")
+        return self
+
+
+class TrimVocab(Step):
+    """Keep the tokens that `keep` asks for (the union of its entries) and what must stay beside them.
+
+    rows: how many rows there are to be; what is missing is filled up by the most frequent tokens of the texts, then
+        by the first. Without it, as few as a multiple of `multiple_of` allows.
+    """
+
+    op: Literal["trim_vocab"] = "trim_vocab"
+    keep: KeepTokens | tuple[KeepTokens, ...] = ()
+    rows: Annotated[int, Field(ge=1)] | None = None
+    multiple_of: Annotated[int, Field(ge=1)] = 64
+
+    @model_validator(mode="after")
+    def _something(self) -> TrimVocab:
+        if not self.keep and self.rows is None:
+            raise ValueError("trim_vocab takes keep, rows, or both")
+        return self
+
+    @property
+    def entries(self) -> tuple[KeepTokens, ...]:
+        """What `keep` asks for, as a list whatever it was."""
+        return (self.keep,) if isinstance(self.keep, KeepTokens) else self.keep
+
+    def plan(self, subject: Subject) -> Plan:
+        """Nothing is left to do: the checkpoint was opened with these rows alone."""
+        subject.check(self.op)
+        return Plan(subject.spec, ())

@@ -1,0 +1,225 @@
+"""A trimmed model says of the tokens that stayed what its parent says, and is a plain model of its family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES, masked_head, tiny_encoder, tiny_model
+from tests.vocabulary.conftest import tokenizer_of
+
+SENTENCE = "The quick brown fox jumps over the lazy dog."
+TEXT = f"{SENTENCE}\n" * 40
+OTHER = "Weights stream from file to file: what no edit touches is copied by byte range.\n" * 40
+
+
+def parent_in(folder: Path, family: str, rows_more: int = 20, kind: str = "byte-level", **changes: Any) -> Any:
+    """A tiny parent with a tokenizer of 1,500 tokens and some rows without one."""
+    inner = tokenizer_of(kind)
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    ids = {"bos_token_id": inner.token_to_id("<s>"), "eos_token_id": [inner.token_to_id("</s>"), 5]}
+    if family in ("gpt_neox", "bloom", "opt", "falcon", "gpt2"):
+        ids["eos_token_id"] = inner.token_to_id("</s>")
+    model = tiny_model(family, vocab_size=inner.get_vocab_size() + rows_more, **ids, **changes)
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(folder)
+    return model
+
+
+def write(path: Path, *steps: dict[str, Any], **more: Any) -> Path:
+    path.write_text(yaml.safe_dump({"version": 1, "steps": list(steps), **more}))
+    return path
+
+
+def mapped(folder: Path, parent: Path) -> torch.Tensor:
+    """The parent's id of each of the trimmed model's tokens, by name."""
+    mine, theirs = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(parent)
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    # Some classes of tokenizers add a token of their own behind the last.
+    names = mine.convert_ids_to_tokens(list(range(min(len(mine), rows))))
+    return torch.tensor(theirs.convert_tokens_to_ids(names))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(OTHER)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", [*FAMILY_NAMES, *MIXTURE_NAMES])
+def test_kept_tokens_score_as_before(family: str, tied: bool, place: Path, run) -> None:
+    if tied and family in ("qwen3_moe", "mixtral"):
+        pytest.skip("tied mixtures are not published")
+    model = parent_in(place / "parent", family, tie_word_embeddings=tied)
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 0, err
+    assert run("verify", "out")[0] == 0
+    student = AutoModelForCausalLM.from_pretrained(place / "out")
+    assert type(student) is type(model)
+    assert student.config.vocab_size % 64 == 0 and student.config.vocab_size < model.config.vocab_size
+    assert student.num_parameters() < model.num_parameters()
+    assert bool(student.config.tie_word_embeddings) == tied
+    kept = mapped(place / "out", place / "parent")
+    ids = AutoTokenizer.from_pretrained(place / "out")(SENTENCE, return_tensors="pt").input_ids
+    theirs = AutoTokenizer.from_pretrained(place / "parent")(SENTENCE, return_tensors="pt").input_ids
+    assert torch.equal(kept[ids], theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            student(ids).logits[..., : len(kept)], model(theirs).logits[..., kept], rtol=0, atol=0
+        )
+
+
+def test_ids_move_wherever_they_stand(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+    inner = tokenizer_of("byte-level")
+    config = json.loads((place / "parent" / "config.json").read_text())
+    generation = {"eos_token_id": [inner.token_to_id("</s>"), 700], "suppress_tokens": [1, 801], "temperature": 0.5}
+    (place / "parent" / "generation_config.json").write_text(json.dumps(generation))
+    tokenizer_config = json.loads((place / "parent" / "tokenizer_config.json").read_text())
+    image = inner.token_to_id("<|image|>")
+    tokenizer_config["added_tokens_decoder"] = {str(image): {"content": "<|image|>", "special": True}}
+    (place / "parent" / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}})
+    assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
+    back = mapped(place / "out", place / "parent").tolist()
+    made = json.loads((place / "out" / "config.json").read_text())
+    assert [back[i] for i in made["eos_token_id"]] == config["eos_token_id"]
+    assert back[made["bos_token_id"]] == config["bos_token_id"]
+    settings = json.loads((place / "out" / "generation_config.json").read_text())
+    assert [back[i] for i in settings["eos_token_id"]] == generation["eos_token_id"]
+    assert [back[i] for i in settings["suppress_tokens"]] == generation["suppress_tokens"]
+    assert settings["temperature"] == 0.5
+    added = json.loads((place / "out" / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    assert [back[int(i)] for i in added] == [image]
+
+
+@pytest.mark.parametrize("family", ENCODER_NAMES)
+def test_encoders_with_a_tied_head(family: str, place: Path, run) -> None:
+    import transformers
+
+    inner, head = tokenizer_of("word-piece"), masked_head(family)
+    pad = inner.token_to_id("[PAD]")
+    model = tiny_encoder(family, head, vocab_size=inner.get_vocab_size(), pad_token_id=pad)
+    model.save_pretrained(place / "parent")
+    names = {"unk": "[UNK]", "pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    special = {f"{kind}_token": token for kind, token in names.items()}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(place / "parent")
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 0, err
+    student = getattr(transformers, head).from_pretrained(place / "out")
+    kept = mapped(place / "out", place / "parent")
+    assert len(kept) < inner.get_vocab_size()
+    ids = AutoTokenizer.from_pretrained(place / "out")(SENTENCE, return_tensors="pt").input_ids
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids).logits, model(kept[ids]).logits[..., kept], rtol=0, atol=1e-6)
+    code, out, err = run("eval", "out", "--against", "parent", "--text", "other.txt", "--seq-len", "16", "--json")
+    assert code == 0, err
+    assert json.loads(out)["hidden_cosine"] == pytest.approx(1)
+
+
+def test_later_steps_work_on_the_trimmed_model(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+    steps = [
+        {"op": "trim_vocab", "keep": [{"text": "text.txt"}, {"tokens": 300}]},
+        {"op": "prune_attention", "layers": [3]},
+        {"op": "refit"},
+        {"op": "distill", "steps": 2, "sequence_length": 32, "batch": 2},
+    ]
+    calibration = {"text": "other.txt", "tokens": 512, "sequence_length": 32}
+    write(place / "r.yaml", *steps, calibration=calibration, gate={"max_bits_per_byte_ratio": 9.0})
+    code, out, err = run("run", "r.yaml", "parent", "-o", "out", "--json")
+    assert code == 0, err
+    found = json.loads(out)["evaluation"]
+    assert found["bits"]["ratio"] == pytest.approx(
+        found["bits"]["bits_per_byte"] / found["bits"]["parent_bits_per_byte"]
+    )
+    assert "bits per byte" in (place / "out" / "README.md").read_text()
+    # heal knows a student with fewer tokens by their names.
+    write(place / "h.yaml", steps[-1], calibration=calibration)
+    code, _, err = run("heal", "out", "--parent", "parent", "--recipe", "h.yaml", "-o", "healed")
+    assert code == 0, err
+    assert (
+        AutoModelForCausalLM.from_pretrained(place / "out", trust_remote_code=True).config.vocab_size
+        == (json.loads((place / "healed" / "config.json").read_text())["vocab_size"])
+    )
+    write(place / "g.yaml", *steps[:2], calibration=calibration, gate={"max_bits_per_byte_ratio": 0.5})
+    code, _, err = run("run", "g.yaml", "parent", "-o", "missed")
+    assert code == 3 and "bits per byte" in err
+
+
+def test_eval_compares_by_bytes(place: Path, run) -> None:
+    """Beside the slow way: each model's own log loss over the same bytes, token by token."""
+    model = parent_in(place / "parent", "llama")
+    one_window = OTHER[:160]
+    (place / "other.txt").write_text(one_window)
+    assert run("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt", "-o", "out")[0] == 0
+    code, out, err = run(
+        "eval", "out", "--against", "parent", "--text", "other.txt", "--tokens", "40", "--seq-len", "40", "--json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["kl"] == pytest.approx(0, abs=1e-6) and found["perplexity_ratio"] == pytest.approx(1)
+    assert 0 < found["outside_mass"] < 1
+    assert found["bits"]["more_tokens"] > 0
+    student = AutoModelForCausalLM.from_pretrained(place / "out")
+
+    def nats(which: Any, folder: str) -> tuple[float, int]:
+        tokenizer = AutoTokenizer.from_pretrained(place / folder)
+        window = AutoTokenizer.from_pretrained(place / "parent")(one_window, add_special_tokens=False).input_ids
+        start = AutoTokenizer.from_pretrained(place / "parent").bos_token_id
+        text = AutoTokenizer.from_pretrained(place / "parent").decode(window[:39])
+        assert start is not None
+        ids = [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]
+        with torch.no_grad():
+            scores = which(torch.tensor([ids])).logits[0].log_softmax(-1)
+        return -sum(scores[t - 1, i].item() for t, i in enumerate(ids) if t), len(text.encode())
+
+    (mine, size), (theirs, _) = nats(student, "out"), nats(model, "parent")
+    ln2 = 0.6931471805599453
+    assert found["bits"]["bytes"] == size
+    assert found["bits"]["bits_per_byte"] == pytest.approx(mine / ln2 / size, rel=1e-4)
+    assert found["bits"]["parent_bits_per_byte"] == pytest.approx(theirs / ln2 / size, rel=1e-4)
+
+
+def test_what_cannot_be_done_is_said(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+
+    def message(*steps: dict[str, Any], model: str = "parent") -> str:
+        write(place / "r.yaml", *steps)
+        code, _, err = run("run", "r.yaml", model, "-o", "out")
+        assert code == 2 and not (place / "out").exists() and not (place / "out.partial").exists()
+        return err
+
+    trim = {"op": "trim_vocab", "keep": {"text": "text.txt"}}
+    assert "comes first" in message({"op": "prune_ffn", "layers": [2]}, trim)
+    assert "comes first, and once" in message(trim, trim)
+    assert "at least" in message({**trim, "rows": 64})
+    (place / "list.txt").write_text("Ġthe\nnosuchtoken\n")
+    assert "nosuchtoken" in message({"op": "trim_vocab", "keep": {"file": "list.txt"}})
+    assert "no such text file" in message({"op": "trim_vocab", "keep": {"text": "none.txt"}})
+    assert "keep, rows, or both" in message({"op": "trim_vocab"})
+    assert "min_count goes with text" in message({"op": "trim_vocab", "keep": {"tokens": 5, "min_count": 2}})
+    (place / "parent" / "tokenizer.json").rename(place / "kept.json")
+    (place / "parent" / "tokenizer.model").write_bytes(b"x")
+    assert "no tokenizer.json" in message(trim)
+
+
+def test_lists_of_tokens(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+    inner = tokenizer_of("byte-level")
+    (place / "list.json").write_text(json.dumps(["Ġthe", 1200]))
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"file": "list.json"}, "multiple_of": 1})
+    assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
+    kept = set(mapped(place / "out", place / "parent").tolist())
+    assert {inner.token_to_id("Ġthe"), 1200} <= kept and len(kept) < 330
