@@ -17,12 +17,12 @@ from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.operations.trim_vocab import TrimVocab
 
 OPERATIONS: dict[str, type[Step]] = {
-    "trim_vocab": TrimVocab,
     "prune_attention": PruneAttention,
     "prune_ffn": PruneFFN,
     "prune_blocks": PruneBlocks,
     "prune_kv_heads": PruneKVHeads,
     "prune_width": PruneWidth,
+    "trim_vocab": TrimVocab,
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
     "fff": FFF,

@@ -75,11 +75,14 @@ def test_eval_in_another_dtype(run, models):
         run(*arguments, "--dtype", "int8")
 
 
-def test_eval_refuses_another_vocabulary_before_sampling(run, models, tmp_path):
-    other = save_tiny(tmp_path / "other", "llama", vocab_size=70)
-    with pytest.raises(SurgeryError, match="vocabulary of 64 tokens and its parent one of 70"):
-        run("eval", models[0], "--against", other)
-    assert not (tmp_path / "cache").exists()
+def test_eval_compares_other_vocabularies_by_bytes(run, models, tmp_path):
+    more = save_tiny(tmp_path / "more", "llama", tokenizer=True, vocab_size=70)
+    sizes = ("--tokens", 64, "--seq-len", 16)
+    shown = run("eval", models[0], "--against", more, *sizes).stdout
+    assert "bits per byte, ratio" in shown and "KL" in shown
+    # A parent with fewer tokens does not have all of the model's: nothing but bytes to go by.
+    shown = run("eval", more, "--against", models[0], *sizes).stdout
+    assert "bits per byte, ratio" in shown and "KL" not in shown
 
 
 def test_eval_refuses_as_many_tokens_that_are_others(run, models):
