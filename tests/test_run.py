@@ -131,8 +131,8 @@ def test_the_files_of_a_run(parent, text, tmp_path):
     } | (names & {"special_tokens_map.json"})
     assert not list(tmp_path.glob("*.partial"))
     config = json.loads((out / "config.json").read_text())
-    # A sentence in place of the number of layers: stock classes refuse it.
-    assert config["model_type"] == "surgeon_llama" and "trust_remote_code" in config["intermediate_size"]
+    # A sentence in place of the width: stock classes refuse it.
+    assert config["model_type"] == "surgeon_llama" and "trust_remote_code" in config["hidden_size"]
     assert len(config["block_configs"]) == 4
     assert [block["parents"] for block in config["block_configs"]] == [[0], [1, 2, 3], [4], [5]]
     surgery = json.loads((out / "surgery.json").read_text())

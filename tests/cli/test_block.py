@@ -30,7 +30,7 @@ def test_flags_write_a_checkpoint_that_every_command_takes(run, folder):
         "block_length": 2, "split": 2, "embedder": "projected", "decoder": "prefix", "prefix_length": 2,
         "affine": True,
     }  # fmt: skip
-    assert "load with trust_remote_code" in config["intermediate_size"]
+    assert "load with trust_remote_code" in config["hidden_size"]
     assert "2 tokens a block" in (folder / "out" / "README.md").read_text()
     code, out, _ = run("inspect", "out", "--json")
     assert code == 0 and json.loads(out)["block_transformer"]["split"] == 2
