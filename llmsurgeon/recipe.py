@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import ErrorDetails
 
 from llmsurgeon.errors import RecipeError
+from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
 from llmsurgeon.operations import OPERATIONS
 from llmsurgeon.recipe_files import (
     Document,
@@ -40,7 +41,7 @@ __all__ = ["Calibration", "Gate", "Recipe", "builtin_recipes", "dump", "load", "
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(_Part):
@@ -50,13 +51,13 @@ class Calibration(_Part):
         default=None, description="a .txt (UTF-8), .jsonl or .parquet file; relative to the working folder"
     )
     dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
-    tokens: int = Field(default=65_536, gt=0, description="how many tokens to use at most")
-    sequence_length: int = Field(default=512, gt=1, description="tokens in a window")
+    tokens: int = Field(default=65_536, ge=1, le=MOST_TOKENS, description="how many tokens to use at most")
+    sequence_length: int = Field(default=512, ge=2, le=LONGEST_SEQUENCE, description="tokens in a window")
     sentences: bool = Field(
         default=False,
         description="of text or dataset: a window is one sentence, as sentence encoders read; for fff, refit, distill",
     )
-    seed: int = Field(default=0, ge=0, description="seed of sampling and shuffling")
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="seed of sampling and shuffling")
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:

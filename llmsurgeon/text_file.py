@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
+from llmsurgeon.boundary import local_path
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import remark
 
@@ -55,7 +56,7 @@ TextFile = Annotated[str, AfterValidator(_of_a_kind)]
 
 def check_text_file(name: str) -> str:
     """The same of a file that must be there."""
-    if not Path(name).is_file():
+    if not local_path(name).is_file():
         raise SurgeryError(f"{name}: no such text file")
     return kind_of(name)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, documents, window_start
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
 from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.boundary import check_token_ids
 from llmsurgeon.checkpoint.staging import existing
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byte, passages, texts_of
 from llmsurgeon.formats.loading import load_tokenizer, model_of
@@ -141,6 +143,7 @@ class Texts:
             )
             setting = "calibration.sequence_length (--seq-len of analyze)"
             check_length(self.patient, self._windows.shape[1], setting)
+            self._check_ids(self._windows)
             self.description = self.calibration.describe(self._windows)
             self.options.say(self.description)
         return self._windows
@@ -160,8 +163,14 @@ class Texts:
             step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
         )
         for source in rows:
+            self._check_ids(source.tokens)
             self.options.say(f"training text: {source.tokens.size:,} tokens of {source.name}")
         return rows
+
+    def _check_ids(self, tokens: Tensor | np.ndarray) -> None:
+        """Raise SurgeryError for tokens that the model has no embedding of."""
+        if len(tokens):
+            check_token_ids(int(tokens.min()), int(tokens.max()), self.patient.spec.vocab, self.patient.name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The parent's tokenizer."""

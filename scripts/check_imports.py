@@ -15,27 +15,29 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"caches", "errors", "layers", "progress", "ternary", "text_file"}
+BASE = {"boundary", "caches", "errors", "layers", "limits", "progress", "ternary", "text_file"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
 ARROWS: dict[str, set[str]] = {
     "caches": set(),
     "errors": set(),
+    "boundary": {"errors"},
+    "limits": set(),
     "layers": {"errors"},
     "progress": set(),
-    "text_file": {"errors", "progress"},
+    "text_file": {"boundary", "errors", "progress"},
     "ternary": {"errors"},
     # A loaded model with packed weights; the kernel is there where numba is.
     "packed": {"ternary", "packed_numba"},
     "packed_numba": set(),
     "spec": {"errors"},
     "modeling": set(),
-    "checkpoint": {"errors"},
+    "checkpoint": {"boundary", "errors"},
     "families": {"errors", "spec"},
     # Operations name weight edits (checkpoint.transform) and know no files.
     "operations": BASE | {"families", "spec", "checkpoint.transform"},
-    "recipe_files": {"errors"},
+    "recipe_files": {"boundary", "errors"},
     "recipe": BASE | {"operations", "recipe_files"},
     # Scores are taken from the model that a format would build, with the divergence that evaluation reports.
     "analysis": TOOLS | {"formats.models", "formats.experts", "evaluation.agreement", "evaluation.perplexity"},
@@ -80,7 +82,13 @@ ARROWS: dict[str, set[str]] = {
 FORBIDDEN = {"operations": {"typer", "transformers"}, "families": {"typer", "transformers"}}
 
 # What cli/ may import while it is being imported; anything else would slow `llmsurgeon --help`.
-QUICK = set(sys.stdlib_module_names) | {"typer", f"{PACKAGE}.cli", f"{PACKAGE}.errors", f"{PACKAGE}.progress"}
+QUICK = set(sys.stdlib_module_names) | {
+    "typer",
+    f"{PACKAGE}.cli",
+    f"{PACKAGE}.errors",
+    f"{PACKAGE}.limits",
+    f"{PACKAGE}.progress",
+}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.analysis.self_text import Sampling, SelfText, cached_self_text, model_fingerprint, sample_self_text
+from llmsurgeon.boundary import token_ids
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.text_file import file_documents, file_text, kind_of, texts_of
 
@@ -232,7 +233,7 @@ def _cut(
     if len(text) > FULL_READ * count * inner:
         windows = _passages(text, tokenizer, count, inner, seed)
     else:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = token_ids(tokenizer, text, add_special_tokens=False, verbose=False)
         if len(ids) < inner:
             raise SurgeryError(
                 f"{name}: {len(ids)} tokens are fewer than one window of {inner}; give a longer text or shorter "
@@ -269,7 +270,7 @@ def padded(sentences: list[str], tokenizer: PreTrainedTokenizerBase, length: int
     """Each sentence's tokens, cut or filled up with padding to `length`."""
     if not sentences:
         return []
-    rows = tokenizer(sentences, truncation=True, max_length=length, verbose=False)["input_ids"]
+    rows = token_ids(tokenizer, sentences, truncation=True, max_length=length, verbose=False)
     return [row + [tokenizer.pad_token_id] * (length - len(row)) for row in rows]
 
 
@@ -285,7 +286,7 @@ def _passages(text: str, tokenizer: PreTrainedTokenizerBase, count: int, inner: 
         size = PASSAGE * inner
         while True:
             stop = min(start + size, end)
-            ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+            ids = token_ids(tokenizer, text[start:stop], add_special_tokens=False, verbose=False)
             if len(ids) > inner or stop == end:
                 break
             size *= 2
@@ -302,11 +303,11 @@ def _spread(available: int, count: int, seed: int) -> list[int]:
 
 def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The special token that the tokenizer puts before every text: Llama's bos, BERT's [CLS]; [] for Qwen and GPT-2."""
-    first = tokenizer("a")["input_ids"][:1]
+    first = token_ids(tokenizer, "a")[:1]
     return first if first and first[0] in (tokenizer.bos_token_id, tokenizer.cls_token_id) else []
 
 
 def window_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The separator that encoders' tokenizers put behind every text, else []."""
-    last = tokenizer("a")["input_ids"][-1:]
+    last = token_ids(tokenizer, "a")[-1:]
     return last if last and last[0] == tokenizer.sep_token_id else []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from llmsurgeon.boundary import check_token_ids, token_ids
 from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
@@ -256,11 +257,12 @@ def _prompts(
         forced[:, 0] = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed))
     else:
         forced[:, 0] = start
-    openers = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in sampling.openers]
+    openers = [token_ids(tokenizer, text, add_special_tokens=False) for text in sampling.openers]
     opened = [row for row in range(count) if openers and (not sampling.plain or row % sampling.plain)]
     for number, row in enumerate(opened):
         ids = openers[number % len(openers)][: length - 1]
         forced[row, 1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.long)
+    check_token_ids(0, int(forced.max()), vocab, str(tokenizer.name_or_path))
     return forced
 
 

@@ -9,6 +9,7 @@ import json
 import mmap
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmsurgeon.boundary import json_object
 from llmsurgeon.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -113,17 +115,16 @@ def _parse_header(path: Path, header: bytes, data_start: int, size: int) -> dict
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            names = [key for key, _ in pairs]
-            twice = sorted({key for key in names if names.count(key) > 1})
-            raise CheckpointError(f"{path}: the header names {twice[0]!r} twice")
+            twice = min(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+            raise CheckpointError(f"{path}: the header names {twice!r} twice")
         return made
 
+    where = f"{path}: the safetensors header"
     try:
-        table = json.loads(header.decode("utf-8"), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not JSON ({error}); download it again") from error
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{path}: the safetensors header is not a JSON object; download it again")
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not JSON ({error}); download it again") from error
+    table = json_object(text, where, object_pairs_hook=unique)
     table.pop("__metadata__", None)
     entries = sorted((_entry(path, name, fields, data_start) for name, fields in table.items()), key=lambda e: e.start)
     at = data_start

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.boundary import local_path, read_json
+from llmsurgeon.checkpoint.config_file import read_config_file
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
@@ -110,7 +112,7 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.name = name or str(folder)
         self.path = folder
-        self.config = _read_json(folder / "config.json")
+        self.config = read_config_file(folder / "config.json")
         self._file_of, self.weight_files = _open_weights(folder)
 
     def __getitem__(self, name: str) -> Tensor:
@@ -162,7 +164,7 @@ def open_checkpoint(
         CheckpointError: damaged, unsafe, or pickles only.
     """
     name = os.fspath(model)
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file():
         if path.suffix == ".gguf":
             return _open_gguf(path, name, gguf_dtype)
@@ -177,19 +179,20 @@ def open_checkpoint(
 def read_config(model: str | os.PathLike[str], revision: str | None = None) -> dict[str, Any]:
     """The config alone, of a folder (weights not needed), a .json file, a GGUF file or a hub id."""
     name = os.fspath(model)
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_file() and path.suffix == ".json":
-        return _read_json(path)
+        return read_config_file(path)
     if path.is_file():
         return open_checkpoint(path).config
     if path.is_dir():
-        return _read_json(path / "config.json") if (path / "config.json").exists() else _open_folder(path, name).config
-    return _read_json(_download(name, revision, ["config.json"]) / "config.json")
+        config = path / "config.json"
+        return read_config_file(config) if config.exists() else _open_folder(path, name).config
+    return read_config_file(_download(name, revision, ["config.json"]) / "config.json")
 
 
 def has_weights(model: str | os.PathLike[str]) -> bool:
     """True where `model` is a file or folder of this disk with weights in it, be they ones that cannot be read."""
-    path = Path(model).expanduser()
+    path = local_path(model)
     if path.is_dir():
         return any(any(path.glob(pattern)) for pattern in (INDEX, "*.safetensors", "*.gguf", *PICKLE_PATTERNS))
     return path.is_file() and path.suffix != ".json"
@@ -228,20 +231,6 @@ def _pickle_message(name: str, model: str) -> str:
         f"{name}: the weights are pickles, and loading a pickle can run any code in it. If you trust its author, "
         f"convert it and use the result:\n  python -c {shlex.quote(script)} {shlex.quote(model)} {shlex.quote(out)}"
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; a checkpoint folder has a {path.name}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(made, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(made).__name__}")
-    return made
 
 
 def _open_weights(folder: Path) -> tuple[dict[str, SafetensorsFile], list[SafetensorsFile]]:
@@ -284,13 +273,13 @@ def read_index(folder: Path) -> dict[str, str]:
         CheckpointError: malformed, a shard is missing, or a shard lies outside the folder.
     """
     path = folder / INDEX
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
     for shard in sorted(set(weight_map.values())):
         if shard in ("", ".", "..") or {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
             raise CheckpointError(f"{path}: shard {shard!r} points outside the folder; refused")
-        if not (folder / shard).exists():
+        if not local_path(folder / shard).exists():
             needs = sum(1 for s in weight_map.values() if s == shard)
             raise CheckpointError(f"{folder}: shard {shard} is missing ({needs} tensors); download it again")
         if not _inside(folder, folder / shard):

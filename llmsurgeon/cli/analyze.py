@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import OVERWRITE, dtype_of, text_file
+from llmsurgeon.cli.options import (
+    OVERWRITE,
+    Batch,
+    Seed,
+    dtype_of,
+    length_option,
+    text_file,
+    tokens_option,
+    usable_device,
+    whole,
+)
 
 if TYPE_CHECKING:
     from llmsurgeon.analysis.analyze import Analysis
@@ -30,16 +40,14 @@ def analyze_command(
         str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.", callback=text_file)
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to measure on.")] = 8192,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a sequence.")] = 256,
-    drop: Annotated[
-        int | None, typer.Option(help="Attentions to drop; default: about a quarter of the layers.")
-    ] = None,
-    max_run: Annotated[int, typer.Option(help="Longest run of FFNs to fuse.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of sampled calibration text.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    tokens: Annotated[int, tokens_option("How many tokens to measure on.")] = 8192,
+    seq_len: Annotated[int, length_option("Tokens in a sequence.")] = 256,
+    drop: Annotated[int | None, whole("Attentions to drop; default: about a quarter of the layers.", 0)] = None,
+    max_run: Annotated[int, whole("Longest run of FFNs to fuse.")] = 3,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences that go through a layer together.")] = 8,
+    batch: Batch = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout as well.")] = False,

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
+from llmsurgeon.cli.options import Rounds, usable_device, usable_threads, whole
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.limits import LONGEST_SEQUENCE, MOST_SEQUENCES
 
 if TYPE_CHECKING:
     from llmsurgeon.evaluation.latency import Bench
@@ -33,12 +35,16 @@ def bench_command(
     model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
     against: Annotated[str | None, typer.Option(help="The parent, timed in turn with MODEL.")] = None,
     engine: Annotated[Engine, typer.Option(help="What runs the models.")] = Engine.TRANSFORMERS,
-    batch: Annotated[int, typer.Option(help="Sequences at a time; 1 in llama.cpp.")] = 1,
-    prompt: Annotated[int, typer.Option(help="Tokens of prefill.")] = 512,
-    new_tokens: Annotated[int, typer.Option(help="Decode steps.")] = 64,
-    rounds: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 5,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: as many as there are.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...; cpu in llama.cpp.")] = "cpu",
+    batch: Annotated[int, whole("Sequences at a time; 1 in llama.cpp.", 1, MOST_SEQUENCES)] = 1,
+    prompt: Annotated[int, whole("Tokens of prefill.", 1, LONGEST_SEQUENCE)] = 512,
+    new_tokens: Annotated[int, whole("Decode steps.", 1, LONGEST_SEQUENCE)] = 64,
+    rounds: Rounds = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=usable_threads)
+    ] = None,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1 ...; cpu in llama.cpp.", callback=usable_device)
+    ] = "cpu",
     dtype: Annotated[
         str | None, typer.Option(help="transformers: float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None,
@@ -54,8 +60,6 @@ def bench_command(
     """
     from llmsurgeon.evaluation.latency import bench_table
 
-    if threads is not None and threads < 1:
-        raise SurgeryError(f"--threads {threads}: expected 1 or more")
     sizes = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
     if engine is Engine.LLAMA_CPP:
         if batch != 1 or device != "cpu" or dtype:

@@ -14,7 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from llmsurgeon.cli import console, output, say
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file
+from llmsurgeon.cli.options import (
+    DISCARD,
+    OVERWRITE,
+    dtype_of,
+    length_option,
+    recipe_paths,
+    short_name,
+    text_file,
+    tokens_option,
+    usable_device,
+)
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
@@ -28,13 +38,13 @@ Out = Annotated[
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Override: step.key=value, calibration.tokens=8192 ...")]
 Text = Annotated[str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.", callback=text_file)]
 Dataset = Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")]
-Tokens = Annotated[int | None, typer.Option(help="Calibration tokens; default: the recipe's.")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens in a calibration sequence; default: the recipe's.")]
+Tokens = Annotated[int | None, tokens_option("Calibration tokens; default: the recipe's.")]
+SeqLen = Annotated[int | None, length_option("Tokens in a calibration sequence; default: the recipe's.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop; config.json alone is enough.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 Discard = Annotated[bool, typer.Option("--discard-partial", help=DISCARD)]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
-Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda ...")]
+Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda ...", callback=usable_device)]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of calibration: float32, bfloat16; default: the checkpoint's.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import dtype_of, text_file
+from llmsurgeon.cli.options import dtype_of, length_option, text_file, tokens_option, usable_device
 from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ def evaluate_command(
         str | None, typer.Option(help="Text to measure on: .txt, .jsonl or .parquet.", callback=text_file)
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to measure on, NAME[:CONFIG][:SPLIT].")] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens.")] = 32768,
-    seq_len: Annotated[int, typer.Option(help="Tokens in a window.")] = 512,
+    tokens: Annotated[int, tokens_option("How many tokens.")] = 32768,
+    seq_len: Annotated[int, length_option("Tokens in a window.")] = 512,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated (needs the eval extra).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -10,7 +10,7 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.convert import shown, warning
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file
+from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file, usable_device
 
 if TYPE_CHECKING:
     from llmsurgeon.run import Outcome
@@ -46,7 +46,9 @@ def heal_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
-    device: Annotated[str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.", callback=usable_device)
+    ] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

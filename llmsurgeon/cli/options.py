@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -13,6 +17,44 @@ if TYPE_CHECKING:
 
 OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
 DISCARD = "Delete what an unfinished run left in OUT.partial, be it of another job, and begin anew."
+
+
+def whole(help: str, least: int = 1, most: int = MOST_TOKENS, **settings: Any) -> Any:
+    """An option that takes a whole number from `least` to `most`; what is outside is refused before any work."""
+    return typer.Option(help=help, min=least, max=most, **settings)
+
+
+def tokens_option(help: str) -> Any:
+    """An option that takes a number of tokens."""
+    return whole(help, 1, MOST_TOKENS)
+
+
+def length_option(help: str) -> Any:
+    """An option that takes the length of a sequence."""
+    return whole(help, 2, LONGEST_SEQUENCE)
+
+
+def usable_device(name: str) -> str:
+    """What --device names; one that this build of torch or this machine does not have is said before any work."""
+    if name == "cpu":
+        return name
+    from llmsurgeon.formats.loading import check_device
+
+    check_device(name)
+    return name
+
+
+def usable_threads(count: int | None) -> int | None:
+    """What --threads asks for: at most as many as there are CPUs."""
+    there = os.cpu_count() or 1
+    if count is not None and not 1 <= count <= there:
+        raise SurgeryError(f"--threads {count}: expected 1 to {there}, as many as this machine has")
+    return count
+
+
+Seed = Annotated[int, whole("Seed of sampled calibration text.", 0, LARGEST_SEED)]
+Batch = Annotated[int, whole("Sequences that go through a layer together.", 1, MOST_SEQUENCES)]
+Rounds = Annotated[int, whole("Timed rounds, after one to warm up.", 1, MOST_ROUNDS)]
 
 
 def short_name(model: str) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from llmsurgeon.boundary import check_token_ids
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.perplexity import Interval, mean_interval, perplexity, perplexity_interval, token_losses
@@ -242,11 +243,7 @@ def _check(model: PreTrainedModel, tokens: Tensor) -> None:
     if family is None:
         raise SurgeryError(f"{name} is a decoder; an encoder can be compared with an encoder only")
     spec = family.describe(model.config.to_dict())
-    if tokens.min() < 0 or tokens.max() >= spec.vocab:
-        raise SurgeryError(
-            f"{name}: token ids from {int(tokens.min())} to {int(tokens.max())}, its vocabulary has {spec.vocab}; "
-            "the text must be tokenised with this model's own tokenizer"
-        )
+    check_token_ids(int(tokens.min()), int(tokens.max()), spec.vocab, name)
     if spec.max_positions and tokens.shape[1] > spec.max_positions:
         raise SurgeryError(
             f"{name}: sequences of {tokens.shape[1]} tokens, its limit is {spec.max_positions}; lower --seq-len"

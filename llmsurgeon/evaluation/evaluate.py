@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.boundary import check_token_ids
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Passage, bits_per_byte, scored_by
@@ -242,12 +243,7 @@ def _check(model: PreTrainedModel, tokens: Tensor) -> None:
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise SurgeryError(f"tokens of shape {list(tokens.shape)}: expected [sequences, length], at least 1 by 2")
     name = model.config.name_or_path or type(model).__name__
-    vocab = model.config.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocab:
-        raise SurgeryError(
-            f"{name}: token ids from {int(tokens.min())} to {int(tokens.max())}, its vocabulary has {vocab}; "
-            "the text must be tokenised with this model's own tokenizer"
-        )
+    check_token_ids(int(tokens.min()), int(tokens.max()), model.config.vocab_size, name)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens.shape[1] > limit:
         raise SurgeryError(f"{name}: sequences of {tokens.shape[1]} tokens, its limit is {limit}; lower --seq-len")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
-from llmsurgeon.errors import CheckpointError
+from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families.vision_language import vision_language_of
 from llmsurgeon.formats.models import fill, is_surgeon, load_config, ships_code
 from llmsurgeon.formats.reading import read_model
@@ -58,11 +59,29 @@ def is_packed(config: Mapping[str, Any]) -> bool:
     return (config.get("quantization_config") or {}).get("quant_method") == "bitnet"
 
 
+def check_device(name: str) -> None:
+    """Raise SurgeryError where `name` is no device, or one that this build of torch or this machine does not have."""
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=device)
+    except Exception as error:  # each kind of device raises errors of its own
+        raise SurgeryError(
+            f"device {shortened(name)}: cannot be used here ({first_lines(error, 160)}); expected cpu, or "
+            "cuda, cuda:1, mps ... where torch was built for it and the machine has it"
+        ) from error
+
+
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a hub id, folder or GGUF file."""
+    """The tokenizer that belongs to a hub id, folder or GGUF file.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or a package that it needs is not installed.
+    """
     from transformers import AutoTokenizer
 
-    path = Path(model)
+    path = local_path(model)
     if path.suffix == ".gguf" and path.is_file():
         with TemporaryDirectory() as folder:
             write_tokenizer(GGUFFile(path).metadata, Path(folder), path)
@@ -72,7 +91,20 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         raw = text_config(raw)
     # transformers asks for the config's class: ours comes from this package, not from code inside the checkpoint.
     config = load_config(raw) if ships_code(raw) else None
-    return _quietly(AutoTokenizer.from_pretrained, model, revision=revision, config=config)
+    with foreign(model, "its tokenizer cannot be loaded", _tokenizer_advice(path)):
+        return _quietly(AutoTokenizer.from_pretrained, model, revision=revision, config=config)
+
+
+def _tokenizer_advice(folder: Path) -> str:
+    """What to do about a folder whose tokenizer does not load."""
+    if folder.is_dir() and not (folder / "tokenizer.json").exists():
+        if any(folder.glob("*.model")):
+            return "it is kept in SentencePiece's form, whose reading takes `pip install sentencepiece protobuf`"
+        return (
+            "the folder has no tokenizer.json; copy the tokenizer's files (tokenizer.json, tokenizer_config.json ...) "
+            "from the model that it was made from"
+        )
+    return "download its files again, or copy them from the model that it was made from"
 
 
 def _quietly(function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.boundary import foreign
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
 from llmsurgeon.formats import bitnet_model, nemotron_nas
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
 from llmsurgeon.spec import to_block_configs
+
+CORRECT = "correct the config, or take the one that the model was published with"
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -83,20 +86,10 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     raw = readable(raw)
     family = family_of(raw)
     values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
-    try:
+    with foreign("config.json", f"does not describe a {raw['model_type']} model", CORRECT):
         if is_surgeon(raw):
             return surgeon_classes(family, _halves(raw, family))[0].from_dict(values)  # type: ignore[attr-defined]
         return AutoConfig.for_model(raw["model_type"], **values)
-    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
-        raise SurgeryError(
-            f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}"
-        ) from error
-    except Exception as error:
-        # Validators of config classes raise their own types; all of them mean "these values cannot be".
-        if type(error).__module__.startswith("huggingface_hub"):
-            message = f"config.json does not describe a {raw['model_type']} model: {_first_line(error)}"
-            raise SurgeryError(message) from error
-        raise
 
 
 def _halves(raw: Mapping[str, Any], family: Family) -> bool:
@@ -111,7 +104,9 @@ def _halves(raw: Mapping[str, Any], family: Family) -> bool:
 def normalised(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config with every default filled in and per-layer lists expanded."""
     raw = readable(raw)
-    values = load_config(raw).to_dict()
+    config = load_config(raw)
+    with foreign("config.json", f"does not describe a {raw['model_type']} model", CORRECT):
+        values = config.to_dict()
     values["model_type"] = raw["model_type"]
     return values
 
@@ -128,15 +123,11 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
         model_class = surgeon_classes(family, _halves(raw, family))[1]
     else:
         model_class = getattr(transformers, family.model_class)
-    try:
+    with foreign("config.json", f"transformers cannot build this {raw['model_type']} model", CORRECT):
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = model_class(config).eval()
-    except (ValueError, RuntimeError, AssertionError) as error:
-        raise SurgeryError(
-            f"config.json: transformers cannot build this {raw['model_type']} model: {_first_line(error)}"
-        ) from error
-    for name, module in list(model.named_modules()):
-        _make_buffers_real(model, name, module)
+        for name, module in list(model.named_modules()):
+            _make_buffers_real(model, name, module)
     return model
 
 
@@ -283,8 +274,3 @@ def filled_model(
     model = empty_model(normalised(config))
     fill(model, weights, dtype, device)
     return model
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:3]) or type(error).__name__

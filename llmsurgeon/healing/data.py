@@ -27,6 +27,7 @@ from llmsurgeon.analysis.calibration import (
     window_start,
 )
 from llmsurgeon.analysis.self_text import cache_folder, document_start
+from llmsurgeon.boundary import token_ids
 from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
@@ -64,7 +65,7 @@ def packed(
         if separator is not None:
             pending.append(separator)
         for piece in pieces:
-            pending += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+            pending += token_ids(tokenizer, piece, add_special_tokens=False, verbose=False)
             while len(pending) >= inner:
                 if made + length > limit:
                     return

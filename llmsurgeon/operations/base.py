@@ -140,7 +140,7 @@ class NewBlock:
 class Step(BaseModel):
     """A step of a recipe."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     heals: ClassVar[bool] = False
     op: str
 

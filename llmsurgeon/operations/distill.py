@@ -6,17 +6,20 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.spec import FFFSpec
 from llmsurgeon.text_file import TextFile
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Source(_Part):
@@ -28,10 +31,10 @@ class Source(_Part):
 
     text: TextFile | None = None
     dataset: str | None = None
-    sampled: Count | None = None
+    sampled: Tokens | None = None
     calibration: Literal[True] | None = None
     weight: Positive = 1.0
-    tokens: Count = 10_000_000
+    tokens: Tokens = 10_000_000
 
     @model_validator(mode="after")
     def _one(self) -> Source:
@@ -95,9 +98,9 @@ class Distill(Step):
     heals: ClassVar[bool] = True
     mode: Literal["global", "local"] = "global"
     data: tuple[Source, ...] | None = None
-    sequence_length: Annotated[int, Field(ge=2)] = 256
-    batch: Count = 8
-    accumulate: Count = 1
+    sequence_length: Annotated[int, Field(ge=2, le=LONGEST_SEQUENCE)] = 256
+    batch: Sequences = 8
+    accumulate: Sequences = 1
     steps: Count | None = None
     tokens: Count | None = None
     minutes: Positive | None = None
@@ -122,14 +125,14 @@ class Distill(Step):
     clip: Positive | None = 1.0
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
-    processes: Count = 1
+    processes: Annotated[int, Field(ge=1, le=MOST_PROCESSES)] = 1
     evaluations: Annotated[int, Field(ge=0)] = 5
-    evaluation_tokens: Count = 8192
+    evaluation_tokens: Tokens = 8192
     patience: Count | None = None
     save_minutes: Positive | None = 10.0
     save_steps: Count | None = None
     trackers: tuple[str, ...] = ()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:

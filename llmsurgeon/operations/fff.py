@@ -63,7 +63,7 @@ class Foreseen:
 class Shape(BaseModel):
     """One shape and the layers that get it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     layers: LayerList
     depth: Count
     leaf_width: Positive | None = None

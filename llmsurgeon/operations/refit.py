@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from llmsurgeon.limits import MOST_TOKENS
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec
 
@@ -24,7 +25,7 @@ class Refit(Step):
 
     op: Literal["refit"] = "refit"
     heals: ClassVar[bool] = True
-    tokens: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
     align: bool = True
     align_ridge: Annotated[float, Field(gt=0)] = 0.03

@@ -142,14 +142,16 @@ def attack(given: argparse.Namespace, scratch: Path) -> int:
 
 def attempt(kind: str, number: int, given: argparse.Namespace, ground: object, scratch: Path) -> object:
     """One try of a kind: the same for one seed and number every time."""
-    from tests.attack.scene import Scene
+    from tests.attack.scene import Scene, Verdict
 
     folder = _made(scratch / f"{kind}-{number}")
     scene = Scene(folder, ground)
     try:
-        verdict = importlib.import_module(f"tests.attack.{kind}").attempt(
-            Random(f"{given.seed}:{kind}:{number}"), scene
-        )
+        draw = Random(f"{given.seed}:{kind}:{number}")
+        try:
+            verdict = importlib.import_module(f"tests.attack.{kind}").attempt(draw, scene)
+        except Exception as error:
+            verdict = Verdict("", (), f"the attack itself failed: {error!r}")
         if verdict.wrong and given.keep:
             shutil.copytree(
                 folder, given.keep / folder.name, symlinks=True, dirs_exist_ok=True, ignore_dangling_symlinks=True

@@ -175,7 +175,7 @@ def _surroundings(draw: Random, scene: Scene) -> str:
         {"PATH": None},
     )
     if draw.random() < 0.3:
-        name = draw.choice((b"m\xff\xfe", "ﬁ e\u0301".encode(), b"a b", b"[/x]", b"\x1b[31m", b"%s{0}"))
+        name = draw.choice((b"m\xff\xfe", "ﬁ e\u0301".encode(), b"a b", b"[x]", b"\x1b[31m", b"%s{0}"))
         moved = scene.work.with_name(os.fsdecode(name))
         scene.work.rename(moved)
         scene.name = moved.name

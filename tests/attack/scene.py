@@ -28,7 +28,7 @@ CPU_SECONDS = 60  # of processor time: a busy machine makes no try hang
 WALL_SECONDS = 240
 MEMORY = 4 << 30  # beside what the driver has mapped already
 CLEAN_CODES = (0, 2, 3)
-LONGEST_MESSAGE = 4000
+LONGEST_MESSAGE = 20_000
 SHORTEST_MESSAGE = 20
 
 
