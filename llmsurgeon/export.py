@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from llmsurgeon import __version__
 from llmsurgeon.card import model_card
-from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
@@ -20,6 +19,7 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
 from llmsurgeon.patient import Patient, open_patient, shapes_of
 from llmsurgeon.planning import without_empty_blocks
+from llmsurgeon.story import read_story
 from llmsurgeon.summary import Costs
 from llmsurgeon.texts import Options
 
@@ -137,8 +137,8 @@ def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs)
     before = patient.costs(patient.spec, shapes_of(patient.meta()))
     surgery: dict[str, Any] = {}
     recipe = None
-    if story := _story(checkpoint):
-        surgery, recipe, before = story
+    if story := read_story(checkpoint.path):
+        surgery, recipe, before = story.surgery, story.recipe, story.before
     card = model_card(
         surgery.get("parent", patient.name),
         written,
@@ -156,16 +156,6 @@ def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs)
         surgery = {**surgery, "format": written.format, "after": after.to_dict()}
         stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
     return before
-
-
-def _story(checkpoint: Checkpoint) -> tuple[dict[str, Any], str, Costs] | None:
-    """surgery.json, recipe.yaml and the parent's costs, where this tool made the checkpoint."""
-    try:
-        surgery = json.loads((checkpoint.path / "surgery.json").read_text(encoding="utf-8"))
-        recipe = (checkpoint.path / "recipe.yaml").read_text(encoding="utf-8")
-        return surgery, recipe, Costs(**surgery["before"])
-    except (OSError, ValueError, KeyError, TypeError):  # a story that cannot be told is not worth a failed export
-        return None
 
 
 __all__ = ["CheckpointForm", "Exported", "export", "export_gguf"]

@@ -5,7 +5,6 @@ Started by `accelerate launch` there are several processes: all of them train, t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe import Recipe, dump, loads
 from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, job_of, logs_of
 from llmsurgeon.spec import BlockSpec, ModelSpec
+from llmsurgeon.story import read_recipe, read_surgery
 from llmsurgeon.summary import costs
 from llmsurgeon.texts import Texts, files_of, trimmed
 from llmsurgeon.vocabulary.trimmed import trimmed_like
@@ -176,25 +176,25 @@ def _renumbered(block: BlockSpec, parents: tuple[int, ...]) -> BlockSpec:
 def _recorded_parents(student: Patient, blocks: int) -> list[list[int]] | None:
     """What the checkpoint says of where its blocks come from, None where it says nothing."""
     assert student.checkpoint is not None
-    story = student.checkpoint.path / "surgery.json"
-    recorded: Any = None
-    if story.is_file():
-        try:
-            recorded = json.loads(story.read_text(encoding="utf-8")).get("parents")
-        except ValueError:
-            recorded = None
+    story = read_surgery(student.checkpoint.path)
+    recorded: Any = story and story.parents
     if recorded is None:
         recorded = [entry.get("parents") for entry in student.config.get("block_configs") or ()]
-    usable = len(recorded) == blocks and all(isinstance(p, list) and p for p in recorded)
+    usable = len(recorded) == blocks and all(
+        isinstance(p, list) and p and all(type(layer) is int for layer in p) for p in recorded
+    )
     return recorded if usable else None
 
 
 def _whole_recipe(student: Patient, recipe: Recipe) -> Recipe:
     """The recipe that leads from the parent to the healed student, where the student came with its own."""
     assert student.checkpoint is not None
+    text = read_recipe(student.checkpoint.path)
     try:
-        before = loads((student.checkpoint.path / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, RecipeError):
+        before = loads(text) if text else None
+    except RecipeError:
+        before = None
+    if before is None:
         return recipe
     return recipe.model_copy(update={"steps": (*before.steps, *recipe.steps)})
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from llmsurgeon.boundary import local_path
 from llmsurgeon.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
@@ -115,7 +116,7 @@ def find_recipe(name: str | Path) -> Path:
     Raises:
         RecipeError: neither exists.
     """
-    path, builtin = Path(name), builtin_recipes()
+    path, builtin = local_path(name), builtin_recipes()
     if path.is_file():
         return path
     if path.is_dir() and str(name) not in builtin:

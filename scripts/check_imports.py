@@ -63,10 +63,14 @@ ARROWS: dict[str, set[str]] = {
     | {"analysis", "evaluation.bits_per_byte", "formats", "healing.data", "operations", "patient", "planning", "proof"}
     | {"recipe", "vocabulary"},
     "run": TOOLS | RUN_HELPERS | STAGES | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
+    "story": {"boundary", "errors", "progress", "summary"},
     # The same model in another form: opened and checked as run does it.
-    "export": TOOLS | {"card", "formats", "operations", "patient", "planning", "summary", "texts"},
+    "export": TOOLS | {"card", "formats", "operations", "patient", "planning", "summary", "story", "texts"},
     # A written student and its parent: opened, healed and written as run does it.
-    "heal": TOOLS | STAGES | {"formats", "healing", "operations", "proof", "recipe", "run", "summary", "vocabulary"},
+    "heal": TOOLS
+    | STAGES
+    | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"}
+    | {"story", "vocabulary"},
     # Called by vLLM; names the config class by path.
     "vllm_plugin": set(),
     "cli": TOOLS

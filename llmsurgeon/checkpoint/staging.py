@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 from uuid import uuid4
 
+from llmsurgeon.boundary import local_path
 from llmsurgeon.checkpoint.atomic import exchange, fsync, move
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
 from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
@@ -138,7 +139,7 @@ class Staging:
         """Where OUT is, links on the way resolved; what cannot work there is said."""
         if not os.fspath(out):
             raise SurgeryError("the name of the output is empty; give --out a name")
-        path = Path(out).expanduser()
+        path = local_path(out)
         # A file that is a link is replaced itself; a folder is where its link leads.
         target = Path(os.path.realpath(path.parent), path.name) if cls.single_file else Path(os.path.realpath(path))
         _check_place(target, cls.single_file)

@@ -101,6 +101,7 @@ def _in_transformers(
 def _in_llamacpp(
     model: str, against: str | None, type: str, revision: str | None, threads: int | None, sizes: dict[str, int]
 ) -> Bench:
+    from llmsurgeon.boundary import local_path
     from llmsurgeon.evaluation.latency import benchmark_llamacpp
     from llmsurgeon.evaluation.llamacpp import require_xllamacpp
     from llmsurgeon.export import export_gguf
@@ -109,8 +110,8 @@ def _in_llamacpp(
     with TemporaryDirectory(prefix="llmsurgeon-") as folder:
 
         def as_gguf(name: str, place: str, revision: str | None) -> Path:
-            if name.endswith(".gguf") and Path(name).expanduser().is_file():
-                return Path(name).expanduser()
+            if name.endswith(".gguf") and local_path(name).is_file():
+                return local_path(name)
             made = export_gguf(name, str(Path(folder) / f"{place}.gguf"), type=type, revision=revision)
             for note in made.notes:
                 say(f"{name}: {note}")

@@ -10,7 +10,7 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.options import dtype_of, length_option, text_file, tokens_option, usable_device
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def _check_same_tokens(model: str, revision: str | None, against: str, theirs: P
 
     try:
         mine = load_tokenizer(model, revision).get_vocab()
-    except (OSError, ValueError):  # the model came without a tokenizer; the parent's reads the text anyway
+    except CheckpointError:  # the model came without a tokenizer; the parent's reads the text anyway
         return
     parents = theirs.get_vocab()
     alike = sum(mine.get(token) == number for token, number in parents.items())

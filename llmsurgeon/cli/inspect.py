@@ -100,9 +100,10 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a checkpoint: hashes, index, names and shapes against the config, tied weights, one tiny forward pass."""
+    from llmsurgeon.boundary import local_path
     from llmsurgeon.checkpoint.manifest import verify_files
 
-    if not Path(folder).is_dir():
+    if not local_path(folder).is_dir():
         what = "is a file" if Path(folder).exists() else "no such folder"
         raise SurgeryError(f"{folder}: {what}; verify takes the folder of a checkpoint")
     problems = verify_files(Path(folder))

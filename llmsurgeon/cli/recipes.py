@@ -46,11 +46,12 @@ def copy_recipe(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to edit it."""
+    from llmsurgeon.boundary import local_path
     from llmsurgeon.checkpoint.atomic import write_whole
     from llmsurgeon.errors import SurgeryError
     from llmsurgeon.recipe_files import find_recipe
 
-    source = find_recipe(name)
+    source, dest = find_recipe(name), local_path(dest)
     text = source.read_text(encoding="utf-8")
     target = dest / source.name if dest.is_dir() else dest
     try:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon.boundary import local_path
 from llmsurgeon.checkpoint.gguf_file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import file_order, meta_weights
 from llmsurgeon.checkpoint.staging import NOTHING, explained
@@ -84,7 +85,7 @@ def write_gguf(
     Raises:
         SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, or the disk fails.
     """
-    path = Path(out).expanduser().absolute()
+    path = local_path(out).absolute()
     kind = _known_type(type)
     if path.suffix != ".gguf":
         raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
