@@ -7,15 +7,18 @@ from typing import Any
 
 from torch import Tensor
 
+from llmsurgeon.analysis.channels import eliminate_channels
 from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
-from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions
+from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions, search_blocks
 from llmsurgeon.analysis.ternary import input_sizes, stored_bytes, ternary_costs
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.ternary import Ternary
 
 MEASURE_TOKENS = 8192
@@ -51,9 +54,19 @@ def compute_scores(
         sample = few(tokens, SEARCH_TOKENS)
         choices = search_attentions(runner, sample, count, max(fused or [0]), fuse=bool(fused), batch=batch)
         scores["attention_order"] = order_of(choices)
+    if "block_order" in needed:
+        count = max(step.count or 0 for step in steps if isinstance(step, PruneBlocks) and step.score == "rescored")
+        scores["block_order"] = order_of(search_blocks(runner, few(tokens, SEARCH_TOKENS), count, batch=batch))
     if "ffn_dependency" in needed:
         dropped = frozenset(layer for step in prunes for layer in step.resolve(subject(scores)).layers or ())
         scores["ffn_dependency"] = ffn_dependency(runner, few(tokens, SEARCH_TOKENS), dropped, batch)
+    if "ffn_elimination" in needed:
+        parent = subject({})
+        widths = [step for step in steps if isinstance(step, PruneWidth) and "ffn_elimination" in step.needs()]
+        layers = {layer for step in widths for i in step.affected(parent) for layer in parent.spec.blocks[i].parents}
+        found = eliminate_channels(runner, few(tokens, MEASURE_TOKENS), layers, batch)
+        scores["ffn_elimination"] = {layer: each.order for layer, each in found.items()}
+        scores["ffn_elimination_loss"] = {layer: each.loss for layer, each in found.items()}
     if "fff" in needed:
         scores["fff"] = {}
         for step, wanted in trees:

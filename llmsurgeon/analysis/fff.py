@@ -349,14 +349,15 @@ def _importance(leaf: Sums, down: Tensor, everyone: Tensor, assignment: Assignme
     """How much a leaf needs each neuron [H]: higher is more. Only the order counts."""
     if assignment == "activation":
         return (leaf.size * down.norm(dim=1)).argsort().argsort().float()
-    return elimination_order(leaf.covariance() + everyone, down)
+    return eliminate(leaf.covariance() + everyone, down)[0]
 
 
-def elimination_order(gram: Tensor, down: Tensor) -> Tensor:
-    """When each neuron goes, float32 [H], if those go first that the others can best stand in for.
+def eliminate(gram: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """(when each neuron goes [H], what is lost [H + 1] once so many are gone), float32.
 
-    Removing neuron i and moving the others' output rows to make up for it costs ||v_i||^2 / [C^-1]_ii (optimal brain
-    surgeon, applied to neurons); rows and inverse are then brought up to date. A few go at a time.
+    Those go first that the others can best stand in for. Removing neuron i and moving the others' output rows to make
+    up for it costs ||v_i||^2 / [C^-1]_ii (optimal brain surgeon, applied to neurons); rows and inverse are then brought
+    up to date. A few go at a time. The loss is the mean squared change of the output, damping included.
 
     Args:
         gram: covariance C of the activations [H, H]; down: output rows [H, D].
@@ -366,7 +367,7 @@ def elimination_order(gram: Tensor, down: Tensor) -> Tensor:
     damped.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-12))
     inverse, rows = torch.cholesky_inverse(torch.linalg.cholesky(damped)), down.clone()
     gone = torch.zeros(count, dtype=torch.bool)
-    order = torch.zeros(count)
+    order, lost = torch.zeros(count), torch.zeros(count + 1)
     step = max(1, int(count * AT_ONCE))
     for start in range(0, count, step):
         cost = rows.square().sum(1) / inverse.diagonal()
@@ -374,6 +375,10 @@ def elimination_order(gram: Tensor, down: Tensor) -> Tensor:
         least = cost.topk(min(step, count - start), largest=False).indices
         order[least] = torch.arange(start, start + len(least), dtype=torch.float32)
         correction = torch.linalg.solve(inverse[least][:, least], torch.cat([inverse[least], rows[least]], dim=1))
+        # Of those that go together each one's part is in proportion to what it would cost alone.
+        together = (rows[least] * correction[:, count:]).sum().clamp_min(0)
+        alone = cost[least].cumsum(0)
+        lost[start + 1 : start + 1 + len(least)] = lost[start] + together * alone / alone[-1].clamp_min(1e-30)
         touched = inverse[:, least]
         rows -= touched @ correction[:, count:]
         inverse -= touched @ correction[:, :count]
@@ -383,7 +388,7 @@ def elimination_order(gram: Tensor, down: Tensor) -> Tensor:
         inverse[least] = 0
         inverse[:, least] = 0
         inverse[least, least] = 1
-    return order
+    return order, lost
 
 
 def share_out(importance: Tensor, shared: int, leaf_width: int) -> tuple[Tensor, Tensor]:

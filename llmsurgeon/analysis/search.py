@@ -1,4 +1,4 @@
-"""Which attentions go, chosen together with the FFN runs that their going makes.
+"""Which attentions go, chosen together with the FFN runs that their going makes; and which blocks.
 
 Dropping the attention of block i lets FFN i join the run of FFN i - 1. Single removals, scored on the intact model,
 say little about the eighth removal: every choice here is made by what dropping and fusing does to the logits, and
@@ -8,7 +8,7 @@ arXiv 2411.19146).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ SEARCH_TOKENS = 1536
 
 @dataclass(frozen=True)
 class Choice:
-    """One step of the search: the layer whose attention went, the KL afterwards, what the others would have cost."""
+    """One step of the search: the layer whose parts went, the KL afterwards, what the others would have cost."""
 
     layer: int
     kl: float
@@ -72,26 +72,74 @@ def search_attentions(
         fuse: score with the runs fused; without, attentions just go, and runs of any length may form.
     """
     layers = len(runner.layers)
-    parent: Tensor | None = None
-    dropped: frozenset[int] = frozenset()
-    choices: list[Choice] = []
     attends = [runner.attends(layer) for layer in range(layers)]
     known = [0.0] * layers if attention_kl is None else attention_kl
     increase = {layer: known[layer] for layer in range(1, layers - 1 if fuse else layers) if attends[layer]}
-    first, current = len(increase) if attention_kl is None else 2 * width, 0.0
-    with Progress("choose attentions and runs", count, "steps") as progress:
+
+    def allowed(dropped: frozenset[int]) -> bool:
+        return not fuse or max(map(len, runs_of(dropped, layers)), default=0) <= max_run
+
+    def variant(dropped: frozenset[int]) -> Variant:
+        return variant_without(dropped, layers, fuse)
+
+    first = len(increase) if attention_kl is None else 2 * width
+    title = "choose attentions and runs"
+    return _greedy(runner, tokens, count, increase, variant, allowed, (first, width), batch, title)
+
+
+def search_blocks(runner: LayerRunner, tokens: Tensor, count: int, *, width: int = 8, batch: int = 4) -> list[Choice]:
+    """The blocks to drop, in the order of dropping, by KL(parent || model without them); scored anew after each.
+
+    Single removals, scored on the intact model, say little about the third one next to two that went (SLEB,
+    arXiv 2402.09025). The first step scores all blocks, later ones the `width` that last raised the KL least.
+
+    Args:
+        tokens: [S, T]; a few thousand are enough to rank layers.
+    """
+    layers = len(runner.layers)
+    first = 1 if runner.family.first_stays else 0
+    attending = frozenset(layer for layer in range(layers) if runner.attends(layer))
+
+    def allowed(dropped: frozenset[int]) -> bool:
+        return bool(attending - dropped)
+
+    def variant(dropped: frozenset[int]) -> Variant:
+        return Variant(no_attention=dropped, no_ffn=dropped)
+
+    increase = dict.fromkeys(range(first, layers), 0.0)
+    return _greedy(runner, tokens, count, increase, variant, allowed, (layers, width), batch, "choose blocks")
+
+
+def _greedy(
+    runner: LayerRunner,
+    tokens: Tensor,
+    count: int,
+    increase: dict[int, float],
+    variant: Callable[[frozenset[int]], Variant],
+    allowed: Callable[[frozenset[int]], bool],
+    widths: tuple[int, int],
+    batch: int,
+    title: str,
+) -> list[Choice]:
+    """Remove the layer that raises the KL least, `count` times.
+
+    Args:
+        increase: by candidate, how much its removal is thought to raise the KL.
+        variant: the parent without these layers' parts; `allowed` tells whether they may go together.
+        widths: how many candidates are scored in the first step, and in later ones: those of least `increase`.
+    """
+    parent: Tensor | None = None
+    dropped: frozenset[int] = frozenset()
+    choices: list[Choice] = []
+    current = 0.0
+    with Progress(title, count, "steps") as progress:
         for step in range(count):
-            allowed = [
-                layer
-                for layer in sorted(increase, key=lambda c: (increase[c], c))
-                if layer not in dropped
-                and (not fuse or max(map(len, runs_of(dropped | {layer}, layers)), default=0) <= max_run)
-            ]
-            candidates = sorted(allowed[: width if step else first])
+            ranked = sorted(increase, key=lambda c: (increase[c], c))
+            open_ = [layer for layer in ranked if layer not in dropped and allowed(dropped | {layer})]
+            candidates = sorted(open_[: widths[1] if step else widths[0]])
             if not candidates:
                 break
-            trials = [variant_without(dropped | {layer}, layers, fuse) for layer in candidates]
-            variants = [variant_without(dropped, layers, fuse), *trials]
+            variants = [variant(dropped), *(variant(dropped | {layer}) for layer in candidates)]
             streams = walk(runner, tokens, variants, batch=batch)
             parent = streams[0].clone() if parent is None else parent
             kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()
@@ -106,7 +154,7 @@ def search_attentions(
 
 
 def order_of(choices: list[Choice]) -> list[int]:
-    """Layers in the order in which their attentions go."""
+    """Layers in the order in which their parts go."""
     return [choice.layer for choice in choices]
 
 

@@ -189,9 +189,9 @@ def prune_steps(
     attention: Annotated[str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8.")] = None,
     ffn: Annotated[str | None, typer.Option(help="Layers whose FFN goes.")] = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks that go, e.g. 20-24.")] = None,
-    block_count: Annotated[int | None, typer.Option(help="How many blocks go, by block influence.")] = None,
+    block_count: Annotated[int | None, typer.Option(help="How many blocks go, scored anew after each.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
-    width: Annotated[int | None, typer.Option(help="FFN width to cut to.")] = None,
+    width: Annotated[int | None, typer.Option(help="FFN width to cut to, by least squares.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
     ] = None,
@@ -210,7 +210,7 @@ def prune_steps(
         if layers:
             steps.append({"op": op, "layers": split(layers)})
     if block_count is not None:
-        steps.append({"op": "prune_blocks", "count": block_count})
+        steps.append({"op": "prune_blocks", "count": block_count, "score": "rescored"})
     if kv_heads is not None:
         steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
     if width is not None:

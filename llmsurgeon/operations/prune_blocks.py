@@ -1,6 +1,6 @@
-"""Remove whole blocks: by block influence (ShortGPT, arXiv 2403.03853), by the logits' divergence, or the
-contiguous window with the least angular distance (The Unreasonable Ineffectiveness of the Deeper Layers,
-arXiv 2403.17887).
+"""Remove whole blocks: by the logits' divergence, scored anew after each removal (SLEB, arXiv 2402.09025) or once; by
+block influence (ShortGPT, arXiv 2403.03853); or the contiguous window with the least angular distance (The Unreasonable
+Ineffectiveness of the Deeper Layers, arXiv 2403.17887).
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ from pydantic import Field, model_validator
 from llmsurgeon.layers import LayerList
 from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
-BLOCK_SCORES = {"influence": "block_influence", "kl": "block_kl"}
+BLOCK_SCORES = {"rescored": "block_order", "influence": "block_influence", "kl": "block_kl"}
 
 
 class PruneBlocks(Step):
-    """Drop blocks `layers`, or the `count` of least `score`, or the contiguous `window` of least angular distance."""
+    """Drop blocks `layers`, or the `count` of least `score`, or the contiguous `window` of least angular distance.
+
+    score: `rescored` scores what is left after each removal; `kl` and `influence` score single removals on the intact
+        model.
+    """
 
     op: Literal["prune_blocks"] = "prune_blocks"
     layers: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
     window: Annotated[int, Field(ge=1)] | None = None
-    score: Literal["influence", "kl"] = "influence"
+    score: Literal["rescored", "influence", "kl"] = "influence"
 
     @model_validator(mode="after")
     def _one_of(self) -> PruneBlocks:
@@ -39,8 +43,13 @@ class PruneBlocks(Step):
             return self
         if self.window is not None:
             return PruneBlocks(layers=self._nearest_window(subject, self.window))
-        scores = [float(v) for v in subject.score(BLOCK_SCORES[self.score], "prune_blocks")]
         present = [block.parents[0] for block in subject.spec.blocks]
+        if self.score == "rescored":
+            order = [layer for layer in subject.score("block_order", "prune_blocks") if layer in present]
+            if len(order) < (self.count or 0):
+                raise subject.refuse(f"prune_blocks: {self.count} blocks asked for, only {len(order)} can go")
+            return PruneBlocks(layers=tuple(sorted(order[: self.count])))
+        scores = [float(v) for v in subject.score(BLOCK_SCORES[self.score], "prune_blocks")]
         return PruneBlocks(layers=lowest(scores, present, self.count or 0, "prune_blocks"))
 
     @staticmethod

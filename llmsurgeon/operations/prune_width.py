@@ -1,8 +1,9 @@
 """Narrower FFNs: keep the inner channels that matter most.
 
-A channel's score is mean |activation| * ||its column of the down projection|| when the analysis has run
-(`score: activation`), or the product of its weight norms (`score: magnitude`), which needs no data.
-Compare Minitron (arXiv 2407.14679, section 2.2).
+`score: least_squares` removes channels one after the other, each time those that the others can best stand in for
+(optimal brain surgeon on structures: ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983); a refit then moves the others'
+output columns. `activation` is mean |activation| * ||column of the down projection|| (Minitron, arXiv 2407.14679,
+section 2.2), `magnitude` the product of a channel's weight norms, which needs no text.
 """
 
 from __future__ import annotations
@@ -38,62 +39,124 @@ def top_channels(scores: Tensor, width: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:width].sort().values
 
 
+# The scores that each way of choosing needs, the one that ranks channels first.
+SCORES = {
+    "least_squares": ("ffn_elimination", "ffn_elimination_loss"),
+    "activation": ("ffn_channel",),
+    "magnitude": (),
+}
+
+
+def widths_by_loss(losses: Mapping[int, Tensor], keep: float, multiple_of: int) -> dict[int, int]:
+    """Layer -> width, together the share `keep` of all channels: what goes costs least where it goes.
+
+    Args:
+        losses: by layer what is lost if so many channels stay, [H + 1].
+    """
+    widths = {layer: len(loss) - 1 for layer, loss in losses.items()}
+    left = sum(widths.values())
+    goal = round(left * keep)
+    while left > goal:
+        # The first cut also brings a width that is no multiple down to one.
+        cuts = {i: width % multiple_of or multiple_of for i, width in widths.items() if width > multiple_of}
+        if not cuts:
+            break
+
+        def price(i: int, cuts: dict[int, int] = cuts) -> tuple[float, int, int]:
+            more = losses[i][widths[i] - cuts[i]] - losses[i][widths[i]]
+            return float(more) / cuts[i], -widths[i], i
+
+        layer = min(cuts, key=price)
+        widths[layer] -= cuts[layer]
+        left -= cuts[layer]
+    return widths
+
+
 class PruneWidth(Step):
-    """Cut FFNs to `width` channels, or to the fraction `keep` rounded to `multiple_of`."""
+    """Cut FFNs to `width` channels, or to the fraction `keep` rounded to `multiple_of`.
+
+    spread: `even` keeps that fraction of each FFN; `loss` of all together, more where they cost more (blocks then
+        differ). `widths` are the widths of `layers`, one each, as `loss` chose them.
+    """
 
     op: Literal["prune_width"] = "prune_width"
     width: Annotated[int, Field(ge=1)] | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
+    widths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
     layers: LayerList | None = None
-    score: Literal["activation", "magnitude"] = "activation"
+    score: Literal["least_squares", "activation", "magnitude"] = "least_squares"
+    spread: Literal["even", "loss"] = "even"
     multiple_of: Annotated[int, Field(ge=1)] = 64
 
     @model_validator(mode="after")
     def _one_of(self) -> PruneWidth:
-        exactly_one("prune_width", width=self.width, keep=self.keep)
+        exactly_one("prune_width", width=self.width, keep=self.keep, widths=self.widths)
+        if self.widths is not None and len(self.widths) != len(self.layers or ()):
+            raise ValueError("prune_width: widths are one for each of layers")
+        if self.spread == "loss" and (self.keep is None or self.score != "least_squares"):
+            raise ValueError("prune_width: spread: loss goes with keep and score: least_squares")
         return self
 
     def needs(self) -> frozenset[str]:
-        return frozenset({"ffn_channel"} if self.score == "activation" else ())
+        return frozenset(SCORES[self.score])
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
-        """Channels all alike: which of them are kept changes no shape."""
+        """Channels all alike: which of them are kept changes no shape. For `spread: loss` all layers are alike, too."""
         ffns = {block.parents[0]: block.ffn for block in subject.spec.blocks if block.ffn is not None}
-        found = {layer: torch.zeros(ffn.width) for layer, ffn in ffns.items()}
-        return {"ffn_channel": found} if self.score == "activation" else {}
+        flat = {layer: torch.zeros(ffn.width) for layer, ffn in ffns.items()}
+        curves = {layer: torch.linspace(1, 0, ffn.width + 1).square() for layer, ffn in ffns.items()}
+        alike = {"ffn_channel": flat, "ffn_elimination": flat, "ffn_elimination_loss": curves}
+        return {name: alike[name] for name in self.needs()}
+
+    def affected(self, subject: Subject) -> list[int]:
+        """Positions of the blocks whose FFNs are cut.
+
+        Raises:
+            SurgeryError: a layer does not exist.
+        """
+        if self.layers is None:
+            return [i for i, block in enumerate(subject.spec.blocks) if block.ffn is not None]
+        return [subject.position(layer, "prune_width: layer") for layer in self.layers]
+
+    def resolve(self, subject: Subject) -> PruneWidth:
+        if self.spread != "loss":
+            return self
+        blocks = [subject.spec.blocks[index] for index in self.affected(subject)]
+        losses = subject.score("ffn_elimination_loss", "prune_width")
+        mine = {block.parents[0]: torch.as_tensor(losses[block.parents[0]]) for block in blocks}
+        widths = widths_by_loss(mine, self.keep or 1, self.multiple_of)
+        return PruneWidth(layers=tuple(widths), widths=tuple(widths.values()), multiple_of=self.multiple_of)
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
         blocks = all_kept(subject)
-        if self.layers is None:
-            indices = [i for i, block in enumerate(subject.spec.blocks) if block.ffn is not None]
-        else:
-            indices = [subject.position(layer, "prune_width: layer") for layer in self.layers]
-        for index in indices:
-            blocks[index] = self._narrowed(subject, blocks[index])
+        widths = dict(zip(self.layers or (), self.widths or (), strict=False))
+        for index in self.affected(subject):
+            blocks[index] = self._narrowed(subject, blocks[index], widths)
         return assemble(subject, blocks)
 
-    def _target(self, ffn: FFNSpec) -> int:
-        if self.width is not None:
-            return self.width
+    def _target(self, ffn: FFNSpec, layer: int, widths: Mapping[int, int]) -> int:
+        if self.width is not None or widths:
+            return self.width or widths[layer]
         rounded = round(ffn.width * (self.keep or 1) / self.multiple_of) * self.multiple_of
         return min(ffn.width, max(self.multiple_of, rounded))
 
-    def _narrowed(self, subject: Subject, block: NewBlock) -> NewBlock:
+    def _narrowed(self, subject: Subject, block: NewBlock, widths: Mapping[int, int]) -> NewBlock:
         family, ffn, layer = subject.family, block.spec.ffn, block.spec.parents[0]
         if ffn is None:
             raise subject.refuse(f"prune_width: layer {layer} has no FFN")
-        width = self._target(ffn)
+        width = self._target(ffn, layer, widths)
         if width > ffn.width:
             raise subject.refuse(f"prune_width: layer {layer} has {ffn.width} channels, {width} asked for")
         names = {suffix: str(name) for suffix, name in block.tensors.items()}
         in_weights = tuple(names[family.ffn_tensor(p)] for p in family.ffn_in)
         out_weight = names[family.ffn_tensor(family.ffn_out)]
         score_sources: tuple[str, ...]
-        if self.score == "activation":
+        if self.score != "magnitude":
             if len(block.spec.parents) > 1:
                 raise subject.refuse("prune_width: cut widths before fusing, scores exist for the parent's layers only")
-            chosen = top_channels(torch.as_tensor(subject.score("ffn_channel", "prune_width")[layer]), width)
+            scores = subject.score(SCORES[self.score][0], "prune_width")
+            chosen = top_channels(torch.as_tensor(scores[layer]), width)
             score_sources, choose = (), _constant(chosen)
         else:
             score_sources = (*in_weights, out_weight)

@@ -11,10 +11,19 @@ from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_o
 
 from llmsurgeon.analysis.analyze import analyze
 from llmsurgeon.analysis.measure import measure
-from llmsurgeon.analysis.search import default_count, few, order_of, runs_of, search_attentions, variant_without
+from llmsurgeon.analysis.search import (
+    default_count,
+    few,
+    order_of,
+    runs_of,
+    search_attentions,
+    search_blocks,
+    variant_without,
+)
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.recipe import loads
 
 
@@ -52,6 +61,33 @@ def test_greedy_over_everything(family_name, changes, fuse):
         dropped.add(best)
     assert order_of(choices) == [choice.layer for choice in choices]
     assert len(choices) == count
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt2", "gemma2", "mistral"])
+def test_blocks_over_everything(family_name):
+    """Every block, scored as a converted model after each removal."""
+    model, tokens = tiny_model(family_name), some_tokens(length=12)
+    choices = search_blocks(runner_of(model), tokens, 3, width=LAYERS, batch=2)
+    parent = logits(model, tokens)
+    at = list(range(parent.shape[1] - 1, -1, -4))
+    dropped: set[int] = set()
+    for choice in choices:
+        costs = {}
+        for layer in sorted(set(range(LAYERS)) - dropped):
+            student = logits(operate(model, PruneBlocks(layers=tuple(sorted(dropped | {layer}))))[0], tokens)
+            p, q = (F.log_softmax(x[:, at].double(), -1) for x in (parent, student))
+            costs[layer] = (p.exp() * (p - q)).sum(-1).mean().item()
+        assert choice.candidates == pytest.approx(costs, rel=1e-3, abs=1e-6)
+        assert choice.layer == min(costs, key=costs.get)
+        dropped.add(choice.layer)
+    subject = subject_of(model, {"block_order": order_of(choices)})[0]
+    made = PruneBlocks(count=2, score="rescored").resolve(subject)
+    assert made.layers == tuple(sorted(order_of(choices)[:2]))
+
+
+def test_some_attention_stays():
+    choices = search_blocks(runner_of(tiny_model("llama")), some_tokens(length=8), 6)
+    assert len(choices) == 5
 
 
 def test_a_narrow_search_scores_few_candidates():

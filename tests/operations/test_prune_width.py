@@ -15,7 +15,7 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
-from llmsurgeon.operations.prune_width import PruneWidth, top_channels
+from llmsurgeon.operations.prune_width import PruneWidth, top_channels, widths_by_loss
 
 
 def masked(model, kept):
@@ -71,7 +71,7 @@ def test_activation_in_some_layers(family_name, changes):
     model, tokens = tiny_model(family_name, **changes), some_tokens()
     width = subject_of(model)[0].spec.blocks[0].ffn.width
     scores = torch.rand(6, width, generator=torch.Generator().manual_seed(3))
-    step = PruneWidth(width=32, layers=(1, 4))
+    step = PruneWidth(width=32, layers=(1, 4), score="activation")
     assert step.needs() == {"ffn_channel"}
     narrow, written, spec = operate(model, step, scores={"ffn_channel": scores})
     kept = {i: sorted(scores[i].argsort(descending=True)[:32].tolist()) for i in (1, 4)}
@@ -102,14 +102,59 @@ def test_steps_that_do_not_fit():
     with pytest.raises(SurgeryError, match="layer 2 has no FFN"):
         PruneWidth(width=40, layers=(2,)).plan(dropped)
     bare, _, _ = subject_of(tiny_model("llama"))
-    with pytest.raises(SurgeryError, match="needs the score 'ffn_channel'"):
-        PruneWidth(width=40).plan(bare)
+    for score, needed in (("activation", "ffn_channel"), ("least_squares", "ffn_elimination")):
+        with pytest.raises(SurgeryError, match=f"needs the score '{needed}'"):
+            PruneWidth(width=40, score=score).plan(bare)
     dropped = subject.after(PruneAttention(layers=(2,)).plan(subject))
     fused = dropped.after(FuseFFN(runs=((1, 2),)).plan(dropped))
     with pytest.raises(SurgeryError, match="cut widths before fusing"):
-        PruneWidth(width=40).plan(fused)
-    with pytest.raises(ValueError, match="takes exactly one of width, keep"):
+        PruneWidth(width=40, score="activation").plan(fused)
+    with pytest.raises(ValueError, match="takes exactly one of width, keep, widths"):
         PruneWidth(width=40, keep=0.5)
+
+
+def test_widths_by_loss():
+    """Beside the slow way: every split of the goal over the layers, the cheapest of them."""
+    curves = {
+        0: torch.linspace(1, 0, 97).square(),
+        1: 4 * torch.linspace(1, 0, 97).square(),
+        5: torch.linspace(1, 0, 65).pow(3),
+    }
+    for keep in (0.25, 0.5, 0.75, 0.9):
+        found = widths_by_loss(curves, keep, 16)
+        total = sum(found.values())
+        assert total <= keep * (96 + 96 + 64) and total > keep * (96 + 96 + 64) - 16
+        splits = (
+            (a, b, c) for a in range(16, 97, 16) for b in range(16, 97, 16) for c in range(16, 65, 16)
+            if a + b + c == total
+        )  # fmt: skip
+        costs = {s: sum(float(curves[i][w]) for i, w in zip(curves, s, strict=True)) for s in splits}
+        assert costs[tuple(found.values())] == pytest.approx(min(costs.values()), rel=1e-5)
+    assert widths_by_loss({0: torch.linspace(1, 0, 101)}, 0.99, 16) == {0: 96}, "down to a multiple first"
+    assert widths_by_loss({0: torch.linspace(1, 0, 33)}, 0.01, 16) == {0: 16}, "no FFN goes as a whole"
+
+
+def test_spread_by_loss_resolves_to_widths():
+    curves = {i: (i + 1) * torch.linspace(1, 0, 97).square() for i in range(6)}
+    order = {i: torch.arange(96.0).roll(i) for i in range(6)}
+    model = tiny_model("llama")
+    scores = {"ffn_elimination": order, "ffn_elimination_loss": curves}
+    subject, _, _ = subject_of(model, scores)
+    step = PruneWidth(keep=0.5, spread="loss", multiple_of=16)
+    made = step.resolve(subject)
+    assert made.widths == tuple(widths_by_loss(curves, 0.5, 16).values()) and made.layers == tuple(range(6))
+    assert made.resolve(subject) == made and list(made.widths) == sorted(made.widths)
+    narrow, _, spec = operate(model, made, scores=scores)
+    assert [block.ffn.width for block in spec.blocks] == list(made.widths)
+    kept = {i: sorted(order[i].argsort(descending=True)[: made.widths[i]].tolist()) for i in range(6)}
+    tokens = some_tokens()
+    torch.testing.assert_close(logits(narrow, tokens), logits(masked(model, kept), tokens), atol=1e-4, rtol=1e-4)
+    even = step.resolve(subject_of(model, step.foresee(subject))[0])
+    assert set(even.widths) == {48}, "a dry run takes all layers for alike"
+    with pytest.raises(ValueError, match="spread: loss goes with keep"):
+        PruneWidth(width=32, spread="loss")
+    with pytest.raises(ValueError, match="one for each of layers"):
+        PruneWidth(widths=(32, 48), layers=(1,))
 
 
 def test_a_fused_ffn_can_be_narrowed_by_magnitude():

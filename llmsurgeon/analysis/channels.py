@@ -1,0 +1,127 @@
+"""Which channels of an FFN can go, and what each width costs once the others make up for them.
+
+Channels go one after the other, each time those whose loss the others' output rows stand in for best (optimal brain
+surgeon on structures: ZipLM, arXiv 2302.04089; OSSCAR, arXiv 2403.12983). The order is nested: one pass over the text
+serves every width.
+
+Shapes: n tokens, D model width, H FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsurgeon.analysis.fff import eliminate
+from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.progress import Progress
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """order: when each channel goes, [H]; those with the highest numbers stay longest.
+
+    loss: [H + 1]; loss[w] is the error of the w channels that stay longest: mean over tokens of ||change of what the
+        FFN adds||^2 / ||stream behind it - its mean||^2, output rows refitted.
+    """
+
+    order: Tensor
+    loss: Tensor
+
+
+def eliminate_channels(
+    runner: LayerRunner, tokens: Tensor, layers: Collection[int], batch: int = 4
+) -> dict[int, Elimination]:
+    """Layer -> the order in which its FFN's channels go.
+
+    Memory: two matrices [H, H] in float32 beside the stream.
+
+    Args:
+        tokens: [S, T].
+    """
+    with Progress("order FFN channels", len(layers), "layers") as progress:
+        watch = _Watch(runner, frozenset(layers), progress)
+        walk(runner, tokens, [Variant()], watch, batch=batch, enter=watch.enter)
+        watch.finish()
+    return watch.found
+
+
+class _Watch:
+    """Sums what enters each wanted FFN's output projection, and eliminates when the walk leaves the layer."""
+
+    def __init__(self, runner: LayerRunner, wanted: frozenset[int], progress: Progress) -> None:
+        self.runner, self.wanted, self.progress = runner, wanted, progress
+        self.found: dict[int, Elimination] = {}
+        self.layer: int | None = None
+        self.hook: Any = None
+
+    def enter(self, layer: int, module: nn.Module) -> None:
+        """The walk has loaded a layer."""
+        self.finish()
+        if layer not in self.wanted or not self.runner.feeds_forward(layer):
+            return
+        family = self.runner.family
+        out = module.get_submodule(family.ffn_module(family.ffn_out))
+        weight: Any = out.weight
+        self.layer = layer
+        self.down = (weight if family.transposed else weight.T).detach().float().cpu().clone()
+        self.active: Tensor | None = None
+        self.channels, self.stream = Moments(outer=True), Moments(outer=False)
+        self.hook = out.register_forward_pre_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.active = inputs[0].detach()
+
+    def __call__(self, layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
+        if layer != self.layer or self.active is None:
+            return
+        real = self.runner.real(mine.entered).flatten()
+        self.channels.add(self.active.flatten(0, -2)[real].float().cpu())
+        self.stream.add(mine.left.flatten(0, -2)[real].float().cpu())
+        self.active = None
+
+    def finish(self) -> None:
+        """The walk has left the layer."""
+        if self.hook is not None:
+            self.hook.remove()
+        if self.layer is not None:
+            order, lost = eliminate(self.channels.covariance(), self.down)
+            scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
+            self.found[self.layer] = Elimination(order, lost.flip(0) / scale)
+            self.progress.advance()
+        self.layer = self.hook = None
+
+
+class Moments:
+    """Running sums of vectors, counted from the mean of the first ones, so that little cancels."""
+
+    def __init__(self, outer: bool) -> None:
+        self.outer, self.count = outer, 0
+        self.centre: Tensor | None = None
+
+    def add(self, rows: Tensor) -> None:
+        """Vectors [n, H]."""
+        if self.centre is None:
+            self.centre = rows.mean(0)
+            self.first = torch.zeros_like(self.centre, dtype=torch.float64)
+            self.second = torch.zeros(rows.shape[1], rows.shape[1]) if self.outer else torch.zeros(())
+        rows = rows - self.centre
+        self.count += len(rows)
+        self.first += rows.sum(0)
+        if self.outer:
+            self.second.addmm_(rows.T, rows)
+        else:
+            self.second += rows.square().sum()
+
+    def covariance(self) -> Tensor:
+        """[H, H]; uses up the sums."""
+        mean = (self.first / self.count).float()
+        return self.second.div_(self.count).addr_(mean, mean, alpha=-1)
+
+    def spread(self) -> float:
+        """Mean squared distance from the mean."""
+        return float(self.second / self.count - (self.first / self.count).square().sum())
