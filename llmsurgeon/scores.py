@@ -64,9 +64,9 @@ def compute_scores(
         parent = subject({})
         widths = [step for step in steps if isinstance(step, PruneWidth) and "ffn_elimination" in step.needs()]
         layers = {layer for step in widths for i in step.affected(parent) for layer in parent.spec.blocks[i].parents}
-        found = eliminate_channels(runner, few(tokens, MEASURE_TOKENS), layers, batch)
-        scores["ffn_elimination"] = {layer: each.order for layer, each in found.items()}
-        scores["ffn_elimination_loss"] = {layer: each.loss for layer, each in found.items()}
+        orders = eliminate_channels(runner, few(tokens, MEASURE_TOKENS), layers, batch)
+        scores["ffn_elimination"] = {layer: each.order for layer, each in orders.items()}
+        scores["ffn_elimination_loss"] = {layer: each.loss for layer, each in orders.items()}
     if "fff" in needed:
         scores["fff"] = {}
         for step, wanted in trees:
