@@ -18,6 +18,7 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, is_surgeon, ships_code
 from llmsurgeon.formats.write import WrittenFormat, write_config
+from llmsurgeon.healing.crew import stop_with_launcher
 from llmsurgeon.healing.training import on_cpu, several
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.patient import Patient, open_patient, shapes_of
@@ -212,6 +213,7 @@ class World:
 
             self.state = PartialState(cpu=on_cpu())
             self.main = bool(self.state.is_main_process)
+            stop_with_launcher()
             if not self.main:
                 set_quiet(True)
 

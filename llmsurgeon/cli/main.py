@@ -26,6 +26,7 @@ from llmsurgeon.cli import (
     recipes,
     ternary,
 )
+from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, say
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
 from llmsurgeon.progress import set_quiet
 
@@ -33,9 +34,7 @@ from llmsurgeon.progress import set_quiet
 atexit.register(gc.freeze)
 
 QUIET = ("--quiet", "-q")
-EXIT_ERROR, EXIT_GATE, EXIT_INTERRUPTED, EXIT_STOPPED = 2, 3, 130, 143
-
-INTERRUPTED = "interrupted; where an OUT.partial folder is left, the same command goes on from what is finished"
+EXIT_ERROR, EXIT_GATE = 2, 3
 
 # Plain help: importing rich's formatter alone would take longer than everything else that --help does.
 app = typer.Typer(
@@ -85,11 +84,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SurgeryError as error:
         _fail(str(error), EXIT_ERROR)
     except KeyboardInterrupt:
-        _fail(INTERRUPTED, EXIT_INTERRUPTED)
+        sys.exit(say(EXIT_INTERRUPTED))
     except SystemExit as end:
-        # Typer turns an interrupt into this code, and says nothing.
-        if end.code == EXIT_INTERRUPTED:
-            print(f"error: {INTERRUPTED}", file=sys.stderr)
+        # SIGTERM, or an interrupt that Typer has turned into its code without a word.
+        if end.code in (EXIT_INTERRUPTED, EXIT_STOPPED):
+            say(end.code)
         raise
 
 

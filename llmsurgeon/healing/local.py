@@ -7,14 +7,10 @@ know nothing of each other: they train in as many processes as are asked for, an
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +22,12 @@ from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import as_surgeon, empty_model
+from llmsurgeon.healing.crew import STOPPED, Crew
 from llmsurgeon.healing.data import Corpus, Rows, rows_of
 from llmsurgeon.healing.distill import Case
 from llmsurgeon.healing.latent import install, packed
 from llmsurgeon.healing.losses import normalised_mse
 from llmsurgeon.healing.refit import spans
-from llmsurgeon.healing.signals import as_before, on_stop
 from llmsurgeon.healing.targets import StoredTargets, Wanted
 from llmsurgeon.healing.training import Trainer, Training, engine
 from llmsurgeon.progress import Progress, set_quiet
@@ -231,12 +227,10 @@ def _run(jobs: list[BlockJob], settings: Distill, began: float) -> None:
     """All jobs, `processes` at a time; a time budget is shared out as jobs begin."""
     steps, tokens, minutes = settings.limits
     waiting = [job for job in jobs if not (job.folder / "result.json").exists()]
-    running: dict[Any, tuple[BlockJob, Any]] = {}
-    context = multiprocessing.get_context("spawn")
-    with Progress("distill", len(jobs), "blocks") as progress, _forwarded(running):
+    with Progress("distill", len(jobs), "blocks") as progress, Crew() as crew:
         progress.advance(len(jobs) - len(waiting))
-        while waiting or running:
-            while waiting and len(running) < settings.processes:
+        while crew.running or (waiting and not crew.asked):
+            while waiting and len(crew.running) < settings.processes and not crew.asked:
                 share = None
                 if minutes:
                     left = minutes - (time.monotonic() - began) / 60
@@ -247,39 +241,24 @@ def _run(jobs: list[BlockJob], settings: Distill, began: float) -> None:
                         train_block(job)
                     progress.advance()
                     continue
-                process = context.Process(target=_in_process, args=(job,))
-                process.start()
-                running[process.sentinel] = (job, process)
-            for sentinel in wait(list(running)) if running else ():
-                job, process = running.pop(sentinel)
-                process.join()
-                if process.exitcode:
-                    _fail(job, process.exitcode, running)
+                crew.start(_in_process, job)
+            for ended, code in crew.wait():
+                if code and not crew.asked:
+                    raise _failure(ended, code)
                 progress.advance()
+    if crew.asked == signal.SIGINT:
+        raise KeyboardInterrupt
+    if crew.asked:
+        raise Stopped(
+            "distill: stopped by SIGTERM; the state of every block is saved, and the same command started again goes "
+            "on from there"
+        )
 
 
-def _fail(job: BlockJob, code: int, running: dict[Any, tuple[BlockJob, Any]]) -> None:
-    for _, process in running.values():
-        process.terminate()
-        process.join()
+def _failure(job: BlockJob, code: int) -> SurgeryError:
     note = job.folder / "error.txt"
     message = note.read_text() if note.exists() else f"block {job.index}: its process ended with code {code}"
-    raise (Stopped if code == 143 else SurgeryError)(message)
-
-
-@contextmanager
-def _forwarded(running: dict[Any, tuple[BlockJob, Any]]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C go on to the processes that train, which save and end."""
-
-    def forward(number: int, before: dict[int, Any]) -> None:
-        for _, process in running.values():
-            process.terminate()
-        if not running:
-            as_before(number, before)
-            signal.raise_signal(number)
-
-    with on_stop(forward):
-        yield
+    return (Stopped if code == STOPPED else SurgeryError)(message)
 
 
 def _in_process(job: BlockJob) -> None:
@@ -292,7 +271,7 @@ def _in_process(job: BlockJob) -> None:
         train_block(job)
     except Stopped as stopped:
         note.write_text(str(stopped))
-        sys.exit(143)
+        sys.exit(STOPPED)
     except SurgeryError as error:
         note.write_text(str(error))
         sys.exit(2)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.checkpoint.staging import HOW_FAR
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.healing.data import Corpus
 from llmsurgeon.healing.signals import as_before, on_stop
@@ -401,12 +402,21 @@ class Trainer:
                 (partial / "loop.json").write_text(json.dumps(asdict(state)))
                 if not target.exists():
                     partial.rename(target)
+                (self.folder / HOW_FAR).write_text(f"{self._how_far()}\n")
                 for old in self.folder.glob("state-*"):
                     if old != target:
                         shutil.rmtree(old, ignore_errors=True)
                 self._drop_all_but_best()
             accelerator.wait_for_everyone()
         self._saved_at = state.seconds
+
+    def _how_far(self) -> str:
+        """For people who find the training unfinished."""
+        steps, tokens, minutes = self.limits
+        state = self.state
+        of = [f" of {limit:,}" if limit else "" for limit in (steps, tokens)] + [f" of {minutes:g}" if minutes else ""]
+        spent = f"{state.seconds / 60:.1f}{of[2]} minutes"
+        return f"{self.title}: step {state.step:,}{of[0]}, {state.tokens:,}{of[1]} tokens, {spent}"
 
     def _resume(self) -> None:
         """Go on from the last whole checkpoint, if there is one."""

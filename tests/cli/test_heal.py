@@ -221,8 +221,12 @@ def test_sigterm_ends_with_143_and_resume_goes_on(folder, run):
     (state,) = (folder / "healed.partial/scratch/distill-0").glob("state-*")
     step = int(state.name.removeprefix("state-"))
     heal = ("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", "--resume")
-    code, _, err = run(*heal, "--set", "distill.batch=3")
-    assert code == 2 and "is of another job" in err
+    # Hours of training are not lost by another setting, be it with --resume or without.
+    for insisting in (heal, heal[:-1]):
+        code, _, err = run(*insisting, "--set", "distill.batch=3")
+        assert code == 2 and "is of another job" in err and "--discard-partial" in err
+        assert f"distill: step {step:,} of 100,000" in err
+        assert state.exists()
     process = begun(folder, "--set", "distill.steps=100000")
     process.kill()
     process.communicate()
@@ -232,6 +236,46 @@ def test_sigterm_ends_with_143_and_resume_goes_on(folder, run):
     assert code == 0, err
     assert json.loads(out)["distill"][0]["trainings"][0]["steps"] == step + 4
     assert json.loads((folder / "healed/loss.jsonl").read_text().splitlines()[-2])["step"] == step + 4
+
+
+LOCAL = ("--set", "distill.mode=local", "--set", "distill.processes=2", "--set", "distill.steps=100000")
+
+
+def in_group(group: int) -> list[int]:
+    """The processes of a group that are not dead."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_processes_of_local_mode_end_with_the_run(folder, number):
+    process = subprocess.Popen(
+        command("-o", "healed", *LOCAL), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    scratch = folder / "healed.partial/scratch/distill-0"
+    while len(list(scratch.glob("block-*/state-*[0-9]"))) < 1:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    process.wait(timeout=120)
+    until = time.monotonic() + 20
+    while left := in_group(process.pid):
+        assert time.monotonic() < until, left
+        time.sleep(0.02)
+    with process.stderr:
+        err = process.stderr.read()
+    assert "Traceback" not in err
+    if number != signal.SIGKILL:
+        assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+        assert "error: " in err.splitlines()[-1] and list(scratch.glob("block-*/state-*[0-9]"))
+        assert err.count("error: ") == 1
 
 
 def test_two_processes_of_accelerate_launch_write_once(folder):
