@@ -20,6 +20,10 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
         shape.num_key_value_heads = kv_heads or 1
         shape.intermediate_size = width or 1
         super().__init__(shape, slot)
+        # Sizes are fixed now. What may change while a model lives has to reach blocks and masks alike.
+        for module in self.modules():
+            for name in [name for name, value in vars(module).items() if value is shape]:
+                setattr(module, name, config)
         if kv_heads is None:
             del self.self_attn, self.input_layernorm
         if width is None:

@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .surgeon_blocks import SurgeonBlock, cache_slots, swap_blocks
+from .surgeon_blocks import SurgeonBlock, cache_slots, follow, shaped, swap_blocks
 from .surgeon_versions import CACHE_NAMES, OUTPUT_CACHE, causal_mask, check_known, pop_cache
 
 # What the body may be called with beside its own arguments and makes nothing of.
@@ -109,11 +109,13 @@ class BlockTransformerLayer(SurgeonBlock):
         attended = hidden_BTD + contribution
         return contribution + cross_attend(self.cross_attn, norm(attended), norm(context_BCD))
 
-    def add_cross_attention(self):
-        """Modules of the shapes of the layer's own attention."""
+    def add_cross_attention(self, config, entry):
+        """Modules of the shapes of the layer's own attention, which `entry` of the config describes."""
         attention, norm = getattr(self, self.attention_name), getattr(self, self.attention_norm_name)
-        self.cross_attn = type(attention)(attention.config, attention.layer_idx)
+        shape = shaped(config, entry)
+        self.cross_attn = type(attention)(shape, attention.layer_idx)
         self.cross_attn_layernorm = type(norm)(len(norm.weight), norm.variance_epsilon)
+        follow(self.cross_attn, shape, config)
 
 
 def cross_attend(attention, hidden_BTD, context_BCD):
@@ -161,12 +163,12 @@ class BlockTransformerBody:
         slots = [index for index, _ in cache_slots(config.block_configs)]
         self.block_slots = sum(index < self.split for index in slots)
         self.token_slots = len(slots) - self.block_slots
-        for layer in self.layers[self.split :]:
+        for layer, entry in list(zip(self.layers, config.block_configs, strict=True))[self.split :]:
             for module in layer.modules():
                 if hasattr(module, "layer_idx"):
                     module.layer_idx -= self.block_slots
             if self.decoder == "cross_attention":
-                layer.add_cross_attention()
+                layer.add_cross_attention(config, entry)
         self.block_embedder = BlockEmbedder(config)
         contexts = self.block_length if self.decoder == "summation" else halves["prefix_length"]
         affine = halves.get("affine", False)

@@ -287,6 +287,32 @@ def complete_ffn(block, ffn):
             projection.bias = nn.Parameter(torch.zeros_like(projection.weight[:, 0]))
 
 
+def shaped(config, entry, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
+    """A copy of the config that makes a family's own layer in the shape that `entry` describes."""
+    attention, ffn = entry["attention"], entry["ffn"]
+    shape = copy.copy(config)
+    shape.block_configs = None
+    if not attention["no_op"]:
+        shape.num_attention_heads = attention["num_attention_heads"]
+        if hasattr(shape, kv_heads_key):
+            setattr(shape, kv_heads_key, attention["num_key_value_heads"])
+    if not ffn["no_op"]:
+        # What is about to be replaced need not take memory.
+        setattr(shape, width_key, 1 if ffn.get("kind") == "fff" else ffn["intermediate_size"])
+    return shape
+
+
+def follow(block, shape, config):
+    """Let all modules of a block that was made from `shape` read the model's own config from now on.
+
+    Sizes are fixed in what was made. What may change while a model lives, such as the attention's implementation, has
+    to reach blocks and masks alike.
+    """
+    for module in block.modules():
+        for name in [name for name, value in vars(module).items() if value is shape]:
+            setattr(module, name, config)
+
+
 def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
     """Replace each entry of `layers` (an nn.ModuleList) by the block that `config.block_configs` describes."""
     slot = 0
@@ -294,17 +320,9 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
     def build(entry, index):
         nonlocal slot
         attention, ffn = entry["attention"], entry["ffn"]
-        shape = copy.copy(config)
-        shape.block_configs = None
-        if not attention["no_op"]:
-            shape.num_attention_heads = attention["num_attention_heads"]
-            if hasattr(shape, kv_heads_key):
-                setattr(shape, kv_heads_key, attention["num_key_value_heads"])
-        if not ffn["no_op"]:
-            fast = ffn.get("kind") == "fff"
-            # What is about to be replaced need not take memory.
-            setattr(shape, width_key, 1 if fast else ffn["intermediate_size"])
+        shape = shaped(config, entry, width_key, kv_heads_key)
         block = block_class(shape, index)
+        follow(block, shape, config)
         complete_ffn(block, ffn)
         # A norm that both parts read stays for the one that is there.
         shared = block.shares_norm and not ffn.get("own_norm")
@@ -319,7 +337,7 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
         if ffn["no_op"]:
             norm = () if shared else (block.ffn_norm_name,)
             remove_parts(block, block.ffn_parts or (block.ffn_name, *norm))
-        elif fast:
+        elif ffn.get("kind") == "fff":
             install_fast_feed_forward(block, ffn, config)
         elif ffn.get("kind") == "bitlinear":
             install_bit_linears(block, ffn["projections"], config)
