@@ -8,6 +8,7 @@ Shapes: S sequences, T tokens each, D model width, V vocabulary.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -282,10 +283,13 @@ class Streams:
         size = count * torch.Size(shape).numel() * dtype.itemsize
         self._file = None
         if size > STREAM_BYTES_IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-")  # noqa: SIM115
-            self._file.truncate(size)
-            numbers = size // dtype.itemsize
-            self.data = torch.from_file(self._file.name, shared=True, size=numbers, dtype=dtype).view(count, *shape)
+            self._file = tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-", delete=False)  # noqa: SIM115
+            try:
+                self._file.truncate(size)
+                numbers = size // dtype.itemsize
+                self.data = torch.from_file(self._file.name, shared=True, size=numbers, dtype=dtype).view(count, *shape)
+            finally:
+                os.unlink(self._file.name)  # mapped, it needs no name, and a kill leaves none
         else:
             self.data = torch.empty((count, *shape), dtype=dtype)
 

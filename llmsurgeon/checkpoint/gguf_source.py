@@ -6,15 +6,12 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from math import prod
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -36,6 +33,7 @@ from llmsurgeon.checkpoint.gguf_config import model_type_of, read_config, scaled
 from llmsurgeon.checkpoint.gguf_file import GGUFEntry, GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
+from llmsurgeon.checkpoint.passing import files_in, passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError
 
@@ -135,13 +133,12 @@ class GGUFCheckpoint(Checkpoint):
         if self._tokenizer_folder is None:
             from transformers import GenerationConfig
 
-            folder = Path(mkdtemp(prefix="llmsurgeon-"))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder = passing_folder(self)
             write_tokenizer(self._file.metadata, folder, self.path)
             ids = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
             self._tokenizer_folder = folder
-        return sorted(self._tokenizer_folder.iterdir())
+        return files_in(self._tokenizer_folder)
 
     def _stored_dtype(self) -> torch.dtype:
         from gguf import GGMLQuantizationType as Kind

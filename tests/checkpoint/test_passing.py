@@ -1,0 +1,55 @@
+"""Temporary folders of processes that were killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+
+import pytest
+
+from llmsurgeon.checkpoint.passing import MARK, files_in, passing_folder
+
+
+class Owner:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_goes_with_its_owner_and_is_left_alone_until_then(place):
+    owner, other = Owner(), Owner()
+    mine, theirs = passing_folder(owner), passing_folder(other)
+    (mine / "b").touch()
+    (mine / "a").touch()
+    assert [path.name for path in files_in(mine)] == ["a", "b"] and theirs.exists()
+    del owner
+    assert not mine.exists() and theirs.exists()
+    del other
+    assert not list(place.iterdir())
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(place, helpers):
+    for name in ("llmsurgeon-notes", "other"):
+        (place / name).mkdir()
+        (place / name / "thesis.txt").write_text("mine")
+    (place / "llmsurgeon-link").symlink_to(place / "other")
+    before = set(place.iterdir())
+
+    def work():
+        owner = Owner()
+        (passing_folder(owner) / "tokenizer.json").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    status, _ = helpers.in_child(work)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = set(place.iterdir()) - before
+    assert (left / MARK).exists()
+    owner = Owner()
+    made = passing_folder(owner)
+    assert set(place.iterdir()) == {*before, made}
+    assert (place / "llmsurgeon-notes" / "thesis.txt").exists() and (place / "other" / "thesis.txt").exists()
