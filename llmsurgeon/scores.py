@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from llmsurgeon.analysis.channels import eliminate_channels
+from llmsurgeon.analysis.experts import weigh_experts
 from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
 from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions, search_blocks
@@ -20,12 +21,16 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.spec import MoESpec
 
 MEASURE_TOKENS = 8192
 TERNARY_TOKENS = 2048
 BY_MEASURE = frozenset(
     f"{part}_{score}" for part in ("attention", "ffn", "block") for score in ("kl", "similarity")
 ) | {"block_influence", "angular_distance", "block_dependency", "ffn_channel"}
+
+
+EXPERT_SCORES = frozenset({"expert_reap", "expert_loss"})
 
 
 def compute_scores(
@@ -67,6 +72,13 @@ def compute_scores(
         orders = eliminate_channels(runner, few(tokens, MEASURE_TOKENS), layers, batch)
         scores["ffn_elimination"] = {layer: each.order for layer, each in orders.items()}
         scores["ffn_elimination_loss"] = {layer: each.loss for layer, each in orders.items()}
+    if needed & EXPERT_SCORES:
+        parent = subject({})
+        layers = {b.parents[0] for b in parent.spec.blocks if isinstance(b.ffn, MoESpec)}
+        worths = weigh_experts(runner, few(tokens, MEASURE_TOKENS), layers, "expert_loss" in needed, batch)
+        scores["expert_reap"] = {layer: worth.reap for layer, worth in worths.items()}
+        if "expert_loss" in needed:
+            scores["expert_loss"] = {layer: worth.loss for layer, worth in worths.items()}
     if "fff" in needed:
         scores["fff"] = {}
         for step, wanted in trees:

@@ -52,7 +52,15 @@ Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; 
 RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
 
 FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
-PRUNE_OPS = {"trim_vocab", "prune_attention", "prune_ffn", "prune_blocks", "prune_kv_heads", "prune_width"}
+PRUNE_OPS = {
+    "trim_vocab",
+    "prune_experts",
+    "prune_attention",
+    "prune_ffn",
+    "prune_blocks",
+    "prune_kv_heads",
+    "prune_width",
+}
 
 
 @dataclass(frozen=True)

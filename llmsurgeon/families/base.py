@@ -181,6 +181,8 @@ class Family:
         """Why `operation` cannot be done on this family, None where it can."""
         if reason := dict(self.unsupported).get(operation):
             return reason
+        if operation == "prune_experts" and not self.experts:
+            return "its FFNs are dense, there are no experts to drop; prune_width cuts them"
         if operation == "block" and self.encoder:
             return "it is an encoder: it predicts no next token, and so no next block"
         if operation == "block" and self.model_type not in BLOCK_FORMS:

@@ -28,7 +28,7 @@ from llmsurgeon.formats import bitnet_model, gguf_model, native, nemotron_nas
 from llmsurgeon.formats.bitnet import Packing
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
-from llmsurgeon.spec import BlockSpec, ModelSpec, to_block_configs, to_block_transformer
+from llmsurgeon.spec import BlockSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower
@@ -101,6 +101,10 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     config = {k: v for k, v in source.items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
     config[family.layers_key] = len(spec.blocks)
+    mixtures = [block.ffn for block in spec.blocks if isinstance(block.ffn, MoESpec)]
+    if family.experts and mixtures:
+        config[family.experts.count_key] = mixtures[0].experts
+        config[family.experts.per_token_key] = mixtures[0].per_token
     if family.experts and family.experts.published_count_key:
         config[family.experts.published_count_key] = config[family.experts.count_key]
     odd = _first_odd(spec, family) or native.mixed_windows(config)

@@ -9,6 +9,7 @@ from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_experts import PruneExperts
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
@@ -22,6 +23,7 @@ OPERATIONS: dict[str, type[Step]] = {
     "prune_blocks": PruneBlocks,
     "prune_kv_heads": PruneKVHeads,
     "prune_width": PruneWidth,
+    "prune_experts": PruneExperts,
     "trim_vocab": TrimVocab,
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
