@@ -59,8 +59,8 @@ class _Watch:
         if layer not in self.wanted or experts is None or not self.runner.feeds_forward(layer):
             return
         self.layer, self.block = layer, module
-        self.mixture: Any = module.get_submodule(experts.module)
-        count = len(self.mixture.gate.weight)
+        mixture: Any = module.get_submodule(experts.module)
+        self.mixture, count = mixture, len(mixture.gate.weight)
         self.size, self.sent, self.lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
         self.tokens = 0
 
