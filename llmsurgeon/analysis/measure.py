@@ -217,7 +217,8 @@ class _Observer:
             self._hook.remove()
             self._hook = None
         family = self.runner.family
-        if not self.runner.feeds_forward(layer) or family.experts:
+        trees = self.runner.entries[layer]["ffn"].get("kind") == "fff"
+        if not self.runner.feeds_forward(layer) or family.experts or trees:
             self.channels.append(torch.zeros(0))
             return
         projection = module.get_submodule(family.ffn_module(family.ffn_out))

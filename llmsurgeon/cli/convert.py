@@ -236,7 +236,7 @@ def prune_steps(
 
 def split(text: str) -> list[Any]:
     """A list of layers as it is given on the command line: `4,7-9` as [4, "7-9"]."""
-    return [int(part) if part.strip().isdigit() else part.strip() for part in text.split(",")]
+    return [int(part) if re.fullmatch(r"\s*[0-9]{1,18}\s*", part) else part.strip() for part in text.split(",")]
 
 
 def load(recipe: str, sets: list[str], text: str | None, dataset: str | None) -> Recipe:

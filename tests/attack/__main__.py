@@ -16,7 +16,19 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = ("headers", "indexes", "configs", "tokenizers", "gguf", "yaml", "surgery", "texts", "arguments", "kills")
+KINDS = (
+    "healthy",
+    "headers",
+    "indexes",
+    "configs",
+    "tokenizers",
+    "gguf",
+    "yaml",
+    "surgery",
+    "texts",
+    "arguments",
+    "kills",
+)
 
 
 def options() -> argparse.Namespace:
