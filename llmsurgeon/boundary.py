@@ -20,6 +20,7 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 MAX_DIGITS = 40
 MAX_DEPTH = 200
 SHOWN = 80
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -178,6 +179,11 @@ def shortened(value: object, limit: int = SHOWN) -> str:
     """A value as messages show it: at most `limit` characters."""
     text = str(value)
     return text if len(text) <= limit else f"{text[: limit - 4]} ..."
+
+
+def printable(text: str) -> str:
+    """A text that no terminal obeys: control characters, and what turns the direction of writing, as escapes."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def kind_of(value: object) -> str:

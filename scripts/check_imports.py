@@ -89,6 +89,7 @@ FORBIDDEN = {"operations": {"typer", "transformers"}, "families": {"typer", "tra
 QUICK = set(sys.stdlib_module_names) | {
     "typer",
     f"{PACKAGE}.cli",
+    f"{PACKAGE}.boundary",
     f"{PACKAGE}.errors",
     f"{PACKAGE}.limits",
     f"{PACKAGE}.progress",

@@ -78,6 +78,11 @@ def test_what_is_none_of_a_librarys_errors_passes(error):
     assert caught.value is error
 
 
+def test_messages_hold_no_control_characters(folder, run):
+    code, _, err = run("eval", "parent", "--text", "a\x1b[31m\u202etxt")
+    assert code == 2 and err == "error: a\\x1b[31m\\u202etxt: no such text file\n"
+
+
 def test_token_ids_beyond_the_embedding():
     check_token_ids(0, 63, 64, "model")
     with pytest.raises(SurgeryError, match="model: token ids from 3 to 64, its vocabulary has 64"):

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
+from llmsurgeon.boundary import printable
 from llmsurgeon.cli import (
     analyze,
     bench,
@@ -100,5 +101,5 @@ def _quiet_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)

@@ -186,7 +186,9 @@ def judge(ended: Ended) -> str | None:
         return f"a message of {len(said)} characters"
     if len(messages[0]) < SHORTEST_MESSAGE and "\n" not in said.strip() and "Usage:" not in ended.err:
         return f"a message that says too little: {messages[0]}"
-    if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said):
+    if "Usage:" not in ended.err and (
+        odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", said)
+    ):
         return f"a message with a raw control character ({odd[0]!r})"
     return None
 
