@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llmsurgeon import __version__
 from llmsurgeon.card import model_card
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
@@ -17,6 +16,7 @@ from llmsurgeon.formats.gguf import Exported as GGUF
 from llmsurgeon.formats.gguf import write_gguf
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
+from llmsurgeon.inputs import Inputs
 from llmsurgeon.patient import Patient, open_patient, shapes_of
 from llmsurgeon.planning import without_empty_blocks
 from llmsurgeon.story import read_story
@@ -71,22 +71,17 @@ def export(
         packing = packing_of(written.config, meta, ternary_linears(weights, written.config), linear_class)
         written = replace(written, packing=packing)
         after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
-    job = {
-        "llmsurgeon": __version__,
-        "verb": "export",
-        "format": to,
-        "linear class": str(linear_class),
-        "model": checkpoint.fingerprint,
-    }
+    inputs = Inputs.of("export", {"model": checkpoint}, None, options, format=to, linear_class=linear_class)
     with Stage.open(
         out,
-        job=job,
+        job=inputs.job(),
         needed_bytes=after.disk_bytes,
         **place,
     ) as stage:
         stage.write_weights(written.published(weights, patient.family), max_shard_size=options.max_shard_size)
         write_beside(stage, written, checkpoint)
         before = _write_story(stage, patient, written, after)
+        stage.confirm(inputs.check)
         return Exported(stage.commit(), to, written.loads, before, after)
 
 
@@ -113,6 +108,8 @@ def export_gguf(
             f"{model}: format gguf holds text models alone, this one is vision-language ({patient.model_type}); "
             "formats that can: native, surgeon"
         )
+    inputs = Inputs.of("export", {"model": patient.checkpoint}, None, options)
+    inputs.watch("tokenizer", patient.checkpoint.own_tokenizer_files())
     subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
     return write_gguf(
         out,
@@ -127,6 +124,7 @@ def export_gguf(
         pre=pre,
         overwrite=options.overwrite,
         reads=options.reads,
+        check=inputs.check,
     )
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon import __version__
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
@@ -20,12 +19,13 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import WrittenFormat, write_config
 from llmsurgeon.healing.crew import stop_with_launcher
 from llmsurgeon.healing.training import on_cpu, several
+from llmsurgeon.inputs import Inputs
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.patient import Patient, open_patient, shapes_of
 from llmsurgeon.planning import Planned, check_recipe, without_empty_blocks
 from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe import Recipe, dump, loads
-from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, job_of, logs_of
+from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, logs_of
 from llmsurgeon.spec import BlockSpec, ModelSpec
 from llmsurgeon.story import read_recipe, read_surgery
 from llmsurgeon.summary import costs
@@ -58,14 +58,8 @@ def heal(
     assert wounded.checkpoint is not None and whole.checkpoint is not None and whole.original.checkpoint is not None
     place = options.staging(wounded.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
     parse_size(options.max_shard_size)
-    job = {
-        "llmsurgeon": __version__,
-        "verb": "heal",
-        "recipe": job_of(recipe, parent),
-        "student": wounded.checkpoint.fingerprint,
-        "parent": whole.checkpoint.fingerprint,
-        "dtype": str(options.dtype),
-    }
+    inputs = Inputs.of("heal", {"student": wounded.checkpoint, "parent": whole.checkpoint}, recipe, options)
+    job = inputs.job(recipe)
     world = World()
     world.main_alone(lambda: Stage.check(out, job=job, resume=resume, **place))
     options = options if world.main else replace(options, say=lambda line: None)
@@ -83,7 +77,7 @@ def heal(
         if stage is None:
             return None
         story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}))
-        return finish(stage, out, planned, story, healed, texts, wounded.checkpoint)
+        return finish(stage, out, planned, story, healed, texts, wounded.checkpoint, inputs)
 
 
 def prepare(student: str, parent: str, recipe: Recipe, revision: str | None = None) -> tuple[Patient, Planned]:

@@ -32,6 +32,7 @@ from llmsurgeon.healing.refit_block import BlockRefit
 from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
 from llmsurgeon.healing.ternary import summary as ternary_summary
 from llmsurgeon.healing.training import several
+from llmsurgeon.inputs import Inputs
 from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
@@ -75,6 +76,9 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         )
     check_recipe(patient, recipe)
     refuse_ternary_parent(patient, recipe)
+    inputs = Inputs.of("run", {"model": patient.checkpoint}, recipe, options)
+    # Work of another job is heard of before anything is measured.
+    Stage.check(out, job=inputs.job(), **place)
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
     texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
@@ -86,45 +90,42 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     planned = plan(patient, recipe, scores)
     options.planned(planned)
     resolved = dump(planned.recipe.model_copy(update={"model": model}))
-    job = {
-        "llmsurgeon": __version__,
-        "verb": "run",
-        "recipe": job_of(planned.recipe, model),
-        "model": patient.checkpoint.fingerprint,
-        "dtype": str(options.dtype),
-    }
     with Stage.open(
         out,
-        job=job,
+        job=inputs.job(planned.recipe),
         needed_bytes=planned.after.disk_bytes,
         **place,
     ) as stage:
         healed = heal_and_prove(planned, texts, options, stage.scratch, logs_of(out))
-        return finish(stage, out, planned, resolved, healed, texts, patient.checkpoint)
+        return finish(stage, out, planned, resolved, healed, texts, patient.checkpoint, inputs)
 
 
 def finish(
-    stage: Stage, out: str, planned: Planned, recipe: str, healed: Healed, texts: Texts, source: Checkpoint
+    stage: Stage,
+    out: str,
+    planned: Planned,
+    recipe: str,
+    healed: Healed,
+    texts: Texts,
+    source: Checkpoint,
+    inputs: Inputs,
 ) -> Outcome:
     """Write the healed weights and all that goes with them, `recipe` among it, and make `out` appear.
 
     Raises:
+        CheckpointError: something that was read changed meanwhile; OUT does not appear.
         GateFailed: the result misses the recipe's gate; it is there all the same, and its card says so.
     """
     weights = planned.written.published(healed.weights, planned.patient.family)
     stage.write_weights(weights, max_shard_size=texts.options.max_shard_size)
     short = missed(planned.recipe.gate, healed.evaluation)
     write_story(stage, planned, recipe, healed, texts, short, source)
+    stage.confirm(inputs.check)
     stage.commit()
     outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
     if short:
         raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short), outcome)
     return outcome
-
-
-def job_of(recipe: Recipe, model: str) -> str:
-    """What tells a job from another; a run that goes on may change the rest."""
-    return dump(recipe.model_copy(update={"model": model, "steps": tuple(step.job() for step in recipe.steps)}))
 
 
 def logs_of(out: str) -> Path:
@@ -221,13 +222,11 @@ def _distilled(
     healed: Healed, step: DistillStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path, logs: Path
 ) -> Healed:
     began = time.monotonic()
-    checkpoint = planned.patient.checkpoint
-    assert checkpoint is not None
     case = Case(
         parent=texts.runner,
         parent_config=planned.patient.config,
         parent_spec=planned.patient.spec,
-        fingerprint=checkpoint.fingerprint,
+        fingerprint=texts.parent_key,
         config=normalised(planned.written.student),
         spec=planned.spec,
         weights=healed.weights,

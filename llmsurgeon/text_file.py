@@ -12,6 +12,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 from llmsurgeon.boundary import local_path
+from llmsurgeon.checkpoint.files import Stamp, content_sum, opened, refuse_special
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import remark
 
@@ -56,7 +57,9 @@ TextFile = Annotated[str, AfterValidator(_of_a_kind)]
 
 def check_text_file(name: str) -> str:
     """The same of a file that must be there."""
-    if not local_path(name).is_file():
+    path = local_path(name)
+    refuse_special([path])
+    if not path.is_file():
         raise SurgeryError(f"{name}: no such text file")
     return kind_of(name)
 
@@ -107,15 +110,33 @@ def texts_of(rows: Iterable[Row], name: str) -> Iterator[str]:
             remark(f'{name}: {nulls:,} of {seen:,} rows have no text (null under "text") and are left out')
 
 
+def text_sum(name: str | Path) -> str:
+    """The SHA-256 of a text file."""
+    return stamped_sum(Path(name))[0]
+
+
+def stamped_sum(path: Path) -> tuple[str, Stamp]:
+    """(the SHA-256 of a text file, the stamp of what was read).
+
+    Raises:
+        SurgeryError: no such file, it cannot be read, or it changed meanwhile.
+    """
+    check_text_file(str(path))
+    with _readable(path):
+        return content_sum(path)
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what can be wrong with a text file into a SurgeryError."""
+    """Turn what can be wrong with a text file into a SurgeryError; that it changed meanwhile, too."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
+            stamp = Stamp.of(path, file.fileno())
             mark = BYTE_ORDER_MARKS.get(file.read(2))
         if mark:
             raise SurgeryError(f"{path}: {mark} text; convert it: iconv -f {mark} -t UTF-8 {path.name} > converted.txt")
         yield
+        stamp.check()
     except UnicodeDecodeError as error:
         raise SurgeryError(f"{path}: not UTF-8 text (byte {error.start}); {EXPECTED}, convert it first") from error
     except OSError as error:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon import __version__
 from llmsurgeon import recipe as recipe_file
 from llmsurgeon.analysis.calibration import Calibration, calibration_tokens, documents, window_start
 from llmsurgeon.analysis.self_text import SelfText, cached_self_text
@@ -110,6 +114,11 @@ def trimmed(whole: Patient, checkpoint: TrimmedCheckpoint) -> Patient:
     return replace(made, whole=whole, notes=(*made.notes, *notes))
 
 
+def device_kind(device: str) -> str:
+    """cpu, cuda ...: what is computed is the same to the last bit on one of a kind only."""
+    return torch.device(device).type
+
+
 class Texts:
     """Calibration text and the parent's runner, made when first asked for."""
 
@@ -139,7 +148,7 @@ class Texts:
                 seed=self.calibration.seed,
                 sentences=self.calibration.sentences,
                 model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
-                fingerprint=checkpoint.fingerprint,
+                fingerprint=self.parent_key,
             )
             setting = "calibration.sequence_length (--seq-len of analyze)"
             check_length(self.patient, self._windows.shape[1], setting)
@@ -157,7 +166,7 @@ class Texts:
 
         def sample(tokens: int, length: int, seed: int) -> Tensor:
             load = lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device)  # noqa: E731
-            return cached_self_text(load, tokenizer, checkpoint.fingerprint, SelfText(tokens, length, seed))
+            return cached_self_text(load, tokenizer, self.parent_key, SelfText(tokens, length, seed))
 
         rows = training_rows(
             step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
@@ -176,6 +185,14 @@ class Texts:
         """The parent's tokenizer."""
         assert self.patient.checkpoint is not None
         return load_tokenizer(str(self.patient.checkpoint.path))
+
+    @property
+    def parent_key(self) -> str:
+        """Names the parent as it computes here: what it samples and says is kept under it."""
+        assert self.patient.checkpoint is not None
+        libraries = [__version__, *(version(library) for library in ("torch", "transformers"))]
+        how = [str(self.dtype), device_kind(self.options.device), *libraries]
+        return sha256(json.dumps([self.patient.checkpoint.fingerprint, *how]).encode()).hexdigest()
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,14 +26,14 @@ ARROWS: dict[str, set[str]] = {
     "limits": set(),
     "layers": {"errors"},
     "progress": set(),
-    "text_file": {"boundary", "errors", "progress"},
+    "text_file": {"boundary", "errors", "progress", "checkpoint.files"},
     "ternary": {"errors"},
     # A loaded model with packed weights; the kernel is there where numba is.
     "packed": {"ternary", "packed_numba"},
     "packed_numba": set(),
     "spec": {"errors"},
     "modeling": set(),
-    "checkpoint": {"boundary", "errors"},
+    "checkpoint": {"boundary", "errors", "progress"},
     "families": {"errors", "spec"},
     # Operations name weight edits (checkpoint.transform) and know no files.
     "operations": BASE | {"families", "spec", "checkpoint.transform"},
@@ -62,14 +62,19 @@ ARROWS: dict[str, set[str]] = {
     "texts": TOOLS
     | {"analysis", "evaluation.bits_per_byte", "formats", "healing.data", "operations", "patient", "planning", "proof"}
     | {"recipe", "vocabulary"},
-    "run": TOOLS | RUN_HELPERS | STAGES | {"analysis", "healing", "formats", "evaluation", "recipe", "operations"},
+    # What a result depends on, by name.
+    "inputs": TOOLS | {"analysis.calibration", "recipe", "texts"},
+    "run": TOOLS
+    | RUN_HELPERS
+    | STAGES
+    | {"analysis", "healing", "formats", "evaluation", "recipe", "operations", "inputs"},
     "story": {"boundary", "errors", "progress", "summary"},
     # The same model in another form: opened and checked as run does it.
-    "export": TOOLS | {"card", "formats", "operations", "patient", "planning", "summary", "story", "texts"},
+    "export": TOOLS | {"card", "formats", "inputs", "operations", "patient", "planning", "summary", "story", "texts"},
     # A written student and its parent: opened, healed and written as run does it.
     "heal": TOOLS
     | STAGES
-    | {"formats", "healing", "operations", "proof", "recipe", "run", "summary"}
+    | {"formats", "healing", "inputs", "operations", "proof", "recipe", "run", "summary"}
     | {"story", "vocabulary"},
     # Called by vLLM; names the config class by path.
     "vllm_plugin": set(),
@@ -77,7 +82,7 @@ ARROWS: dict[str, set[str]] = {
     | RUN_HELPERS
     | STAGES
     | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"}
-    | {"vocabulary"},
+    | {"inputs", "vocabulary"},
     "__main__": {"cli"},
     "__init__": set(),
 }

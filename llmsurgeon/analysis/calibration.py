@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +31,8 @@ PASSAGE = 8
 # Where a sentence ends, and the characters below which a piece is rather a heading or an abbreviation.
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 SHORTEST_SENTENCE = 40
+# The revision of a dataset that cannot be told.
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,29 @@ def _streamed(dataset: str, seed: int) -> Iterator[str]:
     """The texts of a hub dataset, NAME[:CONFIG][:SPLIT], shuffled as they come."""
     name, _, rest = dataset.partition(":")
     config, _, part = rest.partition(":")
-    rows = _load_dataset(name, config or None, split=part or "train", name=dataset)
+    revision = dataset_revision(dataset)
+    # The very commit that caches and jobs go by, where it is one.
+    pinned = {"revision": revision} if re.fullmatch("[0-9a-f]{40}", revision) else {}
+    rows = _load_dataset(name, config or None, split=part or "train", name=dataset, **pinned)
     return _texts(rows.shuffle(seed=seed, buffer_size=1000), dataset)
+
+
+@cache
+def dataset_revision(dataset: str) -> str:
+    """The commit of a hub dataset, NAME[:CONFIG][:SPLIT], that this process reads; of a local folder a hash of its
+    files' names, sizes and times. "unknown" where the hub cannot be asked."""
+    name = dataset.partition(":")[0]
+    folder = Path(name)
+    if folder.exists():
+        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else [folder]
+        seen = [(str(path), (found := path.stat()).st_size, found.st_mtime_ns) for path in files]
+        return sha256(json.dumps(seen).encode()).hexdigest()
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(name, timeout=10).sha)
+    except Exception:  # reading it will say what is wrong
+        return UNKNOWN
 
 
 def _load_dataset(*args: str | None, name: str, **kwargs: str) -> Any:

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llmsurgeon.boundary import check_token_ids, token_ids
 from llmsurgeon.caches import cached_call
+from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 
@@ -296,27 +297,36 @@ def cached_self_text(
 ) -> Tensor:
     """`sample_self_text`, remembered on disk; `load` is called only where the text is not there yet.
 
-    `fingerprint` names the weights: another model, another text. A damaged or unwritable cache only costs time.
+    `fingerprint` names the weights and what computes with them (dtype, kind of device, libraries): another model,
+    another text. So does the tokenizer, whose openers the text begins with. A damaged or unwritable cache only costs
+    time.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    key = hashlib.sha256(json.dumps([fingerprint, *asdict(wanted).values()]).encode()).hexdigest()[:32]
+    parts = [fingerprint, tokenizer_key(tokenizer), *asdict(wanted).values()]
+    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}.safetensors"
-    try:
-        return load_file(path)["tokens"]
-    except (OSError, SafetensorError, KeyError):
-        pass
+    with suppress(OSError, SafetensorError, KeyError):
+        if kept(path):
+            return load_file(path)["tokens"]
     text = sample_self_text(load(), tokenizer, wanted)
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
+    with suppress(OSError, SurgeryError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": text}, partial)
-        partial.replace(path)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            partial.unlink()
+        keep(path, lambda partial: save_file({"tokens": text}, partial))
     return text
+
+
+def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash that tells tokenizers apart by what they make of a text, special tokens included."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    # Not all of these are in the backend's own description; a slow tokenizer has its rules among the last.
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    framed = tokenizer("a")["input_ids"]
+    kept = {} if backend else {name: str(value) for name, value in tokenizer.init_kwargs.items()}
+    parts = [type(tokenizer).__name__, content, special, framed, tokenizer.pad_token_id, kept]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def cache_folder() -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmsurgeon.checkpoint.files import Stamp, opened
 from llmsurgeon.errors import CheckpointError
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values
@@ -65,9 +66,10 @@ class GGUFFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.size = path.stat().st_size
         try:
-            with path.open("rb") as file:
+            with opened(path) as file:
+                self.stamp = Stamp.of(path, file.fileno())
+                self.size = self.stamp.size
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be read ({error})") from error

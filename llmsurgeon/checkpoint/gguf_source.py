@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.files import sample_sum
 from llmsurgeon.checkpoint.gguf_architectures import (
     ARCHITECTURES,
     LONG_FACTORS,
@@ -73,6 +74,7 @@ class GGUFCheckpoint(Checkpoint):
         self.path = path
         self._tokenizer_folder: Path | None = None
         self._file = GGUFFile(path)
+        self.stamps = (self._file.stamp,)
         self._architecture = str(self._file.metadata.get("general.architecture"))
         model_type = model_type_of(self._file)
         if model_type is None and self._architecture != UNEVEN.name:
@@ -125,7 +127,8 @@ class GGUFCheckpoint(Checkpoint):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        status = f"{self.path.name} {self._file.size} {self.path.stat().st_mtime_ns} {self._dtype}"
+        sample = sample_sum(self.path, self._file.data_start)
+        status = f"{self.path.name} {self._file.size} {self._file.stamp.modified_ns} {self._dtype} {sample}"
         return sha256(status.encode() + sha256(self._file.head()).digest()).hexdigest()
 
     def tokenizer_files(self) -> list[Path]:
@@ -139,6 +142,9 @@ class GGUFCheckpoint(Checkpoint):
             GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
             self._tokenizer_folder = folder
         return files_in(self._tokenizer_folder)
+
+    def own_tokenizer_files(self) -> list[Path]:
+        return []
 
     def _stored_dtype(self) -> torch.dtype:
         from gguf import GGMLQuantizationType as Kind

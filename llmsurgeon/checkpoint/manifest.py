@@ -15,6 +15,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
+from llmsurgeon.checkpoint.files import opened
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
 from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, read_index
 from llmsurgeon.errors import CheckpointError
@@ -29,8 +30,8 @@ def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = sha256()
     buffer = memoryview(bytearray(1 << 20))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with opened(path) as file:
+        while count := file.readinto(buffer):  # type: ignore[attr-defined]
             digest.update(buffer[:count])
     return digest.hexdigest()
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.boundary import json_object
+from llmsurgeon.checkpoint.files import Stamp, opened
 from llmsurgeon.errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -68,8 +69,9 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                self.size = path.stat().st_size
+            with opened(path) as file:
+                self.stamp = Stamp.of(path, file.fileno())
+                self.size = self.stamp.size
                 self.header, self.data_start = _read_header(path, file.read, self.size)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -82,10 +84,10 @@ class SafetensorsFile:
         if entry.start == entry.end:
             return torch.empty(entry.shape, dtype=entry.dtype)
         if self._map is None:
-            with self.path.open("rb") as file:
+            self.stamp.check()
+            with opened(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            if len(self._map) != self.size:
-                raise CheckpointError(f"{self.path}: the file changed while it was being read; start again")
+            self.stamp.check()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             raw = torch.frombuffer(self._map, dtype=torch.uint8, count=entry.end - entry.start, offset=entry.start)

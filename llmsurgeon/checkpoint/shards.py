@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.safetensors_file import encode_header
 from llmsurgeon.checkpoint.source import WEIGHTS, Checkpoint
-from llmsurgeon.checkpoint.transform import TransformedWeights, rebase
+from llmsurgeon.checkpoint.transform import TransformedWeights, rebase, root_of
 from llmsurgeon.errors import SurgeryError
 
 
@@ -33,7 +33,7 @@ class Shard:
 
 def meta_weights(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Names, shapes and dtypes of `weights`, found without reading or computing any."""
-    root = weights.root if isinstance(weights, TransformedWeights) else weights
+    root = root_of(weights)
     meta = root.meta() if isinstance(root, Checkpoint) else {name: tensor.to("meta") for name, tensor in root.items()}
     made = rebase(weights, meta)
     return {name: made[name] for name in made}

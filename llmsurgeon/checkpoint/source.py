@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmsurgeon.boundary import local_path, read_json
 from llmsurgeon.checkpoint.config_file import read_config_file
+from llmsurgeon.checkpoint.files import Stamp, sample_sum
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
@@ -69,13 +70,20 @@ class Checkpoint(Mapping[str, Tensor]):
         name: the model as the user named it.
         path: the folder (or GGUF file) that is read.
         config: config.json as it is, nothing filled in.
-        fingerprint: changes whenever a header, a size, a modification time or the config changes.
+        fingerprint: changes whenever a header, a size, a modification time, a sample of the numbers or the config does.
+        stamps: of the files that are read for the model itself: config.json, the index, the weight files.
     """
 
     name: str
     path: Path
     config: dict[str, Any]
     fingerprint: str
+    stamps: tuple[Stamp, ...]
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError where a file of the model is not what it was when it was opened, and say which."""
+        for stamp in self.stamps:
+            stamp.check()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of one tensor, from the header."""
@@ -92,6 +100,10 @@ class Checkpoint(Mapping[str, Tensor]):
     def tokenizer_files(self) -> list[Path]:
         """Files to carry over unchanged: tokenizer, chat template, generation config, pooling, image processor."""
         raise NotImplementedError
+
+    def own_tokenizer_files(self) -> list[Path]:
+        """Those of `tokenizer_files` that are files of the checkpoint, and not made from its metadata."""
+        return self.tokenizer_files()
 
     def meta(self) -> dict[str, Tensor]:
         """Every tensor on the meta device: names, shapes and dtypes without a byte of data."""
@@ -112,8 +124,11 @@ class SafetensorsCheckpoint(Checkpoint):
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.name = name or str(folder)
         self.path = folder
-        self.config = read_config_file(folder / "config.json")
-        self._file_of, self.weight_files = _open_weights(folder)
+        held = folder / "config.json"
+        config = [Stamp.of(held)] if held.exists() else []
+        self.config = read_config_file(held)
+        self._file_of, self.weight_files, index = _open_weights(folder)
+        self.stamps = (*config, *index, *(file.stamp for file in self.weight_files))
 
     def __getitem__(self, name: str) -> Tensor:
         return self._file_of[name].tensor(name)
@@ -147,7 +162,9 @@ class SafetensorsCheckpoint(Checkpoint):
     def fingerprint(self) -> str:  # type: ignore[override]
         parts = [json.dumps(self.config, sort_keys=True).encode()]
         for file in self.weight_files:
-            parts.append(f"{file.path.name} {file.size} {file.path.stat().st_mtime_ns}".encode() + file.header)
+            # Copying may keep the time of a file, and another training's header may be the same.
+            sample = sample_sum(file.path, file.data_start)
+            parts.append(f"{file.path.name} {file.size} {file.stamp.modified_ns} {sample}".encode() + file.header)
         return sha256(b"\0".join(sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -233,12 +250,14 @@ def _pickle_message(name: str, model: str) -> str:
     )
 
 
-def _open_weights(folder: Path) -> tuple[dict[str, SafetensorsFile], list[SafetensorsFile]]:
-    """Tensor name -> file, in file order; and the files."""
+def _open_weights(folder: Path) -> tuple[dict[str, SafetensorsFile], list[SafetensorsFile], list[Stamp]]:
+    """Tensor name -> file, in file order; the files; and the stamp of the index, where there is one."""
+    index: list[Stamp] = []
     if (folder / WEIGHTS).exists():  # the order in which transformers looks
         listed: dict[str, str] | None = None
         files = [SafetensorsFile(folder / WEIGHTS)]
     elif (folder / INDEX).exists():
+        index = [Stamp.of(folder / INDEX)]
         listed = read_index(folder)
         files = [SafetensorsFile(folder / shard) for shard in sorted(set(listed.values()))]
     else:
@@ -263,7 +282,7 @@ def _open_weights(folder: Path) -> tuple[dict[str, SafetensorsFile], list[Safete
             raise CheckpointError(f"{folder / INDEX}: tensor {name!r} should be in {shard}, which does not have it")
     if not file_of:
         raise CheckpointError(f"{folder}: the weight files hold no tensor")
-    return file_of, files
+    return file_of, files, index
 
 
 def read_index(folder: Path) -> dict[str, str]:

@@ -171,6 +171,11 @@ class TransformedWeights(Mapping[str, Tensor]):
         return (name,)
 
 
+def root_of(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The innermost base of edited weights: the checkpoint, where they come from one."""
+    return weights.root if isinstance(weights, TransformedWeights) else weights
+
+
 def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The same edits over another innermost base, e.g. meta tensors, to learn names, shapes and dtypes for free."""
     if isinstance(weights, TransformedWeights):

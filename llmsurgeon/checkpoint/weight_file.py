@@ -15,7 +15,7 @@ from torch import Tensor
 from llmsurgeon.checkpoint.manifest import FollowingHash
 from llmsurgeon.checkpoint.shards import Shard
 from llmsurgeon.checkpoint.source import Checkpoint
-from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
+from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 COPY_STEP = 1 << 26
@@ -90,7 +90,7 @@ def _steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[_Range | str
 
 
 def _location(weights: Mapping[str, Tensor], name: str) -> _Range | None:
-    root = weights.root if isinstance(weights, TransformedWeights) else weights
+    root = root_of(weights)
     origin = weights.origin(name) if isinstance(weights, TransformedWeights) else name
     if origin is None or not isinstance(root, Checkpoint):
         return None

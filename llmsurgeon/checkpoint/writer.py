@@ -7,7 +7,7 @@ file to file inside the kernel; only edited ones pass through memory, a block at
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from torch import Tensor
 from llmsurgeon.checkpoint.atomic import fsync
 from llmsurgeon.checkpoint.manifest import MANIFEST, FollowingHash, file_sha256, is_plain, write_manifest
 from llmsurgeon.checkpoint.shards import Shard, index_json, meta_weights, parse_size, plan_shards
-from llmsurgeon.checkpoint.source import INDEX
+from llmsurgeon.checkpoint.source import INDEX, Checkpoint
 from llmsurgeon.checkpoint.staging import NOTHING, Staging, explained
+from llmsurgeon.checkpoint.transform import root_of
 from llmsurgeon.checkpoint.weight_file import Progress, Reporter, write_shard
+from llmsurgeon.errors import CheckpointError
 
 MAX_HASHES = 3  # SHA-256 runs at about a third of the speed of a copy
 
@@ -59,11 +61,12 @@ class Stage(Staging):
     ) -> int:
         """Write every tensor of `weights`, and the index where there is more than one file; return the bytes written.
 
+        A source checkpoint that changed meanwhile is found out at the end, and nothing is kept.
         Bytes that no edit touches are copied from file to file. Files that a killed run of the same job finished
         are kept once their SHA-256 has been checked. `progress` is called with (bytes done, bytes in total).
 
         Raises:
-            SurgeryError: a computed tensor holds NaN or infinity, or the disk fails or is full.
+            SurgeryError: a computed tensor holds NaN or infinity, the disk fails or is full, the source changed.
         """
         if self._weights_written:
             raise AssertionError("write_weights was called twice on one stage")
@@ -92,10 +95,23 @@ class Stage(Staging):
                 with suppress(Exception):
                     self._record(following)
             raise
+        self.confirm(root.check_unchanged if isinstance(root := root_of(weights), Checkpoint) else None)
         if len(shards) > 1:
             self.write_file(INDEX, index_json(shards, meta))
         self._weights_written = True
         return total
+
+    def confirm(self, check: Callable[[], None] | None) -> None:
+        """Call `check`, which raises where something that was read is not what it was when it was opened.
+
+        The weight files may then be of two sources: they are dropped, so that no run goes on with them.
+        """
+        try:
+            if check:
+                check()
+        except CheckpointError:
+            self._drop_unplanned(set())
+            raise
 
     def _finished(self, shard: Shard) -> str | None:
         """The SHA-256 of a file that an earlier run finished, if it is still what the journal says."""

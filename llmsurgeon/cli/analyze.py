@@ -61,12 +61,16 @@ def analyze_command(
     from llmsurgeon.analysis.search import default_count
     from llmsurgeon.checkpoint.staging import existing
     from llmsurgeon.checkpoint.writer import Stage
+    from llmsurgeon.inputs import Inputs
     from llmsurgeon.patient import open_patient
     from llmsurgeon.recipe import Calibration
     from llmsurgeon.texts import Options, Texts
 
     patient = open_patient(model, revision)
     assert patient.checkpoint is not None
+    inputs = Inputs.of("analyze", {"model": patient.checkpoint}, None, Options())
+    if text:
+        inputs.watch_text("text", text)
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.
@@ -75,7 +79,7 @@ def analyze_command(
     # Opened before anything is measured: a folder that cannot be written is heard of at once.
     with Stage.open(
         folder,
-        job={"verb": "analyze"},
+        job=inputs.job(),
         overwrite=overwrite,
         sources=(patient.checkpoint.path, *existing(text, dataset)),
     ) as stage:
@@ -85,6 +89,7 @@ def analyze_command(
         windows = texts.windows
         count = default_count(len(patient.spec.blocks)) if drop is None else drop
         result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
+        stage.confirm(inputs.check)
         files = [folder / written.name for written in write_analysis(stage, result, fit_on)]
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))

@@ -21,8 +21,9 @@ from torch import Tensor
 from llmsurgeon.boundary import local_path
 from llmsurgeon.checkpoint.gguf_file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import file_order, meta_weights
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.staging import NOTHING, explained
-from llmsurgeon.checkpoint.transform import TransformedWeights, blocks
+from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 from llmsurgeon.checkpoint.writer import FileStage
 from llmsurgeon.errors import SurgeryError
@@ -72,6 +73,7 @@ def write_gguf(
     overwrite: bool = False,
     reads: Sequence[Path] = (),
     progress: Callable[[int, int], None] | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Write a model as one GGUF file.
 
@@ -79,11 +81,12 @@ def write_gguf(
     tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
     float32. With a ternary type, tensors that it cannot hold exactly are Q4_0 where that holds them, else `float_type`
     (F16). `pre` names the pre-tokenizer where it cannot be recognised. `reads` are files and folders beside `source`
-    that are read and must survive. `progress` is called with (bytes done, in
-    total).
+    that are read and must survive. `progress` is called with (bytes done, in total); `check` once all is written, and
+    where it raises, OUT does not appear.
 
     Raises:
-        SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, or the disk fails.
+        SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, the disk fails, or the checkpoint
+            changed meanwhile.
     """
     path = local_path(out).absolute()
     kind = _known_type(type)
@@ -125,6 +128,9 @@ def write_gguf(
     with place as stage, explained(path, then=NOTHING):
         with closing(_writer(stage.path, layout.architecture, fields, meta, kinds, sizes)) as writer:
             _write_tensors(writer, tensors, kinds, sizes, progress, exact=kind.name in TERNARY)
+        if isinstance(root := root_of(weights), Checkpoint):
+            root.check_unchanged()
+        check()
         stage.commit()
     return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
 

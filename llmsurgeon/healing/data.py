@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +18,19 @@ from torch import Tensor
 
 from llmsurgeon.analysis.calibration import (
     Calibration,
+    dataset_revision,
     documents,
     padded,
     sentences_of,
     window_end,
     window_start,
 )
-from llmsurgeon.analysis.self_text import cache_folder, document_start
+from llmsurgeon.analysis.self_text import cache_folder, document_start, tokenizer_key
 from llmsurgeon.boundary import token_ids
-from llmsurgeon.checkpoint.manifest import file_sha256
+from llmsurgeon.checkpoint.kept import forget, keep, kept, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
-from llmsurgeon.text_file import check_text_file
+from llmsurgeon.text_file import check_text_file, text_sum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,19 +107,21 @@ def read_rows(
     name = text or dataset
     assert name is not None
     # The same bytes are other documents under another suffix.
-    source: list[Any] = [check_text_file(text), file_sha256(Path(text))] if text else [dataset, seed]
-    key = _key(*source, _tokenizer_key(tokenizer), length, limit, *(["sentences"] if sentences else []))
+    source: list[Any] = (
+        [check_text_file(text), text_sum(text)] if text else [dataset, dataset_revision(str(dataset)), seed]
+    )
+    key = _key(*source, tokenizer_key(tokenizer), length, limit, *(["sentences"] if sentences else []))
     path = _folder("tokens") / f"{key}.u32"
-    if not path.exists():
+    if not kept(path):
         cut = sentence_rows if sentences else packed
         rows = cut(documents(text=text, dataset=dataset, seed=seed), tokenizer, length, limit)
         _write(path, rows, length, f"tokenise {name}", limit if dataset else None)
     tokens = _mapped(path, length)
     if not len(tokens) and sentences:
-        path.unlink()
+        forget(path)
         raise SurgeryError(f"{name}: there is no sentence in it; leave out calibration.sentences, or give prose")
     if not len(tokens):
-        path.unlink()
+        forget(path)
         raise SurgeryError(f"{name}: its text does not fill one row of {length} tokens; lower distill.sequence_length")
     return Rows(name, key, tokens)
 
@@ -279,26 +280,17 @@ def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
 def _write(path: Path, rows: Iterable[list[int]], length: int, what: str, limit: int | None) -> None:
     """Write rows as they come; the file has its name only when all of it is there."""
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file, Progress(what, limit, "tokens") as progress:
             for row in rows:
-                file.write(np.array(row, np.uint32).tobytes())
+                with writing(path, then="set LLMSURGEON_CACHE to a folder with room"):
+                    file.write(np.array(row, np.uint32).tobytes())
                 progress.advance(length)
-        partial.replace(path)
-    except OSError as error:
-        raise SurgeryError(f"{path}: cannot be written: {error.strerror}; set LLMSURGEON_CACHE elsewhere") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
+
+    keep(path, write)
 
 
 def _mapped(path: Path, length: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
+from llmsurgeon.checkpoint.kept import keep
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.evaluate import evaluate_hidden
 from llmsurgeon.formats.models import empty_model, fill
@@ -37,7 +38,7 @@ from llmsurgeon.healing.targets import (
     Wanted,
     distribution,
 )
-from llmsurgeon.healing.training import Trainer, Training, engine
+from llmsurgeon.healing.training import LOG, Trainer, Training, engine
 from llmsurgeon.spec import ModelSpec
 from llmsurgeon.ternary import is_ternary
 
@@ -52,7 +53,7 @@ class Case:
     """A student beside its parent, with what is needed to heal it.
 
     parent, parent_config, parent_spec: the parent layer by layer, its normalised config and description.
-    fingerprint: of the parent's weights.
+    fingerprint: names the parent as it computes: weights, dtype, kind of device, libraries.
     config, spec, weights: the student's; its blocks name the parent layers they stand for.
     text: what to train on; held_out: sequences [S, T] that only judge.
     folder: where checkpoints and results of this job are kept, through kills.
@@ -419,9 +420,8 @@ def _merge(case: Case, settings: Distill, adapters: Path) -> None:
 
     student = build_student(case, settings, torch.float32)
     student.load_state_dict(load_file(adapters), strict=False)
-    partial = case.folder / f"{MERGED}.partial"
-    save_file({name: tensor.contiguous() for name, tensor in merged(student).items()}, partial)
-    partial.replace(case.folder / MERGED)
+    tensors = {name: tensor.contiguous() for name, tensor in merged(student).items()}
+    keep(case.folder / MERGED, lambda path: save_file(tensors, path))
 
 
 @dataclass(frozen=True)
@@ -497,7 +497,8 @@ def distill(case: Case, settings: Distill, began: float | None = None) -> Distil
         if training.file:
             with safe_open(training.file, framework="pt") as opened:
                 files |= {prefix + name: Path(training.file) for name in opened.keys()}  # noqa: SIM118
-        lines = (Path(training.folder) / "loss.jsonl").read_text().splitlines()
+        curve = Path(training.folder) / LOG
+        lines = curve.read_text().splitlines() if curve.is_file() else []
         log += [{**({} if block is None else {"block": block}), **json.loads(line)} for line in lines]
     return Distilled(settings.mode, files, tuple(trainings), log, time.monotonic() - began)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from llmsurgeon.checkpoint.kept import keep
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.training import Latent, Training
 from llmsurgeon.ternary import grid_of, is_ternary, nearest, put_in_place, storable, taken_apart, values
@@ -146,6 +147,5 @@ def packed(training: Training, stored: Callable[[str], torch.dtype], transposed:
         latent = tensors[key].T if transposed else tensors[key]
         made = ternary_of(latent, scale, stored(key))
         tensors[key] = (made.T if transposed else made).contiguous()
-    save_file(tensors, file.with_suffix(".partial"))
-    file.with_suffix(".partial").replace(file)
+    keep(file, lambda path: save_file(tensors, path))
     return replace(training, file=str(file))

@@ -6,7 +6,6 @@ know nothing of each other: they train in as many processes as are asked for, an
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import as_surgeon, empty_model
@@ -29,7 +29,7 @@ from llmsurgeon.healing.latent import install, packed
 from llmsurgeon.healing.losses import normalised_mse
 from llmsurgeon.healing.refit import spans
 from llmsurgeon.healing.targets import StoredTargets, Wanted
-from llmsurgeon.healing.training import Trainer, Training, engine
+from llmsurgeon.healing.training import RESULT, Trainer, Training, engine, trained
 from llmsurgeon.progress import Progress, set_quiet
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ class LocalTask:
 
 
 def _nobody() -> LayerRunner:
-    raise AssertionError("the parent has been walked over every row")
+    raise SurgeryError("what the parent said was damaged while blocks trained on it; start again, it is asked anew")
 
 
 def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[int, Training]]:
@@ -154,7 +154,9 @@ def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[i
 
 def _trained(job: BlockJob, transposed: bool) -> Training:
     """What a job's folder says of its training, ternary linears in place of their latent weights."""
-    training = Training(**json.loads((job.folder / "result.json").read_text()))
+    training = trained(job.folder / RESULT)
+    if training is None:
+        raise SurgeryError(f"{job.folder}: what block {job.index} was trained to is damaged; start again")
     return packed(training, lambda name: job.stored, transposed)
 
 
@@ -197,10 +199,12 @@ def _job(
     prefix = student.family.layer(index)
     names = [name for name in student.layers[index].state_dict()]
     weights = folder / "before.safetensors"
-    save_file({name: case.weights[prefix + name].float().contiguous() for name in names}, weights)
+    with writing(folder):
+        save_file({name: case.weights[prefix + name].float().contiguous() for name in names}, weights)
     dense = folder / "dense.safetensors"
     theirs = {name: case.dense(prefix + name) for name in names}
-    save_file({name: t.float().contiguous() for name, t in theirs.items() if t is not None}, dense)
+    with writing(folder):
+        save_file({name: t.float().contiguous() for name, t in theirs.items() if t is not None}, dense)
     return BlockJob(
         config=case.config,
         index=index,
@@ -226,7 +230,7 @@ def _job(
 def _run(jobs: list[BlockJob], settings: Distill, began: float) -> None:
     """All jobs, `processes` at a time; a time budget is shared out as jobs begin."""
     steps, tokens, minutes = settings.limits
-    waiting = [job for job in jobs if not (job.folder / "result.json").exists()]
+    waiting = [job for job in jobs if trained(job.folder / RESULT) is None]
     with Progress("distill", len(jobs), "blocks") as progress, Crew() as crew:
         progress.advance(len(jobs) - len(waiting))
         while crew.running or (waiting and not crew.asked):

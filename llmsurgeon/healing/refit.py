@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
+from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.healing.fits import Fit, stored_fits, stored_names
 from llmsurgeon.healing.outlet import Outlet
 from llmsurgeon.healing.ridge import Moments, best_update, joint_update
@@ -150,7 +151,7 @@ class Refit:
         from safetensors.torch import load_file, save_file
 
         file = self.store / f"block-{index:04d}.safetensors"
-        if file.exists():
+        if kept(file):
             self._walk_parent(span)
             layer.load_state_dict({**layer.state_dict(), **load_file(file)}, assign=True)
             self.fits += stored_fits(file)
@@ -167,8 +168,7 @@ class Refit:
             attended = self._fit(index, block, span, layer, is_changed, drifted)
         new = {name: t.contiguous() for name, t in layer.state_dict().items() if not torch.equal(t, before[name])}
         fits = json.dumps([vars(fit) for fit in self.fits[known:]])
-        save_file(new, file.with_suffix(".partial"), metadata={"fits": fits})
-        file.with_suffix(".partial").rename(file)
+        keep(file, lambda path: save_file(new, path, metadata={"fits": fits}))
         return file, attended
 
     def _advance(self, index: int, attended: Tensor | None) -> None:

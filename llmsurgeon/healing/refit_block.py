@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.fits import Fit, stored_fits
 from llmsurgeon.healing.outlet import Outlet
@@ -116,7 +117,7 @@ class BlockRefit:
 
         file, split, drifted = self.store / FILE, self.halves.split, self.halves.block_length > 1
         todo = spans(self.spec, len(self.parent_spec.blocks))
-        if not file.exists():
+        if not kept(file):
             before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
             with torch.no_grad(), Progress("refit", len(self.spec.blocks), "layers") as progress:
                 self.p = torch.cat([self.parent.embed(self.tokens[part]).cpu() for part, _ in self.parts])
@@ -134,8 +135,7 @@ class BlockRefit:
             moved = [name for name in before if not torch.equal(after[name], before[name])]
             new = {name: after[name].cpu().contiguous() for name in moved}
             fits = json.dumps([vars(fit) for fit in self.fits])
-            save_file(new, file.with_suffix(".partial"), metadata={"fits": fits})
-            file.with_suffix(".partial").rename(file)
+            keep(file, lambda path: save_file(new, path, metadata={"fits": fits}))
         self.fits = stored_fits(file)
         with safe_open(file, framework="pt") as opened:
             return dict.fromkeys(opened.keys(), file)

@@ -11,8 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import weakref
+import zlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +27,18 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.self_text import cache_folder
 from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.data import Corpus
 from llmsurgeon.healing.losses import Target, TopTokens
+from llmsurgeon.progress import remark
 
 # Rows for which the parent is run at a time. A resumed run meets the same groups of rows, so that its targets are the
 # same to the last bit.
 AHEAD = 64
+# Changes with the form of the files.
+LAYOUT = 2
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,16 @@ class Wanted:
 
     taps: tuple[int, ...]
     top_k: int | None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names under which what the parent says in the end is kept."""
+        return () if self.top_k == 0 else ("last",) if self.top_k is None else ("top_ids", "top_log_p")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all answers to one row."""
+        return (*(f"hidden-{tap}" for tap in self.taps), *self.outputs)
 
     @property
     def nothing(self) -> bool:
@@ -73,7 +92,8 @@ class StoredTargets:
 
     Args:
         parent: runs the parent layer by layer; asked for only where something is missing.
-        fingerprint: of the parent's weights; with the data's key and what is wanted it names the files.
+        fingerprint: names the parent as it computes (weights, dtype, kind of device, libraries); with the data's key
+            and what is wanted it names the files.
         batch: rows that go through a layer together.
     """
 
@@ -84,11 +104,18 @@ class StoredTargets:
         self.stores = [_Store(_folder(fingerprint, rows.key, wanted), len(rows.tokens)) for rows in corpus.sources]
 
     def prepare(self, numbers: np.ndarray) -> None:
-        """Run the parent over the rows whose answers are not there yet, each of its layers once."""
+        """Run the parent over the rows whose answers are not there yet, or no longer whole, each of its layers once."""
         if self.wanted.nothing:
             return
         places = [self.corpus.place(int(number)) for number in numbers]
-        todo = [i for i, (source, row) in enumerate(places) if not self.stores[source].known(row)]
+        known = [self.stores[source].known(row) for source, row in places]
+        damaged = [i for i, place in enumerate(places) if known[i] and not self._is_whole(place)]
+        if damaged:
+            remark(
+                f"{self.stores[places[damaged[0]][0]].folder}: what the parent said of {len(damaged)} of {len(places)} "
+                "rows is damaged or gone; it is asked again"
+            )
+        todo = sorted({*damaged, *(i for i in range(len(places)) if not known[i])})
         if not todo:
             return
         rows = [places[i] for i in todo]
@@ -104,21 +131,27 @@ class StoredTargets:
 
     def of(self, numbers: np.ndarray, tokens: Tensor) -> dict[str, Tensor]:
         """The stored answers."""
-        places = [self.corpus.place(int(number)) for number in numbers]
-        answers = {}
-        if self.wanted.taps:
-            ends = [self._stack(f"hidden-{tap}", places) for tap in self.wanted.taps]
-            answers["hidden"] = torch.stack(ends, dim=1)
-        names = () if self.wanted.top_k == 0 else ("last",) if self.wanted.top_k is None else ("top_ids", "top_log_p")
-        return {**answers, **{name: self._stack(name, places) for name in names}}
+        ends = [self._stack(f"hidden-{tap}", numbers) for tap in self.wanted.taps]
+        answers = {"hidden": torch.stack(ends, dim=1)} if ends else {}
+        return {**answers, **{name: self._stack(name, numbers) for name in self.wanted.outputs}}
 
     def ends(self, numbers: np.ndarray, which: Sequence[int]) -> list[Tensor]:
         """Hidden states [B, L, D] of some of the taps alone, by their places among them."""
-        places = [self.corpus.place(int(number)) for number in numbers]
-        return [self._stack(f"hidden-{self.wanted.taps[tap]}", places) for tap in which]
+        return [self._stack(f"hidden-{self.wanted.taps[tap]}", numbers) for tap in which]
 
-    def _stack(self, name: str, places: list[tuple[int, int]]) -> Tensor:
-        return torch.stack([self.stores[source].get(name, row) for source, row in places])
+    def _is_whole(self, place: tuple[int, int]) -> bool:
+        source, row = place
+        return all(self.stores[source].get(name, row) is not None for name in self.wanted.names)
+
+    def _stack(self, name: str, numbers: np.ndarray) -> Tensor:
+        """One kind of answer for these rows; the parent is asked again for those that have been damaged since."""
+        places = [self.corpus.place(int(number)) for number in numbers]
+        for _ in range(2):
+            found = [self.stores[source].get(name, row) for source, row in places]
+            if not any(value is None for value in found):
+                return torch.stack([value for value in found if value is not None])
+            self.prepare(numbers)
+        raise SurgeryError(f"{self.stores[0].folder}: what is written there cannot be read back; check the disk")
 
     def logits(self, last: Tensor) -> Tensor:
         """From what left the last layer."""
@@ -264,52 +297,100 @@ def distribution(answers: dict[str, Tensor], logits: Callable[[Tensor], Tensor])
 
 
 class _Store:
-    """One file for each kind of answer, by row, and one byte a row that says whether it is there."""
+    """One file for each kind of answer, by row, each row with its checksum; and one byte a row that says whether all of
+    its answers are there.
+
+    Rows are written and read by calls, not through a memory map, where a full disk or a file cut short is a signal that
+    ends the process. Rows that were never written take no room.
+    """
 
     def __init__(self, folder: Path, rows: int) -> None:
-        self.folder, self.rows = folder, rows
-        self.files: dict[str, Tensor] = {}
-        try:
+        self.folder = folder
+        self.files: dict[str, _Rows] = {}
+        with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            self._flags = _file(folder / "known", (rows,), torch.uint8)
-        except OSError as error:
-            raise SurgeryError(f"{folder}: {error.strerror}; set LLMSURGEON_CACHE to a folder with room") from error
+            self._known = os.open(folder / "known", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            weakref.finalize(self, os.close, self._known)
+            self._flags = np.zeros(rows, np.uint8)
+            noted = np.frombuffer(os.pread(self._known, rows, 0), np.uint8)
+            self._flags[: len(noted)] = noted
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self.folder, then="set LLMSURGEON_CACHE to a folder with room")
 
     def known(self, row: int) -> bool:
         return bool(self._flags[row])
 
     def put(self, name: str, row: int, value: Tensor) -> None:
-        if name not in self.files:
-            shape = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            partial = self.folder / f"{name}.json.partial"
-            partial.write_text(json.dumps(shape))
-            partial.replace(self.folder / f"{name}.json")
-            self._open(name)
-        self.files[name][row] = value
+        with self._writing():
+            if name not in self.files:
+                self.files[name] = _Rows.made(self.folder / name, tuple(value.shape), value.dtype)
+            self.files[name].write(row, value)
 
     def know(self, rows: list[int]) -> None:
         """All at once: a kill before this makes a later run compute the same group of rows again."""
         self._flags[rows] = 1
+        with self._writing():
+            for row in rows:
+                os.pwrite(self._known, b"\1", row)
 
-    def get(self, name: str, row: int) -> Tensor:
+    def get(self, name: str, row: int) -> Tensor | None:
+        """The answer as it was put, None where it is not there or not whole."""
         if name not in self.files:
-            self._open(name)
-        return self.files[name][row]
+            found = _Rows.found(self.folder / name)
+            if found is None:
+                return None
+            self.files[name] = found
+        return self.files[name].read(row)
 
-    def _open(self, name: str) -> None:
-        shape = json.loads((self.folder / f"{name}.json").read_text())
-        self.files[name] = _file(self.folder / name, (self.rows, *shape["shape"]), getattr(torch, shape["dtype"]))
+
+class _Rows:
+    """A file of rows of one shape and dtype, each followed by four bytes of checksum."""
+
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.shape, self.dtype = shape, dtype
+        self.size = prod(shape) * dtype.itemsize
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        weakref.finalize(self, os.close, self.fd)
+
+    @classmethod
+    def made(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> _Rows:
+        """The file, its shape noted beside it."""
+        partial = path.with_name(f"{path.name}.json.{os.getpid()}")
+        partial.write_text(json.dumps({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}))
+        partial.replace(path.with_name(f"{path.name}.json"))
+        return cls(path, shape, dtype)
+
+    @classmethod
+    def found(cls, path: Path) -> _Rows | None:
+        """The file as its note describes it, None where either is not there."""
+        try:
+            noted = json.loads(path.with_name(f"{path.name}.json").read_text())
+            shape, dtype = tuple(noted["shape"]), getattr(torch, noted["dtype"])
+            return cls(path, shape, dtype) if path.is_file() else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def write(self, row: int, value: Tensor) -> None:
+        data = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        record = memoryview(data + zlib.crc32(data).to_bytes(CHECKSUM, "little"))
+        at = row * len(record)
+        while record:
+            count = os.pwrite(self.fd, record, at)
+            record, at = record[count:], at + count
+
+    def read(self, row: int) -> Tensor | None:
+        length = self.size + CHECKSUM
+        record = bytearray(os.pread(self.fd, length, row * length))
+        data = memoryview(record)[: self.size]
+        if len(record) < length or zlib.crc32(data) != int.from_bytes(record[self.size :], "little"):
+            return None
+        return torch.frombuffer(record, dtype=self.dtype, count=prod(self.shape)).view(self.shape)
 
 
-def _file(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor that is a file; blocks of it that were never written take no room."""
-    numbers = int(np.prod(shape))
-    with path.open("ab") as file:
-        if file.tell() < numbers * dtype.itemsize:
-            file.truncate(numbers * dtype.itemsize)
-    return torch.from_file(str(path), shared=True, size=numbers, dtype=dtype).view(shape)
+CHECKSUM = 4
 
 
 def _folder(fingerprint: str, data: str, wanted: Wanted) -> Path:
-    key = json.dumps([fingerprint, data, wanted.taps, wanted.top_k])
+    key = json.dumps([LAYOUT, fingerprint, data, wanted.taps, wanted.top_k])
     return cache_folder().parent / "targets" / hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.analysis.walk import LayerRunner, Streams
+from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.fits import stored_names, stored_records
 from llmsurgeon.healing.ridge import Moments, best_update
@@ -147,7 +148,7 @@ class Ternarise:
         from safetensors.torch import load_file, save_file
 
         file = self.store / f"block-{index:04d}.safetensors"
-        if file.exists():
+        if kept(file):
             # The same sums in the same order as the run that stored it.
             left = self._dense(index, layer, ())[0][""]
             stored = {name: tensor.to(self.runner.dtype) for name, tensor in load_file(file).items()}
@@ -173,8 +174,7 @@ class Ternarise:
         new = {name: t.contiguous() for name, t in state.items() if not torch.equal(t, before[name])}
         new = {name: t.to(self.runner.weights[prefix + name].dtype) for name, t in new.items()}
         records = json.dumps([vars(entry) for entry in self.made[known:]])
-        save_file(new, file.with_suffix(".partial"), metadata={"ternary": records})
-        file.with_suffix(".partial").rename(file)
+        keep(file, lambda path: save_file(new, path, metadata={"ternary": records}))
         return file
 
     def _groups(self, layer: nn.Module) -> list[Group]:

@@ -25,11 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.checkpoint.kept import forget, keep, kept, whole, writing
+from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.checkpoint.staging import HOW_FAR
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.healing.data import Corpus
 from llmsurgeon.healing.signals import as_before, on_stop
-from llmsurgeon.progress import Progress
+from llmsurgeon.progress import Progress, remark
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 # The loss has diverged where its median over so many steps is this many times the lowest such median.
 WINDOW, DIVERGED = 20, 3.0
+LOOP, SUMS, LOG, RESULT = "loop.json", "sums.json", "loss.jsonl", "result.json"
+ROOM = "the checkpoint before it is whole: free some space and start the same command again"
 
 
 class Task(Protocol):
@@ -241,9 +245,9 @@ class Trainer:
             Stopped: on SIGTERM, once the state is saved.
             SurgeryError: the loss is not finite or diverges before anything good was saved.
         """
-        result = self.folder / "result.json"
-        if result.exists():
-            return Training(**json.loads(result.read_text()))
+        result = self.folder / RESULT
+        if (training := trained(result)) is not None:
+            return training
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         if self.settings.trackers:
@@ -389,7 +393,7 @@ class Trainer:
         damaged = torch.tensor(float(not all(torch.isfinite(p).all() for p in self.moving)), device=accelerator.device)
         if accelerator.reduce(damaged).item():
             return  # the next step's loss will tell
-        with self._phase("saving"), _room(self.folder):
+        with self._phase("saving"), writing(self.folder, then=ROOM):
             target = self.folder / f"state-{state.step:08}"
             partial = target.with_suffix(".partial")
             if accelerator.is_main_process:
@@ -399,7 +403,8 @@ class Trainer:
             accelerator.wait_for_everyone()
             if accelerator.is_main_process:
                 state.drawn = list(self.task.corpus.drawn)
-                (partial / "loop.json").write_text(json.dumps(asdict(state)))
+                (partial / LOOP).write_text(json.dumps(asdict(state)))
+                (partial / SUMS).write_text(json.dumps(sums_of(partial)))
                 if not target.exists():
                     partial.rename(target)
                 (self.folder / HOW_FAR).write_text(f"{self._how_far()}\n")
@@ -428,16 +433,24 @@ class Trainer:
         self.task.corpus.drawn = list(self.state.drawn) or self.task.corpus.drawn
 
     def _last_state(self) -> Path | None:
-        states = [path for path in sorted(self.folder.glob("state-*")) if path.suffix != ".partial"]
-        return states[-1] if states else None
+        for path in sorted(self.folder.glob("state-*"), reverse=True):
+            if path.suffix == ".partial":
+                continue
+            if is_whole(path):
+                return path
+            remark(f"{path}: is damaged (its files are not what was written); training goes on from before it")
+        return None
 
     def _load(self, folder: Path) -> None:
         self.accelerator.load_state(str(folder))
-        self.state = State(**json.loads((folder / "loop.json").read_text()))
+        self.state = State(**json.loads((folder / LOOP).read_text()))
+        if self.state.best_step and not whole(self._best()):
+            remark(f"{self._best()}: the best weights so far are damaged or gone; the best from here on count")
+            self.state.best_step, self.state.judged = None, []
 
     def _trim_log(self) -> None:
         """Drop what an interrupted run logged after the checkpoint that this one starts from."""
-        log = self.folder / "loss.jsonl"
+        log = self.folder / LOG
         if not self.accelerator.is_main_process or not log.exists():
             return
         kept = []
@@ -477,9 +490,7 @@ class Trainer:
             phases={name: round(seconds, 2) for name, seconds in state.phases.items()},
         )
         if self.accelerator.is_main_process:
-            partial = self.folder / "result.json.partial"
-            partial.write_text(json.dumps(asdict(training)))
-            partial.replace(self.folder / "result.json")
+            keep(self.folder / RESULT, lambda path: path.write_text(json.dumps(asdict(training))))
             for old in self.folder.glob("state-*"):
                 shutil.rmtree(old, ignore_errors=True)
             self._drop_all_but_best()
@@ -493,7 +504,7 @@ class Trainer:
     def _drop_all_but_best(self) -> None:
         for old in self.folder.glob("best-*.safetensors"):
             if old != self._best():
-                old.unlink()
+                forget(old)
 
     def _dump(self, path: Path) -> None:
         """Write the tensors that train, under the student's names."""
@@ -501,10 +512,8 @@ class Trainer:
 
         state = self.accelerator.get_state_dict(self.module)
         if self.accelerator.is_main_process:
-            with _room(self.folder):
-                tensors = {n.removeprefix(self.prefix): state[n].detach().cpu().contiguous() for n in self.names}
-                save_file(tensors, path.with_suffix(".partial"))
-                path.with_suffix(".partial").replace(path)
+            tensors = {n.removeprefix(self.prefix): state[n].detach().cpu().contiguous() for n in self.names}
+            keep(path, lambda partial: save_file(tensors, partial))
         self.accelerator.wait_for_everyone()
 
     def _log(self, values: dict[str, float]) -> None:
@@ -516,7 +525,7 @@ class Trainer:
 
     def _write_line(self, line: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / "loss.jsonl").open("a") as log:
+            with writing(self.folder / LOG, then=ROOM), (self.folder / LOG).open("a") as log:
                 log.write(json.dumps(line) + "\n")
 
     @contextmanager
@@ -556,17 +565,31 @@ class Trainer:
         )
 
 
-@contextmanager
-def _room(folder: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
+def trained(result: Path) -> Training | None:
+    """What an earlier run's training made, where its result and its weights are there and whole."""
+    if not kept(result):
+        return None
+    training = Training(**json.loads(result.read_text()))
+    best = result.parent / f"best-{training.best_step}.safetensors"
+    if not training.best_step or kept(best):
+        return training
+    forget(result)
+    return None
 
+
+def sums_of(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by its path in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS)
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def is_whole(folder: Path) -> bool:
+    """True where the files of a saved state are those that were written."""
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise SurgeryError(
-            f"{folder}: the training state cannot be written: {error}; the checkpoint before it is whole. Free some "
-            "space and start the same command again"
-        ) from error
+        noted = json.loads((folder / SUMS).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(noted == sums_of(folder))
 
 
 def _flat(settings: Distill) -> dict[str, Any]:

@@ -141,6 +141,7 @@ class TrimmedCheckpoint(Checkpoint):
         self, base: Checkpoint, vocabulary: Vocabulary, description: dict[str, Any], files: Mapping[str, Path]
     ) -> None:
         self.base, self.vocabulary, self.name = base, vocabulary, base.name
+        self.stamps = base.stamps
         folder = Path(mkdtemp(prefix="llmsurgeon-vocabulary-"))
         weakref.finalize(self, shutil.rmtree, folder, True)
         self.path = folder
@@ -153,6 +154,9 @@ class TrimmedCheckpoint(Checkpoint):
         self._rows = torch.tensor(vocabulary.kept)
         kept = ",".join(map(str, vocabulary.kept))
         self.fingerprint = sha256(f"{base.fingerprint} {kept}".encode()).hexdigest()
+
+    def own_tokenizer_files(self) -> list[Path]:
+        return self.base.own_tokenizer_files()
 
     def _moved_config(self) -> dict[str, Any]:
         size = len(self.vocabulary.kept)

@@ -1,0 +1,108 @@
+"""Files kept for a later run are believed only where they are what was written, and a full disk is one message."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llmsurgeon.checkpoint.kept import SUM, allocate, forget, keep, kept, writing
+from llmsurgeon.errors import SurgeryError
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "kept"
+    keep(path, lambda partial: partial.write_bytes(b"0123456789" * 100))
+    return path
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[500] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut short": lambda path: os.truncate(path, 500),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"x"),
+    "a bit": flip,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "no sum": lambda path: path.with_name(path.name + SUM).unlink(),
+    "no sum in it": lambda path: path.with_name(path.name + SUM).write_text("{}"),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+def test_what_was_written_is_believed(file, capsys):
+    assert kept(file) and kept(file) and not kept(file.with_name("other"))
+    assert sorted(path.name for path in file.parent.iterdir()) == ["kept", "kept.sum"]
+    forget(file)
+    assert not kept(file) and not list(file.parent.iterdir()) and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name != "a folder"])
+def test_what_is_damaged_is_removed_with_a_line(file, damage, capsys):
+    DAMAGES[damage](file)
+    assert not kept(file)
+    assert capsys.readouterr().err.startswith(f"note: {file}: is damaged") and not file.exists()
+
+
+def test_a_write_that_fails_leaves_what_was_there(file):
+    def fail(partial):
+        partial.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(SurgeryError, match=r"kept: cannot be written: the disk is full; free some space"):
+        keep(file, fail)
+    assert kept(file) and len(list(file.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("write", [
+    lambda path: save_file({"a": torch.zeros(100_000)}, path),
+    lambda path: torch.save({"a": torch.zeros(100_000)}, path),
+    lambda path: path.write_bytes(bytes(400_000)),
+], ids=["safetensors", "torch", "python"])  # fmt: skip
+def test_every_library_says_the_same_of_a_disk_without_room(tmp_path, helpers, write):
+    """The system's limit on the size of a file stands for a full disk."""
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        with writing(tmp_path / "place", then="make room"):
+            write(tmp_path / "file")
+
+    status, said = helpers.in_child(work)
+    assert status != 0 and said.startswith("SurgeryError")
+    assert "place: cannot be written: " in said and said.rstrip().endswith("; make room")
+
+
+def test_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(RuntimeError, match="sizes differ"), writing(tmp_path):
+        raise RuntimeError("sizes differ")
+
+
+@pytest.mark.parametrize("without", [None, errno.EOPNOTSUPP])
+def test_room_is_made_before_a_file_is_mapped(tmp_path, monkeypatch, without):
+    if without:
+
+        def refuse(*args):
+            raise OSError(without, "no such call here")
+
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with (tmp_path / "file").open("w+b") as file:
+        allocate(file.fileno(), 3_000_001)
+        found = os.fstat(file.fileno())
+    assert found.st_size == 3_000_001 and found.st_blocks * 512 >= found.st_size, "not a hole"
+
+
+def test_no_room_is_an_error(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with (tmp_path / "file").open("w+b") as file, pytest.raises(OSError, match="No space left"):
+        allocate(file.fileno(), 100)
