@@ -97,6 +97,13 @@ class Family:
     layer_rules: tuple[str, ...] = ()
     # Key of a per-layer list that is false where attention has no rotary positions.
     rope_list: str | None = None
+    # (key of config.json before transformers 5, where its value is in rope_parameters): a key, or layer type and key.
+    old_rope: tuple[tuple[str, str], ...] = (
+        ("rope_theta", "rope_theta"),
+        ("partial_rotary_factor", "partial_rotary_factor"),
+    )
+    # Key of config.json before transformers 5 in the place of layer_types: n where layers 0, n, 2n ... attend fully.
+    full_every_key: str = ""
     # Buffers that old checkpoints carry and today's classes do not have.
     ignored: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     # Path of a projection behind the final norm, which some sizes have.

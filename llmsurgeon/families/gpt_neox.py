@@ -19,6 +19,7 @@ GPT_NEOX = Family(
     parallel_residual_key="use_parallel_residual",
     kv_heads_key=None,
     per_layer_lists=(),
+    old_rope=(("rotary_emb_base", "rope_theta"), ("rotary_pct", "partial_rotary_factor")),
     ignored=(r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
     legacy_names=(("embed_out.weight", "lm_head.weight"),),
     examples=("EleutherAI/pythia-160m", "EleutherAI/gpt-neox-20b"),

@@ -22,6 +22,11 @@ MODERNBERT = Family(
     encoder=True,
     kv_heads_key=None,
     window_key="local_attention",
+    full_every_key="global_attn_every_n_layers",
+    old_rope=(
+        ("global_rope_theta", "full_attention.rope_theta"),
+        ("local_rope_theta", "sliding_attention.rope_theta"),
+    ),
     heads=(
         ("ModernBertModel", "AutoModel"),
         ("ModernBertForMaskedLM", "AutoModelForMaskedLM"),

@@ -5,6 +5,7 @@ The names and shapes of a model on the meta device are the contract that every w
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 from collections.abc import Collection, Mapping
@@ -85,7 +86,9 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
     raw = readable(raw)
     family = family_of(raw)
-    values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    # Copies: config classes fill in what is missing in place.
+    own = ("model_type", "auto_map", "transformers_version")
+    values = {key: copy.deepcopy(value) for key, value in raw.items() if key not in own}
     with foreign("config.json", f"does not describe a {raw['model_type']} model", CORRECT):
         if is_surgeon(raw):
             return surgeon_classes(family, _halves(raw, family))[0].from_dict(values)  # type: ignore[attr-defined]

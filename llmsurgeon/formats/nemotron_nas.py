@@ -121,12 +121,9 @@ def padded_spec(spec: ModelSpec) -> ModelSpec:
 
 
 def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the (padded) spec, made from the cut source's."""
+    """config.json of the (padded) spec, made from the cut source's, which has its RoPE under old keys and new ones."""
     dropped = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
     kept = {key: value for key, value in config.items() if key not in dropped}
-    rope = dict(config["rope_parameters"])
-    theta = float(rope.pop("rope_theta"))
-    scaled = rope.get("rope_type", "default") != "default"
     return {
         **kept,
         "model_type": MODEL_TYPE,
@@ -145,11 +142,7 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
         # Qwen2 has biases on q, k and v and none on o; readers have one switch for all four.
         "attention_bias": bool(config.get("attention_bias")) or family.model_type == "qwen2",
         "mlp_bias": False,
-        "rope_parameters": {**rope, "rope_theta": theta},
-        "rope_theta": theta,
-        "rope_scaling": rope if scaled else None,
         "tie_word_embeddings": spec.tied,
-        "torch_dtype": config.get("dtype"),
     }
 
 

@@ -28,6 +28,7 @@ from llmsurgeon.formats import bitnet_model, gguf_model, native, nemotron_nas
 from llmsurgeon.formats.bitnet import Packing
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
+from llmsurgeon.formats.spellings import old_spellings
 from llmsurgeon.spec import BlockSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
         config[family.experts.per_token_key] = mixtures[0].per_token
     if family.experts and family.experts.published_count_key:
         config[family.experts.published_count_key] = config[family.experts.count_key]
+    config |= old_spellings(config, family)
     odd = _first_odd(spec, family) or native.mixed_windows(config)
     surgeon, code = _surgeon(spec, family, config)
     if wanted in ("auto", "native") and bitnet_model.misfit(spec, family, config) is None:

@@ -1,11 +1,20 @@
 """Mistral as a block transformer; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 
 from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
 from .surgeon_blocks import SurgeonConfigMixin
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict

@@ -1,5 +1,7 @@
 """Bloom with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
 from transformers.models.bloom.configuration_bloom import BloomConfig
@@ -7,6 +9,13 @@ from transformers.models.bloom.modeling_bloom import BloomBlock, BloomForCausalL
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import layer_call, strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict

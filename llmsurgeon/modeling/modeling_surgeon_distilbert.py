@@ -1,10 +1,22 @@
 """DistilBERT with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.distilbert import modeling_distilbert as distilbert
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 
 from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
-from .surgeon_versions import layer_call, strict
+from .surgeon_versions import layer_call, needs, strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
+
+
+needs("5.14", "a DistilBERT in this form")
 
 
 @strict

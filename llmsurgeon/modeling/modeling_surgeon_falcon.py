@@ -1,11 +1,20 @@
 """Falcon with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from torch.nn import functional as F
 from transformers.models.falcon.configuration_falcon import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict
@@ -17,6 +26,7 @@ class SurgeonFalconConfig(SurgeonConfigMixin, FalconConfig):
 class SurgeonFalconBlock(SurgeonBlock, FalconDecoderLayer):
     """FalconDecoderLayer with parts that may be absent."""
 
+    returned_tuple = True
     attention_name = "self_attention"
     ffn_in_names = ("mlp.dense_h_to_4h",)
     returns_tuple = True

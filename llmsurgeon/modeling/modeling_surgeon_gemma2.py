@@ -1,10 +1,19 @@
 """Gemma2 with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict
@@ -16,6 +25,7 @@ class SurgeonGemma2Config(SurgeonConfigMixin, Gemma2Config):
 class SurgeonGemma2Block(SurgeonBlock, Gemma2DecoderLayer):
     """Gemma2DecoderLayer with parts that may be absent."""
 
+    returned_tuple = True
     ffn_norm_name = "pre_feedforward_layernorm"
     attention_post_norm_name = "post_attention_layernorm"
     ffn_post_norm_name = "post_feedforward_layernorm"

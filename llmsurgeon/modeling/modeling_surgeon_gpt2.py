@@ -1,10 +1,19 @@
 """GPT2 with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict
@@ -16,6 +25,7 @@ class SurgeonGPT2Config(SurgeonConfigMixin, GPT2Config):
 class SurgeonGPT2Block(SurgeonBlock, GPT2Block):
     """GPT2Block with parts that may be absent."""
 
+    returned_tuple = True
     attention_name = "attn"
     attention_norm_name = "ln_1"
     ffn_norm_name = "ln_2"

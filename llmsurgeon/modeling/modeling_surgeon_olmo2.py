@@ -1,10 +1,19 @@
 """Olmo2 with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict

@@ -1,11 +1,20 @@
 """OPT with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from torch.nn import functional as F
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
 from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import layer_call, strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict
@@ -27,6 +36,7 @@ class Layer(OPTDecoderLayer):
 class SurgeonOPTBlock(SurgeonBlock, Layer):
     """OPTDecoderLayer with parts that may be absent."""
 
+    returned_tuple = True
     attention_norm_name = "self_attn_layer_norm"
     ffn_norm_name = "final_layer_norm"
     ffn_parts = ("fc1", "fc2", "final_layer_norm")
@@ -45,6 +55,7 @@ class SurgeonOPTBlock(SurgeonBlock, Layer):
 class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
     """The same where the norms follow the residual sums; they stay when their part goes."""
 
+    returned_tuple = True
     attention_parts = ("self_attn",)
     ffn_parts = ("fc1", "fc2")
 

@@ -1,10 +1,19 @@
 """Phi3 with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict

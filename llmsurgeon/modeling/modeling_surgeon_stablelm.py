@@ -1,10 +1,19 @@
 """StableLm with blocks of differing shape; ships inside converted checkpoints."""
 
+from typing import TYPE_CHECKING
+
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmForCausalLM
 
 from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
 from .surgeon_versions import strict
+
+if TYPE_CHECKING:
+    # transformers 4 copies the files that this one names, and not those that they name.
+    from .surgeon_fff import fast_feed_forward  # noqa: F401
+    from .surgeon_fff_numba import dot  # noqa: F401
+    from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
 
 
 @strict
@@ -16,6 +25,7 @@ class SurgeonStableLmConfig(SurgeonConfigMixin, StableLmConfig):
 class SurgeonStableLmBlock(SurgeonBlock, StableLmDecoderLayer):
     """StableLmDecoderLayer with parts that may be absent."""
 
+    returned_tuple = True
     ffn_in_names = ("mlp.gate_proj", "mlp.up_proj")
 
     def __init__(self, config, layer_idx):

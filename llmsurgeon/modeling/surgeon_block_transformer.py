@@ -39,6 +39,14 @@ TAKEN = frozenset(["cache_position", "num_items_in_batch"])
 OPTIONS = frozenset(["output_attentions", "output_hidden_states", "output_router_logits"])
 
 
+class BlockLayer(DynamicLayer):
+    """Keys and values that `reset` drops. Before transformers 5.23 it zeroed them, and they still counted."""
+
+    def reset(self):
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
 class BlockCache(Cache):
     """Keys and values of both decoders, and the block that is being written.
 
@@ -47,8 +55,8 @@ class BlockCache(Cache):
     """
 
     def __init__(self, block_slots, token_slots):
-        self.over_blocks = Cache(layers=[DynamicLayer() for _ in range(block_slots)])
-        self.within_block = Cache(layers=[DynamicLayer() for _ in range(token_slots)])
+        self.over_blocks = Cache(layers=[BlockLayer() for _ in range(block_slots)])
+        self.within_block = Cache(layers=[BlockLayer() for _ in range(token_slots)])
         super().__init__(layers=[*self.over_blocks.layers, *self.within_block.layers])
         self._begin()
 
@@ -196,7 +204,7 @@ class BlockTransformerBody:
         """
         who, others = type(self).__name__, {"cache": cache, **kwargs}
         given = pop_cache(who, others)
-        check_known(who, {name: value for name, value in others.items() if value or name not in OPTIONS}, TAKEN)
+        check_known(who, {name: value for name, value in others.items() if name not in OPTIONS or value}, TAKEN)
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("a block transformer embeds tokens in two ways: give input_ids, not inputs_embeds")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache

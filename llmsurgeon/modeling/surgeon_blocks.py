@@ -16,12 +16,13 @@ import json
 from typing import ClassVar
 
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .surgeon_fff import install_fast_feed_forward
 from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgru, is_mlgru
-from .surgeon_versions import layer_arguments, layer_call
+from .surgeon_versions import TUPLES, layer_arguments, layer_call, stock_layer
 
 
 class SurgeonConfigMixin:
@@ -114,13 +115,15 @@ class SurgeonBlock(GradientCheckpointingLayer):
     shares_norm = False
     # Paths of the projections that read the FFN's input, where the block's config may give them biases.
     ffn_in_names = ()
-    # The family's own layer returns (stream, attention weights).
+    # The family's own layer returns (stream, attention weights): in every release, or in transformers 4.
     returns_tuple = False
+    returned_tuple = False
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if any(base.__module__.startswith("transformers.models.") for base in cls.__mro__):
             cls.argument_names, cls.cache_name = layer_arguments(cls)
+            cls.returns_tuple = cls.returns_tuple or (TUPLES and cls.returned_tuple)
 
     def normed(self, name, hidden_BTD):
         """What one of the layer's norms gives, the input itself where the family has no such norm."""
@@ -196,12 +199,14 @@ class PostNormBlock(SurgeonBlock):
 
     def forward(self, hidden_states, *args, **kwargs):
         # Not as a sum of contributions: subtracting and adding again would round.
-        return self.fed_forward(self.attended(hidden_states, *args, **kwargs))
+        output = self.fed_forward(self.attended(hidden_states, *args, **kwargs))
+        return (output, None) if self.returns_tuple else output
 
 
 class BertShapedBlock(PostNormBlock):
     """The layout that BERT's layer and RoBERTa's share; mixed in before either."""
 
+    returned_tuple = True
     attention_name = "attention"
     attention_parts = ("attention.self", "attention.output.dense")
     ffn_parts = ("intermediate", "output.dense")
@@ -277,6 +282,20 @@ def remove_parts(block, paths):
         delattr(block.get_submodule(holder), name)
 
 
+def check_parts(block):
+    """Raise an AttributeError where this release's layer lacks a module that this file knows it by.
+
+    A part under another name would be taken for one that is gone.
+    """
+    modules = dict(block.named_modules())
+    for path in (*(block.attention_parts or (block.attention_name,)), *(block.ffn_parts or (block.ffn_name,))):
+        if path not in modules:
+            raise AttributeError(
+                f"{stock_layer(type(block)).__name__} has no {path} in transformers {transformers.__version__}: this "
+                "checkpoint's code was written for another release"
+            )
+
+
 def complete_ffn(block, ffn):
     """Give a fused FFN what its family's class lacks: a norm of its own, biases on what reads it."""
     if ffn.get("own_norm"):
@@ -322,6 +341,7 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
         attention, ffn = entry["attention"], entry["ffn"]
         shape = shaped(config, entry, width_key, kv_heads_key)
         block = block_class(shape, index)
+        check_parts(block)
         follow(block, shape, config)
         complete_ffn(block, ffn)
         # A norm that both parts read stays for the one that is there.

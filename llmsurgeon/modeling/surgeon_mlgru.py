@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import cache_utils
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
-from .surgeon_versions import check_known, pop_asked_cache
+from .surgeon_versions import check_known, needs, pop_asked_cache
 
 # The type of a cache layer that holds an MLGRU's state.
 CACHE_TYPE = "mlgru"
@@ -208,6 +208,13 @@ class _FusedBitLinear(torch.autograd.Function):
         return grad_x.to(ctx.dtype), grad_gain, grad_weight, grad_bias, None, None
 
 
+class Absent:
+    """In the place of what this release lacks: all families import this file, and few need it."""
+
+
+LinearAttentionCacheLayerMixin = getattr(cache_utils, "LinearAttentionCacheLayerMixin", Absent)
+
+
 class MLGRUState(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """An MLGRU's layer of a cache: its state [B, W] in float32, and how many positions went by.
 
@@ -293,8 +300,7 @@ class NoStaticState:
         )
 
 
-# What builds caches looks layer types up here. All families import this file: a release without these tables must not
-# stop those that need none.
+# What builds caches looks layer types up here.
 getattr(cache_utils, "DYNAMIC_LAYER_TYPE_MAPPING", {})[CACHE_TYPE] = MLGRUState
 getattr(cache_utils, "STATIC_LAYER_TYPE_MAPPING", {})[CACHE_TYPE] = NoStaticState
 
@@ -331,7 +337,12 @@ def is_mlgru(attention):
 
 
 def install_mlgru(block, entry, config):
-    """Put an MLGRU in the place of a block's attention."""
+    """Put an MLGRU in the place of a block's attention.
+
+    Raises:
+        ImportError: this release of transformers has no caches for layers of other kinds than attention.
+    """
+    needs("5.14", "a model with MLGRUs")
     setattr(block, block.attention_name, MLGRU(config.hidden_size, entry, config.rms_norm_eps))
 
 

@@ -34,6 +34,17 @@ UNDERSTOOD = frozenset(
 IGNORED = frozenset(["labels", "shift_labels", "return_dict"])
 
 
+# Layers of some families returned (stream, attention weights, ...) before transformers 5.
+TUPLES = int(transformers.__version__.split(".")[0]) < 5
+
+
+def needs(release, what):
+    """Raise an ImportError, while the checkpoint loads, where transformers is older than `release`, "5.14" say."""
+    have = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if have < tuple(int(part) for part in release.split(".")):
+        raise ImportError(f"{what} needs transformers {release} or newer, and this is {transformers.__version__}")
+
+
 def not_understood(who, name):
     """The error for an argument that nothing here knows."""
     return TypeError(

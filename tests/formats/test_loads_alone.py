@@ -12,63 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FAMILY_NAMES, save_tiny
-from operations.helpers import FALCON_7B, FALCON_RW, declared, logits
+from formats.forms import BLOCK, MIXERS, NAS, NAS_STEPS, STEPS, SURGEON
+from operations.helpers import declared, logits
 
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.operations.block import Block
-from llmsurgeon.operations.fuse_ffn import FuseFFN
-from llmsurgeon.operations.matmulfree import MatMulFree
-from llmsurgeon.operations.parallel_blocks import ParallelBlocks
-from llmsurgeon.operations.prune_attention import PruneAttention
-from llmsurgeon.operations.prune_ffn import PruneFFN
-from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.recipe import Recipe, loads
 from llmsurgeon.run import Options, run
 
-# Every kind of block: no attention in the first, no FFN, fused, narrow, two in parallel. Four attentions stay.
-STEPS = (
-    PruneAttention(layers=(0, 3)),
-    PruneFFN(layers=(1,)),
-    PruneWidth(width=40, layers=(5,), score="magnitude"),
-    FuseFFN(runs=((2, 3),)),
-    ParallelBlocks(windows=((4, 5),)),
-)
-SURGEON = {
-    **{name: (name, {}) for name in FAMILY_NAMES},
-    "llama-biases-tied": ("llama", {"mlp_bias": True, "attention_bias": True, "tie_word_embeddings": True}),
-    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
-    "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
-    "falcon-7b": ("falcon", FALCON_7B),
-    "falcon-alibi": ("falcon", FALCON_RW),
-    "opt-350m": ("opt", {"do_layer_norm_before": False}),
-    "qwen3-sliding": ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}),
-}
-# nemotron-nas wants attention in the first block and nothing in parallel. Four attentions stay here, too.
-NAS_STEPS = """
-  - {op: prune_attention, layers: [2, 3]}
-  - {op: prune_ffn, layers: [1]}
-  - {op: prune_width, width: 200, layers: [5], score: magnitude}
-  - {op: fuse_ffn, runs: [2-3]}
-"""
-NAS = {
-    "nas-llama": ("llama", {"intermediate_size": 256, "tie_word_embeddings": True}),
-    "nas-qwen2": ("qwen2", {"intermediate_size": 256, "use_sliding_window": False}),
-}
-# Recurrent mixers: beside attentions, alone, beside blocks without any, and with ternary linears, whose rounding shows
-# differences of the order of summation.
-MIXERS = {
-    "mlgru-hybrid": ("llama", {"tie_word_embeddings": True}, (MatMulFree(layers=(0, 3)),)),
-    "mlgru-alone": ("qwen2", {}, (MatMulFree(),)),
-    "mlgru-windows": ("mistral", {}, (PruneAttention(layers=(1,)), MatMulFree(layers=(2, 5)))),
-    "mlgru-ternary": ("qwen3", {}, (MatMulFree(layers=(2,), linears="ternary"),)),
-}
-# Block transformers: name -> (family, changes, the step).
-BLOCK = {
-    "block-llama": ("llama", {"tie_word_embeddings": True}, Block(block_length=4)),
-    "block-mistral": ("mistral", {"sliding_window": None}, Block(block_length=2, decoder="summation")),
-    "block-qwen2": ("qwen2", {"use_sliding_window": False}, Block(block_length=2, embedder="concat", split=2)),
-    "block-qwen3": ("qwen3", {}, Block(block_length=4, decoder="cross_attention", prefix_length=1)),
-}
 CLOSE = 2e-5
 
 

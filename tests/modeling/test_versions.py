@@ -122,3 +122,16 @@ def test_the_causal_mask_of_this_release():
     real = torch.tensor([[0, 1, 1, 1, 1]])
     mask = versions.causal_mask(config, torch.zeros(1, 2, 32), real, cache)
     assert (mask[0, 0] == 0).tolist() == [[False, True, True, True, False], [False, True, True, True, True]]
+
+
+def test_a_part_under_another_name_is_not_taken_for_one_that_is_gone(monkeypatch):
+    module = surgeon_module(FAMILIES["llama"])
+    monkeypatch.setattr(module.SurgeonLlamaBlock, "ffn_name", "feed_forward_network")
+    with pytest.raises(AttributeError, match="LlamaDecoderLayer has no feed_forward_network in transformers"):
+        surgeon("llama")
+
+
+def test_what_a_release_is_too_old_for():
+    versions.needs("5.14", "a model")
+    with pytest.raises(ImportError, match=r"^a model needs transformers 99\.0 or newer, and this is \d"):
+        versions.needs("99.0", "a model")
