@@ -64,7 +64,10 @@ def test_rope_as_transformers_4_spells_it(family, changes, expected):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_spellings_are_read_as_one(family):
     """transformers 5 finds what it found without the old keys, and what it is given stays as it was."""
-    changes = {"gemma3_text": TWO_BASES, "modernbert": TWO_PLAIN_BASES, "gpt_neox": PARTIAL_LINEAR}
+    longrope = {
+        "rope_parameters": {**LONGROPE["rope_parameters"], "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
+    }
+    changes = {"gemma3_text": TWO_BASES, "modernbert": TWO_PLAIN_BASES, "gpt_neox": PARTIAL_LINEAR, "phi3": longrope}
     config = {**AutoConfig.for_model(family, **changes.get(family, {})).to_dict(), "model_type": family}
     if config.get("rope_parameters") and family not in changes:
         config = {**config, **LLAMA3}

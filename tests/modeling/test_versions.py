@@ -10,6 +10,7 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES, TINY, tiny_enco
 from operations.helpers import logits, some_tokens
 
 from llmsurgeon.caches import cached_call
+from llmsurgeon.errors import CheckpointError
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.models import as_surgeon, empty_model, fill, surgeon_module
 from llmsurgeon.modeling import surgeon_versions as versions
@@ -127,7 +128,7 @@ def test_the_causal_mask_of_this_release():
 def test_a_part_under_another_name_is_not_taken_for_one_that_is_gone(monkeypatch):
     module = surgeon_module(FAMILIES["llama"])
     monkeypatch.setattr(module.SurgeonLlamaBlock, "ffn_name", "feed_forward_network")
-    with pytest.raises(AttributeError, match="LlamaDecoderLayer has no feed_forward_network in transformers"):
+    with pytest.raises(CheckpointError, match="LlamaDecoderLayer has no feed_forward_network in transformers"):
         surgeon("llama")
 
 
