@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
+RESULTS = ("parent", "analysis", "student")
 PROMPT = "The river had been rising for three days when"
 
 
@@ -74,15 +75,26 @@ def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, 
 
 
 def make_room(folder: Path) -> None:
-    """An empty folder for this run, in the place of an earlier demo's but of nothing else."""
+    """Room for this run, in the place of an earlier demo's results but of nothing else."""
+    from llmsurgeon.checkpoint.manifest import strangers
+    from llmsurgeon.checkpoint.writer import Stage
+
     mark = folder / MARK
     if folder.exists() and not folder.is_dir():
         sys.exit(f"--out {folder}: is a file; name another folder")
     if folder.exists() and any(folder.iterdir()) and not mark.exists():
         sys.exit(f"--out {folder}: holds files that no demo wrote; name another folder or remove it yourself")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    ours = {MARK, *RESULTS, *(f"{name}.partial" for name in RESULTS)}
+    others = [path.name for path in sorted(folder.glob("*")) if path.name not in ours]
+    earlier = [folder / name for name in RESULTS if (folder / name).exists()]
+    others += [f"{path.name}/{name}" for path in earlier for name in strangers(path).foreign]
+    if others:
+        sys.exit(f"--out {folder}: holds {others[0]}, which no demo wrote; move it away or name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
     mark.touch()
+    for name in RESULTS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        Stage.open(folder / name, job={"verb": "demo"}, discard_partial=True).close()
 
 
 def main() -> None:
@@ -95,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     start = time.monotonic()
     make_room(options.out)
-    parent, analysis, student = (options.out / name for name in ("parent", "analysis", "student"))
+    parent, analysis, student = (options.out / name for name in RESULTS)
 
     from llmsurgeon.export import export
 

@@ -34,10 +34,10 @@ def test_a_folder_goes_with_its_owner_and_is_left_alone_until_then(place):
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(place, helpers):
-    for name in ("llmsurgeon-notes", "other"):
+    for name in ("llmsurgeon-passing-notes", "other"):
         (place / name).mkdir()
         (place / name / "thesis.txt").write_text("mine")
-    (place / "llmsurgeon-link").symlink_to(place / "other")
+    (place / "llmsurgeon-passing-link").symlink_to(place / "other")
     before = set(place.iterdir())
 
     def work():
@@ -49,7 +49,8 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(place, helpers):
     assert os.WTERMSIG(status) == signal.SIGKILL
     (left,) = set(place.iterdir()) - before
     assert (left / MARK).exists()
+    (place / "llmsurgeon-passing-12345678").mkdir()  # killed before the mark was there
     owner = Owner()
     made = passing_folder(owner)
     assert set(place.iterdir()) == {*before, made}
-    assert (place / "llmsurgeon-notes" / "thesis.txt").exists() and (place / "other" / "thesis.txt").exists()
+    assert (place / "llmsurgeon-passing-notes" / "thesis.txt").exists() and (place / "other" / "thesis.txt").exists()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from llmsurgeon.checkpoint.writer import Stage
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 SPEC = importlib.util.spec_from_file_location("demo", SCRIPT)
 assert SPEC and SPEC.loader
@@ -17,9 +19,25 @@ SPEC.loader.exec_module(demo)
 def test_an_earlier_demo_makes_room(tmp_path):
     out = tmp_path / "demo-out"
     demo.make_room(out)
-    (out / "student").mkdir()
+    with Stage.open(out / "student", job={"verb": "run"}) as stage:
+        stage.write_file("config.json", "{}")
+        stage.commit()
+    with Stage.open(out / "analysis", job={"verb": "analyze"}) as stage:  # of a demo that was killed
+        (stage.scratch / "half").touch()
     demo.make_room(out)
     assert [path.name for path in out.iterdir()] == [demo.MARK]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "student/notes.txt"])
+def test_what_came_into_an_earlier_demo_stays(tmp_path, name):
+    demo.make_room(tmp_path)
+    with Stage.open(tmp_path / "student", job={"verb": "run"}) as stage:
+        stage.write_file("config.json", "{}")
+        stage.commit()
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(SystemExit, match=f"holds {name}, which no demo wrote"):
+        demo.make_room(tmp_path)
+    assert (tmp_path / name).read_text() == "years of work" and (tmp_path / "student" / "config.json").exists()
 
 
 def test_an_empty_folder_is_taken(tmp_path):
