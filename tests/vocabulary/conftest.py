@@ -47,7 +47,14 @@ def sentence_piece() -> Tokenizer:
     learner.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=900, limit_alphabet=120))
     learnt = json.loads(learner.to_str())["model"]
     tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(learnt["vocab"], key=learnt["vocab"].get)]
-    merges = [tuple(merge) for merge in learnt["merges"]]
+    # SentencePiece joins any two neighbours that make a piece: each piece has a merge for every way to halve it.
+    pieces = [left + right for left, right in learnt["merges"]]
+    merges = [
+        (piece[:at], piece[at:])
+        for piece in dict.fromkeys(pieces)
+        for at in range(1, len(piece))
+        if piece[:at] in learnt["vocab"] and piece[at:] in learnt["vocab"]
+    ]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     made = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
