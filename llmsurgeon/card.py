@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -54,10 +55,12 @@ def model_card(
     text: str | None,
     notes: list[str],
     gate: list[str],
+    own_code: Sequence[str] = (),
 ) -> str:
     """README.md of a checkpoint, with the metadata block that the hub reads.
 
-    Without a `recipe` it is the same model in another form.
+    Without a `recipe` it is the same model in another form. `own_code` names the parent's
+    own code that came along.
     """
     auto = _auto_class(written)
     meta: dict[str, Any] = {"library_name": "transformers"}
@@ -66,7 +69,7 @@ def model_card(
     # A path on somebody's disk means nothing to a reader, and the hub refuses it as base_model.
     if base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf"):
         meta["base_model"] = base_model
-    meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.code else [])]
+    meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or own_code else [])]
     name = base_model.rstrip("/").rpartition("/")[2]
     title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
     lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
@@ -97,6 +100,7 @@ def model_card(
     elif recipe:
         lines += ["", "Its quality has not been measured: `llmsurgeon eval THIS --against PARENT`."]
     trust = ", trust_remote_code=True" if written.code else ""
+    tokenizer_trust = ", trust_remote_code=True" if written.code or own_code else ""
     lines += [
         "",
         "## Loading",
@@ -107,7 +111,7 @@ def model_card(
         f"from transformers import {auto}, AutoTokenizer",
         "",
         f'model = {auto}.from_pretrained("PATH"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{tokenizer_trust})',
         "```",
         "",
         f"Format: {written.format} ({written.why}).",

@@ -28,7 +28,7 @@ CheckpointForm = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: where, in which form, where that loads, and the costs of parent and result."""
+    """What an export made: where, in which form, where that loads, the costs of both."""
 
     out: Path
     format: CheckpointForm
@@ -55,7 +55,7 @@ def export(
         SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
     """
     options = options or Options()
-    patient = open_patient(model, revision)
+    patient = open_patient(model, revision, options.trust_remote_code)
     checkpoint = patient.checkpoint
     assert checkpoint is not None
     place = options.staging(checkpoint.path)
@@ -101,7 +101,7 @@ def export_gguf(
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
     """
     options = options or Options()
-    patient = open_patient(model, revision)
+    patient = open_patient(model, revision, options.trust_remote_code)
     assert patient.checkpoint is not None
     if patient.tower:
         raise SurgeryError(
@@ -125,6 +125,7 @@ def export_gguf(
         overwrite=options.overwrite,
         reads=options.reads,
         check=inputs.check,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
@@ -145,8 +146,9 @@ def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs)
         recipe,
         surgery.get("evaluation"),
         surgery.get("calibration"),
-        [f"Exported to {written.format} from `{Path(patient.name).name}`."] if recipe else [],
+        [*([f"Exported to {written.format} from `{Path(patient.name).name}`."] if recipe else []), *patient.notes],
         surgery.get("gate_missed", []),
+        checkpoint.companions.code,
     )
     stage.write_file("README.md", card)
     if recipe:

@@ -53,7 +53,7 @@ def heal(
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
         Stopped: on SIGTERM, with the state saved.
     """
-    wounded, planned = prepare(student, parent, recipe, revision)
+    wounded, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
     whole, recipe = planned.patient, planned.recipe
     assert wounded.checkpoint is not None and whole.checkpoint is not None and whole.original.checkpoint is not None
     place = options.staging(wounded.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
@@ -80,13 +80,18 @@ def heal(
         return finish(stage, out, planned, story, healed, texts, wounded.checkpoint, inputs)
 
 
-def prepare(student: str, parent: str, recipe: Recipe, revision: str | None = None) -> tuple[Patient, Planned]:
+def prepare(
+    student: str, parent: str, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Patient, Planned]:
     """(the opened student, all that is known before training it by the distill steps of `recipe`).
 
     Raises:
         SurgeryError: the recipe has no such step, or the two are not parent and student.
     """
-    wounded, whole = open_patient(student), open_patient(parent, revision)
+    wounded, whole = (
+        open_patient(student, trust_remote_code=trust_remote_code),
+        open_patient(parent, revision, trust_remote_code),
+    )
     if wounded.spec.vocab < whole.spec.vocab:
         assert wounded.checkpoint is not None and whole.checkpoint is not None
         whole = trimmed(whole, trimmed_like(wounded.checkpoint, whole.checkpoint))
@@ -130,7 +135,7 @@ def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
         meta=meta,
         written=written,
         heals=recipe.steps,
-        notes=(f"Healed from `{Path(student.name).name}`.",),
+        notes=(f"Healed from `{Path(student.name).name}`.", *student.notes),
         before=costs(parent.spec, parent.family, shapes_of(parent.meta()), parent.dtype.itemsize),
         after=costs(written.spec, parent.family, shapes_of(meta), student.dtype.itemsize),
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
@@ -32,7 +34,7 @@ class Patient:
 
     `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
     config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
-    `notes` tells where tensors and config.json disagree, and how that was read.
+    `notes` tells where tensors and config.json disagree and how that was read, and what is not copied along.
     """
 
     name: str
@@ -88,13 +90,15 @@ class Patient:
         return self.weights if self.checkpoint is None else rebase(self.weights, self.checkpoint.meta())
 
 
-def open_patient(model: str, revision: str | None = None) -> Patient:
+def open_patient(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
     """Open a checkpoint and hold its tensors against its config.
+
+    `trust_remote_code` lets code that its tokenizer or processor brings along run, and go along into what is written.
 
     Raises:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
-    return patient_of(open_checkpoint(model, revision=revision))
+    return patient_of(open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def patient_of(checkpoint: Checkpoint) -> Patient:
@@ -102,10 +106,11 @@ def patient_of(checkpoint: Checkpoint) -> Patient:
     refuse_quantised(checkpoint.config, checkpoint.name)
     made = read_model(checkpoint)
     spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
-    for note in made.notes:
+    notes = (*made.notes, *(checkpoint.companions.notes if checkpoint.path.is_dir() else ()))
+    for note in notes:
         remark(f"{checkpoint.name}: {note}")
     return Patient(
-        checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, made.notes
+        checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, notes
     )
 
 
@@ -119,7 +124,7 @@ def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
         )
 
 
-def open_config(model: str, revision: str | None = None) -> Patient:
+def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
     refuse_quantised(raw, model)
@@ -129,16 +134,21 @@ def open_config(model: str, revision: str | None = None) -> Patient:
     dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."))
     shapes = expected_shapes(empty_model(config))
     weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower)
+    folder = Path(model).expanduser()
+    notes = companions_of(folder, trust_remote_code).notes if folder.is_dir() else ()
+    for note in notes:
+        remark(f"{model}: {note}")
+    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes)
 
 
-def open_known(model: str, revision: str | None = None) -> Patient:
+def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
     """With its weights where they are on this disk, else from config.json alone.
 
     Raises:
         SurgeryError: as `open_patient`.
     """
-    return open_patient(model, revision) if has_weights(model) else open_config(model, revision)
+    opened = open_patient if has_weights(model) else open_config
+    return opened(model, revision, trust_remote_code)
 
 
 def check_length(patient: Patient, length: int, setting: str) -> None:

@@ -64,7 +64,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
-    patient = opened(model, recipe, revision)
+    patient = opened(model, recipe, revision, options.trust_remote_code)
     assert patient.checkpoint is not None and patient.original.checkpoint is not None
     source = patient.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
@@ -296,6 +296,7 @@ def write_story(
         texts.description,
         notes,
         missed,
+        source.companions.code,
     )
     stage.write_file("README.md", card)
 

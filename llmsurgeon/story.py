@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmsurgeon.boundary import read_text
+from llmsurgeon.checkpoint.companions import text_inside
 from llmsurgeon.errors import CheckpointError
 from llmsurgeon.progress import remark
 from llmsurgeon.summary import Costs
@@ -69,12 +69,12 @@ def read_surgery(folder: Path) -> Surgery | None:
     if not path.is_file():
         return None
     try:
-        return Surgery.model_validate_json(read_text(path))
+        return Surgery.model_validate_json(text_inside(folder, path.name))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         remark(f"{path}: not as llmsurgeon writes it ({where}: {first['msg']}); what it says is left out")
-    except CheckpointError as error:
+    except (OSError, CheckpointError) as error:
         remark(f"{error}; what it says is left out")
     return None
 
@@ -82,8 +82,8 @@ def read_surgery(folder: Path) -> Surgery | None:
 def read_recipe(folder: Path) -> str | None:
     """The text of a checkpoint's recipe.yaml, None where it has none that can be read."""
     try:
-        return read_text(folder / "recipe.yaml")
-    except CheckpointError:
+        return text_inside(folder, "recipe.yaml")
+    except (OSError, CheckpointError):
         return None
 
 

@@ -45,6 +45,7 @@ class Options:
     discard_partial: delete what an unfinished run left in OUT.partial.
     reads: files that were read already, as the recipe, and must survive.
     planned: is told the plan before anything is healed or written.
+    trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
     """
 
     device: str = "cpu"
@@ -52,6 +53,7 @@ class Options:
     overwrite: bool = False
     max_shard_size: str = "5GB"
     batch: int = 8
+    trust_remote_code: bool = False
     say: Say = field(default=lambda line: None)
     planned: Callable[[Planned], None] = field(default=lambda planned: None)
     discard_partial: bool = False
@@ -75,13 +77,15 @@ def files_of(recipe: recipe_file.Recipe) -> tuple[Path, ...]:
     )
 
 
-def opened(model: str, recipe: recipe_file.Recipe, revision: str | None = None) -> Patient:
+def opened(
+    model: str, recipe: recipe_file.Recipe, revision: str | None = None, trust_remote_code: bool = False
+) -> Patient:
     """The checkpoint that a recipe operates on: where its first step trims the vocabulary, with the rows that stay.
 
     Raises:
         SurgeryError: as `open_patient`, or the vocabulary cannot be trimmed as asked for.
     """
-    patient = open_patient(model, revision)
+    patient = open_patient(model, revision, trust_remote_code)
     step = trims(recipe)
     if step is None:
         return patient
@@ -183,8 +187,9 @@ class Texts:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The parent's tokenizer."""
-        assert self.patient.checkpoint is not None
-        return load_tokenizer(str(self.patient.checkpoint.path))
+        checkpoint = self.patient.checkpoint
+        assert checkpoint is not None
+        return load_tokenizer(str(checkpoint.path), trust_remote_code=checkpoint.trust_remote_code)
 
     @property
     def parent_key(self) -> str:
@@ -206,7 +211,10 @@ class Texts:
         if whole is None or self.patient.family.encoder:
             return None
         assert whole.checkpoint is not None
-        mine, theirs = self.tokenizer(), load_tokenizer(str(whole.checkpoint.path))
+        mine, theirs = (
+            self.tokenizer(),
+            load_tokenizer(str(whole.checkpoint.path), trust_remote_code=whole.checkpoint.trust_remote_code),
+        )
         starts = window_start(mine), window_start(theirs)
         found = passages(texts_of(windows, mine), mine, theirs, *starts, self.patient.spec.max_positions)
         parent = LayerRunner(whole.config, whole.weights, self.dtype, self.options.device)

@@ -68,7 +68,7 @@ ARROWS: dict[str, set[str]] = {
     | RUN_HELPERS
     | STAGES
     | {"analysis", "healing", "formats", "evaluation", "recipe", "operations", "inputs"},
-    "story": {"boundary", "errors", "progress", "summary"},
+    "story": {"boundary", "checkpoint.companions", "errors", "progress", "summary"},
     # The same model in another form: opened and checked as run does it.
     "export": TOOLS | {"card", "formats", "inputs", "operations", "patient", "planning", "summary", "story", "texts"},
     # A written student and its parent: opened, healed and written as run does it.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.companions import Companion, Companions
 from llmsurgeon.checkpoint.files import sample_sum
 from llmsurgeon.checkpoint.gguf_architectures import (
     ARCHITECTURES,
@@ -131,7 +132,8 @@ class GGUFCheckpoint(Checkpoint):
         status = f"{self.path.name} {self._file.size} {self._file.stamp.modified_ns} {self._dtype} {sample}"
         return sha256(status.encode() + sha256(self._file.head()).digest()).hexdigest()
 
-    def tokenizer_files(self) -> list[Path]:
+    @property
+    def companions(self) -> Companions:
         """Made from the file's metadata, in a folder that lives as long as this object."""
         if self._tokenizer_folder is None:
             from transformers import GenerationConfig
@@ -141,7 +143,8 @@ class GGUFCheckpoint(Checkpoint):
             ids = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
             self._tokenizer_folder = folder
-        return files_in(self._tokenizer_folder)
+        files = files_in(self._tokenizer_folder)
+        return Companions(tuple(Companion(file.name, self._tokenizer_folder) for file in files))
 
     def own_tokenizer_files(self) -> list[Path]:
         return []

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.boundary import local_path, read_json
+from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.config_file import read_config_file
 from llmsurgeon.checkpoint.files import Stamp, sample_sum
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
@@ -26,33 +27,19 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_PATTERNS = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "generation_config.json",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    # How images become input of a vision-language model.
-    "preprocessor_config.json",
-    "processor_config.json",
-    "video_preprocessor_config.json",
-    # sentence-transformers: how an encoder's states are pooled; each module has a folder.
-    "modules.json",
-    "sentence_*_config.json",
-    "config_sentence_transformers.json",
-    "[0-9]_*/config.json",
-    "[0-9]_*/model.safetensors",
-)
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", *TOKENIZER_PATTERNS]
-# Sub-folders, precision variants and the second copy that some repositories keep in the vendor's own layout.
+# Beside the weights, what companions.py may let go along. Code is fetched to be read, and run by nobody.
+HUB_BESIDE = [
+    *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.bpe", "*.tokenizer"),
+    *("tokenizer.model.*", "*.py"),
+]
+HUB_PATTERNS = ["*.safetensors", *HUB_BESIDE]
+# Sub-folders, precision variants and the second copy that some repositories keep in the vendor's own layout. Folders of
+# sentence-transformers' modules begin with a digit; `additional_chat_templates` is the one that begins with "add".
 HUB_IGNORED = [
-    "[!0-9]*/*",
+    "[!0-9a]*/*",
+    "a[!d]*/*",
+    "ad[!d]*/*",
     "[0-9][!_]*/*",
     "consolidated*",
     "*.fp16.safetensors",
@@ -72,6 +59,7 @@ class Checkpoint(Mapping[str, Tensor]):
         config: config.json as it is, nothing filled in.
         fingerprint: changes whenever a header, a size, a modification time, a sample of the numbers or the config does.
         stamps: of the files that are read for the model itself: config.json, the index, the weight files.
+        trust_remote_code: whether the user lets code that the tokenizer brings along run, and go along.
     """
 
     name: str
@@ -79,6 +67,7 @@ class Checkpoint(Mapping[str, Tensor]):
     config: dict[str, Any]
     fingerprint: str
     stamps: tuple[Stamp, ...]
+    trust_remote_code: bool = False
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError where a file of the model is not what it was when it was opened, and say which."""
@@ -97,9 +86,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """The file and byte range (start, end) that hold exactly this tensor, or None where it is computed."""
         raise NotImplementedError
 
-    def tokenizer_files(self) -> list[Path]:
-        """Files to carry over unchanged: tokenizer, chat template, generation config, pooling, image processor."""
+    @property
+    def companions(self) -> Companions:
+        """What goes along with the weights: tokenizer, chat template, generation config, pooling, image processor."""
         raise NotImplementedError
+
+    def tokenizer_files(self) -> list[Path]:
+        """Where the companions lie."""
+        return self.companions.paths
 
     def own_tokenizer_files(self) -> list[Path]:
         """Those of `tokenizer_files` that are files of the checkpoint, and not made from its metadata."""
@@ -155,8 +149,9 @@ class SafetensorsCheckpoint(Checkpoint):
         entry = self._entry(name)
         return self._file_of[name].path, entry.start, entry.end
 
-    def tokenizer_files(self) -> list[Path]:
-        return sorted({p for pattern in TOKENIZER_PATTERNS for p in self.path.glob(pattern) if p.is_file()})
+    @cached_property
+    def companions(self) -> Companions:
+        return companions_of(self.path, self.trust_remote_code)
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -169,18 +164,34 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def open_checkpoint(
-    model: str | os.PathLike[str], *, revision: str | None = None, gguf_dtype: torch.dtype | None = None
+    model: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    gguf_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a hub id, a folder or a GGUF file without reading its weights.
 
     Hub ids honour HF_HOME, HF_HUB_OFFLINE and HF_TOKEN; `revision` is a branch, tag or commit.
     `gguf_dtype` is what a GGUF file's tensors are cast to, instead of the dtype nearest to how they are stored.
+    `trust_remote_code` lets code that the tokenizer brings along run later, and go along; none runs here.
 
     Raises:
         SurgeryError: nothing there, or the hub cannot be reached.
         CheckpointError: damaged, unsafe, or pickles only.
     """
-    name = os.fspath(model)
+    opened = _open(os.fspath(model), revision, gguf_dtype)
+    opened.trust_remote_code = trust_remote_code
+    return opened
+
+
+def companions_folder(model: str, revision: str | None = None) -> Path:
+    """The folder that holds a model's tokenizer and all that lies beside its weights, which are not fetched."""
+    path = local_path(model)
+    return path if path.is_dir() else _download(model, revision, HUB_BESIDE)
+
+
+def _open(name: str, revision: str | None, gguf_dtype: torch.dtype | None) -> Checkpoint:
     path = local_path(name)
     if path.is_file():
         if path.suffix == ".gguf":
@@ -241,7 +252,8 @@ def _open_gguf(path: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
 def _pickle_message(name: str, model: str) -> str:
     script = (
         "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; src, out = sys.argv[1:]; "
-        "M.from_pretrained(src, dtype='auto').save_pretrained(out); T.from_pretrained(src).save_pretrained(out)"
+        "M.from_pretrained(src, dtype='auto', trust_remote_code=False).save_pretrained(out); "
+        "T.from_pretrained(src, trust_remote_code=False).save_pretrained(out)"
     )
     out = model.rstrip("/").split("/")[-1] + "-safetensors"
     return (

@@ -31,9 +31,10 @@ class Stage(Staging):
     _weights_written = False
 
     def write_file(self, name: str, content: str | bytes) -> None:
-        """Write one small file."""
+        """Write one small file, which may lie in a folder."""
         path = self._inside(name)
         with explained(path, len(content)):
+            path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)
             with path.open("xb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)

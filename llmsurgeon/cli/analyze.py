@@ -14,6 +14,7 @@ from llmsurgeon.cli.options import (
     OVERWRITE,
     Batch,
     Seed,
+    TrustRemoteCode,
     dtype_of,
     length_option,
     text_file,
@@ -50,6 +51,7 @@ def analyze_command(
     batch: Batch = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print report.json on stdout as well.")] = False,
 ) -> None:
     """Find attentions, FFN runs and blocks that can go; write a report and a recipe that runs as it is.
@@ -66,7 +68,7 @@ def analyze_command(
     from llmsurgeon.recipe import Calibration
     from llmsurgeon.texts import Options, Texts
 
-    patient = open_patient(model, revision)
+    patient = open_patient(model, revision, trust_remote_code)
     assert patient.checkpoint is not None
     inputs = Inputs.of("analyze", {"model": patient.checkpoint}, None, Options())
     if text:

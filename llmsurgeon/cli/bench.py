@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import Rounds, usable_device, usable_threads, whole
+from llmsurgeon.cli.options import Rounds, TrustRemoteCode, usable_device, usable_threads, whole
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.limits import LONGEST_SEQUENCE, MOST_SEQUENCES
 
@@ -52,6 +52,7 @@ def bench_command(
         str | None, typer.Option(help="llama.cpp: type in which models that are no GGUF file are tried; default: F16.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time prefill and decode, interleaved with the parent's, and measure weights and KV cache.
@@ -64,7 +65,7 @@ def bench_command(
     if engine is Engine.LLAMA_CPP:
         if batch != 1 or device != "cpu" or dtype:
             raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
-        result = _in_llamacpp(model, against, type or "F16", revision, threads, sizes)
+        result = _in_llamacpp(model, against, type or "F16", revision, trust_remote_code, threads, sizes)
     else:
         if type:
             raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
@@ -99,12 +100,19 @@ def _in_transformers(
 
 
 def _in_llamacpp(
-    model: str, against: str | None, type: str, revision: str | None, threads: int | None, sizes: dict[str, int]
+    model: str,
+    against: str | None,
+    type: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    threads: int | None,
+    sizes: dict[str, int],
 ) -> Bench:
     from llmsurgeon.boundary import local_path
     from llmsurgeon.evaluation.latency import benchmark_llamacpp
     from llmsurgeon.evaluation.llamacpp import require_xllamacpp
     from llmsurgeon.export import export_gguf
+    from llmsurgeon.texts import Options
 
     require_xllamacpp()  # before anything is exported
     with TemporaryDirectory(prefix="llmsurgeon-") as folder:
@@ -112,7 +120,9 @@ def _in_llamacpp(
         def as_gguf(name: str, place: str, revision: str | None) -> Path:
             if name.endswith(".gguf") and local_path(name).is_file():
                 return local_path(name)
-            made = export_gguf(name, str(Path(folder) / f"{place}.gguf"), type=type, revision=revision)
+            options = Options(trust_remote_code=trust_remote_code)
+            target = str(Path(folder) / f"{place}.gguf")
+            made = export_gguf(name, target, type=type, options=options, revision=revision)
             for note in made.notes:
                 say(f"{name}: {note}")
             return made.path

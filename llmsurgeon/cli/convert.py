@@ -17,6 +17,7 @@ from llmsurgeon.cli import console, output, say
 from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
+    TrustRemoteCode,
     dtype_of,
     length_option,
     recipe_paths,
@@ -76,6 +77,7 @@ class Job:
     device: str
     dtype: str | None
     revision: str | None
+    trust_remote_code: bool
     as_json: bool
     recipe: str | None = None
 
@@ -144,6 +146,7 @@ def _shared(
     device: Device = "cpu",
     dtype: Dtype = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """What `run` and the verbs have in common; a verb has the first four before flags of its own, the rest behind."""
@@ -303,7 +306,8 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         from llmsurgeon.texts import opened, trims
 
         # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
-        patient = opened(name, recipe, job.revision) if trims(recipe) else open_known(name, job.revision)
+        known = (job.revision, job.trust_remote_code)
+        patient = opened(name, recipe, *known) if trims(recipe) else open_known(name, *known)
         planned = plan(patient, recipe, foreseen(patient, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
@@ -317,6 +321,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         job.max_shard_size,
         discard_partial=job.discard_partial,
         reads=recipe_paths(job.recipe),
+        trust_remote_code=job.trust_remote_code,
         say=say,
     )
     if not (job.as_json or output.quiet):
@@ -351,6 +356,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "peak_edit_bytes": planned.peak_bytes,
         "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
         "blocks": [list(block.parents) for block in planned.spec.blocks],
+        "notes": list(planned.notes),
     }
 
 

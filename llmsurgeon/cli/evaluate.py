@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import dtype_of, length_option, text_file, tokens_option, usable_device
+from llmsurgeon.cli.options import (
+    TrustRemoteCode,
+    dtype_of,
+    length_option,
+    text_file,
+    tokens_option,
+    usable_device,
+)
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
@@ -45,6 +54,7 @@ def evaluate_command(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure perplexity, and against a parent KL divergence and top-1 agreement, with 95 % confidence intervals.
@@ -67,12 +77,13 @@ def evaluate_command(
     if encoder:
         _check_encoder(encoder, model, against, text or dataset, tasks)
     parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
-    tokenizer = load_tokenizer(against) if against else load_tokenizer(model, revision)
+    load = partial(load_tokenizer, trust_remote_code=trust_remote_code)
+    tokenizer = load(against) if against else load(model, revision)
     across = parent is not None and parent.config.vocab_size != student.config.vocab_size
     if encoder and across and against:
-        parent, tokenizer = _trimmed_alike(model, revision, against, dtype_of(dtype), device)
+        parent, tokenizer = _trimmed_alike(model, revision, against, dtype_of(dtype), device), load(model, revision)
     elif against and not across:
-        _check_same_tokens(model, revision, against, tokenizer)
+        _check_same_tokens(lambda: load(model, revision), model, against, tokenizer)
     sampled = student if parent is None else parent
     windows = calibration_tokens(against or model, tokenizer, **asdict(source), model=sampled)
     described = source.describe(windows, "text", "the parent" if against else "the model itself")
@@ -81,7 +92,7 @@ def evaluate_command(
     if encoder:
         result = evaluate_encoder(student, windows, parent, masking_of(tokenizer, windows, student, parent))
     elif parent is not None and across:
-        result = _across(student, parent, load_tokenizer(model, revision), tokenizer, windows)
+        result = _across(student, parent, load(model, revision), tokenizer, windows)
     else:
         result = evaluate(student, windows, parent)
     report = {"model": model, "parent": against, "text": described.removeprefix("text: "), **result.to_dict()}
@@ -100,14 +111,14 @@ def evaluate_command(
 
 def _trimmed_alike(
     model: str, revision: str | None, against: str, dtype: torch.dtype | None, device: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """(the parent with the tokens of `model`, whose vocabulary was trimmed, alone; the tokenizer of both)."""
+) -> PreTrainedModel:
+    """The parent with the tokens of `model`, whose vocabulary was trimmed, alone."""
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.formats.loading import load_tokenizer, model_of
+    from llmsurgeon.formats.loading import model_of
     from llmsurgeon.vocabulary.trimmed import trimmed_like
 
     alike = trimmed_like(open_checkpoint(model, revision=revision), open_checkpoint(against))
-    return model_of(alike, dtype=dtype, device=device), load_tokenizer(model, revision)
+    return model_of(alike, dtype=dtype, device=device)
 
 
 def _across(
@@ -137,12 +148,12 @@ def _across(
     return evaluate_across(student, parent, found, kept)
 
 
-def _check_same_tokens(model: str, revision: str | None, against: str, theirs: PreTrainedTokenizerBase) -> None:
+def _check_same_tokens(
+    load: Callable[[], PreTrainedTokenizerBase], model: str, against: str, theirs: PreTrainedTokenizerBase
+) -> None:
     """Raise SurgeryError where the two models have as many tokens, but others."""
-    from llmsurgeon.formats.loading import load_tokenizer
-
     try:
-        mine = load_tokenizer(model, revision).get_vocab()
+        mine = load().get_vocab()
     except CheckpointError:  # the model came without a tokenizer; the parent's reads the text anyway
         return
     parents = theirs.get_vocab()

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsurgeon.cli import say
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, short_name
+from llmsurgeon.cli.options import DISCARD, OVERWRITE, TrustRemoteCode, short_name
 from llmsurgeon.errors import SurgeryError
 
 
@@ -46,6 +46,7 @@ def export_command(
     discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a checkpoint in another form. What it computes stays the same.
@@ -63,7 +64,13 @@ def export_command(
         raise SurgeryError(f"--linear-class is for --to bitnet, not {to.value}")
     if linear_class not in (None, "autobitlinear", "bitlinear"):
         raise SurgeryError(f"--linear-class {linear_class}: expected autobitlinear or bitlinear")
-    options = Options(overwrite=overwrite, max_shard_size=max_shard_size, discard_partial=discard_partial, say=say)
+    options = Options(
+        overwrite=overwrite,
+        max_shard_size=max_shard_size,
+        discard_partial=discard_partial,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
     if to is Form.GGUF:
         kind = type or "F16"
         target = out or f"{short_name(model)}-{kind}.gguf"

@@ -10,7 +10,16 @@ import typer
 
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.convert import shown, warning
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, dtype_of, recipe_paths, short_name, text_file, usable_device
+from llmsurgeon.cli.options import (
+    DISCARD,
+    OVERWRITE,
+    TrustRemoteCode,
+    dtype_of,
+    recipe_paths,
+    short_name,
+    text_file,
+    usable_device,
+)
 
 if TYPE_CHECKING:
     from llmsurgeon.run import Outcome
@@ -50,6 +59,7 @@ def heal_command(
         str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.", callback=usable_device)
     ] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Heal a cut model by distillation from its parent, in one process or by accelerate launch -m llmsurgeon heal.
@@ -65,7 +75,7 @@ def heal_command(
     changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
     wanted = with_text(load(recipe, changes) if recipe else loads(DEFAULT, "defaults", changes), text, dataset)
     if dry_run:
-        _, planned = prepare(student, parent, wanted, revision)
+        _, planned = prepare(student, parent, wanted, revision, trust_remote_code)
         print(json.dumps(plan_report(planned))) if as_json else print_plan(planned, notes=True)
         return
     options = Options(
@@ -75,6 +85,7 @@ def heal_command(
         max_shard_size,
         discard_partial=discard_partial,
         reads=recipe_paths(recipe),
+        trust_remote_code=trust_remote_code,
         say=say,
     )
     target = out or f"{short_name(student)}-healed"

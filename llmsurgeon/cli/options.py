@@ -14,6 +14,11 @@ from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_
 if TYPE_CHECKING:
     import torch
 
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let code run that a model's tokenizer brings along; read it first."),
+]
+
 
 OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
 DISCARD = "Delete what an unfinished run left in OUT.partial, be it of another job, and begin anew."

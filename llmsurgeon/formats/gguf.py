@@ -72,6 +72,7 @@ def write_gguf(
     pre: str | None = None,
     overwrite: bool = False,
     reads: Sequence[Path] = (),
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Exported:
@@ -80,9 +81,9 @@ def write_gguf(
     `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
     tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
     float32. With a ternary type, tensors that it cannot hold exactly are Q4_0 where that holds them, else `float_type`
-    (F16). `pre` names the pre-tokenizer where it cannot be recognised. `reads` are files and folders beside `source`
-    that are read and must survive. `progress` is called with (bytes done, in total); `check` once all is written, and
-    where it raises, OUT does not appear.
+    (F16). `pre` names the pre-tokenizer where it cannot be recognised; `trust_remote_code` lets the tokenizer's own
+    code run. `reads` are files and folders beside `source` that are read and must survive. `progress` is called with
+    (bytes done, in total); `check` once all is written, and where it raises, OUT does not appear.
 
     Raises:
         SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, the disk fails, or the checkpoint
@@ -94,7 +95,7 @@ def write_gguf(
         raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
     FileStage.check(path, overwrite=overwrite, sources=(source, *reads))
     layout = _laid_out(config, family, spec, weights)
-    tokenizer = tokenizer_fields(source, spec.vocab, pre)
+    tokenizer = tokenizer_fields(source, spec.vocab, pre, trust_remote_code)
     notes = [*layout.notes, *tokenizer.notes]
     tensors = TransformedWeights(weights, layout.transforms)
     meta = meta_weights(tensors)

@@ -17,7 +17,7 @@ from typing import Any
 
 from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field, GGUFFile
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, recognise
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF token types
@@ -51,17 +51,20 @@ class TokenizerFields:
         return f"{name} (Phi-3 tokenizer)" if self.strips and not named else name
 
 
-def tokenizer_fields(source: Path, rows: int, pre: str | None = None) -> TokenizerFields:
+def tokenizer_fields(
+    source: Path, rows: int, pre: str | None = None, trust_remote_code: bool = False
+) -> TokenizerFields:
     """The tokenizer of a model with `rows` embeddings.
 
-    `source` is the checkpoint's folder or GGUF file; `pre` overrides the name of the pre-tokenizer.
+    `source` is the checkpoint's folder or GGUF file; `pre` overrides the name of the pre-tokenizer; code that the
+    tokenizer brings along runs only with `trust_remote_code`.
 
     Raises:
         SurgeryError: no tokenizer, one that llama.cpp has no counterpart of, or more tokens than embeddings.
     """
     if source.is_file():
         return _copied(GGUFFile(source), rows, pre)
-    tokenizer, description = _load(source)
+    tokenizer, description = _load(source, trust_remote_code)
     model = description["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)
     tokens, types, notes = _vocabulary(description, rows, source)
@@ -94,13 +97,15 @@ def _copied(file: GGUFFile, rows: int, pre: str | None) -> TokenizerFields:
     return TokenizerFields(fields, [], any(word in name for word in PHI3))
 
 
-def _load(folder: Path) -> tuple[Any, dict[str, Any]]:
+def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
     """The tokenizer that transformers loads, and tokenizer.json (what transformers makes, where there is none)."""
     try:
-        tokenizer = load_tokenizer(str(folder))
+        tokenizer = load_tokenizer(str(folder), trust_remote_code=trust_remote_code)
         path = folder / "tokenizer.json"
         text = path.read_text(encoding="utf-8") if path.exists() else tokenizer.backend_tokenizer.to_str()
         return tokenizer, json.loads(text)
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever transformers meets in a folder without one, or with a broken one
         raise SurgeryError(
             f"{folder}: its tokenizer cannot be loaded, and a GGUF file carries one; put tokenizer.json and "

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
+from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
-from llmsurgeon.checkpoint.source import Checkpoint, open_checkpoint, read_config
+from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families.vision_language import vision_language_of
 from llmsurgeon.formats.models import fill, is_surgeon, load_config, ships_code
@@ -73,11 +74,16 @@ def check_device(name: str) -> None:
         ) from error
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    model: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a hub id, folder or GGUF file.
 
+    Code of the checkpoint's runs only with `trust_remote_code`, and then the tokenizer's alone.
+
     Raises:
-        CheckpointError: there is none, it is damaged, or a package that it needs is not installed.
+        CheckpointError: there is none, it is damaged, a package that it needs is not installed, it needs code and is
+            not trusted, or its files lie elsewhere.
     """
     from transformers import AutoTokenizer
 
@@ -86,13 +92,17 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
         with TemporaryDirectory() as folder:
             write_tokenizer(GGUFFile(path).metadata, Path(folder), path)
             return _quietly(AutoTokenizer.from_pretrained, folder)
-    raw = read_config(model, revision)
-    if vision_language_of(raw) and is_surgeon(raw):
+    place = companions_folder(model, revision)
+    companions_of(place, trust_remote_code).check_tokenizer(model, place)
+    raw = read_config(place)
+    if vision_language_of(raw) and (is_surgeon(raw) or trust_remote_code):
         raw = text_config(raw)
-    # transformers asks for the config's class: ours comes from this package, not from code inside the checkpoint.
-    config = load_config(raw) if ships_code(raw) else None
+    # transformers asks for the config's class: it comes from this package or from transformers, not from code inside
+    # the checkpoint.
+    config = load_config(raw) if ships_code(raw) or trust_remote_code else None
     with foreign(model, "its tokenizer cannot be loaded", _tokenizer_advice(path)):
-        return _quietly(AutoTokenizer.from_pretrained, model, revision=revision, config=config)
+        # Without a value transformers would ask on stdin, and take a `y` that is there for something else.
+        return _quietly(AutoTokenizer.from_pretrained, str(place), config=config, trust_remote_code=trust_remote_code)
 
 
 def _tokenizer_advice(folder: Path) -> str:

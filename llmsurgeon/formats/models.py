@@ -5,7 +5,6 @@ The names and shapes of a model on the meta device are the contract that every w
 
 from __future__ import annotations
 
-import copy
 import importlib
 import re
 from collections.abc import Collection, Mapping
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.boundary import foreign
+from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
@@ -86,9 +86,8 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
 
     raw = readable(raw)
     family = family_of(raw)
-    # Copies: config classes fill in what is missing in place.
-    own = ("model_type", "auto_map", "transformers_version")
-    values = {key: copy.deepcopy(value) for key, value in raw.items() if key not in own}
+    # Copies, which this makes: config classes fill in what is missing in place.
+    values = {k: v for k, v in without_code(dict(raw)).items() if k not in ("model_type", "transformers_version")}
     with foreign("config.json", f"does not describe a {raw['model_type']} model", CORRECT):
         if is_surgeon(raw):
             return surgeon_classes(family, _halves(raw, family))[0].from_dict(values)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import SURGEON_PREFIX, Family
@@ -85,7 +86,7 @@ class Tower:
             text["model_type"] = self.declared.text_type[0]
         # Old configs hold the text model's sizes beside the vision model's.
         flat = set() if "text_config" in self.raw else text.keys() | {"rope_scaling", "rope_theta"}
-        made = {key: value for key, value in self.raw.items() if key != "auto_map" and key not in flat}
+        made = {key: value for key, value in without_code(self.raw).items() if key not in flat}
         name = self.declared.model_type
         made |= {"text_config": text, "model_type": name, "architectures": [self.declared.model_class]}
         made["tie_word_embeddings"] = bool(written.config.get("tie_word_embeddings"))
@@ -139,7 +140,7 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {**raw["text_config"], "tie_word_embeddings": bool(raw.get("tie_word_embeddings"))}
     from transformers import AutoConfig
 
-    values = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    values = {k: v for k, v in without_code(dict(raw)).items() if k not in ("model_type", "transformers_version")}
     try:
         whole = AutoConfig.for_model(raw["model_type"], **values)
     except Exception as error:  # config classes raise their validators' own types

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.checkpoint.writer import Stage
@@ -98,8 +99,8 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
             )
         why = "ternary linears are packed as asked for"
         return replace(plain, format="bitnet", why=why, loads=BITNET_LOADS.format(model_type=family.model_type))
-    left_out = ("auto_map", "block_configs", "block_transformer", "_name_or_path")
-    config = {k: v for k, v in source.items() if k not in left_out}
+    left_out = ("block_configs", "block_transformer", "_name_or_path")
+    config = {k: v for k, v in without_code(dict(source)).items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
     config[family.layers_key] = len(spec.blocks)
     mixtures = [block.ffn for block in spec.blocks if isinstance(block.ffn, MoESpec)]
@@ -135,9 +136,10 @@ def write_beside(stage: Stage, written: Written, checkpoint: Checkpoint) -> None
     """config.json, the code, and what the source has of tokenizer, chat template and generation config."""
     config = {**written.file_config, "transformers_version": version("transformers")}
     stage.write_file("config.json", json.dumps(_plain(config), indent=2) + "\n")
-    for path in (*checkpoint.tokenizer_files(), *written.code):
-        inside = path.is_relative_to(checkpoint.path)
-        stage.copy_file(path, path.relative_to(checkpoint.path).as_posix() if inside else None)
+    for companion in checkpoint.companions.files:
+        stage.write_file(companion.name, companion.read())
+    for path in written.code:
+        stage.copy_file(path)
 
 
 NATIVE_LOADS = (

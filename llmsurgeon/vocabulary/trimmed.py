@@ -11,7 +11,8 @@ import json
 import shutil
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from tempfile import mkdtemp
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
@@ -68,6 +70,7 @@ def trim(
     """
     from tokenizers import Tokenizer
 
+    checkpoint.companions.check_tokenizer(checkpoint.name, checkpoint.path)
     files = small_files(checkpoint)
     description = read_description(files, checkpoint.name)
     tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
@@ -146,7 +149,7 @@ class TrimmedCheckpoint(Checkpoint):
         weakref.finalize(self, shutil.rmtree, folder, True)
         self.path = folder
         self.left_out = write_trimmed(files, description, vocabulary, folder)
-        self._files = sorted(folder / name for name in files if name not in self.left_out)
+        self.trust_remote_code = base.trust_remote_code
         self.config = self._moved_config()
         # Tokenizers are loaded by the config beside them.
         (folder / "config.json").write_text(json.dumps(self.config), encoding="utf-8")
@@ -216,5 +219,7 @@ class TrimmedCheckpoint(Checkpoint):
     def location(self, name: str) -> tuple[Path, int, int] | None:
         return None if name in self._gathered else self.base.location(name)
 
-    def tokenizer_files(self) -> list[Path]:
-        return self._files
+    @cached_property
+    def companions(self) -> Companions:
+        """Those of the base, rewritten."""
+        return replace(companions_of(self.path, self.trust_remote_code), notes=self.base.companions.notes)

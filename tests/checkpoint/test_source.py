@@ -197,7 +197,9 @@ def test_pickles_are_refused_with_a_command_that_converts_them(tmp_path):
     command = str(caught.value).splitlines()[1].strip()
     assert "save_pretrained" in command and str(tmp_path / "old") in command
     command = command.replace("python ", sys.executable + " ", 1)
-    command = command.replace("; T.from_pretrained(src).save_pretrained(out)", "")  # this model has no tokenizer
+    command = command.replace(
+        "; T.from_pretrained(src, trust_remote_code=False).save_pretrained(out)", ""
+    )  # this model has no tokenizer
     subprocess.run(command, shell=True, cwd=tmp_path, check=True, capture_output=True)
     assert torch.equal(open_checkpoint(tmp_path / "old-safetensors")["lm_head.weight"], model.lm_head.weight)
 
