@@ -7,11 +7,13 @@ half of one is gone.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from llmsurgeon.checkpoint.files import content_sum
@@ -30,19 +32,47 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         SurgeryError: the disk fails or is full; nothing has the name then.
     """
-    partial, note = path.with_name(f"{path.name}.{os.getpid()}"), _note(path)
+    with writing(path), unfinished(path) as partial:
+        write(partial)
+        # Before the file has its name: a kill in between leaves a sum of nothing.
+        new = partial.with_name(partial.name + SUM)
+        new.write_text(json.dumps({"size": partial.stat().st_size, "sha256": content_sum(partial)[0]}))
+        new.replace(_note(path))
+        partial.replace(path)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """A file beside `path`, of this process alone, to be renamed to it once it is whole.
+
+    It is locked for as long as it is written, so that the next one that writes `path` can tell what killed processes
+    have left there, and remove it.
+    """
+    for left in path.parent.glob(f"{escape(path.name)}.*"):
+        if re.fullmatch(r"\.\d+", left.name.removeprefix(path.name)):
+            _sweep(left)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        with writing(path):
-            write(partial)
-            # Before the file has its name: a kill in between leaves a sum of nothing.
-            new = partial.with_name(partial.name + SUM)
-            new.write_text(json.dumps({"size": partial.stat().st_size, "sha256": content_sum(partial)[0]}))
-            new.replace(note)
-            partial.replace(path)
+        with suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield partial
     finally:
         for rest in (partial, partial.with_name(partial.name + SUM)):
             with suppress(OSError):
                 rest.unlink()
+        os.close(fd)
+
+
+def _sweep(left: Path) -> None:
+    with suppress(OSError):
+        fd = os.open(left, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.with_name(left.name + SUM).unlink(missing_ok=True)
+            left.unlink()
+        finally:
+            os.close(fd)
 
 
 def kept(path: Path) -> bool:

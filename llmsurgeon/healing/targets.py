@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.self_text import cache_folder
 from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
-from llmsurgeon.checkpoint.kept import writing
+from llmsurgeon.checkpoint.kept import unfinished, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.data import Corpus
@@ -356,9 +356,10 @@ class _Rows:
     @classmethod
     def made(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> _Rows:
         """The file, its shape noted beside it."""
-        partial = path.with_name(f"{path.name}.json.{os.getpid()}")
-        partial.write_text(json.dumps({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}))
-        partial.replace(path.with_name(f"{path.name}.json"))
+        note = path.with_name(f"{path.name}.json")
+        with unfinished(note) as partial:
+            partial.write_text(json.dumps({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}))
+            partial.replace(note)
         return cls(path, shape, dtype)
 
     @classmethod

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.checkpoint.atomic import fsync
 from llmsurgeon.checkpoint.kept import forget, keep, kept, whole, writing
 from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.checkpoint.staging import HOW_FAR
@@ -405,6 +406,8 @@ class Trainer:
                 state.drawn = list(self.task.corpus.drawn)
                 (partial / LOOP).write_text(json.dumps(asdict(state)))
                 (partial / SUMS).write_text(json.dumps(sums_of(partial)))
+                for path in (*partial.rglob("*"), partial):
+                    fsync(path)  # the one before goes, and the power may
                 if not target.exists():
                     partial.rename(target)
                 (self.folder / HOW_FAR).write_text(f"{self._how_far()}\n")

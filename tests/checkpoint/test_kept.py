@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmsurgeon.checkpoint.kept import SUM, allocate, forget, keep, kept, writing
+from llmsurgeon.checkpoint.kept import SUM, allocate, forget, keep, kept, unfinished, writing
 from llmsurgeon.errors import SurgeryError
 
 
@@ -106,3 +107,26 @@ def test_no_room_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with (tmp_path / "file").open("w+b") as file, pytest.raises(OSError, match="No space left"):
         allocate(file.fileno(), 100)
+
+
+def test_what_a_killed_process_left_unfinished_is_removed_and_nothing_else(tmp_path, helpers):
+    path = tmp_path / "cache.u32"
+    others = [tmp_path / name for name in ("cache.u32.backup", "cache.u32x.123", "cache.u32.12a", "other.u32.123")]
+    for other in others:
+        other.write_text("mine")
+
+    def killed(partial):
+        partial.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    status, _ = helpers.in_child(lambda: keep(path, killed))
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    (left,) = set(tmp_path.iterdir()) - set(others)
+    with unfinished(path) as mine:
+        assert not left.exists() and mine.exists()
+        mine.write_bytes(b"being written")
+        status, said = helpers.in_child(lambda: keep(path, lambda partial: partial.write_bytes(b"whole")))
+        assert status == 0, said
+        assert mine.read_bytes() == b"being written"  # somebody is at it
+    assert path.read_bytes() == b"whole" and kept(path)
+    assert set(tmp_path.iterdir()) == {*others, path, tmp_path / "cache.u32.sum"}
