@@ -463,7 +463,9 @@ class Trainer:
                 measured = entry.get("evaluation", entry)
                 if measured["step"] <= self.state.step and ("evaluation" not in entry or measured in self.state.judged):
                     kept.append(line + "\n")
-        log.write_text("".join(kept))
+        new = log.with_suffix(".new")
+        new.write_text("".join(kept))
+        new.replace(log)
 
     def _finish(self, stopped: str) -> Training:
         """Write the tensors of the best weights, or of the last ones where nothing was judged."""
