@@ -35,7 +35,7 @@ from llmsurgeon.checkpoint.gguf_config import model_type_of, read_config, scaled
 from llmsurgeon.checkpoint.gguf_file import GGUFEntry, GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
-from llmsurgeon.checkpoint.passing import files_in, passing_folder
+from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError
 
@@ -143,7 +143,7 @@ class GGUFCheckpoint(Checkpoint):
             ids = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
             GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
             self._tokenizer_folder = folder
-        files = files_in(self._tokenizer_folder)
+        files = sorted(self._tokenizer_folder.iterdir())
         return Companions(tuple(Companion(file.name, self._tokenizer_folder) for file in files))
 
     def own_tokenizer_files(self) -> list[Path]:

@@ -7,16 +7,35 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PREFIX = "llmsurgeon-passing-"
-MARK = ".llmsurgeon"  # locked for as long as the folder is in use
+MARK, FILES = "in-use", "files"  # the first is locked for as long as it is true
+
+
+class _Owner:
+    """Something to keep alive."""
+
+
+@contextmanager
+def passing() -> Iterator[Path]:
+    """A new temporary folder for a while."""
+    folder, end = _made(owner := _Owner())
+    try:
+        yield folder
+    finally:
+        end()
+        del owner
 
 
 def passing_folder(owner: object) -> Path:
-    """A new temporary folder, which goes with `owner`, or with this process."""
+    """A new, empty temporary folder, which goes with `owner`, or with this process."""
+    return _made(owner)[0]
+
+
+def _made(owner: object) -> tuple[Path, Callable[[], object]]:
     place = Path(tempfile.gettempdir())
     with _alone(place):
         _sweep(place)
@@ -24,13 +43,8 @@ def passing_folder(owner: object) -> Path:
         fd = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         with suppress(OSError):  # a file system without locks: nothing is swept there
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    weakref.finalize(owner, _remove, folder, fd)
-    return folder
-
-
-def files_in(folder: Path) -> list[Path]:
-    """What was put into it."""
-    return sorted(path for path in folder.iterdir() if path.name != MARK)
+    (folder / FILES).mkdir()
+    return folder / FILES, weakref.finalize(owner, _remove, folder, fd)
 
 
 def _remove(folder: Path, fd: int) -> None:
@@ -70,7 +84,7 @@ def _sweep(place: Path) -> None:
 
 def _remove_marked(folder: Path) -> None:
     """The mark goes last: a kill meanwhile leaves what can be swept again."""
-    for path in files_in(folder):
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if (folder / FILES).exists():
+        shutil.rmtree(folder / FILES)
     (folder / MARK).unlink()
     folder.rmdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -109,19 +108,20 @@ def _in_llamacpp(
     sizes: dict[str, int],
 ) -> Bench:
     from llmsurgeon.boundary import local_path
+    from llmsurgeon.checkpoint.passing import passing
     from llmsurgeon.evaluation.latency import benchmark_llamacpp
     from llmsurgeon.evaluation.llamacpp import require_xllamacpp
     from llmsurgeon.export import export_gguf
     from llmsurgeon.texts import Options
 
     require_xllamacpp()  # before anything is exported
-    with TemporaryDirectory(prefix="llmsurgeon-") as folder:
+    with passing() as folder:
 
         def as_gguf(name: str, place: str, revision: str | None) -> Path:
             if name.endswith(".gguf") and local_path(name).is_file():
                 return local_path(name)
             options = Options(trust_remote_code=trust_remote_code)
-            target = str(Path(folder) / f"{place}.gguf")
+            target = str(folder / f"{place}.gguf")
             made = export_gguf(name, target, type=type, options=options, revision=revision)
             for note in made.notes:
                 say(f"{name}: {note}")

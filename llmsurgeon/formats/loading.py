@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +12,7 @@ from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.gguf_file import GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
+from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families.vision_language import vision_language_of
@@ -89,9 +89,9 @@ def load_tokenizer(
 
     path = local_path(model)
     if path.suffix == ".gguf" and path.is_file():
-        with TemporaryDirectory() as folder:
-            write_tokenizer(GGUFFile(path).metadata, Path(folder), path)
-            return _quietly(AutoTokenizer.from_pretrained, folder)
+        with passing() as folder:
+            write_tokenizer(GGUFFile(path).metadata, folder, path)
+            return _quietly(AutoTokenizer.from_pretrained, str(folder))
     place = companions_folder(model, revision)
     companions_of(place, trust_remote_code).check_tokenizer(model, place)
     raw = read_config(place)

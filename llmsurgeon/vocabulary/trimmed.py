@@ -8,20 +8,18 @@ just that.
 from __future__ import annotations
 
 import json
-import shutil
-import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.companions import Companions, companions_of
+from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
@@ -145,8 +143,7 @@ class TrimmedCheckpoint(Checkpoint):
     ) -> None:
         self.base, self.vocabulary, self.name = base, vocabulary, base.name
         self.stamps = base.stamps
-        folder = Path(mkdtemp(prefix="llmsurgeon-vocabulary-"))
-        weakref.finalize(self, shutil.rmtree, folder, True)
+        folder = passing_folder(self)
         self.path = folder
         self.left_out = write_trimmed(files, description, vocabulary, folder)
         self.trust_remote_code = base.trust_remote_code

@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from llmsurgeon.checkpoint.passing import MARK, files_in, passing_folder
+from llmsurgeon.checkpoint.passing import MARK, passing, passing_folder
 
 
 class Owner:
@@ -24,9 +24,9 @@ def place(tmp_path, monkeypatch):
 def test_a_folder_goes_with_its_owner_and_is_left_alone_until_then(place):
     owner, other = Owner(), Owner()
     mine, theirs = passing_folder(owner), passing_folder(other)
-    (mine / "b").touch()
+    assert not list(mine.iterdir())
     (mine / "a").touch()
-    assert [path.name for path in files_in(mine)] == ["a", "b"] and theirs.exists()
+    assert theirs.exists()
     del owner
     assert not mine.exists() and theirs.exists()
     del other
@@ -52,5 +52,16 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(place, helpers):
     (place / "llmsurgeon-passing-12345678").mkdir()  # killed before the mark was there
     owner = Owner()
     made = passing_folder(owner)
-    assert set(place.iterdir()) == {*before, made}
+    assert set(place.iterdir()) == {*before, made.parent}
     assert (place / "llmsurgeon-passing-notes" / "thesis.txt").exists() and (place / "other" / "thesis.txt").exists()
+
+
+def test_for_a_while(place):
+    with passing() as folder:
+        (folder / "a").touch()
+        assert folder.parent.parent == place
+    assert not list(place.iterdir())
+    with pytest.raises(ValueError), passing() as folder:
+        (folder / "a").touch()
+        raise ValueError
+    assert not list(place.iterdir())
