@@ -18,6 +18,7 @@ from random import Random
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (
     "healthy",
+    "files",
     "headers",
     "indexes",
     "configs",
