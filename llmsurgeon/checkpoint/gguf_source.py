@@ -35,7 +35,7 @@ from llmsurgeon.checkpoint.gguf_config import model_type_of, read_config, scaled
 from llmsurgeon.checkpoint.gguf_file import GGUFEntry, GGUFFile
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
-from llmsurgeon.checkpoint.passing import passing_folder
+from llmsurgeon.checkpoint.passing import passing_folder, sweep
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError
 
@@ -74,6 +74,7 @@ class GGUFCheckpoint(Checkpoint):
         self.name = name or str(path)
         self.path = path
         self._tokenizer_folder: Path | None = None
+        sweep()
         self._file = GGUFFile(path)
         self.stamps = (self._file.stamp,)
         self._architecture = str(self._file.metadata.get("general.architecture"))

@@ -65,6 +65,13 @@ def _alone(place: Path) -> Iterator[None]:
         os.close(fd)
 
 
+def sweep() -> None:
+    """Remove what killed processes have left."""
+    place = Path(tempfile.gettempdir())
+    with suppress(OSError), _alone(place):
+        _sweep(place)
+
+
 def _sweep(place: Path) -> None:
     """Remove our folders that nobody holds, and those that a kill left without anything in them."""
     for folder in place.glob(f"{PREFIX}*"):
