@@ -123,3 +123,55 @@ def test_without_processes_a_signal_does_what_it_always_does():
     assert not crew.asked
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+LAUNCHED = """
+import sys, time
+from pathlib import Path
+from llmsurgeon.healing.crew import stop_with_launcher
+
+stop_with_launcher(0.02)
+Path(sys.argv[1]).touch()
+time.sleep(120)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait()"
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_a_worker_stops_when_its_launcher_is_gone(tmp_path, elastic):
+    """Of torchrun or accelerate launch; one that somebody started by hand works on."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TORCHELASTIC_RUN_ID", None)
+    if elastic:
+        environment["TORCHELASTIC_RUN_ID"] = "none"
+    ready = tmp_path / "ready"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, LAUNCHED, str(ready)], env=environment, start_new_session=True
+    )
+    until = time.monotonic() + 120
+    while not ready.exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    launcher.kill()
+    launcher.wait()
+    until = time.monotonic() + (20 if elastic else 1)
+    while (left := members(launcher.pid)) and time.monotonic() < until:
+        time.sleep(0.02)
+    if not elastic:
+        assert left
+        os.killpg(launcher.pid, signal.SIGKILL)
+    else:
+        assert not left
+
+
+def members(group: int) -> list[int]:
+    """The processes of a group that are not dead."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] not in "ZX":
+            found.append(int(path.parent.name))
+    return found
