@@ -1,10 +1,20 @@
 """`python -m llmsurgeon`, and the command `llmsurgeon`."""
 
-from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, leave, prepare, say
+import os
+import sys
+
+PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+# `python -m` looks for every module in the working folder first, where downloaded models and recipes lie: a file there
+# that is called as a package would run in its place.
+if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) not in (PACKAGE_PARENT, sys.prefix):
+    del sys.path[0]
 
 
 def main() -> None:
     """Run the command line, interruptible from the first import on, and exit."""
+    from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, leave, prepare, say
+
     code = 0
     prepare()
     try:

@@ -7,6 +7,7 @@ needs is in one folder: `state-N` (accelerate's checkpoint at step N, with `loop
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import math
@@ -32,6 +33,7 @@ from llmsurgeon.checkpoint.staging import HOW_FAR
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.healing.data import Corpus
 from llmsurgeon.healing.signals import as_before, on_stop
+from llmsurgeon.operations.distill import check_optimizer
 from llmsurgeon.progress import Progress, remark
 
 if TYPE_CHECKING:
@@ -156,10 +158,10 @@ def on_cpu() -> bool:
 
 
 def optimizer_of(settings: Distill, module: nn.Module) -> torch.optim.Optimizer:
-    """AdamW, or the class of a library that the recipe names by its dotted path.
+    """AdamW, or the class that the recipe names by its dotted path, of a library that it may name.
 
     Raises:
-        SurgeryError: there is no such optimizer.
+        SurgeryError: there is no such optimizer, or it cannot be made here.
     """
     moving = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
@@ -169,17 +171,15 @@ def optimizer_of(settings: Distill, module: nn.Module) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True)
-    library, _, name = settings.optimizer.rpartition(".")
     try:
-        made: Any = getattr(__import__(library, fromlist=[name]), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SurgeryError(
-            f"distill.optimizer: {settings.optimizer!r} is neither adamw nor a class that can be imported: {error}"
-        ) from error
-    if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
-        raise SurgeryError(f"distill.optimizer: {settings.optimizer} is not an optimizer of torch's kind")
-    make: Any = made
-    optimizer: torch.optim.Optimizer = make(groups, lr=settings.learning_rate)
+        library, _, name = check_optimizer(settings.optimizer).rpartition(".")
+        made: Any = getattr(importlib.import_module(library), name)
+        if not (isinstance(made, type) and issubclass(made, torch.optim.Optimizer)):
+            raise TypeError("it is not an optimizer of torch's kind")
+        make: Any = made
+        optimizer: torch.optim.Optimizer = make(groups, lr=settings.learning_rate)
+    except Exception as error:  # what a library of others meets on a machine that it was not made for
+        raise SurgeryError(f"distill.optimizer: {settings.optimizer} cannot be used: {error}") from error
     return optimizer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
 from llmsurgeon.operations.base import Plan, Step, Subject
@@ -16,6 +16,31 @@ Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+# Optimizers that train by gradients alone; LBFGS, SparseAdam and Muon ask for more than a step.
+TORCH_OPTIMIZERS = (
+    *("Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"),
+    "SGD",
+)
+# Libraries whose classes a recipe may name: it may come from a stranger, and to import what it names is to run it.
+OPTIMIZER_LIBRARIES = ("bitsandbytes.optim", "torchao.optim")
+
+
+def check_optimizer(name: str) -> str:
+    """The name of an optimizer, as it is.
+
+    Raises:
+        ValueError: none of those that a recipe may name.
+    """
+    library, _, kind = name.rpartition(".")
+    known = library == "torch.optim" and kind in TORCH_OPTIMIZERS
+    if name == "adamw" or known or (library in OPTIMIZER_LIBRARIES and kind.isidentifier() and kind[0].isupper()):
+        return name
+    raise ValueError(
+        f"{name!r} is no optimizer that a recipe may name: adamw, torch.optim.X with X one of "
+        f"{', '.join(TORCH_OPTIMIZERS)}, or a class of {' or '.join(OPTIMIZER_LIBRARIES)}"
+    )
 
 
 class _Part(BaseModel):
@@ -116,7 +141,7 @@ class Distill(Step):
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     trees: Trees | None = None
     targets: Literal["disk", "memory"] = "disk"
-    optimizer: str = "adamw"
+    optimizer: Annotated[str, AfterValidator(check_optimizer)] = "adamw"
     learning_rate: Positive = 1e-4
     final_learning_rate: Share = 0.1
     warmup: Annotated[int, Field(ge=0)] = 20

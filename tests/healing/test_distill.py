@@ -20,19 +20,20 @@ from safetensors.torch import load_file
 
 from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.data import rows_of
 from llmsurgeon.healing.distill import Case, build_student, distill, wanted_of
 from llmsurgeon.healing.fits import overlay
 from llmsurgeon.healing.targets import StoredTargets, TappedModel, Wanted
-from llmsurgeon.healing.training import Trainer
+from llmsurgeon.healing.training import Trainer, optimizer_of
 from llmsurgeon.operations.distill import Distill, Lora
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.recipe import loads
 
 FUSED = (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
 SHORT = dict(steps=30, sequence_length=16, batch=4, learning_rate=2e-3, warmup=2, evaluations=1, save_minutes=None)
@@ -180,9 +181,27 @@ def test_a_pattern_that_fits_nothing_is_refused(tmp_path):
 
 
 def test_an_unknown_optimizer_or_tracker_is_refused(tmp_path):
-    for key, value in (("optimizer", "adam"), ("optimizer", "os.path.join"), ("trackers", ("nobody",))):
-        with pytest.raises(SurgeryError, match=f"distill.{key}: "):
-            distill(case_of(tmp_path), settings_of(**{key: value}))
+    with pytest.raises(SurgeryError, match=r"distill\.trackers: "):
+        distill(case_of(tmp_path), settings_of(trackers=("nobody",)))
+    with pytest.raises(SurgeryError, match=r"distill.optimizer: bitsandbytes\.optim\.Nothing cannot be used: "):
+        distill(case_of(tmp_path), settings_of(optimizer="bitsandbytes.optim.Nothing"))
+
+
+@pytest.mark.parametrize(
+    "name", ["adam", "os.path.join", "evil.Adam", "torch.optim.evil", "torch.optim.LBFGS", "bitsandbytes.optim.os.path"]
+)
+def test_a_recipe_names_no_optimizer_but_those_of_a_few_libraries(tmp_path, monkeypatch, name):
+    """What it names is imported, and so run: refused when the recipe is read, and where it is made otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('ran', 'w')\nfrom torch.optim import Adam\n")
+    with pytest.raises(RecipeError, match=r"recipe:2: steps\[0\]\.optimizer: .* is no optimizer that"):
+        loads(f"version: 1\nsteps: [{{op: distill, optimizer: {name}}}]\n")
+    with pytest.raises(SurgeryError, match="is no optimizer that a recipe may name"):
+        optimizer_of(
+            Distill.model_construct(**{**settings_of().model_dump(), "optimizer": name}), torch.nn.Linear(2, 2)
+        )
+    assert not (tmp_path / "ran").exists()
 
 
 def test_lora_is_merged_exactly(tmp_path):
