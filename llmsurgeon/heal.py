@@ -22,7 +22,7 @@ from llmsurgeon.healing.training import on_cpu, several
 from llmsurgeon.inputs import Inputs
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.patient import Patient, open_patient, shapes_of
-from llmsurgeon.planning import Planned, check_recipe, without_empty_blocks
+from llmsurgeon.planning import Planned, check_recipe, within_positions, without_empty_blocks
 from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe import Recipe, dump, loads
 from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, logs_of
@@ -100,6 +100,7 @@ def prepare(
         raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
     recipe = recipe.model_copy(update={"steps": steps})
     check_recipe(whole, recipe)
+    recipe = within_positions(whole, recipe)
     recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
     return wounded, plan_healing(wounded, whole, recipe)
 

@@ -16,8 +16,8 @@ from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoin
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family, family_of
-from llmsurgeon.formats.models import empty_model, expected_shapes, normalised, stored_dtype
-from llmsurgeon.formats.reading import read_model
+from llmsurgeon.formats.models import computed_in, empty_model, expected_shapes, normalised, plain_dtype, stored_dtype
+from llmsurgeon.formats.reading import read_model, refuse_quantised
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.formats.write import FormatName, Written, write_config
 from llmsurgeon.operations import Subject
@@ -81,6 +81,12 @@ class Patient:
         """The dtype most numbers are stored in."""
         return stored_dtype(self.meta())
 
+    def computed_in(self, asked: torch.dtype | None, device: str) -> torch.dtype:
+        """The dtype that activations have: `asked`, else by the stored weights. The same in every command."""
+        meta = self.meta()
+        own = {name: meta[name] for name in meta if name not in self.beside}
+        return computed_in(plain_dtype(own, self.config), asked, device)
+
     def subject(self, scores: Mapping[str, Any]) -> Subject:
         """The parent as operations see it."""
         return Subject(self.spec, self.family, frozenset(self.weights), scores)
@@ -103,7 +109,6 @@ def open_patient(model: str, revision: str | None = None, trust_remote_code: boo
 
 def patient_of(checkpoint: Checkpoint) -> Patient:
     """The same of a checkpoint that is open already."""
-    refuse_quantised(checkpoint.config, checkpoint.name)
     made = read_model(checkpoint)
     spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
     notes = (*made.notes, *(checkpoint.companions.notes if checkpoint.path.is_dir() else ()))
@@ -112,16 +117,6 @@ def patient_of(checkpoint: Checkpoint) -> Patient:
     return Patient(
         checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, notes
     )
-
-
-def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
-    """Raise SurgeryError for a checkpoint whose weights are packed or scaled by a quantizer."""
-    found = config.get("quantization_config")
-    if found:
-        raise SurgeryError(
-            f"{name}: its weights are quantised already (quantization_config: {found.get('quant_method')}), and "
-            "operations work on plain numbers; take the checkpoint that it was made from"
-        )
 
 
 def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:

@@ -101,6 +101,20 @@ def check_order(steps: Sequence[Step]) -> None:
             )
 
 
+def within_positions(patient: Patient, recipe: Recipe) -> Recipe:
+    """The recipe with a window's length that it leaves open lowered to what the model and the tokens hold.
+
+    A length that is given is held against the model where text is read.
+    """
+    wanted = recipe.calibration
+    if "sequence_length" in wanted.model_fields_set:
+        return recipe
+    length = min(wanted.sequence_length, patient.spec.max_positions or wanted.sequence_length, wanted.tokens)
+    if length == wanted.sequence_length:
+        return recipe
+    return recipe.model_copy(update={"calibration": wanted.model_copy(update={"sequence_length": length})})
+
+
 def check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
     """Raise SurgeryError where text is needed, none is given, and the model cannot sample any."""
     if patient.family.encoder and not (wanted.text or wanted.dataset):

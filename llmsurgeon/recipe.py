@@ -52,7 +52,12 @@ class Calibration(_Part):
     )
     dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
     tokens: int = Field(default=65_536, ge=1, le=MOST_TOKENS, description="how many tokens to use at most")
-    sequence_length: int = Field(default=512, ge=2, le=LONGEST_SEQUENCE, description="tokens in a window")
+    sequence_length: int = Field(
+        default=512,
+        ge=2,
+        le=LONGEST_SEQUENCE,
+        description="tokens in a window; left out: 512, or as many as model and tokens hold",
+    )
     sentences: bool = Field(
         default=False,
         description="of text or dataset: a window is one sentence, as sentence encoders read; for fff, refit, distill",
@@ -63,7 +68,7 @@ class Calibration(_Part):
     def _consistent(self) -> Calibration:
         if self.text is not None and self.dataset is not None:
             raise ValueError("takes text or dataset, not both")
-        if self.tokens < self.sequence_length:
+        if self.tokens < self.sequence_length and "sequence_length" in self.model_fields_set:
             raise ValueError(f"tokens ({self.tokens}) must cover one sequence_length ({self.sequence_length})")
         return self
 

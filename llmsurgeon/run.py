@@ -37,7 +37,7 @@ from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.planning import Planned, check_recipe, plan, refuse_ternary_parent
+from llmsurgeon.planning import Planned, check_recipe, plan, refuse_ternary_parent, within_positions
 from llmsurgeon.proof import missed, prove, prove_whole, walked
 from llmsurgeon.recipe import Recipe, dump
 from llmsurgeon.scores import compute_scores
@@ -75,6 +75,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
         )
     check_recipe(patient, recipe)
+    recipe = within_positions(patient, recipe)
     refuse_ternary_parent(patient, recipe)
     inputs = Inputs.of("run", {"model": patient.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.

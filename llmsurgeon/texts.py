@@ -154,7 +154,7 @@ class Texts:
                 model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
                 fingerprint=self.parent_key,
             )
-            setting = "calibration.sequence_length (--seq-len of analyze)"
+            setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
             check_length(self.patient, self._windows.shape[1], setting)
             self._check_ids(self._windows)
             self.description = self.calibration.describe(self._windows)
@@ -201,9 +201,8 @@ class Texts:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What activations are computed in: the checkpoint's dtype, bfloat16 for float16 on a CPU."""
-        stored = self.options.dtype or self.patient.dtype
-        return torch.bfloat16 if stored == torch.float16 and self.options.device == "cpu" else stored
+        """What activations are computed in."""
+        return self.patient.computed_in(self.options.dtype, self.options.device)
 
     def bits(self, student: Score, windows: Tensor) -> BitsPerByte | None:
         """Both models on what `windows` say, each with its own tokenizer; None where the tokenizer stayed as it was."""

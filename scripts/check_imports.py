@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"boundary", "caches", "errors", "layers", "limits", "progress", "ternary", "text_file"}
+BASE = {"boundary", "caches", "errors", "finite", "layers", "limits", "progress", "ternary", "text_file"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
@@ -27,13 +27,14 @@ ARROWS: dict[str, set[str]] = {
     "layers": {"errors"},
     "progress": set(),
     "text_file": {"boundary", "errors", "progress", "checkpoint.files"},
+    "finite": {"errors"},
     "ternary": {"errors"},
     # A loaded model with packed weights; the kernel is there where numba is.
     "packed": {"ternary", "packed_numba"},
     "packed_numba": set(),
     "spec": {"errors"},
     "modeling": set(),
-    "checkpoint": {"boundary", "errors", "progress"},
+    "checkpoint": {"boundary", "errors", "finite", "progress"},
     "families": {"errors", "spec"},
     # Operations name weight edits (checkpoint.transform) and know no files.
     "operations": BASE | {"families", "spec", "checkpoint.transform"},

@@ -22,6 +22,7 @@ from llmsurgeon.boundary import check_token_ids, token_ids
 from llmsurgeon.caches import cached_call
 from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.finite import first_not_finite, is_finite
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -229,6 +230,10 @@ def _continue(
     cache = _empty_cache(model, text_BL.shape[1])
     for step in range(text_BL.shape[1] - 1):
         output, cache = cached_call(model, cache, input_ids=text_BL[:, step : step + 1])
+        if not is_finite(output.logits):
+            raise first_not_finite(model, model.dtype, input_ids=text_BL[:, : step + 1]) or SurgeryError(
+                f"the model's logits hold NaN or infinity at token {step}: text cannot be sampled from it"
+            )
         drawn_B = _draw(output.logits[:, -1].index_fill(1, banned, -torch.inf), sampling, generator)
         text_BL[:, step + 1] = torch.where(text_BL[:, step + 1] < 0, drawn_B, text_BL[:, step + 1])
         advance(len(text_BL))

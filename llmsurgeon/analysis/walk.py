@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import family_of
+from llmsurgeon.finite import is_finite, not_finite
 from llmsurgeon.formats.experts import class_form
 from llmsurgeon.formats.models import as_surgeon, empty_model
 
@@ -164,6 +165,7 @@ class LayerRunner:
         assert hidden is not None
         for catcher in catchers:
             catcher.hidden = None
+        self._finite("the embedding", (self.family.embedding,), hidden)
         if self.padding is not None:
             hidden = hidden * given["attention_mask"][..., None].to(hidden.dtype)
         self._calls[self._key(hidden)] = [catcher.call for catcher in catchers]
@@ -174,6 +176,17 @@ class LayerRunner:
         if self.padding is None:
             return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device)
         return hidden.any(-1)
+
+    def _finite(self, where: str, prefixes: tuple[str, ...], state: Tensor | None) -> Tensor | None:
+        """The state, which must be finite; `prefixes` are those of the weights that made it.
+
+        Raises:
+            SurgeryError: NaN or infinity; the message names the place, the dtype and what to do.
+        """
+        if state is not None and not is_finite(state):
+            made = {name: self.weights[name] for name in self.weights if name.startswith(prefixes)}
+            raise not_finite(where, self.dtype, made)
+        return state
 
     def _only_real(self, hidden: Tensor, contribution: Tensor | None) -> Tensor | None:
         """A contribution to `hidden`, or what it becomes, with zeros where there is padding."""
@@ -228,7 +241,8 @@ class LayerRunner:
         if hasattr(layer, "branches"):
             return None
         args, kwargs = self._call(index, hidden)
-        return self._only_real(hidden, layer.attend(hidden, *args, **kwargs))
+        made = self._only_real(hidden, layer.attend(hidden, *args, **kwargs))
+        return self._finite(f"layer {index}, attention", (self.family.layer(index),), made)
 
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor | None:
         """The FFN's contribution at the loaded layer, norm included; None where there is none.
@@ -238,7 +252,8 @@ class LayerRunner:
         layer = self.layers[index]
         if hasattr(layer, "branches"):
             return self.whole(index, hidden) - hidden
-        return self._only_real(hidden, layer.feed_forward(hidden))
+        made = self._only_real(hidden, layer.feed_forward(hidden))
+        return self._finite(f"layer {index}, FFN", (self.family.layer(index),), made)
 
     def instead(self, index: int, part: Literal["attention", "ffn"], hidden: Tensor) -> Tensor | None:
         """What the loaded layer would contribute in place of a part that goes: LN(x) - x where the norm stays."""
@@ -252,6 +267,7 @@ class LayerRunner:
         args, kwargs = self._call(index, hidden)
         output: Any = self.layers[index](hidden, *args, **kwargs)
         stream = self._only_real(hidden, output[0] if self.layers[index].returns_tuple else output)
+        stream = self._finite(f"layer {index}", (self.family.layer(index),), stream)
         assert stream is not None
         return stream
 
@@ -262,7 +278,9 @@ class LayerRunner:
             states = self.model.get_submodule(self.family.final_norm)(states)
         holder, _, name = self.family.final_projection.rpartition(".")
         projection = getattr(self.model.get_submodule(holder), name) if name else None
-        return states if projection is None else projection(states)
+        made = states if projection is None else projection(states)
+        self._finite("the final norm", (f"{self.family.final_norm}.",), made)
+        return made
 
     def final(self, hidden: Tensor) -> Tensor:
         """Final norm and head, as the model's own class computes them: [T, D] -> logits [T, V]."""
@@ -273,6 +291,8 @@ class LayerRunner:
         finally:
             setattr(self.model, body, self.base)
         logits: Tensor = output["logits" if "logits" in output else "prediction_logits"]
+        outside = tuple(name for name in self.model.state_dict() if not name.startswith(f"{self.family.layers}."))
+        self._finite("the head", outside, logits)
         return logits[0]
 
 

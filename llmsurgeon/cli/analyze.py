@@ -26,6 +26,8 @@ from llmsurgeon.cli.options import (
 if TYPE_CHECKING:
     from llmsurgeon.analysis.analyze import Analysis
 
+SEQUENCE_LENGTH = 256
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -42,7 +44,9 @@ def analyze_command(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")] = None,
     tokens: Annotated[int, tokens_option("How many tokens to measure on.")] = 8192,
-    seq_len: Annotated[int, length_option("Tokens in a sequence.")] = 256,
+    seq_len: Annotated[
+        int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
+    ] = None,
     drop: Annotated[int | None, whole("Attentions to drop; default: about a quarter of the layers.", 0)] = None,
     max_run: Annotated[int, whole("Longest run of FFNs to fuse.")] = 3,
     seed: Seed = 0,
@@ -73,6 +77,8 @@ def analyze_command(
     inputs = Inputs.of("analyze", {"model": patient.checkpoint}, None, Options())
     if text:
         inputs.watch_text("text", text)
+    if seq_len is None:
+        seq_len = min(SEQUENCE_LENGTH, patient.spec.max_positions or SEQUENCE_LENGTH)
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.

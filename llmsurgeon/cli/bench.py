@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -35,8 +35,13 @@ def bench_command(
     against: Annotated[str | None, typer.Option(help="The parent, timed in turn with MODEL.")] = None,
     engine: Annotated[Engine, typer.Option(help="What runs the models.")] = Engine.TRANSFORMERS,
     batch: Annotated[int, whole("Sequences at a time; 1 in llama.cpp.", 1, MOST_SEQUENCES)] = 1,
-    prompt: Annotated[int, whole("Tokens of prefill.", 1, LONGEST_SEQUENCE)] = 512,
-    new_tokens: Annotated[int, whole("Decode steps.", 1, LONGEST_SEQUENCE)] = 64,
+    prompt: Annotated[
+        int | None,
+        whole("Tokens of prefill; default: 512, less on a model of few positions.", 1, LONGEST_SEQUENCE),
+    ] = None,
+    new_tokens: Annotated[
+        int | None, whole("Decode steps; default: 64, less on a model of few positions.", 1, LONGEST_SEQUENCE)
+    ] = None,
     rounds: Rounds = 5,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=usable_threads)
@@ -60,7 +65,7 @@ def bench_command(
     """
     from llmsurgeon.evaluation.latency import bench_table
 
-    sizes = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
+    sizes: dict[str, Any] = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
     if engine is Engine.LLAMA_CPP:
         if batch != 1 or device != "cpu" or dtype:
             raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
@@ -83,7 +88,7 @@ def _in_transformers(
     device: str,
     revision: str | None,
     threads: int | None,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> Bench:
     import torch
 
@@ -105,7 +110,7 @@ def _in_llamacpp(
     revision: str | None,
     trust_remote_code: bool,
     threads: int | None,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> Bench:
     from llmsurgeon.boundary import local_path
     from llmsurgeon.checkpoint.passing import passing

@@ -302,12 +302,13 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
         from llmsurgeon.patient import open_known
-        from llmsurgeon.planning import foreseen, plan
+        from llmsurgeon.planning import foreseen, plan, within_positions
         from llmsurgeon.texts import opened, trims
 
         # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
         known = (job.revision, job.trust_remote_code)
         patient = opened(name, recipe, *known) if trims(recipe) else open_known(name, *known)
+        recipe = within_positions(patient, recipe)
         planned = plan(patient, recipe, foreseen(patient, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return

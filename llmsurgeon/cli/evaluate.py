@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
 SEED = 1
+SEQUENCE_LENGTH = 512
 
 
 def register(app: typer.Typer) -> None:
@@ -49,7 +50,9 @@ def evaluate_command(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to measure on, NAME[:CONFIG][:SPLIT].")] = None,
     tokens: Annotated[int, tokens_option("How many tokens.")] = 32768,
-    seq_len: Annotated[int, length_option("Tokens in a window.")] = 512,
+    seq_len: Annotated[
+        int | None, length_option("Tokens in a window; default: 512, or the models' positions if fewer.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated (needs the eval extra).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
@@ -64,19 +67,23 @@ def evaluate_command(
     masked tokens.
     """
     from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
-    from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of
+    from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of, positions_of
     from llmsurgeon.evaluation.evaluate import evaluate
     from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
     from llmsurgeon.formats.loading import load_model, load_tokenizer
 
     if tasks:
         check_tasks_available()
-    source = Calibration(text, dataset, tokens, seq_len, seed=SEED)
+    if seq_len is not None:
+        Calibration(text, dataset, tokens, seq_len)  # what cannot be is said before a model is loaded
     student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
     encoder = encoder_family(student)
     if encoder:
         _check_encoder(encoder, model, against, text or dataset, tasks)
     parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
+    limits = [limit for each in (student, parent) if each is not None and (limit := positions_of(each))]
+    length = min([SEQUENCE_LENGTH, *limits]) if seq_len is None else seq_len
+    source = Calibration(text, dataset, tokens, length, seed=SEED)
     load = partial(load_tokenizer, trust_remote_code=trust_remote_code)
     tokenizer = load(against) if against else load(model, revision)
     across = parent is not None and parent.config.vocab_size != student.config.vocab_size

@@ -138,16 +138,19 @@ def _model_problems(folder: str) -> tuple[list[str], list[str]]:
     import torch
 
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.checkpoint.weight_file import raise_unless_finite
+    from llmsurgeon.finite import first_not_finite, is_finite
     from llmsurgeon.formats.models import fill
     from llmsurgeon.formats.reading import read_model
 
     try:
         checkpoint = open_checkpoint(folder)
-        for name in checkpoint:
-            raise_unless_finite(name, checkpoint[name])
+        damaged = [name for name in checkpoint if not is_finite(checkpoint[name])]
+        if damaged:
+            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
+            return [f"tensor {damaged[0]}{more} holds NaN or infinity: the weights are damaged, get them anew"], []
         made = read_model(checkpoint)
-        fill(made.empty, made.weights, None, "cpu")
+        # As stored, float16 on a CPU, too: where that overflows, it does so elsewhere.
+        fill(made.empty, made.weights, made.dtype, "cpu")
     except SurgeryError as error:
         return [str(error)], []
     problems, remarks = list(made.contradictions), list(made.remarks)
@@ -155,8 +158,6 @@ def _model_problems(folder: str) -> tuple[list[str], list[str]]:
     ids = torch.arange(4)[None] % len(model.get_input_embeddings().weight)
     if type(model).__name__.endswith("MultipleChoice"):
         ids = ids[None]
-    with torch.no_grad():
-        outputs = [output for output in model(input_ids=ids).to_tuple() if isinstance(output, torch.Tensor)]
-    if not all(torch.isfinite(output).all() for output in outputs):
-        problems.append("a forward pass gives NaN or infinite outputs: the weights are damaged")
+    if broken := first_not_finite(model, made.dtype, input_ids=ids):
+        problems.append(f"a forward pass breaks: {broken}")
     return problems, remarks

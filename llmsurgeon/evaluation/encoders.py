@@ -19,6 +19,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.perplexity import Interval, mean_interval, perplexity, perplexity_interval, token_losses
 from llmsurgeon.families import ENCODERS, Family
+from llmsurgeon.finite import first_not_finite, is_finite
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -113,6 +114,13 @@ def encoder_family(model: PreTrainedModel) -> Family | None:
     return next((family.with_head([name]) for family in ENCODERS if name in dict(family.heads)), None)
 
 
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How long a sequence the model takes, None where it sets no limit."""
+    if family := encoder_family(model):
+        return family.describe(model.config.to_dict()).max_positions
+    return getattr(model.config, "max_position_embeddings", None)
+
+
 def evaluate_encoder(
     model: PreTrainedModel, tokens: Tensor, parent: PreTrainedModel | None = None, masking: Masking | None = None
 ) -> EncoderEvaluation:
@@ -136,10 +144,10 @@ def evaluate_encoder(
 
     def states(of: PreTrainedModel) -> ByRow:
         body = of.eval().base_model
-        return lambda row: body(input_ids=tokens[row, None].to(of.device)).last_hidden_state[0]
+        return lambda row: _finite(body, tokens[row, None], lambda ids: body(input_ids=ids).last_hidden_state)[0]
 
     def logits(of: PreTrainedModel, masking: Masking) -> ByRow:
-        return lambda row: _logits(of.eval()(input_ids=masking.inputs[row, None].to(of.device)))[0]
+        return lambda row: _finite(of, masking.inputs[row, None], lambda ids: _logits(of.eval()(input_ids=ids)))[0]
 
     return evaluate_states(
         tokens,
@@ -228,6 +236,15 @@ def _summary(means: dict[str, Tensor], tokens: Tensor, masking: Masking | None) 
 
 def _within(interval: Interval | None, low: float, high: float) -> Interval | None:
     return interval and (max(interval[0], low), min(interval[1], high))
+
+
+def _finite(model: Any, ids: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the model or its body makes of `ids`, which must be finite."""
+    ids = ids.to(model.device)
+    made = compute(ids)
+    if not is_finite(made) and (error := first_not_finite(model, model.dtype, input_ids=ids)):
+        raise error
+    return made
 
 
 def _logits(output: Any) -> Tensor:

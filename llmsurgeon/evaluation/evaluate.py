@@ -26,6 +26,7 @@ from llmsurgeon.evaluation.perplexity import (
     rows,
     token_losses,
 )
+from llmsurgeon.finite import first_not_finite, is_finite
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -181,7 +182,10 @@ def _outside(whole_TV: Tensor, kept_TK: Tensor) -> float:
 
 
 def _logits(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-    logits: Tensor = model.eval()(input_ids=ids_BL.to(model.device), use_cache=False).logits
+    inputs = {"input_ids": ids_BL.to(model.device), "use_cache": False}
+    logits: Tensor = model.eval()(**inputs).logits
+    if not is_finite(logits) and (error := first_not_finite(model, model.dtype, **inputs)):
+        raise error
     return logits
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.encoders import encoder_family
+from llmsurgeon.evaluation.encoders import encoder_family, positions_of
 from llmsurgeon.evaluation.llamacpp import LlamaCpp
 from llmsurgeon.progress import Progress
 
@@ -101,28 +101,33 @@ class _Round:
     peak_bytes: int | None
 
 
+PROMPT, NEW_TOKENS = 512, 64
+
+
 def benchmark(
     model: PreTrainedModel,
     parent: PreTrainedModel | None = None,
     *,
     batch: int = 1,
-    prompt: int = 512,
-    new_tokens: int = 64,
+    prompt: int | None = None,
+    new_tokens: int | None = None,
     rounds: int = 5,
 ) -> Bench:
     """Time `prompt` tokens of prefill and `new_tokens` greedy decode steps, `rounds` times, parent and model in turn.
 
     Interleaving parent, model, parent, model ... lets a machine that slows down or speeds up hit both alike; one
     untimed round warms up. Every decode has the same number of steps, the end-of-text token does not stop it.
+    Left out, prompt and new_tokens are 512 and 64, or less where the models have fewer positions.
     Raises SurgeryError for sizes below one or beyond the models' positions, and for differing vocabularies.
     """
     models = [model] if parent is None else [parent, model]
     encoders = [encoder_family(each) is not None for each in models]
     if encoders[0] != encoders[-1]:
         raise SurgeryError("bench: one of the models is an encoder and the other a decoder; they do different work")
-    _check(models, dict(batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds))
-    if encoders[0]:
-        new_tokens = 0
+    prompt, new_tokens = _lengths(prompt, 0 if encoders[0] else new_tokens, [positions_of(each) for each in models])
+    _check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoders[0] else {"new_tokens": new_tokens}))
+    for each in models:
+        _check_length(each.config.name_or_path or type(each).__name__, prompt + new_tokens, positions_of(each))
     vocab = min(each.config.vocab_size for each in models)
     ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
     timed = _in_turn([partial(_run, each, ids, new_tokens) for each in models], rounds)
@@ -147,8 +152,8 @@ def benchmark_llamacpp(
     model: Path,
     parent: Path | None = None,
     *,
-    prompt: int = 512,
-    new_tokens: int = 64,
+    prompt: int | None = None,
+    new_tokens: int | None = None,
     rounds: int = 5,
     threads: int | None = None,
 ) -> Bench:
@@ -159,10 +164,11 @@ def benchmark_llamacpp(
     """
     from llmsurgeon.checkpoint.gguf_file import GGUFFile
 
-    sizes = dict(prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-    _check_sizes(sizes)
     paths = [model] if parent is None else [parent, model]
     files = [GGUFFile(path) for path in paths]
+    prompt, new_tokens = _lengths(prompt, new_tokens, [_of_architecture(file, "context_length") for file in files])
+    sizes = dict(prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    _check_sizes(sizes)
     vocab = min(len(file.metadata.get("tokenizer.ggml.tokens", ())) for file in files)
     for file in files:
         _check_length(str(file.path), prompt + new_tokens, _of_architecture(file, "context_length"))
@@ -298,15 +304,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _check(models: list[PreTrainedModel], sizes: dict[str, int]) -> None:
-    _check_sizes(sizes)
-    for model in models:
-        encoder = encoder_family(model)
-        length = sizes["prompt"] + (0 if encoder else sizes["new_tokens"])
-        limit = getattr(model.config, "max_position_embeddings", None)
-        if encoder:
-            limit = encoder.describe(model.config.to_dict()).max_positions
-        _check_length(model.config.name_or_path or type(model).__name__, length, limit)
+def _lengths(prompt: int | None, new_tokens: int | None, limits: Sequence[int | None]) -> tuple[int, int]:
+    """The lengths that are given, and for those that are left out the defaults, lowered to the models' positions."""
+    limit = min([each for each in limits if each], default=PROMPT + NEW_TOKENS)
+    if new_tokens is None:
+        new_tokens = min(NEW_TOKENS, max(1, limit // 4 if prompt is None else limit - prompt))
+    return (max(1, min(PROMPT, limit - new_tokens)) if prompt is None else prompt), new_tokens
 
 
 def _check_sizes(sizes: dict[str, int]) -> None:

@@ -16,7 +16,7 @@ from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families.vision_language import vision_language_of
-from llmsurgeon.formats.models import fill, is_surgeon, load_config, ships_code
+from llmsurgeon.formats.models import computed_in, fill, is_surgeon, load_config, ships_code
 from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import text_config
 from llmsurgeon.progress import remark
@@ -30,7 +30,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_model(
     model: str, *, dtype: torch.dtype | None = None, device: str = "cpu", revision: str | None = None
 ) -> PreTrainedModel:
-    """The model of a hub id, folder or GGUF file, in its own dtype unless `dtype` is given.
+    """The model of a hub id, folder or GGUF file, in one dtype: `dtype`, else the one most of its numbers have.
+
+    On a CPU bfloat16 stands for float16; ask for it where it is wanted.
 
     Code inside the checkpoint never runs: converted checkpoints load through this package's modeling files.
     """
@@ -51,7 +53,7 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     made = read_model(checkpoint)
     for note in made.notes:
         remark(f"{checkpoint.name}: {note}")
-    fill(made.empty, made.weights, dtype, device)
+    fill(made.empty, made.weights, computed_in(made.dtype, dtype, device), device)
     return made.empty
 
 

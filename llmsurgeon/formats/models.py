@@ -18,6 +18,7 @@ from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
+from llmsurgeon.finite import is_finite, not_finite
 from llmsurgeon.formats import bitnet_model, nemotron_nas
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
 from llmsurgeon.spec import to_block_configs
@@ -206,6 +207,38 @@ def stored_dtype(meta: Mapping[str, Tensor]) -> torch.dtype:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
+def plain_dtype(meta: Mapping[str, Tensor], config: Mapping[str, Any]) -> torch.dtype:
+    """What a model with these tensors is computed in, whatever the device: the dtype most of its numbers have.
+
+    Numbers of 8 bits without scales are computed in what the config says, as transformers does, or in bfloat16.
+
+    Raises:
+        CheckpointError: most of the numbers are whole ones.
+    """
+    stored = stored_dtype(meta)
+    if not stored.is_floating_point:
+        kind = str(stored).removeprefix("torch.")
+        raise CheckpointError(
+            f"most of its numbers are {kind}, packed by a quantiser that config.json does not name; "
+            "take the checkpoint that it was made from"
+        )
+    if stored.itemsize > 1:
+        return stored
+    said = getattr(torch, str(config.get("dtype") or "bfloat16").removeprefix("torch."), None)
+    if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
+        return said
+    return torch.bfloat16
+
+
+def computed_in(plain: torch.dtype, asked: torch.dtype | None, device: str) -> torch.dtype:
+    """The dtype that every command computes in: the one asked for, else `plain_dtype`.
+
+    On a CPU float16 becomes bfloat16, which does not overflow and is several times as fast.
+    """
+    chosen = asked or plain
+    return torch.bfloat16 if asked is None and chosen == torch.float16 and device == "cpu" else chosen
+
+
 def canonical(weights: Mapping[str, Tensor], family: Family, repeated: Collection[str] = ()) -> TransformedWeights:
     """The weights under the names of today's classes: old buffers dropped, old prefixes and names mended.
 
@@ -259,6 +292,10 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor], dtype: torch.dty
     family = _family_in(model)
     stacked = class_form(weights, family) if family else weights
     state = {name: stacked[name].to(device=device, dtype=dtype) for name in _own_tensors(model)}
+    if dtype == torch.float16:
+        for name, tensor in state.items():
+            if stacked[name].dtype != dtype and not is_finite(tensor):
+                raise not_finite("loading", dtype, {name: stacked[name]})
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
     model.to(device)

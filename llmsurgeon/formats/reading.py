@@ -23,8 +23,17 @@ from llmsurgeon.checkpoint.transform import (
     rename,
     row_blocks,
 )
+from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.families import Family, family_of
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, normalised, stored_dtype
+from llmsurgeon.formats.models import (
+    canonical,
+    check_shapes,
+    empty_model,
+    expected_shapes,
+    normalised,
+    plain_dtype,
+    stored_dtype,
+)
 from llmsurgeon.formats.towers import Tower, tower_of
 
 if TYPE_CHECKING:
@@ -44,6 +53,7 @@ class Reading:
     config: normalised, and as the tensors have it where config.json says otherwise.
     weights: canonical names -> tensors; what lies beside a text tower is among them.
     empty: the model that they fit, on the meta device.
+    dtype: what it is computed in, where nothing else is asked for: see `computed_in`.
     contradictions: where config.json is wrong about the tensors: readers that believe it compute something else.
     remarks: what is left unread or read in another way, and changes nothing.
     """
@@ -53,6 +63,7 @@ class Reading:
     weights: TransformedWeights
     tower: Tower | None
     empty: PreTrainedModel
+    dtype: torch.dtype
     contradictions: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -66,9 +77,10 @@ def read_model(checkpoint: Checkpoint) -> Reading:
     """Hold a checkpoint's tensors against its config.
 
     Raises:
-        SurgeryError: unsupported family, or an impossible config.
+        SurgeryError: unsupported family, an impossible config, or quantised weights.
         CheckpointError: tensors are missing, unexpected or of other shapes than the config promises.
     """
+    refuse_quantised(checkpoint.config, checkpoint.name)
     tower = tower_of(checkpoint.config, checkpoint)
     config = normalised(tower.text if tower else checkpoint.config)
     family, empty = family_of(config), empty_model(config)
@@ -89,7 +101,23 @@ def read_model(checkpoint: Checkpoint) -> Reading:
     hint = _hint(shapes, expected, config, family)
     check_shapes(shapes, expected, checkpoint.name, family, tower.beside if tower else (), hint)
     remarks = [*stale_buffers(file, family, empty), *_other_dtype(checkpoint.config, meta)]
-    return Reading(config, family, weights, tower, empty, tuple(contradictions), tuple(remarks))
+    own = {name: meta[name] for name in expected}
+    try:
+        dtype = plain_dtype(own, config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from None
+    return Reading(config, family, weights, tower, empty, dtype, tuple(contradictions), tuple(remarks))
+
+
+def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
+    """Raise SurgeryError for a checkpoint whose weights are packed or scaled by a quantizer."""
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method") if isinstance(found, Mapping) else found
+        raise SurgeryError(
+            f"{name}: its weights are quantised already (quantization_config: {method}), and "
+            "operations work on plain numbers; take the checkpoint that it was made from"
+        )
 
 
 def _hint(found: Mapping[str, Shape], expected: Mapping[str, Shape], config: Mapping[str, Any], family: Family) -> str:

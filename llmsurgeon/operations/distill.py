@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -106,6 +106,7 @@ class Distill(Step):
 
     mode: `global` trains the whole student at once; `local` each changed block on its own, on the parent's activations.
     data: by default the recipe's calibration text, whole.
+    sequence_length: tokens in a row; left out: 256, or the model's positions where they are fewer.
     steps, tokens, minutes: how long; whichever ends first.
     train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
     hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
@@ -190,9 +191,11 @@ class Distill(Step):
         return self.model_copy(update={name: type(self).model_fields[name].default for name in kept})
 
     def resolve(self, subject: Subject) -> Distill:
-        if not subject.family.encoder:
-            return self
-        defaults = {"kl": 0.0, "pooled": 1.0, "targets": "memory"}
+        defaults: dict[str, Any] = {}
+        if (limit := subject.spec.max_positions) and limit < self.sequence_length:
+            defaults["sequence_length"] = limit
+        if subject.family.encoder:
+            defaults |= {"kl": 0.0, "pooled": 1.0, "targets": "memory"}
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     def plan(self, subject: Subject) -> Plan:

@@ -103,7 +103,8 @@ def stack_biases(transposed: bool, biased: Sequence[bool], shifted: bool, stacke
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    # torch promotes no numbers of 8 bits.
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 class FuseFFN(Step):
