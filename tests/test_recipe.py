@@ -140,7 +140,10 @@ def test_a_bad_step(step, message):
             "version: 1\nsteps: [{op: refit}]\ncalibration: {text: a, dataset: b}\n",
             "r.yaml:3: calibration: takes text or dataset, not both",
         ),
-        ("version: 1\nsteps: [{op: refit}]\ncalibration: {tokens: 100}\n", "must cover one sequence_length"),
+        (
+            "version: 1\nsteps: [{op: refit}]\ncalibration: {tokens: 100, sequence_length: 512}\n",
+            "must cover one sequence_length",
+        ),
         ("version: 1\nsteps: [{op: refit}]\ncalibration: 5\n", "calibration: expected a mapping of keys, got 5"),
     ],
 )

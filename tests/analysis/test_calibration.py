@@ -277,7 +277,7 @@ def test_sampling_errors(tokenizer):
         sample_self_text(model, tokenizer, SelfText(129, 129))
     with torch.no_grad():
         model.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(SurgeryError, match="logits hold NaN"):
+    with pytest.raises(SurgeryError, match=r"ln_f.weight holds NaN"):
         sample_self_text(model, tokenizer, SelfText(16, 8))
 
 
