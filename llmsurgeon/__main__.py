@@ -10,11 +10,11 @@ PACKAGE_PARENT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 if __name__ == "__main__" and sys.path and os.path.abspath(sys.path[0]) not in (PACKAGE_PARENT, sys.prefix):
     del sys.path[0]
 
+from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, leave, prepare, say  # noqa: E402
+
 
 def main() -> None:
     """Run the command line, interruptible from the first import on, and exit."""
-    from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, leave, prepare, say
-
     code = 0
     prepare()
     try:
