@@ -219,6 +219,15 @@ def test_names_that_are_no_paths(folder, run, verb):
         assert code == 2 and "cannot be used as a path" in err, err
 
 
+def test_caches_of_a_user_without_a_home(folder, run, monkeypatch):
+    for name in ("HOME", "LLMSURGEON_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    code, _, err = run(*VERBS["sampled"])
+    assert code == 2 and "no folder for caches" in err and "set LLMSURGEON_CACHE" in err, err
+    assert run(*VERBS["eval"])[0] == 0  # needs none
+
+
 def test_a_header_that_names_a_tensor_twice_among_many(tmp_path):
     from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
 

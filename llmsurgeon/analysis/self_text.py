@@ -328,7 +328,7 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     content = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
     # Not all of these are in the backend's own description; a slow tokenizer has its rules among the last.
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    framed = tokenizer("a")["input_ids"]
+    framed = token_ids(tokenizer, "a")
     kept = {} if backend else {name: str(value) for name, value in tokenizer.init_kwargs.items()}
     parts = [type(tokenizer).__name__, content, special, framed, tokenizer.pad_token_id, kept]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -337,8 +337,12 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 def cache_folder() -> Path:
     """Where sampled text is kept: `self` in LLMSURGEON_CACHE, XDG_CACHE_HOME/llmsurgeon or ~/.cache/llmsurgeon."""
     own, shared = os.environ.get("LLMSURGEON_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    root = Path(own) if own else Path(shared or Path.home() / ".cache") / "llmsurgeon"
-    return root / "self"
+    if own:
+        return Path(own) / "self"
+    try:
+        return Path(shared or Path.home() / ".cache") / "llmsurgeon" / "self"
+    except RuntimeError as error:  # neither HOME nor an entry of this user among the accounts
+        raise SurgeryError(f"no folder for caches: {error}; set LLMSURGEON_CACHE to one") from error
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -93,7 +93,8 @@ def load_tokenizer(
     if path.suffix == ".gguf" and path.is_file():
         with passing() as folder:
             write_tokenizer(GGUFFile(path).metadata, folder, path)
-            return _quietly(AutoTokenizer.from_pretrained, str(folder))
+            with foreign(model, "the tokenizer that its fields describe cannot be loaded", "download the file again"):
+                return _quietly(AutoTokenizer.from_pretrained, str(folder))
     place = companions_folder(model, revision)
     companions_of(place, trust_remote_code).check_tokenizer(model, place)
     raw = read_config(place)
