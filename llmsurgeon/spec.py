@@ -432,6 +432,6 @@ def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None, ro
     return BlockSpec(
         attention=None if attention["no_op"] else _attention_from(attention, head_dim, window, rope),
         ffn=None if ffn["no_op"] else _ffn_from(ffn),
-        parents=tuple(config.get("parents", ())),
-        branches=tuple(_block_from(branch, head_dim, window, rope) for branch in config.get("parallel", ())),
+        parents=tuple(config.get("parents") or ()),
+        branches=tuple(_block_from(branch, head_dim, window, rope) for branch in config.get("parallel") or ()),
     )
