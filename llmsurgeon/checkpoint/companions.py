@@ -33,6 +33,7 @@ TOKENIZER = re.compile(
     r"|[\w.-]+\.(model|spm|tiktoken|tokenizer)|tokenizer\.model\.[\w.-]+"
 )
 TEMPLATES = "additional_chat_templates"
+CUSTOM_GENERATE = "custom_generate"
 PROCESSORS = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -147,6 +148,8 @@ def companions_of(folder: Path, trust_remote_code: bool = False) -> Companions:
             survey.take(name)
     if TEMPLATES in names:
         _templates(survey)
+    if CUSTOM_GENERATE in names:
+        survey.notes.append(f"not copied: {CUSTOM_GENERATE}, code that generates in the parent's own way")
     _processors(survey)
     _sentence_modules(survey, names)
     if survey.refused:

@@ -24,7 +24,7 @@ from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import SURGEON_PREFIX, Family
+from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family
 from llmsurgeon.formats import bitnet_model, gguf_model, native, nemotron_nas
 from llmsurgeon.formats.bitnet import Packing
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
@@ -136,12 +136,36 @@ def write_beside(stage: Stage, written: Written, checkpoint: Checkpoint) -> None
     """config.json, the code, and what the source has of tokenizer, chat template and generation config."""
     config = {**written.file_config, "transformers_version": version("transformers")}
     stage.write_file("config.json", json.dumps(_plain(config), indent=2) + "\n")
-    for companion in checkpoint.companions.files:
+    companions = checkpoint.companions.files
+    for companion in companions:
         stage.write_file(companion.name, companion.read())
+    settings = generation_settings(checkpoint.config, config)
+    if settings and GENERATION not in {companion.name for companion in companions}:
+        stage.write_file(GENERATION, json.dumps(settings, indent=2) + "\n")
     for path in written.code:
         stage.copy_file(path)
 
 
+def generation_settings(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a source's config.json says of how to generate and what `config`, made by transformers 5, no longer says.
+
+    transformers reads them from config.json where there is no generation_config.json, and its config classes drop them.
+    """
+    from transformers import GenerationConfig
+
+    kind = str(raw.get("model_type", "")).removeprefix(SURGEON_PREFIX)
+    if kind in FAMILIES and FAMILIES[kind].encoder:
+        return {}
+    known = GenerationConfig().to_dict().keys() - {"transformers_version", "_from_model_config"}
+    text = raw.get("text_config")
+    said = {**(text if isinstance(text, dict) else {}), **raw}
+    lost = {key: said[key] for key in sorted(known) if said.get(key) is not None and key not in config}
+    ids = {key: said[key] for key in SPECIAL_IDS if said.get(key) is not None}
+    return {**ids, **lost} if lost else {}
+
+
+GENERATION = "generation_config.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NATIVE_LOADS = (
     "It is a plain {model_type} checkpoint and loads wherever the original does: transformers, vLLM, llama.cpp's "
     "converter."
