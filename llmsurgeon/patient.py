@@ -17,7 +17,7 @@ from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.models import computed_in, empty_model, expected_shapes, normalised, plain_dtype, stored_dtype
-from llmsurgeon.formats.reading import read_model, refuse_quantised
+from llmsurgeon.formats.reading import read_model, refuse_quantised, refuse_scoring_head
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.formats.write import FormatName, Written, write_config
 from llmsurgeon.operations import Subject
@@ -123,6 +123,8 @@ def open_config(model: str, revision: str | None = None, trust_remote_code: bool
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
     refuse_quantised(raw, model)
+    if tower_of(raw) is None:
+        refuse_scoring_head(raw, model)
     tower = tower_of(raw)
     config = normalised(tower.text if tower else raw)
     family = family_of(config)

@@ -112,11 +112,20 @@ class GGUFFile:
         raw = np.frombuffer(self._map, np.uint8, (last - first) * row_bytes, entry.start + first * row_bytes)
         return dequantize(raw.reshape(last - first, row_bytes), kind).astype(np.float32, copy=False)
 
+    @property
+    def parts(self) -> tuple[GGUFFile, ...]:
+        """The files that it is made of: itself, unless it is split."""
+        return (self,)
+
+    def bytes_of(self, entry: GGUFEntry, start: int, end: int) -> bytes:
+        """Bytes `start` to `end` of a tensor as it is stored."""
+        return self._map[entry.start + start : entry.start + end]
+
     def same_bytes(self, one: GGUFEntry, other: GGUFEntry) -> bool:
         """True where two tensors of one type and shape hold the same."""
         size, step = one.end - one.start, 1 << 24
-        parts = ((one.start + at, other.start + at, min(step, size - at)) for at in range(0, size, step))
-        return all(self._map[a : a + n] == self._map[b : b + n] for a, b, n in parts)
+        cuts = ((at, min(at + step, size)) for at in range(0, size, step))
+        return all(self.bytes_of(one, *cut) == self.bytes_of(other, *cut) for cut in cuts)
 
     def _take(self, fields: str) -> tuple[Any, ...]:
         values = struct.unpack_from("<" + fields, self._map, self._at)

@@ -32,7 +32,8 @@ from llmsurgeon.checkpoint.gguf_architectures import (
     tensor_map,
 )
 from llmsurgeon.checkpoint.gguf_config import model_type_of, read_config, scaled_rope
-from llmsurgeon.checkpoint.gguf_file import GGUFEntry, GGUFFile
+from llmsurgeon.checkpoint.gguf_file import GGUFEntry
+from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
 from llmsurgeon.checkpoint.passing import passing_folder, sweep
@@ -61,7 +62,7 @@ class Piece:
 
 
 class GGUFCheckpoint(Checkpoint):
-    """The tensors of a GGUF file, each dequantised when asked for.
+    """The tensors of a GGUF file, be it in several parts, each dequantised when asked for.
 
     `dtype` is what they are cast to: by default float32 for a file that holds its matrices so, float16 likewise,
     and bfloat16 for everything else, quantised files included.
@@ -72,11 +73,11 @@ class GGUFCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, name: str | None = None, dtype: torch.dtype | None = None) -> None:
         self.name = name or str(path)
-        self.path = path
         self._tokenizer_folder: Path | None = None
         sweep()
-        self._file = GGUFFile(path)
-        self.stamps = (self._file.stamp,)
+        self._file = open_gguf(path)
+        self.path = path = self._file.path
+        self.stamps = tuple(part.stamp for part in self._file.parts)
         self._architecture = str(self._file.metadata.get("general.architecture"))
         model_type = model_type_of(self._file)
         if model_type is None and self._architecture != UNEVEN.name:
@@ -129,9 +130,12 @@ class GGUFCheckpoint(Checkpoint):
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
-        sample = sample_sum(self.path, self._file.data_start)
-        status = f"{self.path.name} {self._file.size} {self._file.stamp.modified_ns} {self._dtype} {sample}"
-        return sha256(status.encode() + sha256(self._file.head()).digest()).hexdigest()
+        status = []
+        for part in self._file.parts:
+            sample = sample_sum(part.path, part.data_start)
+            said = f"{part.path.name} {part.size} {part.stamp.modified_ns} {self._dtype} {sample}"
+            status.append(said.encode() + sha256(part.head()).digest())
+        return sha256(b"\0".join(status)).hexdigest()
 
     @property
     def companions(self) -> Companions:

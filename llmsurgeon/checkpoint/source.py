@@ -22,6 +22,7 @@ from llmsurgeon.boundary import local_path, read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.config_file import read_config_file
 from llmsurgeon.checkpoint.files import Stamp, sample_sum
+from llmsurgeon.checkpoint.gguf_parts import one_model
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
@@ -47,6 +48,7 @@ HUB_IGNORED = [
     "optimizer*",
     "training_args*",
 ]
+CUT_IN_BYTES = re.compile(r"\.gguf[-._]?(part|split)[-._]?\w+", re.IGNORECASE)
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -198,6 +200,11 @@ def _open(name: str, revision: str | None, gguf_dtype: torch.dtype | None) -> Ch
             return _open_gguf(path, name, gguf_dtype)
         if any(path.match(pattern) for pattern in PICKLE_PATTERNS):
             raise CheckpointError(_pickle_message(name, str(path.parent)))
+        if CUT_IN_BYTES.search(path.name):
+            raise CheckpointError(
+                f"{name}: a piece of a GGUF file that was cut in bytes; join the pieces in their order first: "
+                "cat PIECE1 PIECE2 ... > model.gguf"
+            )
         raise CheckpointError(f"{name}: not a checkpoint; give a folder, a .gguf file or a hub id")
     if path.is_dir():
         return _open_folder(path, name, gguf_dtype=gguf_dtype)
@@ -213,9 +220,12 @@ def read_config(model: str | os.PathLike[str], revision: str | None = None) -> d
     if path.is_file():
         return open_checkpoint(path).config
     if path.is_dir():
+        _refuse_adapter(path, name)
         config = path / "config.json"
         return read_config_file(config) if config.exists() else _open_folder(path, name).config
-    return read_config_file(_download(name, revision, ["config.json"]) / "config.json")
+    folder = _download(name, revision, ["config.json", "adapter_config.json"])
+    _refuse_adapter(folder, name)
+    return read_config_file(folder / "config.json")
 
 
 def has_weights(model: str | os.PathLike[str]) -> bool:
@@ -229,11 +239,14 @@ def has_weights(model: str | os.PathLike[str]) -> bool:
 def _open_folder(
     folder: Path, name: str, hub_id: str | None = None, gguf_dtype: torch.dtype | None = None
 ) -> Checkpoint:
+    _refuse_adapter(folder, name)
+    for file in (folder / WEIGHTS, folder / INDEX):
+        _refuse_dead_link(file)
     if (folder / WEIGHTS).exists() or (folder / INDEX).exists() or any(folder.glob("*.safetensors")):
         return SafetensorsCheckpoint(folder, name)
     ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) == 1:
-        return _open_gguf(ggufs[0], name, gguf_dtype)
+    if ggufs and (first := ggufs[0] if len(ggufs) == 1 else one_model(ggufs)):
+        return _open_gguf(first, name, gguf_dtype)
     if ggufs:
         names = ", ".join(p.name for p in ggufs)
         raise CheckpointError(f"{name}: holds {len(ggufs)} GGUF files ({names}); give the path of one of them")
@@ -241,6 +254,32 @@ def _open_folder(
         raise CheckpointError(_pickle_message(name, hub_id or str(folder)))
     place = "" if Path(name) == folder else f" in {folder}"
     raise CheckpointError(f"{name}: no weights here: expected {WEIGHTS}, {INDEX} or one .gguf file{place}")
+
+
+def _refuse_adapter(folder: Path, name: str) -> None:
+    """Raise CheckpointError for a folder with a PEFT adapter, which is a change to another model's weights."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return
+    config = read_json(path)
+    base, kind = config.get("base_model_name_or_path") or "its base model", config.get("peft_type") or "PEFT"
+    script = (
+        "import sys; from peft import AutoPeftModelForCausalLM as M; from transformers import AutoTokenizer as T; "
+        "src, out = sys.argv[1:]; m = M.from_pretrained(src, dtype='auto'); "
+        "T.from_pretrained(m.peft_config['default'].base_model_name_or_path).save_pretrained(out); "
+        "m.merge_and_unload().save_pretrained(out)"
+    )
+    out = f"{folder.resolve().name if folder.is_dir() and name == str(folder) else name.split('/')[-1]}-merged"
+    raise CheckpointError(
+        f"{name}: holds a {kind} adapter for {base} (adapter_config.json), not a model by itself; merge the two and "
+        f"use the result:\n  python -c {shlex.quote(script)} {shlex.quote(name)} {shlex.quote(out)}"
+    )
+
+
+def _refuse_dead_link(file: Path) -> None:
+    """Raise CheckpointError for a link to a file that is not there."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(f"{file}: a link to {file.readlink()}, which is not there; put the file itself here")
 
 
 def _open_gguf(path: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
@@ -310,11 +349,16 @@ def read_index(folder: Path) -> dict[str, str]:
     for shard in sorted(set(weight_map.values())):
         if shard in ("", ".", "..") or {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
             raise CheckpointError(f"{path}: shard {shard!r} points outside the folder; refused")
+        _refuse_dead_link(folder / shard)
         if not local_path(folder / shard).exists():
             needs = sum(1 for s in weight_map.values() if s == shard)
             raise CheckpointError(f"{folder}: shard {shard} is missing ({needs} tensors); download it again")
         if not _inside(folder, folder / shard):
-            raise CheckpointError(f"{path}: shard {shard!r} is a link that leads outside the folder; refused")
+            target = (folder / shard).readlink()
+            raise CheckpointError(
+                f"{path}: shard {shard!r} is a link to {target}, which leads outside the folder; refused. Put the file "
+                "itself here (cp --dereference), or give the folder that the files lie in"
+            )
     return weight_map
 
 

@@ -162,10 +162,11 @@ def benchmark_llamacpp(
     Raises:
         SurgeryError: xllamacpp is missing, llama.cpp cannot load a file, or sizes that do not fit.
     """
-    from llmsurgeon.checkpoint.gguf_file import GGUFFile
+    from llmsurgeon.checkpoint.gguf_parts import open_gguf
 
     paths = [model] if parent is None else [parent, model]
-    files = [GGUFFile(path) for path in paths]
+    files = [open_gguf(path) for path in paths]
+    paths = [file.path for file in files]
     prompt, new_tokens = _lengths(prompt, new_tokens, [_of_architecture(file, "context_length") for file in files])
     sizes = dict(prompt=prompt, new_tokens=new_tokens, rounds=rounds)
     _check_sizes(sizes)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field, GGUFFile
+from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, recognise
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
@@ -63,7 +64,7 @@ def tokenizer_fields(
         SurgeryError: no tokenizer, one that llama.cpp has no counterpart of, or more tokens than embeddings.
     """
     if source.is_file():
-        return _copied(GGUFFile(source), rows, pre)
+        return _copied(open_gguf(source), rows, pre)
     tokenizer, description = _load(source, trust_remote_code)
     model = description["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)

@@ -10,7 +10,7 @@ import torch
 
 from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.companions import companions_of
-from llmsurgeon.checkpoint.gguf_file import GGUFFile
+from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
@@ -92,7 +92,7 @@ def load_tokenizer(
     path = local_path(model)
     if path.suffix == ".gguf" and path.is_file():
         with passing() as folder:
-            write_tokenizer(GGUFFile(path).metadata, folder, path)
+            write_tokenizer(open_gguf(path).metadata, folder, path)
             with foreign(model, "the tokenizer that its fields describe cannot be loaded", "download the file again"):
                 return _quietly(AutoTokenizer.from_pretrained, str(folder))
     place = companions_folder(model, revision)

@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 
+# Ends of the names of decoders' classes that predict no next token.
+SCORING_HEAD = re.compile(
+    r"For(Sequence|Token)Classification$|ForQuestionAnswering$|ForSequenceRegression$|Reward\w*$|DoubleHeadsModel$"
+)
+
 TIED = "tie_word_embeddings"
 # Published files round these to 16 bits.
 INV_FREQ_TOLERANCE = 2**-7
@@ -81,6 +86,7 @@ def read_model(checkpoint: Checkpoint) -> Reading:
         CheckpointError: tensors are missing, unexpected or of other shapes than the config promises.
     """
     refuse_quantised(checkpoint.config, checkpoint.name)
+    refuse_scoring_head(checkpoint.config, checkpoint.name)
     tower = tower_of(checkpoint.config, checkpoint)
     config = normalised(tower.text if tower else checkpoint.config)
     family, empty = family_of(config), empty_model(config)
@@ -117,6 +123,18 @@ def refuse_quantised(config: Mapping[str, Any], name: str) -> None:
         raise SurgeryError(
             f"{name}: its weights are quantised already (quantization_config: {method}), and "
             "operations work on plain numbers; take the checkpoint that it was made from"
+        )
+
+
+def refuse_scoring_head(config: Mapping[str, Any], name: str) -> None:
+    """Raise SurgeryError for a decoder whose head scores texts or tokens, as reward models and classifiers have it."""
+    named = config.get("architectures")
+    head = str(named[0]) if isinstance(named, list) and named else ""
+    if SCORING_HEAD.search(head) and not family_of(config).encoder:
+        raise SurgeryError(
+            f"{name}: {head} is a decoder whose head scores a text (a classifier or reward model) and predicts no next "
+            "token, by which cuts are measured and healed. Cut the language model that it was trained from (the same "
+            "recipe takes it), and train the head on the result"
         )
 
 

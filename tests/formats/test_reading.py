@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.cli.main import app
-from llmsurgeon.errors import CheckpointError
+from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.patient import open_patient
+from llmsurgeon.patient import open_config, open_patient
 from llmsurgeon.recipe import loads
 from llmsurgeon.run import Options, run
 
@@ -240,3 +240,64 @@ def test_inspect_looks_at_the_weights(contradicted):
 def test_a_dry_run_plans_what_the_file_holds(contradicted):
     plan = CliRunner().invoke(app, ["prune", str(contradicted), "--blocks", "2", "--dry-run"])
     assert "both are kept" in plan.stdout
+
+
+REWARD = (
+    "LlamaForSequenceClassification",
+    "LlamaForTokenClassification",
+    "LlamaForRewardModel",
+    "GPT2DoubleHeadsModel",
+)
+
+
+@pytest.mark.parametrize("head", REWARD)
+def test_a_scoring_head_is_named(tmp_path, head):
+    """By every reader, the one of config.json alone included."""
+    folder = save_tiny(tmp_path / "p", "gpt2" if head.startswith("GPT2") else "llama")
+    changed(folder, {"architectures": [head]})
+    readers = (open_patient, load_model, lambda name: open_config(f"{name}/config.json"))
+    for reader in readers:
+        with pytest.raises(
+            SurgeryError, match=rf"{head} is a decoder whose head scores a text .* predicts no next token"
+        ):
+            reader(str(folder))
+    for command in ("inspect", "verify"):
+        assert "whose head scores a text" in str(CliRunner().invoke(app, [command, str(folder)]).exception)
+
+
+def test_a_sequence_classifier_of_an_encoder_is_not_refused(tmp_path):
+    assert open_patient(str(save_encoder(tmp_path / "p", "bert", "BertForSequenceClassification")))
+
+
+def test_an_adapter_says_what_it_is_of(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
+    for reader in (open_patient, open_config, load_model):
+        with pytest.raises(
+            SurgeryError, match=r"holds a LORA adapter for owner/base .* merge the two (.|\n)*merge_and"
+        ):
+            reader(str(folder))
+
+
+def test_links(tmp_path):
+    """A dead one is not a missing file; one that leads elsewhere says where."""
+    folder = save_tiny(tmp_path / "p", "llama")
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere.safetensors")
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"model.safetensors: a link to .*gone, which is not there"):
+        open_patient(str(folder))
+    weights.unlink()
+    names = list(load_file(tmp_path / "elsewhere.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    shard = folder / "model-00001-of-00001.safetensors"
+    shard.symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"of-00001.safetensors: a link to .*gone, which is not there"):
+        open_patient(str(folder))
+    shard.unlink()
+    shard.symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match=r"is a link to .*elsewhere.safetensors, .*cp --dereference"):
+        open_patient(str(folder))
