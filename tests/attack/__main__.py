@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import pickle
 import pkgutil
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 
@@ -39,6 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="tries of one seed are the same every time")
     parser.add_argument("--tries", type=int, default=3000, help="how many in all (default: 3000)")
     parser.add_argument("--seconds", type=float, help="stop after so long, however many were made")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make them side by side")
     parser.add_argument("--kinds", default=",".join(here), help=f"some of {','.join(here)}")
     parser.add_argument("--case", metavar="KIND:NUMBER", help="one try again, with all that it printed")
     parser.add_argument("--keep", type=Path, help="folder for the inputs of tries that went wrong")
@@ -114,42 +118,85 @@ def replay(given: argparse.Namespace, scratch: Path) -> int:
     return int(verdict.wrong is not None)
 
 
+@dataclass
+class Tally:
+    """What came of some tries; `seen` maps the signature of a wrong to the tries that have it."""
+
+    tries: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, other: Tally) -> None:
+        """Count another one's tries as well."""
+        self.tries += other.tries
+        for kind, spent in other.seconds.items():
+            self.seconds[kind] = self.seconds.get(kind, 0.0) + spent
+        for signature, cases in other.seen.items():
+            self.seen.setdefault(signature, []).extend(cases)
+
+
 def attack(given: argparse.Namespace, scratch: Path) -> int:
-    """All tries, kinds in turn; the table."""
+    """All tries, kinds in turn, in as many processes as asked for; the table."""
+    started = time.monotonic()
+    workers = []
+    for job in range(given.jobs):
+        worker = os.fork()
+        if not worker:
+            code = 1
+            try:
+                tally = stripe(given, job, scratch)
+                (scratch / f"tally-{job}").write_bytes(pickle.dumps(tally))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        workers.append(worker)
+    tally = Tally()
+    for job, worker in enumerate(workers):
+        if os.waitpid(worker, 0)[1]:
+            raise RuntimeError("a process of the attack has failed")
+        tally.add(pickle.loads((scratch / f"tally-{job}").read_bytes()))
+    return table(given, tally, time.monotonic() - started)
+
+
+def stripe(given: argparse.Namespace, job: int, scratch: Path) -> Tally:
+    """Every so-manieth try, beginning with number `job`."""
     from tests.attack.ground import Ground
 
-    kinds, ground = given.kinds.split(","), Ground(_made(scratch / "ground"))
-    tries, wrong, seconds = Counter[str](), Counter[str](), Counter[str]()
-    seen: dict[str, list[str]] = {}
-    started = time.monotonic()
-    for place in range(given.tries):
-        if given.seconds and time.monotonic() - started > given.seconds:
+    kinds, ground, tally = given.kinds.split(","), Ground(_made(scratch / f"ground-{job}")), Tally()
+    until = time.monotonic() + given.seconds if given.seconds else None
+    for place in range(job, given.tries, given.jobs):
+        before = time.monotonic()
+        if until and before > until:
             break
         kind, number = kinds[place % len(kinds)], place // len(kinds)
-        before = time.monotonic()
         verdict = attempt(kind, number, given, ground, scratch)
-        seconds[kind] += time.monotonic() - before  # type: ignore[assignment]
-        tries[kind] += 1
+        tally.tries[kind] += 1
+        tally.seconds[kind] = tally.seconds.get(kind, 0.0) + time.monotonic() - before
         if verdict.wrong:
-            wrong[kind] += 1
-            alike = seen.setdefault(verdict.signature, [])
+            alike = tally.seen.setdefault(verdict.signature, [])
             alike.append(f"{kind}:{number}")
             if len(alike) == 1:
                 line = " ".join(ascii(word)[:80] for word in verdict.arguments)
-                print(
-                    f"{kind}:{number} {verdict.signature}\n    {verdict.what!a}\n    {line}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    for signature, cases in sorted(seen.items(), key=lambda item: -len(item[1])):
+                said = f"{kind}:{number} {verdict.signature}\n    {verdict.what!a}\n    {line}"
+                print(said, file=sys.stderr, flush=True)
+    return tally
+
+
+def table(given: argparse.Namespace, tally: Tally, seconds: float) -> int:
+    """Print what came of the tries; the exit code."""
+    wrong = Counter(case.partition(":")[0] for cases in tally.seen.values() for case in cases)
+    for signature, cases in sorted(tally.seen.items(), key=lambda item: -len(item[1])):
         print(f"{len(cases):5}  {signature}  {' '.join(cases[:4])}")
     print(f"\n{'kind':12} {'tries':>6} {'clean':>6} {'wrong':>6} {'seconds':>8}")
-    for kind in kinds:
-        print(f"{kind:12} {tries[kind]:6} {tries[kind] - wrong[kind]:6} {wrong[kind]:6} {seconds[kind]:8.0f}")
-    total, bad = sum(tries.values()), sum(wrong.values())
-    print(f"{'all':12} {total:6} {total - bad:6} {bad:6} {time.monotonic() - started:8.0f}")
+    for kind in given.kinds.split(","):
+        tries, spent = tally.tries[kind], tally.seconds.get(kind, 0)
+        print(f"{kind:12} {tries:6} {tries - wrong[kind]:6} {wrong[kind]:6} {spent:8.0f}")
+    total, bad = tally.tries.total(), wrong.total()
+    print(f"{'all':12} {total:6} {total - bad:6} {bad:6} {seconds:8.0f}")
     if bad:
-        print(f"again: scripts/attack --seed {given.seed} --case {next(iter(seen.values()))[0]}")
+        print(f"again: scripts/attack --seed {given.seed} --case {next(iter(tally.seen.values()))[0]}")
     return int(bad > 0)
 
 
