@@ -226,6 +226,12 @@ def test_names_that_are_no_paths(folder, run, verb):
         assert code == 2 and "cannot be used as a path" in err, err
 
 
+def test_a_folder_below_the_home(folder, run, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    for arguments in (("verify", "~/parent"), ("inspect", "~/parent"), ("eval", "~/parent", *VERBS["eval"][2:])):
+        assert run(*arguments)[0] == 0, arguments
+
+
 def test_caches_of_a_user_without_a_home(folder, run, monkeypatch):
     for name in ("HOME", "LLMSURGEON_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,10 +102,11 @@ def verify_command(
     from llmsurgeon.boundary import local_path
     from llmsurgeon.checkpoint.manifest import verify_files
 
-    if not local_path(folder).is_dir():
-        what = "is a file" if Path(folder).exists() else "no such folder"
+    place = local_path(folder)
+    if not place.is_dir():
+        what = "is a file" if place.exists() else "no such folder"
         raise SurgeryError(f"{folder}: {what}; verify takes the folder of a checkpoint")
-    problems = verify_files(Path(folder))
+    problems = verify_files(place)
     remarks: list[str] = []
     packed = not problems and _is_packed(folder)
     if not problems and not packed:
