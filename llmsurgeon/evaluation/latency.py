@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import comb
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,37 @@ class Spread:
         return cls(median(values), low, high, min(values), max(values))
 
 
+# Fewer pairs do not tell a speedup from noise: with five, all of them on one side of 1 have a chance of 1 in 16.
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Speedup(Spread):
+    """Parent's seconds / model's seconds, one ratio a round: both were timed one after the other in it.
+
+    interval: of the median ratio at 95 % by order statistics (Conover, Practical Nonparametric Statistics, 3.2), all of
+        the ratios where there are five or fewer.
+    clear: whether that is enough to call the model faster or slower: five ratios or more, and 1 is outside.
+    """
+
+    interval: tuple[float, float]
+    clear: bool
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Speedup:
+        """The speedup of one ratio or more."""
+        ranked, count = sorted(values), len(values)
+        left_out, below = 0, 0.5**count
+        while 2 * below <= 0.05:
+            left_out += 1
+            below += comb(count, left_out) * 0.5**count
+        left_out = max(left_out - 1, 0)
+        low, high = ranked[left_out], ranked[-1 - left_out]
+        plain = Spread.of(values)
+        clear = count >= FEWEST_ROUNDS and not low <= 1 <= high
+        return cls(**asdict(plain), interval=(low, high), clear=clear)
+
+
 @dataclass(frozen=True)
 class Speed:
     """One model's figures. Rates are tokens a second over the whole batch; seconds are of one prefill, one step.
@@ -76,8 +108,8 @@ class Bench:
 
     model: Speed
     parent: Speed | None
-    prefill_speedup: Spread | None
-    decode_speedup: Spread | None
+    prefill_speedup: Speedup | None
+    decode_speedup: Speedup | None
     batch: int
     prompt: int
     new_tokens: int
@@ -213,7 +245,7 @@ def _bench(speeds: list[Speed], timed: list[list[_Round]], **how: Any) -> Bench:
     return Bench(
         model=speeds[-1],
         parent=speeds[0] if pairs else None,
-        prefill_speedup=Spread.of([p.prefill / m.prefill for p, m in pairs]) if pairs else None,
+        prefill_speedup=Speedup.of([p.prefill / m.prefill for p, m in pairs]) if pairs else None,
         decode_speedup=_ratios([p.decode for p, _ in pairs], [m.decode for _, m in pairs]),
         **how,
     )
@@ -275,9 +307,9 @@ def _speed(weights: int, rounds: list[_Round], tokens: int, batch: int, new_toke
     )
 
 
-def _ratios(theirs: list[float | None], mine: list[float | None]) -> Spread | None:
+def _ratios(theirs: list[float | None], mine: list[float | None]) -> Speedup | None:
     ratios = [a / b for a, b in zip(theirs, mine, strict=True) if a is not None and b is not None]
-    return Spread.of(ratios) if ratios else None
+    return Speedup.of(ratios) if ratios else None
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:
@@ -351,7 +383,7 @@ def _file_type(file: GGUFFile) -> str:
 
 
 def bench_table(bench: Bench) -> Table:
-    """The figures as a rich table: a row a quantity, medians with [quartiles]."""
+    """The figures as a rich table: a row a quantity, medians with [quartiles]; under it what the speedup is of."""
     from rich.table import Table
 
     decoded = f", {bench.new_tokens} new tokens" if bench.new_tokens else ""
@@ -364,7 +396,7 @@ def bench_table(bench: Bench) -> Table:
         table.add_column(name, justify="right")
     speeds = [bench.parent, bench.model] if bench.parent else [bench.model]
 
-    def rates(name: str, field: str, speedup: Spread | None) -> None:
+    def rates(name: str, field: str, speedup: Speedup | None) -> None:
         if getattr(speeds[0], field) is None:
             return
         cells = [
@@ -387,7 +419,29 @@ def bench_table(bench: Bench) -> Table:
     if bench.new_tokens:
         sizes("weights + KV cache, MB", "memory_bytes", 1e6, ",.1f")
     sizes("CUDA peak, MB", "peak_memory_bytes", 1e6, ",.1f")
+    if bench.prefill_speedup:
+        found = ((once, bench.prefill_speedup), ("decode", bench.decode_speedup))
+        doubts = [_doubt(name, speedup, bench.rounds) for name, speedup in found if speedup and not speedup.clear]
+        table.caption = "\n".join([PAIRED, *doubts])
+        table.caption_justify = "left"
     return table
+
+
+PAIRED = (
+    "speedup: the parent's seconds / the model's in the same round, median [quartiles] of these ratios; on a machine "
+    "whose speed changes it need not be the ratio of the two medians beside it"
+)
+
+
+def _doubt(name: str, speedup: Speedup, rounds: int) -> str:
+    """Why a speedup does not tell which model is faster."""
+    low, high = (format(end, ".2f") for end in speedup.interval)
+    if rounds < FEWEST_ROUNDS:
+        return f"{name}: {rounds} rounds are too few to tell which is faster; take --rounds {FEWEST_ROUNDS} or more"
+    return (
+        f"{name}: too noisy to tell which is faster, the median ratio is between {low} and {high}; measure on an idle "
+        f"machine, or take more than --rounds {rounds}"
+    )
 
 
 def _cell(spread: Spread, form: str) -> str:

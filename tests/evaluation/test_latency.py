@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -80,6 +81,48 @@ def test_sliding_windows_count_what_they_hold():
 
 def test_spread_of_one_value():
     assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0, 3.0, 3.0)
+
+
+def text_of(bench):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(bench_table(bench))
+    return " ".join(console.export_text().split())
+
+
+def made_of(parents, models):
+    """The bench of two models whose rounds took these seconds."""
+    timed = [[latency._Round(each, each, 64, 64, None) for each in seconds] for seconds in (parents, models)]
+    speeds = [latency._speed(1, rounds, 10, 1, 10) for rounds in timed]
+    how = dict(batch=1, prompt=10, new_tokens=10, rounds=len(parents), device="cpu", dtype="float32", threads=1)
+    return latency._bench(speeds, timed, **how)
+
+
+def test_a_busy_machine_says_that_it_cannot_tell():
+    """Each model's median says slower, the pairs' median faster: the table says what its ratio is of."""
+    bench = made_of([1.0, 1.6, 1.62, 3.0, 3.3], [1.8, 1.4, 1.45, 4.0, 2.9])
+    medians = bench.parent.decode_tokens_per_second.median, bench.model.decode_tokens_per_second.median
+    assert medians[1] < medians[0] * 0.95 and bench.decode_speedup.median > 1.1
+    assert bench.decode_speedup.interval == (pytest.approx(1 / 1.8), pytest.approx(1.6 / 1.4))
+    assert not bench.decode_speedup.clear
+    text = text_of(bench)
+    assert "the parent's seconds / the model's in the same round" in text
+    assert "decode: too noisy to tell which is faster, the median ratio is between 0.56 and 1.14" in text
+
+
+def test_a_clear_speedup_says_no_more_than_what_it_is_of():
+    text = text_of(made_of([2.0, 2.1, 2.2, 2.0, 2.1], [1.0, 1.0, 1.1, 1.2, 1.0]))
+    assert "noisy" not in text and "too few" not in text and "in the same round" in text
+    assert "prefill: 3 rounds are too few to tell which is faster" in text_of(made_of([2.0] * 3, [1.0] * 3))
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (15, 3), (20, 5)])
+def test_the_interval_is_that_of_order_statistics(count, left_out):
+    """Of n values the r-th smallest to the r-th largest hold the median with 95 %: the sign test's table."""
+    values = [1 + i / 100 for i in range(count)]
+    assert latency.Speedup.of(values).interval == (values[left_out], values[-1 - left_out])
+    chance = 2 * sum(math.comb(count, i) for i in range(left_out + 1)) / 2**count
+    assert chance <= 0.05 or count < 6
+    assert chance + 2 * math.comb(count, left_out + 1) / 2**count > 0.05
 
 
 def test_table_shows_both():
