@@ -213,10 +213,9 @@ def _group_bytes(meta: Mapping[str, Tensor], name: str) -> int:
     """Bytes of a computed tensor and of its sources; 0 where bytes are copied."""
     if not isinstance(meta, TransformedWeights) or meta.origin(name) is not None:
         return 0
-    transform = next((t for t in meta.transforms if name in t.targets and t.fn), None)
-    if transform is None:
-        inner = next((t.sources[0] for t in meta.transforms if name in t.targets), name)
-        return _group_bytes(meta.base, inner)
+    transform = meta.maker(name)
+    if transform is None or transform.fn is None:
+        return _group_bytes(meta.base, transform.sources[0] if transform else name)
     if inspect.isgeneratorfunction(transform.fn):
         return STREAMED_BYTES
     tensors = [meta[name], *(meta.base[source] for source in transform.sources)]

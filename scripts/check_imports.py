@@ -34,7 +34,7 @@ ARROWS: dict[str, set[str]] = {
     "packed_numba": set(),
     "spec": {"errors"},
     "modeling": set(),
-    "checkpoint": {"boundary", "errors", "finite", "progress"},
+    "checkpoint": {"boundary", "errors", "finite", "limits", "progress"},
     "families": {"errors", "spec"},
     # Operations name weight edits (checkpoint.transform) and know no files.
     "operations": BASE | {"families", "spec", "checkpoint.transform"},

@@ -13,11 +13,13 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from llmsurgeon.checkpoint.kept import allocate, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import family_of
 from llmsurgeon.finite import is_finite, not_finite
@@ -303,15 +305,20 @@ class Streams:
         size = count * torch.Size(shape).numel() * dtype.itemsize
         self._file = None
         if size > STREAM_BYTES_IN_MEMORY:
-            self._file = tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-", delete=False)  # noqa: SIM115
-            try:
-                self._file.truncate(size)
-                numbers = size // dtype.itemsize
-                self.data = torch.from_file(self._file.name, shared=True, size=numbers, dtype=dtype).view(count, *shape)
-            finally:
-                os.unlink(self._file.name)  # mapped, it needs no name, and a kill leaves none
+            then = f"hidden states take {size:,} bytes there: set TMPDIR to a folder with room, or take fewer tokens"
+            with writing(Path(tempfile.gettempdir()), then):
+                self.data = self._mapped(size, dtype).view(count, *shape)
         else:
             self.data = torch.empty((count, *shape), dtype=dtype)
+
+    def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
+        """A tensor that is a temporary file, all of its room on the disk taken."""
+        self._file = tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-", delete=False)  # noqa: SIM115
+        try:
+            allocate(self._file.fileno(), size)
+            return torch.from_file(self._file.name, shared=True, size=size // dtype.itemsize, dtype=dtype)
+        finally:
+            os.unlink(self._file.name)  # mapped, it needs no name, and a kill leaves none
 
 
 Observer = Callable[[int, slice, int, Parts, Parts], None]

@@ -5,6 +5,7 @@ All other fields belong to transformers' config class of the family, which check
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 
 from llmsurgeon.boundary import kind_of, read_json
 from llmsurgeon.errors import CheckpointError
+from llmsurgeon.limits import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 
 
 def _text(value: Any) -> bool:
@@ -109,6 +111,13 @@ FFN: dict[str, Kind] = {
     **dict.fromkeys(("depth", "leaf_width", "shared", "trees"), WHOLE),
 }
 NEMOTRON_NAS = dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers"), POSITIVE)
+LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+# Names of fields, first match first, and the most that they may say (or, for lists, how many entries they may have).
+SIZES = (
+    (r"^block_configs$|^layer_types$|^(num_hidden|n|num)_layers?$", MOST_LAYERS),
+    (r"experts", MOST_EXPERTS),
+    (r"^(n|num|max)_|_(size|dim|heads|layers|positions|width|inner|embd)$|^head_dim$", LARGEST_SIZE),
+)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -119,7 +128,32 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     config = read_json(path)
     check_fields(config, str(path))
+    check_sizes(config, str(path))
     return config
+
+
+def check_sizes(config: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError for a model so large that building it empty would take hours, or all memory.
+
+    Towers and the like, which are objects inside the config, are looked at, too.
+    """
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_sizes(value, f"{where}: {key}")
+        most = next((most for pattern, most in SIZES if re.search(pattern, key)), None)
+        count = len(value) if isinstance(value, list) else value
+        if most is not None and _whole(count) and count > most:
+            raise CheckpointError(
+                f"{where}: {key} {'has' if isinstance(value, list) else 'is'} {count:,}"
+                f"{' entries' if isinstance(value, list) else ''}, expected at most {most:,}; correct it there"
+            )
+
+
+def check_layers(config: Mapping[str, Any], tensors: int, where: str) -> None:
+    """Raise CheckpointError where the config has more layers than its weight files have tensors."""
+    for key, value in config.items():
+        if key in LAYER_KEYS and _whole(value) and value > tensors:
+            raise CheckpointError(f"{where}: {key} is {value:,}, and the weights have {tensors:,} tensors in all")
 
 
 def check_fields(config: Mapping[str, Any], where: str) -> None:

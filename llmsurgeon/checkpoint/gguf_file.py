@@ -14,6 +14,7 @@ import numpy as np
 
 from llmsurgeon.checkpoint.files import Stamp, opened
 from llmsurgeon.errors import CheckpointError
+from llmsurgeon.limits import MOST_FIELDS, MOST_TENSORS, MOST_VALUES
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9  # types of values
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -95,6 +96,26 @@ class GGUFFile:
         self.entries = {row[0]: self._entry(*row) for row in table}
         if len(self.entries) != len(table):
             raise CheckpointError(f"{path}: two tensors have the same name")
+        self._check_places(alignment)
+
+    def _check_places(self, alignment: int) -> None:
+        """Raise CheckpointError where the tensors are not one behind the other, each at the next aligned byte, with
+        the last one at the end of the file: the format knows no gaps, so an offset, a type or a shape is wrong."""
+        at, name = self.data_start, ""
+        for entry in sorted(self.entries.values(), key=lambda entry: (entry.start, entry.end)):
+            if entry.start != at:
+                behind = f", behind {name!r}" if name else ""
+                raise CheckpointError(
+                    f"{self.path}: tensor {entry.name!r} starts at byte {entry.start:,}, expected {at:,}{behind}: its "
+                    "offset or the type or shape of the one before is wrong; download it again"
+                )
+            at, name = -(-entry.end // alignment) * alignment, entry.name
+        ends = max((entry.end for entry in self.entries.values()), default=self.size)
+        # The last tensor may or may not be filled up.
+        if self.size not in (ends, at):
+            raise CheckpointError(
+                f"{self.path}: its tensors end at byte {ends:,}, and the file has {self.size:,}; download it again"
+            )
 
     def head(self) -> bytes:
         """Everything before the tensors' data."""
@@ -144,7 +165,7 @@ class GGUFFile:
             return self._string()
         if kind == ARRAY:
             inner, count = self._take("IQ")
-            if count > self.size - self._at:  # every element takes a byte at least
+            if count > min(self.size - self._at, MOST_VALUES):  # every element takes a byte at least
                 raise struct.error(f"an array of {count:,} values is announced")
             if inner in SCALARS:
                 return list(self._take(f"{count}{SCALARS[inner]}"))
@@ -162,6 +183,12 @@ class GGUFFile:
         if version not in (2, 3):
             raise CheckpointError(f"{self.path}: GGUF version {version} is not supported, 2 and 3 are")
         tensor_count, pair_count = self._take("QQ")
+        for count, most, what in (
+            (tensor_count, MOST_TENSORS, "tensors"),
+            (pair_count, MOST_FIELDS, "metadata fields"),
+        ):
+            if count > most:
+                raise CheckpointError(f"{self.path}: announces {count:,} {what}, expected at most {most:,}")
         return tensor_count, pair_count
 
     def _table_row(self) -> tuple[str, tuple[int, ...], int, int]:
@@ -170,6 +197,8 @@ class GGUFFile:
         if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise struct.error(f"tensor {name!r} with {dimensions} dimensions")
         shape = tuple(reversed(self._take(f"{dimensions}Q")))
+        if 0 in shape:
+            raise struct.error(f"tensor {name!r} of no numbers")
         kind, offset = self._take("IQ")
         return name, shape, kind, offset
 

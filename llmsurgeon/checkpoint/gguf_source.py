@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.companions import Companion, Companions
+from llmsurgeon.checkpoint.config_file import check_sizes
 from llmsurgeon.checkpoint.files import sample_sum
 from llmsurgeon.checkpoint.gguf_architectures import (
     ARCHITECTURES,
@@ -36,6 +37,7 @@ from llmsurgeon.checkpoint.gguf_file import GGUFEntry
 from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf_uneven import uneven_config, uneven_shapes
+from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.passing import passing_folder, sweep
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError
@@ -144,9 +146,11 @@ class GGUFCheckpoint(Checkpoint):
             from transformers import GenerationConfig
 
             folder = passing_folder(self)
-            write_tokenizer(self._file.metadata, folder, self.path)
             ids = {key: self.config.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-            GenerationConfig(**{key: value for key, value in ids.items() if value is not None}).save_pretrained(folder)
+            known = GenerationConfig(**{key: value for key, value in ids.items() if value is not None})
+            with writing(folder, then="set TMPDIR to a folder with room"):
+                write_tokenizer(self._file.metadata, folder, self.path)
+                known.save_pretrained(folder)
             self._tokenizer_folder = folder
         files = sorted(self._tokenizer_folder.iterdir())
         return Companions(tuple(Companion(file.name, self._tokenizer_folder) for file in files))
@@ -184,7 +188,9 @@ class GGUFCheckpoint(Checkpoint):
         level = quiet.level
         quiet.setLevel(logging.ERROR)
         try:
-            config = AutoConfig.for_model(**read_config(self._file, model_type))
+            values = read_config(self._file, model_type)
+            check_sizes(values, f"{self.path}: its metadata")
+            config = AutoConfig.for_model(**values)
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config)
         except CheckpointError:

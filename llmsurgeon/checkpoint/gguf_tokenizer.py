@@ -13,6 +13,7 @@ from typing import Any
 
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, to_tokenizer_json
 from llmsurgeon.errors import CheckpointError
+from llmsurgeon.limits import LONGEST_TOKEN
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4  # token types
 SPACE = "▁"
@@ -32,6 +33,12 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, where: Path) -> N
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not tokens:
         raise CheckpointError(f"{where}: has no tokenizer")
+    longest = max(tokens, key=len)
+    if len(longest) > LONGEST_TOKEN:
+        raise CheckpointError(
+            f"{where}: token {tokens.index(longest)} of its tokenizer has {len(longest):,} characters, expected at most "
+            f"{LONGEST_TOKEN:,}; download it again"
+        )
     description = _description(metadata, tokens, where)
     special = {}
     for name, key in NAMED.items():
@@ -130,9 +137,13 @@ def _merges(vocab: Mapping[str, int], tokens: list[str], types: list[int], score
     """Every way to halve a piece, best piece first: what SentencePiece would join, in its order."""
     normal = [i for i, kind in enumerate(types) if kind == 1]
     pieces = {tokens[i] for i in normal}
+    lengths = sorted({len(piece) for piece in pieces})
+    known = set(lengths)
     for i in sorted(normal, key=lambda i: (-scores[i], i)):
         text = tokens[i]
-        halves = ((text[:at], text[at:]) for at in range(1, len(text)))
+        # Only where there are pieces as long as both halves: a long token has few such places.
+        places = (at for at in lengths if at < len(text) and len(text) - at in known)
+        halves = ((text[:at], text[at:]) for at in places)
         found = [(left, right) for left, right in halves if left in pieces and right in pieces]
         yield from ([left, right] for left, right in sorted(found, key=lambda pair: (vocab[pair[0]], vocab[pair[1]])))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsurgeon.boundary import local_path, read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
-from llmsurgeon.checkpoint.config_file import read_config_file
+from llmsurgeon.checkpoint.config_file import check_layers, read_config_file
 from llmsurgeon.checkpoint.files import Stamp, sample_sum
 from llmsurgeon.checkpoint.gguf_parts import one_model
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
@@ -124,6 +124,7 @@ class SafetensorsCheckpoint(Checkpoint):
         config = [Stamp.of(held)] if held.exists() else []
         self.config = read_config_file(held)
         self._file_of, self.weight_files, index = _open_weights(folder)
+        check_layers(self.config, len(self._file_of), str(held))
         self.stamps = (*config, *index, *(file.stamp for file in self.weight_files))
 
     def __getitem__(self, name: str) -> Tensor:

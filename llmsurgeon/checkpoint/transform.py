@@ -161,6 +161,10 @@ class TransformedWeights(Mapping[str, Tensor]):
         """The innermost base: the checkpoint as it was read."""
         return self.base.root if isinstance(self.base, TransformedWeights) else self.base
 
+    def maker(self, name: str) -> WeightTransform | None:
+        """The edit that makes `name`, None where it passes through."""
+        return self._maker.get(name)
+
     def group(self, name: str) -> tuple[str, ...]:
         """The names that are computed together with `name`, itself included."""
         transform = self._maker.get(name)

@@ -10,8 +10,10 @@ import torch
 
 from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.companions import companions_of
+from llmsurgeon.checkpoint.files import refuse_special
 from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
+from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
@@ -92,9 +94,12 @@ def load_tokenizer(
     path = local_path(model)
     if path.suffix == ".gguf" and path.is_file():
         with passing() as folder:
-            write_tokenizer(open_gguf(path).metadata, folder, path)
+            with writing(folder, then="set TMPDIR to a folder with room"):
+                write_tokenizer(open_gguf(path).metadata, folder, path)
             with foreign(model, "the tokenizer that its fields describe cannot be loaded", "download the file again"):
                 return _quietly(AutoTokenizer.from_pretrained, str(folder))
+    # The tokenizers library would wait for a pipe without end.
+    refuse_special(path.iterdir() if path.is_dir() else ())
     place = companions_folder(model, revision)
     companions_of(place, trust_remote_code).check_tokenizer(model, place)
     raw = read_config(place)

@@ -60,17 +60,21 @@ def packed(
     start, end = window_start(tokenizer), window_end(tokenizer)
     separator = document_start(tokenizer)
     inner, made, pending = length - len(start) - len(end), 0, list[int]()
+    if inner < 1:
+        raise SurgeryError(f"rows of {length} tokens hold special tokens only; raise distill.sequence_length")
     for pieces in texts:
         if separator is not None:
             pending.append(separator)
         for piece in pieces:
             pending += token_ids(tokenizer, piece, add_special_tokens=False, verbose=False)
-            while len(pending) >= inner:
+            at = 0
+            while len(pending) - at >= inner:
                 if made + length > limit:
                     return
-                yield start + pending[:inner] + end
-                pending = pending[inner:]
+                yield start + pending[at : at + inner] + end
+                at += inner
                 made += length
+            del pending[:at]  # once a piece: a document may be one piece of millions of tokens
 
 
 def sentence_rows(

@@ -170,6 +170,11 @@ class Distill(Step):
             raise ValueError("local mode trains whole blocks; lora belongs to global mode")
         if self.mode == "global" and self.processes > 1:
             raise ValueError("processes is for local mode; for global mode use `accelerate launch -m llmsurgeon heal`")
+        if self.batch * self.accumulate > MOST_SEQUENCES:
+            raise ValueError(
+                f"batch ({self.batch:,}) times accumulate ({self.accumulate:,}) are {self.batch * self.accumulate:,} "
+                f"sequences a step, expected at most {MOST_SEQUENCES:,}"
+            )
         if self.data is not None and not self.data:
             raise ValueError("data is empty; leave it out to train on the calibration text")
         return self
