@@ -303,7 +303,6 @@ class Streams:
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         size = count * torch.Size(shape).numel() * dtype.itemsize
-        self._file = None
         if size > STREAM_BYTES_IN_MEMORY:
             then = f"hidden states take {size:,} bytes there: set TMPDIR to a folder with room, or take fewer tokens"
             with writing(Path(tempfile.gettempdir()), then):
@@ -313,12 +312,12 @@ class Streams:
 
     def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
         """A tensor that is a temporary file, all of its room on the disk taken."""
-        self._file = tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-", delete=False)  # noqa: SIM115
-        try:
-            allocate(self._file.fileno(), size)
-            return torch.from_file(self._file.name, shared=True, size=size // dtype.itemsize, dtype=dtype)
-        finally:
-            os.unlink(self._file.name)  # mapped, it needs no name, and a kill leaves none
+        with tempfile.NamedTemporaryFile(prefix="llmsurgeon-streams-", delete=False) as file:
+            try:
+                allocate(file.fileno(), size)
+                return torch.from_file(file.name, shared=True, size=size // dtype.itemsize, dtype=dtype)
+            finally:
+                os.unlink(file.name)  # mapped, it needs no name, and a kill leaves none
 
 
 Observer = Callable[[int, slice, int, Parts, Parts], None]

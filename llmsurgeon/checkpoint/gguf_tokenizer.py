@@ -36,8 +36,8 @@ def write_tokenizer(metadata: Mapping[str, Any], folder: Path, where: Path) -> N
     longest = max(tokens, key=len)
     if len(longest) > LONGEST_TOKEN:
         raise CheckpointError(
-            f"{where}: token {tokens.index(longest)} of its tokenizer has {len(longest):,} characters, expected at most "
-            f"{LONGEST_TOKEN:,}; download it again"
+            f"{where}: token {tokens.index(longest)} of its tokenizer has {len(longest):,} characters, expected at "
+            f"most {LONGEST_TOKEN:,}; download it again"
         )
     description = _description(metadata, tokens, where)
     special = {}

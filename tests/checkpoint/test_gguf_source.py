@@ -362,7 +362,7 @@ def test_lying_sizes(tmp_path):
     assert struct.unpack_from("<QQ", data, at) == (64, 40)
     struct.pack_into("<QQ", data, at, 64, 39)
     path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"token_embd.weight has shape \(39, 64\).*asks for \(40, 64\)"):
+    with pytest.raises(CheckpointError, match=r"expected [\d,]+, behind 'token_embd.weight'.*shape of the one before"):
         open_checkpoint(path)
 
 
