@@ -17,6 +17,8 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.base import all_kept, assemble
+from llmsurgeon.operations.fit_memory import Text, refit_bytes, ternary_bytes
+from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary, refuse_ternary
 from llmsurgeon.operations.trim_vocab import TrimVocab
 from llmsurgeon.patient import Patient, shapes_of
@@ -54,6 +56,26 @@ class Planned:
     def peak_bytes(self) -> int:
         """The most that one computed tensor and what it is made from take, when weights are edited."""
         return max((_group_bytes(self.meta, name) for name in self.meta), default=0)
+
+    @property
+    def healing_bytes(self) -> int:
+        """About the most that closed-form fits (refit, ternary codes that compensate) take beside the process itself.
+
+        From shapes; 0 where the recipe has no such step.
+        """
+        wanted, found = self.recipe.calibration, 0
+        for step in self.heals:
+            tokens = (step.tokens if isinstance(step, Refit) else None) or wanted.tokens
+            text = Text(tokens, wanted.sequence_length, self.patient.dtype.itemsize)
+            if isinstance(step, Refit):
+                found = max(found, refit_bytes(self.patient.spec, self.spec, text))
+            elif isinstance(step, Ternary):
+                chosen = step.chosen(Subject(self.spec, self.patient.family, frozenset(self.weights)))
+                names = {self.patient.family.layer(i) + name for i, inside in chosen.items() for name in inside}
+                shapes = [tuple(self.meta[name].shape) for name in names & set(self.meta)]
+                turned = [shape[::-1] if self.patient.family.transposed else shape for shape in shapes]
+                found = max(found, *(ternary_bytes(i, o, text, self.spec.hidden) for o, i in turned))
+        return found
 
 
 def check_recipe(patient: Patient, recipe: Recipe) -> None:

@@ -173,7 +173,7 @@ def compensated(
     by_rounding = _spread(w - plain, gram_II) / max(reference, 1e-30)
     best, error = plain, by_rounding
     order = gram_II.diagonal().argsort(descending=True)
-    factor = _inverse_factor(gram_II[order][:, order])
+    factor = _inverse_factor(gram_II[order[:, None], order[None]])
     scale = storable(_fitted_scale(w, codes, gram_II, grid), dtype)
     for _ in range(rounds):
         codes = _codes_in_order(w, scale, factor, order)
@@ -221,9 +221,12 @@ def _inverse_factor(gram_II: Tensor) -> Tensor:
         damped = gram_II.clone()
         damped.diagonal().add_((damping * gram_II.diagonal().mean()).clamp_min(1e-12))
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each is as large as the Gram matrix
         if not failed.item():
             inverse = torch.cholesky_inverse(factor)
+            del factor
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed.item():
                 return upper
         damping *= 10  # rounding in the float32 sums outweighed the ridge

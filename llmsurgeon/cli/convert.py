@@ -355,6 +355,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "before": planned.before.to_dict(),
         "after": planned.after.to_dict(),
         "peak_edit_bytes": planned.peak_bytes,
+        "healing_bytes": planned.healing_bytes,
         "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
         "blocks": [list(block.parents) for block in planned.spec.blocks],
         "notes": list(planned.notes),
@@ -413,6 +414,8 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
     out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False, soft_wrap=True)
     out.print(planned.written.loads, highlight=False, soft_wrap=True)
     out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
+    if planned.healing_bytes:
+        out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
 
 
 def print_outcome(outcome: Outcome) -> None:

@@ -114,7 +114,9 @@ class Refit:
 
     def _tokens(self, part: slice, values: Tensor) -> Tensor:
         """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""
-        return values.reshape(self.real[part].numel(), -1)[self.real[part].flatten().to(values.device)]
+        rows = values.reshape(self.real[part].numel(), -1)
+        # Without padding nothing is picked out: the widest features of a batch are not copied.
+        return rows if self.parent.padding is None else rows[self.real[part].flatten().to(values.device)]
 
     def run(self) -> dict[str, Path]:
         """Fit block after block. Returns name -> safetensors file of every tensor that changed."""

@@ -330,3 +330,54 @@ def test_operated_models_of_the_tests_are_those_of_the_runner():
     runner = LayerRunner(normalised(write_config(subject.spec, subject.family, config).config), weights, model.dtype)
     with torch.no_grad():
         torch.testing.assert_close(runner.final(walk(runner, tokens, [Variant()])[0]), logits(student, tokens))
+
+
+@pytest.mark.parametrize("size", [3, 512, 700, 1100])
+def test_the_gram_matrix_is_worked_on_in_place_and_left_as_it_was(size):
+    """The solution against float64; a view, as the joint fit takes one; nothing of the matrix has moved."""
+    torch.manual_seed(0)
+    features, residual = torch.randn(3 * size, size) * torch.rand(size), torch.randn(3 * size, 5)
+    gram = features.T @ features
+    gram = gram.triu() + gram.triu(1).T
+    before, cross = gram.clone(), features.T @ residual
+    for skip in (0, size // 3):
+        own, sums = gram[skip:, skip:], cross[skip:]
+        found = ridge_solution(own, sums, 0.1)
+        damped = own.double() + 0.1 * own.double().diagonal().mean() * torch.eye(size - skip, dtype=torch.float64)
+        expected = torch.linalg.solve(damped, sums.double())
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert torch.equal(gram, before)
+
+
+def test_a_gram_matrix_that_cannot_be_factored_is_left_as_it_was_too():
+    a, r = torch.randn(5, 900), torch.randn(5, 2)
+    gram = a.T @ a
+    gram = gram.triu() + gram.triu(1).T
+    before = gram.clone()
+    found = ridge_solution(gram, a.T @ r, 1e-12)
+    assert torch.isfinite(found).all() and torch.equal(gram, before)
+
+
+def test_one_matrix_is_as_much_as_is_taken_beside_the_sums():
+    """Neither mirroring nor solving makes another of its size: peak memory of torch's own allocations."""
+    torch.manual_seed(0)
+    moments, size = Moments(), 1500
+    for held in (False, True):
+        moments.add(torch.randn(1600, size), torch.randn(1600, 4), held)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        best_update(moments.complete(), (0.1, 0.3))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 4 * size * size / 2
+
+
+def test_what_a_refit_takes_is_in_the_plan():
+    from llmsurgeon.operations.fit_memory import Text, refit_bytes, sums_bytes
+
+    subject, _, _ = subject_of(tiny_model("llama", intermediate_size=4096))
+    student = subject
+    for step in (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))):
+        student = student.after(step.plan(student))
+    text = Text(1024, 16, 4)
+    found = refit_bytes(subject.spec, student.spec, text)
+    assert sums_bytes(3 * 4096, 32) < found < 1.2 * sums_bytes(3 * 4096, 32)
+    assert refit_bytes(subject.spec, subject.spec, text) == 0
