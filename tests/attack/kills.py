@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -103,7 +104,7 @@ def attempt(draw: Random, scene: Scene) -> Verdict:
             return verdict(f"not killed, {wrong}", ended)
         if whole not in (old, truth.made):
             return verdict(f"behind a kill OUT is neither what it was nor whole{_difference(whole, truth.made)}", ended)
-    ended = scene.run(scenario.arguments)
+    ended = scene.run(scenario.arguments, _as_a_process)
     there = whole == truth.made and scenario.old is None
     if there and ended.code == 2 and "exists already" in ended.err:
         pass  # nothing was left to do
@@ -247,6 +248,18 @@ def _killing(call: int) -> Callable[[], None]:
             os.kill(os.getpid(), signal.SIGKILL)
 
     return lambda: _hook(count)
+
+
+def _as_a_process() -> None:
+    """End as a process does that was not forked from this one: what goes with its objects goes."""
+    tempfile.tempdir = None  # of the process that this one was forked from
+    leave = os._exit
+
+    def finish(code: int) -> None:
+        weakref.finalize._exitfunc()  # type: ignore[attr-defined]
+        leave(code)
+
+    os._exit = finish  # type: ignore[assignment]
 
 
 def _hook(count: Callable[[Callable[[], object] | None], object]) -> None:
