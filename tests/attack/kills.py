@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,6 +35,8 @@ SHORT = (*TEXT, "--tokens", "256", "--seq-len", "16")
 SHARDS = ("--max-shard-size", "60KB")
 # Files of somebody else, whose names are near to ours.
 FOREIGN = ("OUT.replaced/thesis.txt", "OUT.old/thesis.txt", "OUT.partial.txt", "job.json", "scratch/thesis.txt")
+# What Python's tempfile writes for an instant to see whether a folder can be written.
+PROBE = re.compile(r"[a-z0-9_]{8}")
 # What a file holds of times, which differ from run to run.
 TIMED = ("surgery.json", "README.md", "loss.jsonl", "report.html", "checksums.sha256")
 
@@ -120,7 +123,7 @@ def attempt(draw: Random, scene: Scene) -> Verdict:
         wrong = "files of others have changed"
     elif left := sorted(_names(scene.folder / "cache") - truth.cache):
         wrong = f"left in the cache: {', '.join(left)}"
-    elif left := sorted(_names(scene.folder / "tmp")):
+    elif left := sorted(name for name in _names(scene.folder / "tmp") if not PROBE.fullmatch(name)):
         wrong = f"left among the temporary files: {', '.join(left)}"
     return verdict(wrong, ended)
 
