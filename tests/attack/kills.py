@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -91,10 +91,15 @@ _known: dict[tuple[Path, str], Undisturbed] = {}
 def attempt(draw: Random, scene: Scene) -> Verdict:
     """Kill a command once or twice, and run it to the end."""
     name = draw.choice(list(SCENARIOS))
-    scenario, truth = SCENARIOS[name], _undisturbed(name, scene)
+    calls = undisturbed(name, scene).calls
+    return killed(name, [draw.randrange(1, calls + 1) for _ in range(draw.choice((1, 1, 1, 2)))], scene)
+
+
+def killed(name: str, kills: Sequence[int], scene: Scene) -> Verdict:
+    """Kill a command at these calls, one after the other, and run it to the end."""
+    scenario, truth = SCENARIOS[name], undisturbed(name, scene)
     before = _set_up(scenario, scene)
     old = _read(scene.work / scenario.out, scenario.timed)
-    kills = [draw.randrange(1, truth.calls + 1) for _ in range(draw.choice((1, 1, 1, 2)))]
     what = f"{name}: killed at call {' and '.join(map(str, kills))} of {truth.calls}"
 
     def verdict(wrong: str | None, ended: Ended) -> Verdict:
@@ -128,7 +133,8 @@ def attempt(draw: Random, scene: Scene) -> Verdict:
     return verdict(wrong, ended)
 
 
-def _undisturbed(name: str, scene: Scene) -> Undisturbed:
+def undisturbed(name: str, scene: Scene) -> Undisturbed:
+    """What a run of a scenario leaves, and in how many calls; run once."""
     key = (scene.ground.folder, name)
     if key not in _known:
         scenario = SCENARIOS[name]
