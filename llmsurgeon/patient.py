@@ -16,7 +16,15 @@ from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoin
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.families import Family, family_of
-from llmsurgeon.formats.models import computed_in, empty_model, expected_shapes, normalised, plain_dtype, stored_dtype
+from llmsurgeon.formats.models import (
+    computed_in,
+    config_notes,
+    empty_model,
+    expected_shapes,
+    normalised,
+    plain_dtype,
+    stored_dtype,
+)
 from llmsurgeon.formats.reading import read_model, refuse_quantised, refuse_scoring_head
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.formats.write import FormatName, Written, write_config
@@ -132,7 +140,10 @@ def open_config(model: str, revision: str | None = None, trust_remote_code: bool
     shapes = expected_shapes(empty_model(config))
     weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     folder = Path(model).expanduser()
-    notes = companions_of(folder, trust_remote_code).notes if folder.is_dir() else ()
+    notes = (
+        *config_notes(raw, tower.text if tower else None),
+        *(companions_of(folder, trust_remote_code).notes if folder.is_dir() else ()),
+    )
     for note in notes:
         remark(f"{model}: {note}")
     return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes)

@@ -21,6 +21,7 @@ from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
 from llmsurgeon.finite import is_finite, not_finite
 from llmsurgeon.formats import bitnet_model, nemotron_nas
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
+from llmsurgeon.formats.unheeded import refuse_unheeded, unheeded
 from llmsurgeon.spec import to_block_configs
 
 CORRECT = "correct the config, or take the one that the model was published with"
@@ -81,7 +82,8 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     """The transformers config object of a config.json's contents. No remote code runs.
 
     Raises:
-        SurgeryError: the family is not supported, or transformers finds the values impossible.
+        SurgeryError: the family is not supported, transformers finds the values impossible, or a key that it does not
+            know asks for another model.
     """
     from transformers import AutoConfig
 
@@ -92,7 +94,15 @@ def load_config(raw: Mapping[str, Any]) -> PreTrainedConfig:
     with foreign("config.json", f"does not describe a {raw['model_type']} model", CORRECT):
         if is_surgeon(raw):
             return surgeon_classes(family, _halves(raw, family))[0].from_dict(values)  # type: ignore[attr-defined]
-        return AutoConfig.for_model(raw["model_type"], **values)
+        made = AutoConfig.for_model(raw["model_type"], **values)
+        refuse_unheeded(raw, made, raw.get(family.layers_key))
+        return made
+
+
+def config_notes(raw: Mapping[str, Any], text: Mapping[str, Any] | None = None) -> list[str]:
+    """What a config.json asks for that is not done: code of its own, keys that nobody reads. `text`: of its tower."""
+    own = raw if text is None else {**text, "auto_map": raw.get("auto_map")}
+    return [] if ships_code(raw) or ships_code(own) else unheeded(own, load_config(own))
 
 
 def _halves(raw: Mapping[str, Any], family: Family) -> bool:

@@ -28,6 +28,7 @@ from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.models import (
     canonical,
     check_shapes,
+    config_notes,
     empty_model,
     expected_shapes,
     normalised,
@@ -107,6 +108,7 @@ def read_model(checkpoint: Checkpoint) -> Reading:
     hint = _hint(shapes, expected, config, family)
     check_shapes(shapes, expected, checkpoint.name, family, tower.beside if tower else (), hint)
     remarks = [*stale_buffers(file, family, empty), *_other_dtype(checkpoint.config, meta)]
+    remarks += config_notes(checkpoint.config, tower.text if tower else None)
     own = {name: meta[name] for name in expected}
     try:
         dtype = plain_dtype(own, config)
