@@ -43,8 +43,8 @@ def refuse_unheeded(raw: Mapping[str, Any], config: PreTrainedConfig, layers: in
             raise SurgeryError(
                 f"config.json: {key} ({shortened(raw[key])}): nothing in transformers' {type(config).__name__} or its "
                 "model reads this, and it seems to say that layers or heads work otherwise: without it this would be "
-                "another model. Take the key out of config.json if it has no effect; if it has, save the model as a plain "
-                "one with the code that it was made for"
+                "another model. Take the key out of config.json if it has no effect; if it has, save the model as a "
+                "plain one with the code that it was made for"
             )
     if raw.get("per_layer_config"):
         raise SurgeryError(
