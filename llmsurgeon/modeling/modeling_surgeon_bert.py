@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bert.configuration_bert import BertConfig
 
-from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SurgeonBertBlock(BertShapedBlock, bert.BertLayer):
     """BertLayer with parts that may be absent."""
 
 
-class Swapped:
+class Swapped(SurgeonModelMixin):
     """Mixed in before BERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonBertConfig

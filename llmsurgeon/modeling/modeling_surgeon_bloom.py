@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.bloom.configuration_bloom import BloomConfig
 from transformers.models.bloom.modeling_bloom import BloomBlock, BloomForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import layer_call, strict
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
         return self.mlp(self.ffn_input(hidden_BTD), torch.zeros_like(hidden_BTD))
 
 
-class SurgeonBloomForCausalLM(BloomForCausalLM):
+class SurgeonBloomForCausalLM(SurgeonModelMixin, BloomForCausalLM):
     config_class = SurgeonBloomConfig
     _no_split_modules = ["SurgeonBloomBlock", "ParallelBlock"]
 

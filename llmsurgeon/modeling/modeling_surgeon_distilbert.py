@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.distilbert import modeling_distilbert as distilbert
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 
-from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import layer_call, needs, strict
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class SurgeonDistilBertBlock(PostNormBlock, distilbert.TransformerBlock):
         return self.output_layer_norm(self.ffn(hidden_BTD) + hidden_BTD)
 
 
-class Swapped:
+class Swapped(SurgeonModelMixin):
     """Mixed in before DistilBERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonDistilBertConfig

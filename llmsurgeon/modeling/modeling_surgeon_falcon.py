@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers.models.falcon.configuration_falcon import FalconConfig
 from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class SurgeonFalconBlock(SurgeonBlock, FalconDecoderLayer):
         return None if contribution is None else F.dropout(contribution, self.config.hidden_dropout, self.training)
 
 
-class SurgeonFalconForCausalLM(FalconForCausalLM):
+class SurgeonFalconForCausalLM(SurgeonModelMixin, FalconForCausalLM):
     config_class = SurgeonFalconConfig
     _no_split_modules = ["SurgeonFalconBlock", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
 from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SurgeonGemma2Block(SurgeonBlock, Gemma2DecoderLayer):
     ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-class SurgeonGemma2ForCausalLM(Gemma2ForCausalLM):
+class SurgeonGemma2ForCausalLM(SurgeonModelMixin, Gemma2ForCausalLM):
     config_class = SurgeonGemma2Config
     _no_split_modules = ["SurgeonGemma2Block", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class SurgeonGemma3TextBlock(SurgeonBlock, Gemma3DecoderLayer):
     ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-class SurgeonGemma3TextForCausalLM(Gemma3ForCausalLM):
+class SurgeonGemma3TextForCausalLM(SurgeonModelMixin, Gemma3ForCausalLM):
     config_class = SurgeonGemma3TextConfig
     _no_split_modules = ["SurgeonGemma3TextBlock", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class SurgeonGPT2Block(SurgeonBlock, GPT2Block):
     ffn_norm_name = "ln_2"
 
 
-class SurgeonGPT2ForCausalLM(GPT2LMHeadModel):
+class SurgeonGPT2ForCausalLM(SurgeonModelMixin, GPT2LMHeadModel):
     config_class = SurgeonGPT2Config
     _no_split_modules = ["SurgeonGPT2Block", "ParallelBlock"]
 

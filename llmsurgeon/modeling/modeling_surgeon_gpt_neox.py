@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXLayer
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SurgeonGPTNeoXBlock(SurgeonBlock, GPTNeoXLayer):
         return None if contribution is None else self.post_mlp_dropout(contribution)
 
 
-class SurgeonGPTNeoXForCausalLM(GPTNeoXForCausalLM):
+class SurgeonGPTNeoXForCausalLM(SurgeonModelMixin, GPTNeoXForCausalLM):
     config_class = SurgeonGPTNeoXConfig
     _no_split_modules = ["SurgeonGPTNeoXBlock", "ParallelBlock"]
 

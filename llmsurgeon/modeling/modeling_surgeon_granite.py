@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.granite.configuration_granite import GraniteConfig
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -28,7 +28,7 @@ class SurgeonGraniteBlock(SurgeonBlock, GraniteDecoderLayer):
     returned_tuple = True
 
 
-class SurgeonGraniteForCausalLM(GraniteForCausalLM):
+class SurgeonGraniteForCausalLM(SurgeonModelMixin, GraniteForCausalLM):
     config_class = SurgeonGraniteConfig
     _no_split_modules = ["SurgeonGraniteBlock", "ParallelBlock"]
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.idefics3.configuration_idefics3 import Idefics3Config
 from transformers.models.idefics3.modeling_idefics3 import Idefics3ForConditionalGeneration
 
+from .surgeon_blocks import SurgeonModelMixin
 from .surgeon_llama_tower import TowerConfigMixin
 from .surgeon_versions import strict
 
@@ -23,7 +24,7 @@ class SurgeonIdefics3Config(TowerConfigMixin, Idefics3Config):
     model_type = "surgeon_idefics3"
 
 
-class SurgeonIdefics3ForConditionalGeneration(Idefics3ForConditionalGeneration):
+class SurgeonIdefics3ForConditionalGeneration(SurgeonModelMixin, Idefics3ForConditionalGeneration):
     config_class = SurgeonIdefics3Config
 
 

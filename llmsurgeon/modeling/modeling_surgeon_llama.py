@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -26,7 +26,7 @@ class SurgeonLlamaBlock(SurgeonBlock, LlamaDecoderLayer):
     """LlamaDecoderLayer with parts that may be absent."""
 
 
-class SurgeonLlamaForCausalLM(LlamaForCausalLM):
+class SurgeonLlamaForCausalLM(SurgeonModelMixin, LlamaForCausalLM):
     config_class = SurgeonLlamaConfig
     _no_split_modules = ["SurgeonLlamaBlock", "ParallelBlock"]
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.llava.configuration_llava import LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration
 
+from .surgeon_blocks import SurgeonModelMixin
 from .surgeon_llama_tower import TowerConfigMixin
 from .surgeon_versions import read_names_as, strict
 
@@ -23,7 +24,7 @@ class SurgeonLlavaConfig(TowerConfigMixin, LlavaConfig):
     model_type = "surgeon_llava"
 
 
-class SurgeonLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+class SurgeonLlavaForConditionalGeneration(SurgeonModelMixin, LlavaForConditionalGeneration):
     config_class = SurgeonLlavaConfig
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.mistral.configuration_mistral import MistralConfig
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -26,7 +26,7 @@ class SurgeonMistralBlock(SurgeonBlock, MistralDecoderLayer):
     """MistralDecoderLayer with parts that may be absent."""
 
 
-class SurgeonMistralForCausalLM(MistralForCausalLM):
+class SurgeonMistralForCausalLM(SurgeonModelMixin, MistralForCausalLM):
     config_class = SurgeonMistralConfig
     _no_split_modules = ["SurgeonMistralBlock", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import needs, read_names_as, strict
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SurgeonMixtralBlock(SurgeonBlock, MixtralDecoderLayer):
     """MixtralDecoderLayer with parts that may be absent."""
 
 
-class SurgeonMixtralForCausalLM(MixtralForCausalLM):
+class SurgeonMixtralForCausalLM(SurgeonModelMixin, MixtralForCausalLM):
     config_class = SurgeonMixtralConfig
     _no_split_modules = ["SurgeonMixtralBlock", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.modernbert import modeling_modernbert as modernbert
 from transformers.models.modernbert.configuration_modernbert import ModernBertConfig
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SurgeonModernBertBlock(SurgeonBlock, modernbert.ModernBertEncoderLayer):
     ffn_in_names = ("mlp.Wi",)
 
 
-class Swapped:
+class Swapped(SurgeonModelMixin):
     """Mixed in before ModernBERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonModernBertConfig

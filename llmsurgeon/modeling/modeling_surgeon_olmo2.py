@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
 from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SurgeonOlmo2Block(SurgeonBlock, Olmo2DecoderLayer):
     ffn_parts = ("mlp", "post_feedforward_layernorm")
 
 
-class SurgeonOlmo2ForCausalLM(Olmo2ForCausalLM):
+class SurgeonOlmo2ForCausalLM(SurgeonModelMixin, Olmo2ForCausalLM):
     config_class = SurgeonOlmo2Config
     _no_split_modules = ["SurgeonOlmo2Block", "ParallelBlock"]
 

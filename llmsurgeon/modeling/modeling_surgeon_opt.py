@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from transformers.models.opt.configuration_opt import OPTConfig
 from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
-from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import layer_call, strict
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
         return self.final_layer_norm(hidden_BTD + (self.ffn_output(hidden_BTD) if hasattr(self, "fc1") else 0))
 
 
-class SurgeonOPTForCausalLM(OPTForCausalLM):
+class SurgeonOPTForCausalLM(SurgeonModelMixin, OPTForCausalLM):
     config_class = SurgeonOPTConfig
     _no_split_modules = ["SurgeonOPTBlock", "SurgeonOPTPostNormBlock", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.phi3.configuration_phi3 import Phi3Config
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class SurgeonPhi3Block(SurgeonBlock, Phi3DecoderLayer):
         return None if contribution is None else self.resid_mlp_dropout(contribution)
 
 
-class SurgeonPhi3ForCausalLM(Phi3ForCausalLM):
+class SurgeonPhi3ForCausalLM(SurgeonModelMixin, Phi3ForCausalLM):
     config_class = SurgeonPhi3Config
     _no_split_modules = ["SurgeonPhi3Block", "ParallelBlock"]
 

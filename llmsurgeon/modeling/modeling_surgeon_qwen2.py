@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -26,7 +26,7 @@ class SurgeonQwen2Block(SurgeonBlock, Qwen2DecoderLayer):
     """Qwen2DecoderLayer with parts that may be absent."""
 
 
-class SurgeonQwen2ForCausalLM(Qwen2ForCausalLM):
+class SurgeonQwen2ForCausalLM(SurgeonModelMixin, Qwen2ForCausalLM):
     config_class = SurgeonQwen2Config
     _no_split_modules = ["SurgeonQwen2Block", "ParallelBlock"]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -26,7 +26,7 @@ class SurgeonQwen3Block(SurgeonBlock, Qwen3DecoderLayer):
     """Qwen3DecoderLayer with parts that may be absent."""
 
 
-class SurgeonQwen3ForCausalLM(Qwen3ForCausalLM):
+class SurgeonQwen3ForCausalLM(SurgeonModelMixin, Qwen3ForCausalLM):
     config_class = SurgeonQwen3Config
     _no_split_modules = ["SurgeonQwen3Block", "ParallelBlock"]
 

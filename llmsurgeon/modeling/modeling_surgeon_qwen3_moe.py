@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import needs, read_names_as, strict
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class SurgeonQwen3MoeBlock(SurgeonBlock, Qwen3MoeDecoderLayer):
     """Qwen3MoeDecoderLayer with parts that may be absent."""
 
 
-class SurgeonQwen3MoeForCausalLM(Qwen3MoeForCausalLM):
+class SurgeonQwen3MoeForCausalLM(SurgeonModelMixin, Qwen3MoeForCausalLM):
     config_class = SurgeonQwen3MoeConfig
     _no_split_modules = ["SurgeonQwen3MoeBlock", "ParallelBlock"]
 

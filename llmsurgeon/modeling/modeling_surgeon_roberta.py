@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
-from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SurgeonRobertaBlock(BertShapedBlock, roberta.RobertaLayer):
     """RobertaLayer with parts that may be absent."""
 
 
-class Swapped:
+class Swapped(SurgeonModelMixin):
     """Mixed in before RoBERTa's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonRobertaConfig

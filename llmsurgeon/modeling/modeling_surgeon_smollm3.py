@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.smollm3.configuration_smollm3 import SmolLM3Config
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3DecoderLayer, SmolLM3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 from .surgeon_versions import strict
 
@@ -26,7 +26,7 @@ class SurgeonSmolLM3Block(SurgeonBlock, SmolLM3DecoderLayer):
     """SmolLM3DecoderLayer with parts that may be absent."""
 
 
-class SurgeonSmolLM3ForCausalLM(SmolLM3ForCausalLM):
+class SurgeonSmolLM3ForCausalLM(SurgeonModelMixin, SmolLM3ForCausalLM):
     config_class = SurgeonSmolLM3Config
     _no_split_modules = ["SurgeonSmolLM3Block", "ParallelBlock"]
 

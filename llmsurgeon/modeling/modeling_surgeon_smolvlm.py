@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMConfig
 from transformers.models.smolvlm.modeling_smolvlm import SmolVLMForConditionalGeneration
 
+from .surgeon_blocks import SurgeonModelMixin
 from .surgeon_llama_tower import TowerConfigMixin
 from .surgeon_versions import strict
 
@@ -23,7 +24,7 @@ class SurgeonSmolVLMConfig(TowerConfigMixin, SmolVLMConfig):
     model_type = "surgeon_smolvlm"
 
 
-class SurgeonSmolVLMForConditionalGeneration(SmolVLMForConditionalGeneration):
+class SurgeonSmolVLMForConditionalGeneration(SurgeonModelMixin, SmolVLMForConditionalGeneration):
     config_class = SurgeonSmolVLMConfig
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SurgeonStableLmBlock(SurgeonBlock, StableLmDecoderLayer):
         return None if contribution is None else self.dropout(contribution)
 
 
-class SurgeonStableLmForCausalLM(StableLmForCausalLM):
+class SurgeonStableLmForCausalLM(SurgeonModelMixin, StableLmForCausalLM):
     config_class = SurgeonStableLmConfig
     _no_split_modules = ["SurgeonStableLmBlock", "ParallelBlock"]
 

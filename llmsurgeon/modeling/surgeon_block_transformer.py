@@ -30,7 +30,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .surgeon_blocks import SurgeonBlock, cache_slots, follow, shaped, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonModelMixin, cache_slots, follow, shaped, swap_blocks
 from .surgeon_versions import CACHE_NAMES, OUTPUT_CACHE, causal_mask, check_known, pop_cache
 
 # What the body may be called with beside its own arguments and makes nothing of.
@@ -290,7 +290,8 @@ class BlockTransformerBody:
         past = cache.within_block if keep and self.token_slots else None
         if cache.context is None:
             columns = input_ids.shape[1]
-            hidden = self.context_expansion.weight.new_zeros(len(input_ids), columns, self.config.hidden_size)
+            # In the dtype of the model, which a quantised linear's weight does not have.
+            hidden = self.norm.weight.new_zeros(len(input_ids), columns, self.config.hidden_size)
             return hidden, torch.zeros_like(input_ids, dtype=torch.bool)
         if count:
             cache.within_block.reset()
@@ -342,6 +343,21 @@ class BlockTransformerBody:
         return hidden
 
 
+def resized(table, rows, config, mean):
+    """An embedding table with this number of rows: new ones are the mean of the old, or small random numbers."""
+    old = table.weight
+    if rows == len(old):
+        return table
+    made = nn.Embedding(rows, old.shape[1], device=old.device, dtype=old.dtype).requires_grad_(old.requires_grad)
+    with torch.no_grad():
+        kept = min(rows, len(old))
+        made.weight[:kept] = old[:kept]
+        made.weight[kept:] = old.float().mean(0).to(old.dtype) if mean else 0.0
+        if not mean:
+            made.weight[kept:].normal_(0.0, config.initializer_range)
+    return made
+
+
 @dataclass
 class BlockTransformerOutput(BaseModelOutputWithPast):
     """With `said` [B, T]: whether the column's hidden state says anything of the next token."""
@@ -349,10 +365,12 @@ class BlockTransformerOutput(BaseModelOutputWithPast):
     said: torch.Tensor | None = None
 
 
-class BlockTransformerForCausalLM:
+class BlockTransformerForCausalLM(SurgeonModelMixin):
     """Mixed in before a family's causal language model. Logits at column t are those of token t + 1, as ever."""
 
     body_class = None
+    # Closed blocks keep no tokens: generation that takes some back, as assisted decoding does, refuses.
+    _is_stateful = True
 
     def __init__(self, config):
         # The family's own __init__ would build a stock body first.
@@ -402,6 +420,13 @@ class BlockTransformerForCausalLM:
             labels = labels.masked_fill(~said, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)})
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Both tables of embeddings: the token decoder's, which this returns, and the one that blocks are made of."""
+        made = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embedder = self.model.block_embedder
+        embedder.embed_tokens = resized(embedder.embed_tokens, made.num_embeddings, self.config, mean_resizing)
+        return made
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .surgeon_fff import install_fast_feed_forward
@@ -79,6 +80,50 @@ class SurgeonConfigMixin:
         if mixers or getattr(self, "layer_types", None) is not None:
             view.layer_types = cache_types(self, found)
         return view
+
+
+class SurgeonModelMixin:
+    """Mixed in before a family's own model classes: what transformers asks of a model, answered for its blocks, too."""
+
+    def post_init(self):
+        super().post_init()
+        if any(isinstance(module, MLGRU) for module in self.modules()):
+            # What is read is one state: generation that takes tokens back, as assisted decoding does, refuses.
+            self._is_stateful = True
+        count_parallel_blocks_once(self)
+
+    @torch.no_grad()
+    def initialize_weights(self):
+        # Files may lack some of what no stock model has: the stock class would leave it as memory happened to be.
+        std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
+        for module in self.modules():
+            for parameter, fill in module.initial_values(std) if hasattr(module, "initial_values") else ():
+                if not getattr(parameter, "_is_hf_initialized", False):
+                    fill(parameter)
+                    parameter._is_hf_initialized = not parameter.is_meta
+        super().initialize_weights()
+
+    @classmethod
+    def _stock_class(cls):
+        return next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+
+    # transformers answers these from the source of the file where a class is: of ours the stock file tells.
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return cls._stock_class()._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls):
+        return cls._stock_class()._can_set_experts_implementation()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        if self._is_stateful:
+            raise ValueError(
+                f"{type(self).__name__} keeps a state for each sequence, which continuous batching has no place for: "
+                "call generate on a batch of prompts, padded on the left"
+            )
+        return super().init_continuous_batching(*args, **kwargs)
 
 
 def cache_slots(block_configs):
@@ -236,11 +281,72 @@ class ParallelBlock(GradientCheckpointingLayer):
             self.attention_type = branches[0].attention_type
 
     def forward(self, hidden_states, *args, **kwargs):
-        output = hidden_states
-        for branch in self.branches:
-            made = branch(hidden_states, *args, **kwargs)
-            output = output + ((made[0] if self.returns_tuple else made) - hidden_states)
-        return (output, None) if self.returns_tuple else output
+        outputs = [branch(hidden_states, *args, **kwargs) for branch in self.branches]
+        if not self.returns_tuple:
+            return joined(hidden_states, outputs)
+        return joined(hidden_states, [output for output, _ in outputs]), None
+
+
+def count_parallel_blocks_once(model):
+    """Let `hidden_states` in the outputs of `model` have one entry for the embeddings and one for each layer.
+
+    transformers records what each of a family's layers gives: the branches of a parallel block, and not their sum.
+    """
+    bodies = [
+        module
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and any(isinstance(part, ParallelBlock) for part in module.modules())
+    ]
+    # The innermost is the one whose outputs the others pass on.
+    if bodies and _one_state_a_layer not in bodies[-1]._forward_hooks.values():
+        bodies[-1].register_forward_pre_hook(_no_choice_of_states, with_kwargs=True)
+        bodies[-1].register_forward_hook(_one_state_a_layer)
+
+
+def _no_choice_of_states(body, args, kwargs):
+    wanted = kwargs.get("output_hidden_states")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise ValueError(
+            f"output_hidden_states={wanted!r}: a model with parallel blocks gives the hidden states of all layers or "
+            "none; ask with True and choose from the output"
+        )
+
+
+def _one_state_a_layer(body, args, output):
+    layers = next(
+        part
+        for part in body.modules()
+        if isinstance(part, nn.ModuleList) and any(isinstance(layer, ParallelBlock) for layer in part)
+    )
+    branches = [len(layer.branches) if isinstance(layer, ParallelBlock) else 1 for layer in layers]
+
+    def mended(states, last):
+        kept, at = list(states[:1]), 1
+        for layer, count in zip(layers, branches, strict=True):
+            mine = states[at : at + count]
+            # The last one is replaced by what is behind the final norm, as a rule.
+            final = mine[-1] is last
+            kept.append(joined(kept[-1], mine) if isinstance(layer, ParallelBlock) and not final else mine[-1])
+            at += count
+        return tuple(kept)
+
+    def recorded(value):
+        sizes = isinstance(value, tuple) and all(isinstance(each, torch.Tensor) and each.dim() == 3 for each in value)
+        return sizes and len(value) == 1 + sum(branches)
+
+    if isinstance(output, tuple):
+        return tuple(mended(value, output[0]) if recorded(value) else value for value in output)
+    if recorded(output.get("hidden_states")):
+        output["hidden_states"] = mended(output["hidden_states"], output[0])
+    return output
+
+
+def joined(hidden_BTD, outputs):
+    """x + sum over branches of (branch(x) - x)."""
+    output = hidden_BTD
+    for made in outputs:
+        output = output + (made - hidden_BTD)
+    return output
 
 
 class SubRMSNorm(nn.Module):
@@ -259,6 +365,31 @@ class SubRMSNorm(nn.Module):
         """The projection's hook: it reads the normed input."""
         return (self(inputs[0]),)
 
+    def initial_values(self, std):
+        """(parameter, what fills it) where a file has none."""
+        yield self.weight, torch.nn.init.ones_
+
+
+class StaysBefore:
+    """The hook of a part of a block: what stands in the place of its projection reads through the norm.
+
+    Quantisers and adapters put another module there, and the old one's hooks are lost, or inside the new one.
+    """
+
+    def __init__(self, projection, norm):
+        self.projection, self.norm = projection, norm
+
+    def __call__(self, part, inputs):
+        module, norm = getattr(part, self.projection), getattr(part, self.norm)
+        for inner in module.modules():
+            # Told by whose they are: methods are not compared while a compiler traces.
+            found = [key for key, hook in inner._forward_pre_hooks.items() if getattr(hook, "__self__", None) is norm]
+            if inner is module and not found:
+                inner.register_forward_pre_hook(norm.before)
+            elif inner is not module:
+                for key in found:
+                    del inner._forward_pre_hooks[key]
+
 
 def install_sub_norms(block, attention, ffn, eps):
     """Put an RMSNorm before the output projections of the parts whose config asks for one, under BitNet's names."""
@@ -273,6 +404,7 @@ def install_sub_norms(block, attention, ffn, eps):
             norm = SubRMSNorm(linear.in_features, eps)
             setattr(holder, name, norm)
             linear.register_forward_pre_hook(norm.before)
+            holder.register_forward_pre_hook(StaysBefore(projection, name))
 
 
 def remove_parts(block, paths):

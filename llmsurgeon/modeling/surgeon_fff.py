@@ -162,8 +162,16 @@ class FastFeedForward(nn.Module):
         self._rows(f"{name}_down", *shape, self.hidden)
 
     def _rows(self, name, *shape):
+        self.register_parameter(name, nn.Parameter(self._random(torch.empty(shape))))
+
+    def _random(self, rows):
         bound = self.hidden**-0.5
-        self.register_parameter(name, nn.Parameter(torch.empty(shape).uniform_(-bound, bound)))
+        return rows.uniform_(-bound, bound)
+
+    def initial_values(self, std):
+        """(parameter, what fills it) where a file has none."""
+        for name, parameter in self.named_parameters(recurse=False):
+            yield parameter, nn.init.zeros_ if name.endswith("bias") else self._random
 
     def _part(self, name, index=()):
         """gate, up, down, gate bias, up bias at `index`; None for what there is not."""

@@ -7,11 +7,11 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.llama.modeling_llama import LlamaModel
 
 from .modeling_surgeon_llama import SurgeonLlamaBlock, SurgeonLlamaConfig
-from .surgeon_blocks import swap_blocks
+from .surgeon_blocks import SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
 
 
-class SurgeonLlamaModel(LlamaModel):
+class SurgeonLlamaModel(SurgeonModelMixin, LlamaModel):
     config_class = SurgeonLlamaConfig
     _no_split_modules = ["SurgeonLlamaBlock", "ParallelBlock"]
 

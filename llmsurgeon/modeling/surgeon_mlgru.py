@@ -15,6 +15,7 @@ Shapes: B batch, T tokens, D model width, W state width, N tokens of a flattened
 
 import inspect
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +28,15 @@ from .surgeon_versions import check_known, needs, pop_asked_cache
 # The type of a cache layer that holds an MLGRU's state.
 CACHE_TYPE = "mlgru"
 SMALLEST_SCALE = 1e-5
+# sigmoid of it is what is kept at the least.
+LOWER_BOUND = -4.0
 
 
 class MLGRU(nn.Module):
     """The token mixer. Called as an attention is; gives (output [B, T, D], None).
 
-    token_mask [B, T] is 0 where a position is padding: such a position leaves the state as it was.
+    token_mask [B, T] is 0 where a position is padding: such a position leaves the state as it was. Where there is none,
+    a sequence begins wherever position_ids do not go on by one: several may be packed into a row, as for attention.
     """
 
     def __init__(self, hidden, entry, eps):
@@ -47,8 +51,12 @@ class MLGRU(nn.Module):
         self.g_proj = linear(hidden, width, entry["in_bias"])
         self.o_proj = linear(width, hidden, entry["out_bias"])
         # lb = sigmoid(lower_bound): one number a layer.
-        self.lower_bound = nn.Parameter(torch.full((1,), -4.0))
+        self.lower_bound = nn.Parameter(torch.full((1,), LOWER_BOUND))
         self.layer_idx = None
+
+    def initial_values(self, std):
+        """(parameter, what fills it) where a file has none."""
+        yield self.lower_bound, lambda parameter: parameter.fill_(LOWER_BOUND)
 
     def forward(self, hidden_states, token_mask=None, **kwargs):
         """hidden_states [B, T, D] -> (output [B, T, D], None); token_mask [B, T] is 0 for padding.
@@ -60,10 +68,10 @@ class MLGRU(nn.Module):
         """
         cache = pop_asked_cache("MLGRU", kwargs)
         check_known("MLGRU", kwargs)
-        mixed_BTW, gate_BTW = self.mixed(hidden_states, cache, token_mask)
+        mixed_BTW, gate_BTW = self.mixed(hidden_states, cache, token_mask, kwargs.get("position_ids"))
         return self.o_proj(gate_BTW * mixed_BTW), None
 
-    def mixed(self, x_BTD, cache=None, token_mask=None):
+    def mixed(self, x_BTD, cache=None, token_mask=None, position_ids=None):
         """States and the gates on them, [B, T, W] each."""
         low = torch.sigmoid(self.lower_bound.float())
         score_BTW = self.f_proj(x_BTD).float()
@@ -73,6 +81,9 @@ class MLGRU(nn.Module):
         if token_mask is not None:
             real_BT1 = token_mask[:, -x_BTD.shape[1] :, None].to(x_BTD.device, torch.bool)
             keep_BTW, write_BTW = keep_BTW.where(real_BT1, 1.0), write_BTW.where(real_BT1, 0.0)
+        elif position_ids is not None and position_ids.dim() == 2 and x_BTD.shape[1] > 1:
+            begins = F.pad(position_ids[:, 1:] != position_ids[:, :-1] + 1, (1, 0))
+            keep_BTW = keep_BTW.masked_fill(begins[..., None].to(keep_BTW.device), 0.0)
         slot = None if cache is None else state_slot(cache, self.layer_idx)
         start_BW = torch.zeros_like(keep_BTW[:, 0]) if slot is None or slot.state is None else slot.state
         h_BTW = linear_recurrence(keep_BTW, write_BTW, start_BW)
@@ -128,23 +139,40 @@ def _scan(keep_BTW, write_BTW, start_BW):
     return states.flatten(1, 2)[:, :tokens]
 
 
-class BitLinear(nn.Linear):
+class BitLinear(nn.Module):
     """A linear layer of ternary weights (times one scale) and 8-bit activations, behind an RMSNorm of its own.
 
     In training, `share` of the way from float to ternary is gone: W + share (W_hat - W), activations likewise; the
     training loop raises it from 0 to 1. Gradients pass rounding as if it were not there. In eval mode all of the way is
     gone. `fused` keeps 8-bit activations for the backward pass in place of float ones.
+
+    No subclass of nn.Linear: what replaces or wraps those, a quantiser or an adapter, knows of no norm and of no
+    rounding. They leave it as it is, or refuse it.
     """
 
     def __init__(self, inputs, outputs, bias, eps):
-        super().__init__(inputs, outputs, bias)
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.gain = nn.Parameter(torch.ones(inputs))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # as nn.Linear's
         self.eps, self.share, self.fused = eps, 1.0, True
+
+    def initial_values(self, std):
+        """(parameter, what fills it) where a file has none."""
+        yield self.weight, lambda parameter: parameter.normal_(0.0, std)
+        yield self.gain, nn.init.ones_
+        if self.bias is not None:
+            yield self.bias, nn.init.zeros_
 
     def forward(self, x):
         """[..., I] -> [..., O]; while training, ternary by `share` and dense for the rest."""
         compute = _FusedBitLinear.apply if self.fused else bit_linear
         return compute(x, self.gain, self.weight, self.bias, self.share if self.training else 1.0, self.eps)
+
+    def extra_repr(self):
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
 
 def ternary(weight_OI):
@@ -311,7 +339,8 @@ def state_slot(cache, index):
     Raises:
         ValueError: the cache was made without the model's config, for keys and values alone.
     """
-    slot = cache.layers[index] if index < len(cache.layers) else None
+    layers = getattr(cache, "layers", ())
+    slot = layers[index] if index < len(layers) else None
     # By name: every loaded checkpoint brings this file, and caches are made of the class that came last.
     if type(slot).__name__ != MLGRUState.__name__:
         raise ValueError(
@@ -371,17 +400,16 @@ def pass_padding(body):
             f"{type(body).__name__} takes no attention_mask in this release of transformers, and MLGRUs learn from it "
             "which positions are padding: take an earlier release"
         )
-    place = names.index("attention_mask")
+    body.register_forward_pre_hook(partial(_with_token_mask, names.index("attention_mask")), with_kwargs=True)
 
-    def with_token_mask(body, args, kwargs):
-        mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[place] if len(args) > place else None
-        if mask is None:
-            return None
-        if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
-            found = f"of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                f"attention_mask {found}: a model with MLGRUs takes one of [batch, positions], 0 where there is padding"
-            )
-        return args, {**kwargs, "token_mask": mask}
 
-    body.register_forward_pre_hook(with_token_mask, with_kwargs=True)
+def _with_token_mask(place, body, args, kwargs):
+    mask = kwargs["attention_mask"] if "attention_mask" in kwargs else args[place] if len(args) > place else None
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        found = f"of shape {list(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask {found}: a model with MLGRUs takes one of [batch, positions], 0 where there is padding"
+        )
+    return args, {**kwargs, "token_mask": mask}

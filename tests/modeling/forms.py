@@ -14,6 +14,7 @@ from operations.test_sub_norm import scores_of
 
 from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
 from llmsurgeon.operations.block import Block
+from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -54,9 +55,9 @@ def mixed(family: str, *steps: Any, **changes: Any) -> Any:
     return operate(tiny_model(family, **changes), *steps)[0]
 
 
-def normed() -> Any:
-    """A Llama with norms before output projections."""
-    model, step = tiny_model("llama"), Ternary(method="round", sub_norm=True, layers=(1, 4))
+def measured(family: str, step: Any) -> Any:
+    """What a step makes of a decoder that asks for scores."""
+    model = tiny_model(family)
     return operate(model, step, scores=scores_of(model, step))[0]
 
 
@@ -74,7 +75,9 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "gpt_neox-sequential": lambda: cut("gpt_neox", use_parallel_residual=False),
     "llama-few-heads": lambda: few_heads("llama"),
     "phi3-few-heads": lambda: few_heads("phi3"),
-    "llama-normed": normed,
+    "llama-normed": lambda: measured("llama", Ternary(method="round", sub_norm=True, layers=(1, 4))),
+    "llama-leaf-trees": lambda: measured("llama", FFF(depth=1, leaf_width=24, shared=16, layers=(2,), min_tokens=4)),
+    "qwen2-node-trees": lambda: measured("qwen2", FFF(form="node", depth=2, layers=(0, 3), min_tokens=4)),
     "mlgru-hybrid": lambda: mixed("llama", MatMulFree(layers=(0, 3))),
     "mlgru-windows": lambda: mixed("mistral", MatMulFree(layers=(2, 5))),
     "mlgru-ternary": lambda: mixed("qwen3", MatMulFree(layers=(2,), linears="ternary")),

@@ -1,0 +1,222 @@
+"""What transformers asks of a model: answered for every form, or refused at the door."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import tiny_model
+from modeling.forms import DECODERS, FORMS, built
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from llmsurgeon.families import FAMILIES, SURGEON_PREFIX
+from llmsurgeon.modeling.surgeon_blocks import ParallelBlock, SubRMSNorm
+from llmsurgeon.modeling.surgeon_fff import FastFeedForward
+from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
+
+CLOSE = 2e-5
+IDS = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+MIXERS = [name for name in DECODERS if name.startswith("mlgru")]
+BLOCK = [name for name in DECODERS if name.startswith("block")]
+OWN = (MLGRU, BitLinear, SubRMSNorm, FastFeedForward)
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **kwargs):
+    return model(input_ids=ids, **kwargs).logits
+
+
+def close(mine, theirs, name=""):
+    torch.testing.assert_close(mine, theirs, atol=0.05 if "ternary" in name else CLOSE, rtol=0)
+
+
+# Hidden states
+
+
+def stack_of(model):
+    """The model's layers."""
+    return next(module for module in model.base_model.modules() if isinstance(module, nn.ModuleList))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in BLOCK])
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_hidden_states_are_those_between_layers(name, as_tuple):
+    model = built(name)
+    layers, seen = stack_of(model), []
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        out = model.base_model(input_ids=IDS, output_hidden_states=True, return_dict=not as_tuple)
+    for hook in hooks:
+        hook.remove()
+    states = next(value for value in out if isinstance(value, tuple)) if as_tuple else out.hidden_states
+    assert len(states) == len(layers) + 1
+    for mine, theirs in zip(states[1:-1], seen[:-1], strict=True):
+        close(mine, theirs, name)
+    assert torch.equal(states[-1], out[0])
+
+
+def test_a_choice_of_hidden_states_is_refused_where_blocks_are_parallel():
+    with pytest.raises(ValueError, match="choose from the output"):
+        built("llama")(input_ids=IDS, output_hidden_states=[1])
+
+
+def test_parallel_blocks_are_hooked_once():
+    assert any(isinstance(module, ParallelBlock) for module in built("llama").modules())
+    assert [len(built("llama").model._forward_hooks), len(built("decilm").model._forward_hooks)] == [1, 0]
+
+
+# Missing tensors
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_a_file_lacks_is_initialised(name, tmp_path):
+    """Beside what is there: values that each part begins with, not what memory happened to hold."""
+    model = built(name)
+    model.save_pretrained(tmp_path)
+    lost = {
+        f"{path}.{key}": (module, key)
+        for path, module in model.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if isinstance(module, OWN)
+        or any(part in path for part in ("block_embedder", "context_expansion", "cross_attn"))
+    }
+    file = tmp_path / "model.safetensors"
+    kept = {key: tensor for key, tensor in load_file(file).items() if key not in lost}
+    save_file(kept, file, metadata={"format": "pt"})
+    with poisoned_memory():
+        found = type(model).from_pretrained(tmp_path)
+    values = dict(found.named_parameters())
+    for key, tensor in model.state_dict().items():
+        if key not in lost:
+            assert torch.equal(values.get(key, found.state_dict()[key]), tensor), key
+    for key, (module, parameter) in lost.items():
+        value = values[key]
+        if parameter == "lower_bound":
+            assert value.item() == -4
+        elif parameter == "gain" or isinstance(module, SubRMSNorm) or "norm" in key:
+            assert (value == 1).all(), key
+        elif "bias" in parameter:
+            assert (value == 0).all(), key
+        else:
+            bound = 32**-0.5 if isinstance(module, FastFeedForward) else 0.2
+            assert value.abs().max() <= bound and 0.001 < value.std() < bound, key
+    assert (
+        logits(found).isfinite().all() and bool(lost) == any(isinstance(m, OWN) for m in model.modules())
+    ) or name in BLOCK
+
+
+class poisoned_memory:
+    """Fresh tensors hold NaN, as they may in a process that has used its memory before."""
+
+    def __enter__(self):
+        self.before = torch.empty_like
+
+        def empty_like(*args, **kwargs):
+            made = self.before(*args, **kwargs)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        torch.empty_like = empty_like
+
+    def __exit__(self, *_):
+        torch.empty_like = self.before
+
+
+# Generation
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_sequences_packed_into_a_row_do_not_mix(name):
+    model, sizes = built(name), (7, 1, 12)
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    for row in IDS[:, None]:
+        packed = logits(model, row, position_ids=positions, use_cache=False)
+        alone = torch.cat([logits(model, part, use_cache=False) for part in row.split(sizes, 1)], 1)
+        close(packed, alone, name)
+    assert (
+        logits(model, IDS[:1], use_cache=False) - logits(model, IDS[:1], position_ids=positions, use_cache=False)
+    ).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_positions_of_padded_rows_begin_nothing(name):
+    """Positions as generate counts them: from the first token, 0 or 1 where there is padding."""
+    model, mask = built(name), torch.ones(1, 20, dtype=torch.long)
+    mask[:, :5] = 0
+    for filler in (0, 1):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+        padded = logits(model, IDS[:1], attention_mask=mask, position_ids=positions, use_cache=False)
+        close(padded[:, 5:], logits(model, IDS[:1, 5:], use_cache=False), name)
+
+
+@pytest.mark.parametrize("name", MIXERS + BLOCK)
+def test_what_cannot_go_back_is_refused_before_a_token_is_made(name):
+    model = built(name)
+    for arguments in ({"assistant_model": tiny_model("llama")}, {"prompt_lookup_num_tokens": 3}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            model.generate(IDS[:1], max_new_tokens=4, **arguments)
+
+
+@pytest.mark.parametrize("name", MIXERS + BLOCK)
+def test_continuous_batching_is_refused(name):
+    with pytest.raises(ValueError, match="call generate on a batch of prompts"):
+        built(name).generate_batch(inputs=[[5, 6, 7], [8, 9]], max_new_tokens=2)
+
+
+def test_attentions_alone_are_not_refused():
+    model = built("llama")
+    assert not model._is_stateful
+    made = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
+    assert torch.equal(made, model.generate(IDS[:1], max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+# Vocabulary
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_more_tokens_and_fewer(name, tmp_path):
+    """The old tokens' logits stay; new ones can be read and written; it saves and loads."""
+    model = copy.deepcopy(built(name))
+    mine = logits(model)
+    model.resize_token_embeddings(70)
+    wider = logits(model)
+    assert wider.shape[-1] == 70 == model.config.vocab_size
+    close(wider[..., :64], mine, name)
+    assert logits(model, torch.full((1, 9), 69)).isfinite().all()
+    model.save_pretrained(tmp_path)
+    close(logits(type(model).from_pretrained(tmp_path)), wider, name)
+    model.resize_token_embeddings(64, mean_resizing=False)
+    close(logits(model), mine, name)
+
+
+def test_new_rows_of_a_block_transformer_are_the_mean_or_random():
+    model = copy.deepcopy(built("block-llama"))
+    table = model.model.block_embedder.embed_tokens.weight.clone()
+    model.resize_token_embeddings(66)
+    rows = model.model.block_embedder.embed_tokens.weight
+    assert torch.equal(rows[:64], table)
+    torch.testing.assert_close(rows[64:], table.mean(0).expand(2, -1))
+    model.resize_token_embeddings(72, mean_resizing=False)
+    rows = model.model.block_embedder.embed_tokens.weight
+    assert 0.005 < rows[66:].std() < 0.1
+
+
+# Copies
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-normed", "llama-leaf-trees", "mlgru-hybrid", "decilm", "block-qwen3"])
+def test_models_are_pickled_and_copied(name):
+    # Made anew: a model that has given hidden states holds hooks of transformers that cannot be pickled.
+    model = FORMS[name]()
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(logits(again), logits(model))
+        assert all(getattr(module, "config", again.config) is again.config for module in again.modules())
+
+
+def test_every_family_is_here():
+    assert {built(name).config.model_type for name in FORMS} >= {SURGEON_PREFIX + name for name in FAMILIES}
