@@ -28,14 +28,16 @@ def local_path(name: str | os.PathLike[str]) -> Path:
     """The path that a user named, with ~ resolved; nothing need be there.
 
     Raises:
-        SurgeryError: no path: empty, too long, of bytes that no name has, or in a folder that may not be looked into.
+        SurgeryError: no path: empty, too long, not UTF-8, or in a folder that may not be looked into.
     """
     text = os.fspath(name)
     try:
         if not text or "\0" in text:
             raise ValueError("empty" if not text else "it holds a null byte")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            # Libraries take names as UTF-8, and cards, recipes and terminals hold them.
+            raise ValueError("its name is not UTF-8")
         path = Path(text).expanduser()
-        os.fsencode(path)
         path.exists()
     except (RuntimeError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or first_lines(error)

@@ -48,7 +48,7 @@ def test_a_file_that_is_a_folder_or_not_there(tmp_path):
         read_json(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize("name", ["", "a\0b", "n" * 300, "\ud800", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("name", ["", "a\0b", "n" * 300, "\ud800", "a\udcff", "~nobody-of-this-name/x"])
 def test_what_is_no_path(name):
     with pytest.raises(SurgeryError, match=r"cannot be used as a path .*; name another one"):
         local_path(name)
