@@ -71,11 +71,11 @@ VERBS: dict[tuple[str, ...], dict[str, str]] = {
         "--seq-len": "n", "--device": "w", "--dtype": "w",
         "--max-shard-size": "s", "-o": "o", "--text": "t", "--set": "w", "--recipe": "t",
     },
-    ("prune", "@model", "--no-refit"): {
+    ("prune", "@model", "--no-refit", *SMALL): {
         "--attention": "w", "--ffn": "w", "--blocks": "w", "--block-count": "n", "--kv-heads": "n", "--width": "n",
         "-o": "o", "--max-shard-size": "s", "--seq-len": "n",
     },
-    ("ternary", "@model", "--method", "round"): {
+    ("ternary", "@model", "--method", "round", *SMALL): {
         "--linears": "w", "--layers": "w", "--share": "n", "--max-bytes": "n", "--method": "w", "--scale": "w",
         "--granularity": "w", "--group-size": "n", "-o": "o",
     },

@@ -49,7 +49,7 @@ def _plan(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:
         ["block", model, "--no-refit"],
         ["ternary", model, "--method", "round", "--linears", draw.choice(("ffn", "attention", "all"))],
     )
-    return [*draw.choice(steps), "-o", "OUT", *draw.choice(([], [], ["--dry-run"]))]
+    return [*draw.choice(steps), "-o", "OUT", *SMALL, *draw.choice(([], [], ["--dry-run"]))]
 
 
 def _measured(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:

@@ -25,7 +25,7 @@ from typing import NoReturn
 from tests.attack.ground import Ground
 
 CPU_SECONDS = 60  # of processor time: a busy machine makes no try hang
-WALL_SECONDS = 120
+WALL_SECONDS = 300
 MEMORY = 4 << 30  # beside what the driver has mapped already
 CLEAN_CODES = (0, 2, 3)
 LONGEST_MESSAGE = 20_000
