@@ -68,4 +68,6 @@ def first_not_finite(model: nn.Module, dtype: torch.dtype, **inputs: Any) -> Sur
     if not found:
         return None
     own = model.get_submodule(found[0]).named_parameters(recurse=False)
-    return not_finite(found[0], dtype, {f"{found[0]}.{name}": parameter.detach() for name, parameter in own})
+    name = getattr(model, "name_or_path", "")
+    where = f"{name}: {found[0]}" if name else found[0]
+    return not_finite(where, dtype, {f"{found[0]}.{name}": parameter.detach() for name, parameter in own})

@@ -114,6 +114,11 @@ def encoder_family(model: PreTrainedModel) -> Family | None:
     return next((family.with_head([name]) for family in ENCODERS if name in dict(family.heads)), None)
 
 
+def name_of(model: PreTrainedModel) -> str:
+    """What the user calls the model: the folder, file or hub id that it was loaded from; its class where it was not."""
+    return str(getattr(model, "name_or_path", "") or model.config.name_or_path or type(model).__name__)
+
+
 def positions_of(model: PreTrainedModel) -> int | None:
     """How long a sequence the model takes, None where it sets no limit."""
     if family := encoder_family(model):
@@ -256,7 +261,7 @@ def _check(model: PreTrainedModel, tokens: Tensor) -> None:
     if tokens.ndim != 2 or 0 in tokens.shape:
         raise SurgeryError(f"tokens of shape {list(tokens.shape)}: expected [sequences, length], at least 1 by 1")
     family = encoder_family(model)
-    name = model.config.name_or_path or type(model).__name__
+    name = name_of(model)
     if family is None:
         raise SurgeryError(f"{name} is a decoder; an encoder can be compared with an encoder only")
     spec = family.describe(model.config.to_dict())

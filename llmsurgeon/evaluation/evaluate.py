@@ -17,6 +17,7 @@ from llmsurgeon.boundary import check_token_ids
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Passage, bits_per_byte, scored_by
+from llmsurgeon.evaluation.encoders import name_of
 from llmsurgeon.evaluation.perplexity import (
     CHUNK,
     Interval,
@@ -246,7 +247,7 @@ def _against_parent(means: dict[str, Tensor]) -> dict[str, Any]:
 def _check(model: PreTrainedModel, tokens: Tensor) -> None:
     if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
         raise SurgeryError(f"tokens of shape {list(tokens.shape)}: expected [sequences, length], at least 1 by 2")
-    name = model.config.name_or_path or type(model).__name__
+    name = name_of(model)
     check_token_ids(int(tokens.min()), int(tokens.max()), model.config.vocab_size, name)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and tokens.shape[1] > limit:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.encoders import encoder_family, positions_of
+from llmsurgeon.evaluation.encoders import encoder_family, name_of, positions_of
 from llmsurgeon.evaluation.llamacpp import LlamaCpp
 from llmsurgeon.progress import Progress
 
@@ -159,7 +159,7 @@ def benchmark(
     prompt, new_tokens = _lengths(prompt, 0 if encoders[0] else new_tokens, [positions_of(each) for each in models])
     _check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoders[0] else {"new_tokens": new_tokens}))
     for each in models:
-        _check_length(each.config.name_or_path or type(each).__name__, prompt + new_tokens, positions_of(each))
+        _check_length(name_of(each), prompt + new_tokens, positions_of(each))
     vocab = min(each.config.vocab_size for each in models)
     ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
     timed = _in_turn([partial(_run, each, ids, new_tokens) for each in models], rounds)

@@ -56,6 +56,7 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     for note in made.notes:
         remark(f"{checkpoint.name}: {note}")
     fill(made.empty, made.weights, computed_in(made.dtype, dtype, device), device)
+    made.empty.name_or_path = checkpoint.name  # for messages; the config goes without
     return made.empty
 
 
