@@ -52,6 +52,7 @@ def test_other_suffixes_are_refused_by_name(tmp_path, monkeypatch, name):
     for step in (
         f"calibration: {{text: {name}}}\nsteps: [{{op: refit}}]",
         f"steps: [{{op: distill, data: [{{text: {name}}}]}}]",
+        f"steps: [{{op: trim_vocab, keep: {{text: {name}}}}}]",
     ):
         with pytest.raises(RecipeError, match="are not read as text"):
             loads(f"version: 1\n{step}\n")

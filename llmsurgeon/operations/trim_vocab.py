@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.text_file import TextFile
 
 
 class KeepTokens(BaseModel):
@@ -22,7 +23,7 @@ class KeepTokens(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str | None = Field(default=None, description="a .txt, .jsonl or .parquet file whose tokens stay")
+    text: TextFile | None = Field(default=None, description="a .txt, .jsonl or .parquet file whose tokens stay")
     min_count: int = Field(default=1, ge=1, description="of text: how often a token must occur")
     tokens: int | None = Field(
         default=None,
