@@ -177,7 +177,9 @@ KINDS = {
 
 def reading_tables(reports: dict[str, dict[str, dict[str, Any]]], found: dict[str, dict[str, str]]) -> list[str]:
     """A row for each kind of checkpoint, a column for each transformers; below, what is refused and why."""
-    columns = sorted(reports, key=lambda name: [int(part) for part in found[name]["transformers"].split(".")])
+    # Of two environments with one transformers, as newest and pinned often are, one is enough.
+    by_version = {found[name]["transformers"]: name for name in reports}
+    columns = [by_version[v] for v in sorted(by_version, key=lambda v: [int(part) for part in v.split(".")])]
     heads = [f"transformers {found[name]['transformers']}" for name in columns]
     lines = [f"| form | {' | '.join(heads)} |", "|---" * (len(columns) + 1) + "|"]
     for kind, title in KINDS.items():

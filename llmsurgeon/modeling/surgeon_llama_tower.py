@@ -9,6 +9,9 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from .modeling_surgeon_llama import SurgeonLlamaBlock, SurgeonLlamaConfig
 from .surgeon_blocks import SurgeonModelMixin, swap_blocks
 from .surgeon_mlgru import pass_padding
+from .surgeon_versions import needs
+
+needs("5.14", "a vision-language model in this form")
 
 
 class SurgeonLlamaModel(SurgeonModelMixin, LlamaModel):
