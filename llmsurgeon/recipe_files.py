@@ -131,10 +131,15 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def read_document(path: Path) -> Document:
-    """Read a recipe file.
+    """Read a recipe file: errors as in `recipe_text`, and where it is not YAML (with the line)."""
+    return parse_document(recipe_text(path), str(path))
+
+
+def recipe_text(path: Path) -> str:
+    """The text of a recipe file.
 
     Raises:
-        RecipeError: unreadable, not UTF-8, larger than a megabyte, or not YAML (with the line).
+        RecipeError: unreadable, not UTF-8, or larger than a megabyte.
     """
     try:
         with path.open("rb") as file:
@@ -144,10 +149,9 @@ def read_document(path: Path) -> Document:
     if len(raw) > MAX_BYTES:
         raise RecipeError([f"{path}: larger than {MAX_BYTES:,} bytes; is this a recipe?"])
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise RecipeError([f"{path}: not UTF-8 text; is this a recipe?"]) from None
-    return parse_document(text, str(path))
 
 
 def parse_document(text: str, name: str) -> Document:

@@ -226,6 +226,13 @@ def test_names_that_are_no_paths(folder, run, verb):
         assert code == 2 and "cannot be used as a path" in err, err
 
 
+@pytest.mark.parametrize("verb", ["show", "cp", "check"])
+def test_a_recipe_that_is_no_text(folder, run, verb):
+    code, out, err = run("recipes", verb, "parent/model.safetensors", *(["copy.yaml"] if verb == "cp" else []))
+    assert code == 2 and "not UTF-8 text; is this a recipe?" in err and not out
+    assert not (folder / "copy.yaml").exists()
+
+
 def test_a_folder_below_the_home(folder, run, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     for arguments in (("verify", "~/parent"), ("inspect", "~/parent"), ("eval", "~/parent", *VERBS["eval"][2:])):

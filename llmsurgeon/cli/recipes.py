@@ -33,9 +33,9 @@ def list_recipes() -> None:
 
 def show_recipe(name: Name) -> None:
     """Print a recipe."""
-    from llmsurgeon.recipe_files import find_recipe
+    from llmsurgeon.recipe_files import find_recipe, recipe_text
 
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    print(recipe_text(find_recipe(name)), end="")
 
 
 def copy_recipe(
@@ -49,10 +49,10 @@ def copy_recipe(
     from llmsurgeon.boundary import local_path
     from llmsurgeon.checkpoint.atomic import write_whole
     from llmsurgeon.errors import SurgeryError
-    from llmsurgeon.recipe_files import find_recipe
+    from llmsurgeon.recipe_files import find_recipe, recipe_text
 
     source, dest = find_recipe(name), local_path(dest)
-    text = source.read_text(encoding="utf-8")
+    text = recipe_text(source)
     target = dest / source.name if dest.is_dir() else dest
     try:
         write_whole(target, text.encode(), overwrite=overwrite)
