@@ -15,6 +15,7 @@ from llmsurgeon import __version__
 from llmsurgeon.analysis.calibration import split
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.card import collapse, model_card
+from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
@@ -161,7 +162,8 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
     held_out = _held_out(texts.windows, shares[0])
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
-        store.mkdir(exist_ok=True)
+        with writing(store):
+            store.mkdir(exist_ok=True)
         if isinstance(step, RefitStep):
             healed = _refitted(healed, step, planned, texts, held_out, store)
         elif isinstance(step, Ternary):

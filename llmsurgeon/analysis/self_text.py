@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -302,14 +303,15 @@ def cached_self_text(
 ) -> Tensor:
     """`sample_self_text`, remembered on disk; `load` is called only where the text is not there yet.
 
-    `fingerprint` names the weights and what computes with them (dtype, kind of device, libraries): another model,
-    another text. So does the tokenizer, whose openers the text begins with. A damaged or unwritable cache only costs
+    `fingerprint` names the weights and how they compute (dtype, kind of device): another model, another text. So do the
+    libraries, and the tokenizer, whose openers the text begins with. A damaged or unwritable cache only costs
     time.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    parts = [fingerprint, tokenizer_key(tokenizer), *asdict(wanted).values()]
+    libraries = [version(library) for library in ("torch", "transformers")]
+    parts = [fingerprint, *libraries, tokenizer_key(tokenizer), *asdict(wanted).values()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     path = cache_folder() / f"{key}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):
@@ -346,8 +348,8 @@ def cache_folder() -> Path:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells models apart: the dtype, and names, shapes and a sample of the values of all weights."""
-    digest = hashlib.sha256(str(model.dtype).encode())
+    """A hash that tells models apart: dtype, kind of device; names, shapes and a sample of the values of all weights."""
+    digest = hashlib.sha256(f"{model.dtype} {model.device.type}".encode())
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()
         sample = values[:: max(1, len(values) // 4096)].double().cpu()

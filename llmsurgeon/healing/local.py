@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +196,8 @@ def _job(
     from safetensors.torch import save_file
 
     folder = case.folder / f"block-{index:04d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     prefix = student.family.layer(index)
     names = [name for name in student.layers[index].state_dict()]
     weights = folder / "before.safetensors"
@@ -265,6 +267,12 @@ def _failure(job: BlockJob, code: int) -> SurgeryError:
     return (Stopped if code == STOPPED else SurgeryError)(message)
 
 
+def _note(path: Path, error: Exception) -> None:
+    # Where the disk is full the first process says which one ended, and with what code.
+    with suppress(OSError):
+        path.write_text(str(error))
+
+
 def _in_process(job: BlockJob) -> None:
     """`train_block` in a process of its own, its failure written where the first process reads it."""
     set_quiet(True)
@@ -274,10 +282,10 @@ def _in_process(job: BlockJob) -> None:
     try:
         train_block(job)
     except Stopped as stopped:
-        note.write_text(str(stopped))
+        _note(note, stopped)
         sys.exit(STOPPED)
     except SurgeryError as error:
-        note.write_text(str(error))
+        _note(note, error)
         sys.exit(2)
 
 

@@ -249,7 +249,8 @@ class Trainer:
         result = self.folder / RESULT
         if (training := trained(result)) is not None:
             return training
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
         if self.settings.trackers:
             self.accelerator.init_trackers("llmsurgeon", config=_flat(self.settings))
@@ -457,15 +458,16 @@ class Trainer:
         if not self.accelerator.is_main_process or not log.exists():
             return
         kept = []
-        for line in log.read_text().splitlines():
-            with suppress(ValueError):  # the last line of a killed run may be cut short
+        for line in log.read_text(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError, AttributeError):  # cut short by a kill, or damaged
                 entry = json.loads(line)
                 measured = entry.get("evaluation", entry)
                 if measured["step"] <= self.state.step and ("evaluation" not in entry or measured in self.state.judged):
                     kept.append(line + "\n")
         new = log.with_suffix(".new")
-        new.write_text("".join(kept))
-        new.replace(log)
+        with writing(log, then=ROOM):
+            new.write_text("".join(kept))
+            new.replace(log)
 
     def _finish(self, stopped: str) -> Training:
         """Write the tensors of the best weights, or of the last ones where nothing was judged."""
