@@ -1,8 +1,9 @@
-"""What a refit of one wide fused FFN takes in memory: the peak of a process of its own, beside what the plan says.
+"""What a closed-form fit of wide FFNs takes in memory: the peak of a process of its own, beside what the plan says.
 
     python benchmarks/refit_memory.py --width 1024 --run 6 --hidden 256
 
-makes a random Llama of as many layers as are fused and two more, fuses them, and refits on random text.
+makes a random Llama of as many layers as are fused and two more, fuses them, and refits on random text. With --ternary
+it makes two FFNs of the model ternary instead, with codes that compensate.
 """
 
 from __future__ import annotations
@@ -53,11 +54,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
 
     keep_freed_memory()
     layers = list(range(1, arguments.run + 1))
-    recipe = loads(
-        f"version: 1\ncalibration: {{text: {folder}/text.txt, tokens: {arguments.tokens}, sequence_length: 128}}\n"
-        f"steps: [{{op: prune_attention, layers: {layers[1:]}}}, "
-        f"{{op: fuse_ffn, runs: [{layers[0]}-{layers[-1]}]}}, {{op: refit}}]\n"
-    )
+    fused = f"{{op: prune_attention, layers: {layers[1:]}}}, {{op: fuse_ffn, runs: [{layers[0]}-{layers[-1]}]}}"
+    steps = f"{{op: ternary, layers: {layers[-2:]}}}" if arguments.ternary else f"{fused}, {{op: refit}}"
+    calibration = f"{{text: {folder}/text.txt, tokens: {arguments.tokens}, sequence_length: 128}}"
+    recipe = loads(f"version: 1\ncalibration: {calibration}\nsteps: [{steps}]\n")
     said: dict[str, int] = {}
 
     def planned(plan: Planned) -> None:
@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--run", type=int, default=6, help="FFNs that are fused")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--ternary", action="store_true", help="ternary codes in place of a refit")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.inside:
@@ -89,12 +90,14 @@ def main() -> None:
         command = [sys.executable, __file__, "--inside", folder]
         for name in ("width", "run", "hidden", "tokens"):
             command += [f"--{name}", str(getattr(arguments, name))]
+        command += ["--ternary"] if arguments.ternary else []
         found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    width = arguments.width * arguments.run
+    width = arguments.width * (1 if arguments.ternary else arguments.run)
     print(f"{width:,} channels, one Gram matrix in float32: {4 * width**2 / 1e9:.2f} GB")
     print(f"planned: {found['planned'] / 1e9:.2f} GB beside what the process took before")
     print(f"measured: {found['measured'] / 1e9:.2f} GB, {found['seconds']:.0f} s")
-    print("held-out errors: " + ", ".join(f"{error:.6f}" for error in found["fits"]))
+    if found["fits"]:
+        print("held-out errors: " + ", ".join(f"{error:.6f}" for error in found["fits"]))
 
 
 if __name__ == "__main__":

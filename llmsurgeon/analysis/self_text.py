@@ -348,7 +348,7 @@ def cache_folder() -> Path:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells models apart: dtype, kind of device; names, shapes and a sample of the values of all weights."""
+    """A hash that tells models apart: dtype, kind of device; names, shapes and some of the values of all weights."""
     digest = hashlib.sha256(f"{model.dtype} {model.device.type}".encode())
     for name, weight in model.state_dict().items():
         values = weight.detach().flatten()

@@ -277,6 +277,7 @@ class Ternarise:
         moments.complete()
         update, _, moved = best_update(moments, self.options.ridges) if aligns else (None, None, 1.0)
         gram = moments.gram[0]
+        moments.gram[1] = gram.new_empty(0)  # it has judged, and what follows takes several of its size
         sizes = [self._weight(module).shape[0] for module in modules]
         updates = update.T.split(sizes) if update is not None else [None] * len(sizes)
         for name, module, change in zip(group.modules, modules, updates, strict=True):

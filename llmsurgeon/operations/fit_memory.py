@@ -72,7 +72,8 @@ def _block_bytes(block: BlockSpec, hidden: int, text: Text) -> int:
 def ternary_bytes(inputs: int, outputs: int, text: Text, hidden: int) -> int:
     """About the most that ternary codes take that compensate: a linear of `inputs`, aligned to give `outputs`.
 
-    Beside the sums, the Gram matrix in another order and the three steps of its inverse's factor.
+    The Gram matrix of what fits, the same in another order, and four of its size for the factor of its inverse (torch
+    copies what it factors); the one of what judges is gone by then.
     """
     streams = 5 * text.tokens * hidden * text.itemsize
-    return streams + sums_bytes(inputs, outputs) + FLOAT * 3 * inputs**2 + text.batch * inputs * FLOAT
+    return streams + FLOAT * (6 * inputs**2 + 4 * inputs * outputs) + text.batch * inputs * FLOAT
