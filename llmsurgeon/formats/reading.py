@@ -199,7 +199,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
     if one.dtype == other.dtype and one.dtype.itemsize > 1:
         return torch.equal(one, other)
     # torch compares no numbers of 8 bits.
-    pairs = zip(row_blocks(one), row_blocks(other), strict=True)
+    pairs = zip(row_blocks(one.flatten()), row_blocks(other.flatten()), strict=True)
     return all(torch.equal(mine.double(), theirs.double()) for mine, theirs in pairs)
 
 
@@ -236,6 +236,9 @@ def stale_buffers(weights: Mapping[str, Tensor], family: Family, model: PreTrain
 
 def _is_usual(name: str, tensor: Tensor) -> bool:
     """True where a mask, or position or type numbers, are those that every model of the family has."""
+    if not tensor.numel():
+        return False
+    tensor = tensor.float()
     values = tensor.reshape(-1, *tensor.shape[-2:])[0] if tensor.dim() > 1 else tensor.reshape(1, -1)
     if name.endswith("position_ids"):
         return torch.equal(values[0].long(), torch.arange(values.shape[1]))

@@ -21,6 +21,7 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
+from llmsurgeon.formats.reading import same_values
 from llmsurgeon.patient import open_config, open_patient
 from llmsurgeon.recipe import loads
 from llmsurgeon.run import Options, run
@@ -301,3 +302,18 @@ def test_links(tmp_path):
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"is a link to .*elsewhere.safetensors, .*cp --dereference"):
         open_patient(str(folder))
+
+
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.float64), (torch.float8_e4m3fn, torch.float8_e4m3fn)))
+@pytest.mark.parametrize("shape", ((), (0, 4), (3, 4)))
+def test_values_of_odd_shapes_and_dtypes(dtypes, shape):
+    one, other = (torch.full(shape, 0.5).to(dtype) for dtype in dtypes)
+    assert same_values(one, other)
+    assert not same_values(one, torch.full((*shape, 2), 0.5))
+    assert torch.Size(shape).numel() == 0 or not same_values(one, (other.float() * 2).to(other.dtype))
+
+
+@pytest.mark.parametrize("tensor", (torch.ones(0, 4), torch.tensor(0.0), torch.ones(8).to(torch.float8_e5m2)))
+def test_buffers_of_odd_shapes_are_named_and_no_crash(tmp_path, tensor):
+    folder = changed(save_tiny(tmp_path / "p", "gpt2"), transformer__h__0__attn__bias=tensor)
+    assert "attn.bias differs" in open_patient(str(folder)).notes[0]
