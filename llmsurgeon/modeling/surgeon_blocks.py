@@ -313,11 +313,14 @@ def _no_choice_of_states(body, args, kwargs):
 
 
 def _one_state_a_layer(body, args, output):
-    layers = next(
+    stacks = (
         part
         for part in body.modules()
         if isinstance(part, nn.ModuleList) and any(isinstance(layer, ParallelBlock) for layer in part)
     )
+    layers = next(stacks, None)
+    if layers is None:
+        return output  # something stands in for the layers, and what it gives is its own
     branches = [len(layer.branches) if isinstance(layer, ParallelBlock) else 1 for layer in layers]
 
     def mended(states, last):
