@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from llmsurgeon import __version__
+from llmsurgeon.boundary import printable
 from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.write import Written
+from llmsurgeon.places import without_folders
 from llmsurgeon.summary import Costs, human
 
 PIPELINES = {
@@ -70,15 +73,15 @@ def model_card(
     if base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf"):
         meta["base_model"] = base_model
     meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or own_code else [])]
-    name = base_model.rstrip("/").rpartition("/")[2]
+    name = prose(base_model.rstrip("/").rpartition("/")[2])
     title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
     lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     if warning := collapse(evaluation):
         lines += [f"> **{warning}**", ""]
     if gate:
-        lines += ["> **The quality gate of the recipe failed:** " + "; ".join(gate), ""]
+        lines += ["> **The quality gate of the recipe failed:** " + prose("; ".join(gate)), ""]
     lines += [
-        f"Made from `{name}` by llmsurgeon {__version__} "
+        f"Made from {name} by llmsurgeon {__version__} "
         + ("with the recipe below." if recipe else "without a change to what it computes."),
         "",
         "| | parent | this model |",
@@ -94,7 +97,7 @@ def model_card(
         lines += [
             *_quality(evaluation),
             "",
-            f"Measured on {evaluation['tokens']:,} tokens held out from the calibration text ({text}). "
+            f"Measured on {evaluation['tokens']:,} tokens held out from the calibration text ({prose(text or '')}). "
             "Other text can fare worse.",
         ]
     elif recipe:
@@ -105,7 +108,7 @@ def model_card(
         "",
         "## Loading",
         "",
-        written.loads,
+        prose(written.loads),
         "",
         "```python",
         f"from transformers import {auto}, AutoTokenizer",
@@ -114,13 +117,33 @@ def model_card(
         f'tokenizer = AutoTokenizer.from_pretrained("PATH"{tokenizer_trust})',
         "```",
         "",
-        f"Format: {written.format} ({written.why}).",
+        f"Format: {written.format} ({prose(written.why)}).",
     ]
     if notes:
-        lines += ["", "## What was done", "", *(f"- {note}" for note in notes)]
+        lines += ["", "## What was done", "", *(f"- {prose(note)}" for note in notes)]
     if recipe:
-        lines += ["", "## Recipe", "", "```yaml", recipe.strip(), "```"]
+        lines += ["", "## Recipe", "", *fenced(printable(recipe.strip()), "yaml")]
     return "\n".join([*lines, ""])
+
+
+def prose(text: str) -> str:
+    """A text of one line as Markdown that shows it: no HTML, no link, no fence; code spans stay.
+
+    Names of models and tensors, gates and texts are a stranger's; absolute paths are cut to their last part.
+    """
+    line = re.sub("`{2,}", "'", " ".join(printable(without_folders(text)).split()))
+    spans = re.split("(`[^`]*`)", line)
+    return "".join(span if odd % 2 else re.sub(r"[`\\[\]<>&|]", _escaped, span) for odd, span in enumerate(spans))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(found[0], "\\" + found[0])
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Lines of a code block that nothing in `text` ends."""
+    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
+    return [f"{fence}{language}", text, fence]
 
 
 def _auto_class(written: Written) -> str:

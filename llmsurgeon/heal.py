@@ -76,7 +76,7 @@ def heal(
         healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
         if stage is None:
             return None
-        story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}))
+        story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}), Path(out))
         return finish(stage, out, planned, story, healed, texts, wounded.checkpoint, inputs)
 
 

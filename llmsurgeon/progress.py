@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from llmsurgeon.boundary import printable
+
 T = TypeVar("T")
 
 LINE_SECONDS = 10.0  # between two plain lines, where stderr is a file or a pipe
@@ -29,7 +31,7 @@ def remark(line: str) -> None:
     if line not in _said:
         _said.add(line)
         if not _quiet:
-            print(f"note: {line}", file=sys.stderr, flush=True)
+            print(f"note: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def track(iterable: Iterable[T], description: str, total: float | None = None, unit: str = "steps") -> Iterator[T]:
@@ -101,7 +103,7 @@ class Progress:
         if self.total and 0 < self.done < self.total:
             line += f", {_clock((self.total - self.done) / rate)} left"
         line += f", {self.note}" if self.note else ""
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _rich_bar(unit: str) -> Any:

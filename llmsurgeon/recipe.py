@@ -6,8 +6,9 @@ Unknown keys are errors. Every problem of a file is reported at once, with its l
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -18,6 +19,7 @@ from pydantic_core import ErrorDetails
 from llmsurgeon.errors import RecipeError
 from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
 from llmsurgeon.operations import OPERATIONS
+from llmsurgeon.places import found, relative
 from llmsurgeon.recipe_files import (
     Document,
     Dumper,
@@ -112,7 +114,11 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: with every problem found.
     """
-    return _build(read_document(find_recipe(name)), overrides)
+    file = find_recipe(name)
+    document = read_document(file)
+    # Of a recipe that was written into a folder, `./x` and `../x` mean what lies there from it.
+    _each_path(document.data, lambda name: found(name, file.parent))
+    return _build(document, overrides)
 
 
 def loads(text: str, name: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
@@ -120,10 +126,28 @@ def loads(text: str, name: str = "recipe", overrides: Iterable[str] = ()) -> Rec
     return _build(parse_document(text, name), overrides)
 
 
-def dump(recipe: Recipe) -> str:
-    """YAML of a recipe with every default written out. `loads(dump(recipe)) == recipe`."""
+def dump(recipe: Recipe, folder: Path | None = None) -> str:
+    """YAML of a recipe with every default written out. `loads(dump(recipe)) == recipe`.
+
+    To be written into `folder`, it names files and folders of this disk as they lie from there.
+    """
     data = recipe.model_dump(mode="json", exclude_none=True)
+    if folder is not None:
+        here = Path(os.path.abspath(folder.expanduser()))
+        _each_path(data, lambda name: relative(name, here))
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
+
+
+PATHS = ("model", "text", "dataset", "file")
+
+
+def _each_path(data: Any, change: Callable[[str], str]) -> None:
+    """Change, in place, what stands under keys that name files."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if isinstance(value, str) and key in PATHS:
+            data[key] = change(value)
+        else:
+            _each_path(value, change)
 
 
 def _build(document: Document, overrides: Iterable[str]) -> Recipe:

@@ -38,6 +38,7 @@ from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
 from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.places import everywhere, without_folders
 from llmsurgeon.planning import Planned, check_recipe, plan, refuse_ternary_parent, within_positions
 from llmsurgeon.proof import missed, prove, prove_whole, walked
 from llmsurgeon.recipe import Recipe, dump
@@ -91,7 +92,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     )
     planned = plan(patient, recipe, scores)
     options.planned(planned)
-    resolved = dump(planned.recipe.model_copy(update={"model": model}))
+    resolved = dump(planned.recipe.model_copy(update={"model": model}), Path(out))
     with Stage.open(
         out,
         job=inputs.job(planned.recipe),
@@ -286,6 +287,8 @@ def write_story(
     if trainings:
         stage.write_file("loss.jsonl", "".join(json.dumps(line) + "\n" for made in trainings for line in made.log))
         stage.write_file("report.html", html_curves(Path(stage.out).name, trainings))
+    known = (planned.patient.name, planned.recipe.calibration.text, planned.recipe.calibration.dataset)
+    surgery = everywhere(surgery, lambda text: without_folders(text, *known))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
     ternary = [ternary_summary(healed.ternary)] if healed.ternary else []
     notes = [*planned.notes, *ternary, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
@@ -296,7 +299,7 @@ def write_story(
         planned.after,
         recipe,
         measured,
-        texts.description,
+        without_folders(texts.description, *known),
         notes,
         missed,
         source.companions.code,

@@ -15,7 +15,7 @@ from pathlib import Path
 PACKAGE = "llmsurgeon"
 
 # Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"boundary", "caches", "errors", "finite", "layers", "limits", "progress", "ternary", "text_file"}
+BASE = {"boundary", "caches", "errors", "finite", "layers", "limits", "places", "progress", "ternary", "text_file"}
 RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
 STAGES = {"patient", "planning", "texts"}
 TOOLS = BASE | {"families", "checkpoint", "spec"}
@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "boundary": {"errors"},
     "limits": set(),
     "layers": {"errors"},
-    "progress": set(),
+    "places": set(),
+    "progress": {"boundary"},
     "text_file": {"boundary", "errors", "progress", "checkpoint.files"},
     "finite": {"errors"},
     "ternary": {"errors"},

@@ -20,6 +20,7 @@ from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, sear
 from llmsurgeon.analysis.walk import LayerRunner
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.places import relative, without_folders
 
 _DISTANCES = {"kl": "KL to the parent: {:.3f} nats a token", "cosine": "Cosine distance to the parent: {:.3f}"}
 
@@ -53,11 +54,15 @@ class Analysis:
         return {
             "version": 1,
             "llmsurgeon": __version__,
-            "model": self.model,
+            "model": without_folders(self.model, self.model),
             "family": self.family,
             "distance": self.distance,
             "layers": self.layers,
-            "calibration": {"text": self.text, "tokens": self.tokens, "sequence_length": self.sequence_length},
+            "calibration": {
+                "text": without_folders(self.text),
+                "tokens": self.tokens,
+                "sequence_length": self.sequence_length,
+            },
             "scores": {
                 name: {"mean": _numbers(s.mean), "low": _numbers(s.low), "high": _numbers(s.high)}
                 for name, s in self.measurements.scores.items()
@@ -87,18 +92,22 @@ class Analysis:
         arrays = {**self.measurements.arrays, "ffn_dependency": self.ffn_dependency}
         return {name: t.float().contiguous() for name, t in {**scores, **arrays}.items()}
 
-    def recipe(self, calibration: Mapping[str, Any]) -> str:
-        """suggested.yaml: drop, fuse, refit; runnable as it is."""
+    def recipe(self, calibration: Mapping[str, Any], folder: Path | None = None) -> str:
+        """suggested.yaml: drop, fuse, refit; runnable as it is. Files are named as they lie from `folder`, its own."""
         steps: list[dict[str, Any]] = [{"op": "prune_attention", "layers": sorted(self.dropped)}]
         if self.runs:
             steps.append({"op": "fuse_ffn", "runs": [f"{run[0]}-{run[-1]}" for run in self.runs], "norm": "fold"})
         steps.append({"op": "refit"})
+
+        def placed(value: Any) -> Any:
+            return relative(value, folder) if folder and isinstance(value, str) else value
+
         body = {
             "version": 1,
             "description": f"{len(self.dropped)} attentions out, "
             f"{self.layers} -> {self.layers - sum(len(run) - 1 for run in self.runs)} blocks",
-            "model": self.model,
-            "calibration": {key: value for key, value in calibration.items() if value is not None},
+            "model": placed(self.model),
+            "calibration": {key: placed(value) for key, value in calibration.items() if value is not None},
             "steps": steps,
         }
         head = (
@@ -166,7 +175,7 @@ def write_analysis(stage: Stage, analysis: Analysis, calibration: Mapping[str, A
     from safetensors.torch import save
 
     report = analysis.report()
-    recipe = analysis.recipe(calibration)
+    recipe = analysis.recipe(calibration, Path(stage.out))
     files: dict[str, bytes] = {
         "report.json": (json.dumps(report, allow_nan=False) + "\n").encode(),
         "scores.safetensors": save(analysis.tensors()),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmsurgeon.cli import console, say
+from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
     OVERWRITE,
     Batch,
@@ -130,7 +130,7 @@ def print_analysis(result: Analysis, files: list[Path], fit_tokens: int) -> None
         table.add_row(str(layer), *(f"{scores[name].mean[layer]:.4f}" for name in names), ", ".join(notes))
     console().print(table)
     for file in files:
-        print(f"wrote {file}")
+        tell(f"wrote {file}")
     suggested = next(file for file in files if file.name == "suggested.yaml")
-    print(f"next: llmsurgeon run {shlex.quote(str(suggested))} -o OUT")
-    print(f"      (its refit takes {fit_tokens:,} tokens; --tokens N for fewer)")
+    tell(f"next: llmsurgeon run {shlex.quote(str(suggested))} -o OUT")
+    tell(f"      (its refit takes {fit_tokens:,} tokens; --tokens N for fewer)")

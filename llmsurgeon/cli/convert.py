@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from llmsurgeon.cli import console, output, say
+from llmsurgeon.cli import console, output, say, tell
 from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
@@ -421,13 +421,13 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
 def print_outcome(outcome: Outcome) -> None:
     """What came of the plan, in a few lines."""
     if outcome.evaluation:
-        print(f"held-out calibration text: {outcome.evaluation.sentence()}")
+        tell(f"held-out calibration text: {outcome.evaluation.sentence()}")
     else:
         command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.patient.name)}"
-        print(f"quality: not measured; {command} does")
+        tell(f"quality: not measured; {command} does")
     if collapsed := warning(outcome):
-        print(f"WARNING: {collapsed}")
-    print(f"wrote {outcome.out}")
+        tell(f"WARNING: {collapsed}")
+    tell(f"wrote {outcome.out}")
 
 
 def _short(value: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import say
+from llmsurgeon.cli import say, tell
 from llmsurgeon.cli.options import DISCARD, OVERWRITE, TrustRemoteCode, short_name
 from llmsurgeon.errors import SurgeryError
 
@@ -88,4 +88,4 @@ def export_command(
         report = {"out": str(made.out), "format": made.format, "loads": made.loads}
         report |= {"before": made.before.to_dict(), "after": made.after.to_dict()}
         lines = [f"wrote {made.out} ({made.format})", made.loads]
-    print(json.dumps(report) if as_json else "\n".join(lines))
+    print(json.dumps(report)) if as_json else tell("\n".join(lines))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import console, say
+from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.convert import shown, warning
 from llmsurgeon.cli.options import (
     DISCARD,
@@ -123,5 +123,5 @@ def print_healed(outcome: Outcome) -> None:
     if outcome.evaluation:
         out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False, soft_wrap=True)
     if collapsed := warning(outcome):
-        print(f"WARNING: {collapsed}")
+        tell(f"WARNING: {collapsed}")
     out.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import console, say
+from llmsurgeon.cli import console, say, tell
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def inspect_command(
         table.add_row(str(row["block"]), *joined, human(row["parameters"]), *((names or "-",) if some else ()))
     console().print(table)
     for problem in problems:
-        print(f"not in order: {problem}")
+        tell(f"not in order: {problem}")
 
 
 def _what_is_known(model: str, revision: str | None) -> tuple[Patient, list[str]]:
@@ -118,9 +118,9 @@ def verify_command(
     if problems:
         raise CheckpointError(f"{folder}: " + "; ".join(p.removeprefix(f"{folder}: ") for p in problems))
     if packed and not as_json:
-        print(f"{folder}: files are in order; the packed form is for transformers to load, no forward pass was made")
+        tell(f"{folder}: files are in order; the packed form is for transformers to load, no forward pass was made")
     elif not as_json:
-        print(f"{folder}: files, tensors and a forward pass are in order")
+        tell(f"{folder}: files, tensors and a forward pass are in order")
 
 
 def _is_packed(folder: str) -> bool:

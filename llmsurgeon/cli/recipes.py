@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from llmsurgeon.cli import tell
+
 
 def register(app: typer.Typer) -> None:
     """Add the verbs of this file."""
@@ -28,14 +30,14 @@ def list_recipes() -> None:
     recipes = builtin_recipes()
     for name, path in recipes.items():
         data = read_document(path).data
-        print(f"{name:{max(map(len, recipes))}}  {data.get('description', '')}")
+        tell(f"{name:{max(map(len, recipes))}}  {data.get('description', '')}")
 
 
 def show_recipe(name: Name) -> None:
     """Print a recipe."""
     from llmsurgeon.recipe_files import find_recipe, recipe_text
 
-    print(recipe_text(find_recipe(name)), end="")
+    tell(recipe_text(find_recipe(name)), end="")
 
 
 def copy_recipe(
@@ -60,7 +62,7 @@ def copy_recipe(
         raise SurgeryError(f"{target} exists; name another file or pass --overwrite") from None
     except OSError as error:
         raise SurgeryError(f"{target}: cannot be written: {error.strerror}") from None
-    print(target)
+    tell(target)
 
 
 def check_recipe(
@@ -75,4 +77,4 @@ def check_recipe(
 
     recipe = load(name, changes or ())
     steps = ", ".join(step.op for step in recipe.steps)
-    print(f"{name}: fine, {len(recipe.steps)} step{'s' if len(recipe.steps) > 1 else ''}: {steps}")
+    tell(f"{name}: fine, {len(recipe.steps)} step{'s' if len(recipe.steps) > 1 else ''}: {steps}")
