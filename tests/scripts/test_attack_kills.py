@@ -32,16 +32,19 @@ def verdicts(ground: Ground, folder: Path, name: str = "export") -> list[str]:
     return [wrong for wrong in found if wrong]
 
 
+@pytest.mark.slow
 def test_nothing_is_wrong(ground, tmp_path):
     assert verdicts(ground, tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_a_kill_leaves_behind_is_found(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(Staging, "_finish_commit", lambda stage: None)
     monkeypatch.setattr(Staging, "_worth", lambda stage: True)
     assert any("OUT.partial" in wrong for wrong in verdicts(ground, tmp_path))
 
 
+@pytest.mark.slow
 def test_a_result_that_appears_by_and_by_is_found(ground, tmp_path, monkeypatch):
     def by_and_by(stage):
         stage.out.mkdir()
