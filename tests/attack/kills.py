@@ -117,7 +117,8 @@ def killed(name: str, kills: Sequence[int], scene: Scene) -> Verdict:
     if there and ended.code == 2 and "exists already" in ended.err:
         pass  # nothing was left to do
     elif ended.code != 0:
-        return verdict(f"started again it does not end well: {judge(ended) or ended.err.strip()[-200:]}", ended)
+        how = f"{judge(ended)}, {ended.err.strip()[-300:]!a}"
+        return verdict(f"started again it does not end well: {how}", ended)
     found = _read(scene.work / scenario.out, scenario.timed)
     wrong = None
     if found != truth.made:
@@ -127,7 +128,8 @@ def killed(name: str, kills: Sequence[int], scene: Scene) -> Verdict:
     elif {path: state for path, state in _state(scene.work, scenario.out).items()} != before["state"]:
         wrong = "files of others have changed"
     elif left := sorted(_names(scene.folder / "cache") - truth.cache):
-        wrong = f"left in the cache: {', '.join(left)}"
+        missing = sorted(truth.cache - _names(scene.folder / "cache"))
+        wrong = f"left in the cache: {', '.join(left)}; not there: {', '.join(missing)}"
     elif left := sorted(name for name in _names(scene.folder / "tmp") if not PROBE.fullmatch(name)):
         wrong = f"left among the temporary files: {', '.join(left)}"
     return verdict(wrong, ended)
