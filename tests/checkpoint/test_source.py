@@ -244,7 +244,10 @@ def test_hub_id_downloads_what_is_needed(folder, monkeypatch):
     checkpoint = open_checkpoint("owner/model", revision="v1")
     assert checkpoint.name == "owner/model" and asked["name"] == "owner/model" and asked["revision"] == "v1"
     assert "*.safetensors" in asked["allow_patterns"] and not any("bin" in p for p in asked["allow_patterns"])
-    assert read_config("owner/model") == checkpoint.config and asked["allow_patterns"] == ["config.json"]
+    assert read_config("owner/model") == checkpoint.config and asked["allow_patterns"] == [
+        "config.json",
+        "adapter_config.json",
+    ]
 
 
 def test_read_config_needs_no_weights(tmp_path):
