@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 from llmsurgeon.card import model_card
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass, packing_of, ternary_linears
 from llmsurgeon.formats.gguf import Exported as GGUF
 from llmsurgeon.formats.gguf import write_gguf
@@ -18,7 +19,9 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
 from llmsurgeon.inputs import Inputs
 from llmsurgeon.patient import Patient, open_patient, shapes_of
+from llmsurgeon.places import everywhere, without_folders
 from llmsurgeon.planning import without_empty_blocks
+from llmsurgeon.recipe import dump, loads
 from llmsurgeon.story import read_story
 from llmsurgeon.summary import Costs
 from llmsurgeon.texts import Options
@@ -137,7 +140,9 @@ def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs)
     surgery: dict[str, Any] = {}
     recipe = None
     if story := read_story(checkpoint.path):
-        surgery, recipe, before = story.surgery, story.recipe, story.before
+        surgery, recipe, before = everywhere(story.surgery, without_folders), story.recipe, story.before
+        with suppress(RecipeError):  # of another version: it goes along as it is
+            recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)
     card = model_card(
         surgery.get("parent", patient.name),
         written,

@@ -192,7 +192,7 @@ def _whole_recipe(student: Patient, recipe: Recipe) -> Recipe:
     assert student.checkpoint is not None
     text = read_recipe(student.checkpoint.path)
     try:
-        before = loads(text) if text else None
+        before = loads(text, folder=student.checkpoint.path) if text else None
     except RecipeError:
         before = None
     if before is None:

@@ -121,9 +121,13 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return _build(document, overrides)
 
 
-def loads(text: str, name: str = "recipe", overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe in a YAML text; `name` stands for the file in messages. Errors as in `load`."""
-    return _build(parse_document(text, name), overrides)
+def loads(text: str, name: str = "recipe", overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:
+    """The recipe in a YAML text; `name` stands for the file, in `folder`, in messages. Errors as in `load`."""
+    document = parse_document(text, name)
+    if folder is not None:
+        # Of a recipe that was written into a folder, `./x` and `../x` mean what lies there from it.
+        _each_path(document.data, lambda name: found(name, folder))
+    return _build(document, overrides)
 
 
 def dump(recipe: Recipe, folder: Path | None = None) -> str:

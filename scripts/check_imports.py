@@ -72,7 +72,8 @@ ARROWS: dict[str, set[str]] = {
     | {"analysis", "healing", "formats", "evaluation", "recipe", "operations", "inputs"},
     "story": {"boundary", "checkpoint.companions", "errors", "progress", "summary"},
     # The same model in another form: opened and checked as run does it.
-    "export": TOOLS | {"card", "formats", "inputs", "operations", "patient", "planning", "summary", "story", "texts"},
+    "export": TOOLS
+    | {"card", "formats", "inputs", "operations", "patient", "planning", "recipe", "summary", "story", "texts"},
     # A written student and its parent: opened, healed and written as run does it.
     "heal": TOOLS
     | STAGES

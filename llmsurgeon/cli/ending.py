@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from llmsurgeon.boundary import printable
 from llmsurgeon.errors import SurgeryError
 
 EXIT_INTERRUPTED, EXIT_STOPPED = 130, 143
@@ -51,7 +52,7 @@ def leave(code: int) -> NoReturn:
     try:
         sys.stdout.flush()
     except SurgeryError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         code = code or 2
     if code not in MESSAGES:
         sys.exit(code)

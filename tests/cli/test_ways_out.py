@@ -101,3 +101,20 @@ def test_what_is_written_names_no_folder_of_this_disk_and_runs_from_another(run,
     assert "secret" not in surgery and json.loads(surgery)["calibration"].endswith("of text.txt")
     code, _, err = run("run", "../secret place/out/recipe.yaml", "-o", "again", *SMALL)
     assert code == 0, err
+
+
+def test_an_export_names_its_parent_as_it_lies_from_there(run, folder):
+    assert run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out")[0] == 0
+    (folder / "deep/er").mkdir(parents=True)
+    assert run("export", "out", "--to", "surgeon", "-o", "deep/er/made")[0] == 0
+    assert "model: ../../../parent" in (folder / "deep/er/made/recipe.yaml").read_text()
+    assert run("recipes", "check", "deep/er/made/recipe.yaml")[0] == 0
+
+
+def test_a_story_that_is_a_link_is_not_carried_on(run, folder):
+    assert run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out")[0] == 0
+    (folder / "id_rsa").write_text("private: key")
+    (folder / "out/recipe.yaml").unlink()
+    (folder / "out/recipe.yaml").symlink_to("../id_rsa")
+    assert run("export", "out", "--to", "surgeon", "-o", "made")[0] == 0
+    assert not [path for path in (folder / "made").iterdir() if b"private: key" in path.read_bytes()]
