@@ -168,6 +168,18 @@ def test_no_tokenizer_files(folder, run, verb):
     assert code == 2 and "parent: its tokenizer cannot be loaded" in err and "has no tokenizer.json; copy" in err, err
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"model": {"type": "BPE", "vocab": [], "merges": []}}, "not a tokenizer"),
+    ({"added_tokens": [{"content": "x"}]}, "not a tokenizer"),
+    ({"post_processor": {"type": "nonsense"}}, "not a tokenizer"),
+])  # fmt: skip
+def test_trimming_the_vocabulary_of_a_damaged_tokenizer(folder, run, change, said):
+    (folder / "trim.yaml").write_text("version: 1\nsteps: [{op: trim_vocab, keep: {tokens: 1}, multiple_of: 1}]\n")
+    change_tokenizer(folder / "parent", lambda data: data.update(change))
+    code, _, err = run("run", "trim.yaml", "parent", "-o", "OUT")
+    assert code == 2 and f"tokenizer.json: {said}" in err and not (folder / "OUT").exists(), err
+
+
 def test_a_sentencepiece_model_alone(tmp_path):
     folder = save_tiny(tmp_path / "model", "llama")
     (folder / "tokenizer.model").write_bytes(b"x")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmsurgeon.boundary import read_json
 from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field, GGUFFile
 from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, recognise
@@ -335,10 +336,11 @@ def _around(description: Mapping[str, Any], source: Path) -> tuple[int | None, i
 def _end_of_turn(source: Path, tokenizer: Any) -> int | None:
     """The token that ends a turn of chat, where generation_config.json names one beside the end of text."""
     try:
-        found = json.loads((source / "generation_config.json").read_text()).get("eos_token_id")
-    except (OSError, ValueError):
+        found = read_json(source / "generation_config.json").get("eos_token_id")
+    except CheckpointError:
         return None
-    others = [i for i in found if i != tokenizer.eos_token_id] if isinstance(found, list) else []
+    ids = [i for i in found if type(i) is int and i >= 0] if isinstance(found, list) else []
+    others = [i for i in ids if i != tokenizer.eos_token_id]
     return others[0] if others else None
 
 

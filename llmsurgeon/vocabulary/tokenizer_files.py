@@ -8,7 +8,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.boundary import foreign, json_object, read_text
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.vocabulary.closure import pairs_of, tokens_of
 from llmsurgeon.vocabulary.ids import moved_ids
 from llmsurgeon.vocabulary.keep import Vocabulary
@@ -33,13 +34,15 @@ def read_description(files: Mapping[str, Path], where: str) -> dict[str, Any]:
                 "with transformers' AutoTokenizer and save_pretrained it beside the weights, which writes one"
             )
         raise SurgeryError(f"{where}: it has no tokenizer, so nobody can say which rows its tokens are")
-    path = files[TOKENIZER]
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(description["model"]["vocab"], (dict, list)):
+    from tokenizers import Tokenizer
+
+    text = read_text(files[TOKENIZER])
+    description = json_object(text, str(files[TOKENIZER]))
+    with foreign(str(files[TOKENIZER]), "not a tokenizer", "download it again"):
+        # The library that owns the format says whether every part has the form that is taken for granted below.
+        Tokenizer.from_str(text)
+        if not isinstance(description["model"]["vocab"], dict | list):
             raise TypeError("model.vocab is neither a mapping nor a list")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a tokenizer ({error})") from error
     return description
 
 
@@ -119,11 +122,13 @@ def _dumped(value: Any) -> str:
 
 def with_ids(text: str, trimmed: dict[str, Any], vocabulary: Vocabulary) -> str:
     """A JSON file with ids under the usual keys, and added tokens by id."""
-    config = moved_ids(json.loads(text), vocabulary.moved)
+    config = moved_ids(json_object(text, "a JSON file beside the tokenizer"), vocabulary.moved)
     if isinstance(config.get("added_tokens_decoder"), dict):
         moved = vocabulary.moved
         config["added_tokens_decoder"] = {
-            str(moved[int(i)]): entry for i, entry in config["added_tokens_decoder"].items() if int(i) in moved
+            str(moved[int(i)]): entry
+            for i, entry in config["added_tokens_decoder"].items()
+            if i.isdecimal() and int(i) in moved
         }
     return _dumped(config)
 
@@ -131,7 +136,7 @@ def with_ids(text: str, trimmed: dict[str, Any], vocabulary: Vocabulary) -> str:
 def _vocab_json(text: str, trimmed: dict[str, Any], vocabulary: Vocabulary) -> str:
     """{token: id}."""
     moved = vocabulary.moved
-    return _dumped({token: moved[i] for token, i in json.loads(text).items() if i in moved})
+    return _dumped({token: moved[i] for token, i in json_object(text, "vocab.json").items() if i in moved})
 
 
 def _vocab_txt(text: str, trimmed: dict[str, Any], vocabulary: Vocabulary) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.boundary import read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
@@ -118,10 +119,7 @@ def _ids_in(name: str, path: Path) -> set[int]:
     """Ids that a JSON file beside the weights names, under the keys under which they are moved."""
     if REWRITTEN.get(name) is not with_ids:
         return set()
-    try:
-        return named_ids(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise SurgeryError(f"{path}: not JSON ({error})") from error
+    return named_ids(read_json(path))
 
 
 def _rows(checkpoint: Checkpoint) -> int:

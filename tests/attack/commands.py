@@ -63,6 +63,11 @@ def _measured(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:
     return [*draw.choice(steps), "-o", "OUT", *_text(draw, scene), *SMALL]
 
 
+def _trim(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:
+    scene.copy("trim.yaml")
+    return ["run", "trim.yaml", model, "-o", "OUT"]
+
+
 def _heal(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:
     healthy = str(scene.copy(parent, "healthy").name)
     student, taught = (model, healthy) if draw.random() < 0.6 else (healthy, model)
@@ -92,4 +97,4 @@ def _export(draw: Random, scene: Scene, model: str, parent: str) -> list[str]:
     return ["export", model, "--to", form, "-o", "OUT.gguf" if form == "gguf" else "OUT"]
 
 
-VERBS = (_inspect, _verify, _run, _plan, _measured, _heal, _analyze, _eval, _bench, _export)
+VERBS = (_inspect, _verify, _run, _plan, _measured, _trim, _heal, _analyze, _eval, _bench, _export)

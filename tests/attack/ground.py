@@ -19,6 +19,7 @@ steps:
   - {op: refit, ridge: 0.1}
 gate: {max_perplexity_ratio: 100.0}
 """
+TRIM = "version: 1\nsteps: [{op: trim_vocab, keep: {tokens: 1}, multiple_of: 1}]\n"
 SMALL = ["--set", "calibration.tokens=256", "--set", "calibration.sequence_length=16"]
 
 
@@ -154,6 +155,7 @@ BUILDERS: dict[str, Callable[[Ground, Path], None]] = {
     "text.jsonl": _jsonl,
     "text.parquet": _parquet,
     "recipe.yaml": _file(RECIPE),
+    "trim.yaml": _file(TRIM),
 }
 
 
