@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Run what touches models in environments of other versions, and load every form of every family there.
 
-    scripts/versions                    all four environments: suite and forms; hours on a small machine
+    scripts/versions                    all environments: suite and forms; hours on a small machine
     scripts/versions --forms            the forms alone: minutes
     scripts/versions newest --if-newer --quick      what CI runs beside the pinned versions
 
 lowest      the lower bounds of pyproject.toml (torch's is a build with CUDA, gigabytes of it)
 pinned      constraints.txt; writes the checkpoints that the others load
 newest      the newest that PyPI gives
-older       transformers 4.57, which loads what it can: forms only
+4.57, 5.14  these releases of transformers, below the package's bounds: forms only
 
 Environments are made under .venv-versions/ and kept. The tables go to stdout as Markdown; --write puts them into
 docs/formats.md between its markers. Exit code 1 where a test fails, or a form is read wrongly without an error.
@@ -34,7 +34,8 @@ ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".venv-versions"
 PAGE = ROOT / "docs" / "formats.md"
 MARKERS = ("<!-- written by scripts/versions -->", "<!-- end -->")
-OLDER = "4.57.3"
+# Environments of another transformers alone, which load forms.
+OLDER = {"4.57": "4.57.3", "5.14": "5.14.0"}
 # The newest torch is a build with CUDA, gigabytes of it: this one stays.
 TORCH = "torch==2.13.0"
 SUITE = ("modeling", "formats", "families", "operations", "healing", "evaluation", "test_leaned_on.py")
@@ -73,8 +74,8 @@ def wanted(environment: str) -> list[str]:
         kept = [name for name in direct() if not name.startswith(("pytest", "hypothesis", "xllamacpp"))]
         tools = [f"{name}=={pins()[name]}" for name in map(name_of, direct()) if name.startswith(("pytest", "hypoth"))]
         return [*(name.replace(">=", "==") for name in kept), *tools, "xllamacpp"]
-    if environment == "older":
-        return [TORCH, f"transformers=={OLDER}", "accelerate"]
+    if environment in OLDER:
+        return [TORCH, f"transformers=={OLDER[environment]}", "accelerate"]
     if environment == "pinned":
         return [f"{name}=={pins()[name.lower().replace('_', '-')]}" for name in map(name_of, direct())]
     return [TORCH if name_of(name) == "torch" else name for name in direct()]
@@ -212,7 +213,7 @@ def suite_table(results: dict[str, dict[str, Any]], found: dict[str, dict[str, s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ("lowest", "pinned", "newest", "older")
+    every = ("lowest", "pinned", "newest", *OLDER)
     parser.add_argument("environments", nargs="*", choices=[*every, []], help="all by default")
     parser.add_argument("--forms", action="store_true", help="load the forms, run no tests")
     parser.add_argument("--suite", action="store_true", help="run the tests, load no forms")
@@ -232,7 +233,7 @@ def main() -> int:
     failed, tables = False, []
     if not arguments.forms:
         results = {
-            name: suite(p, QUICK if arguments.quick else SUITE) for name, p in pythons.items() if name != "older"
+            name: suite(p, QUICK if arguments.quick else SUITE) for name, p in pythons.items() if name not in OLDER
         }
         failed = any(counts["rc"] for counts in results.values())
         tables.append(suite_table(results, found))

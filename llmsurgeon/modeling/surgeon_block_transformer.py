@@ -40,7 +40,7 @@ OPTIONS = frozenset(["output_attentions", "output_hidden_states", "output_router
 
 
 class BlockLayer(DynamicLayer):
-    """Keys and values that `reset` drops. Before transformers 5.23 it zeroed them, and they still counted."""
+    """Keys and values that `reset` drops. Before transformers 5.18 it zeroed them, and they still counted."""
 
     def reset(self):
         self.keys = self.values = None
