@@ -38,11 +38,15 @@ class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
 
     # Bloom's attention and FFN add the residual themselves: with zeros in its place they give their contribution.
 
-    def attend(self, hidden_BTD, *args, **kwargs):
+    def attend(self, hidden_BTD, *args, weights=None, **kwargs):
         call = layer_call(self, args, kwargs)
         if not hasattr(self, "self_attention"):
             return None
-        return self.self_attention(self.attention_input(hidden_BTD), torch.zeros_like(hidden_BTD), **call)[0]
+        read_BTD = self.attention_input(hidden_BTD)
+        output, *more = self.self_attention(read_BTD, torch.zeros_like(hidden_BTD), **call)
+        if weights is not None:
+            weights += more
+        return output
 
     def feed_forward(self, hidden_BTD):
         if not hasattr(self, "mlp"):

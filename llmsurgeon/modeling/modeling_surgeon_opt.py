@@ -42,7 +42,7 @@ class SurgeonOPTBlock(SurgeonBlock, Layer):
     ffn_parts = ("fc1", "fc2", "final_layer_norm")
     ffn_in_names = ("fc1",)
 
-    def attend(self, hidden_BTD, *args, **kwargs):
+    def attend(self, hidden_BTD, *args, weights=None, **kwargs):
         call = layer_call(self, args, kwargs)
         if not hasattr(self, "self_attn"):
             return None

@@ -188,8 +188,10 @@ class SurgeonBlock(GradientCheckpointingLayer):
         output_BTD = self.normed(post_norm_name, output_BTD)
         return output_BTD if self.residual_multiplier == 1 else output_BTD * self.residual_multiplier
 
-    def attend(self, hidden_BTD, *args, **kwargs):
+    def attend(self, hidden_BTD, *args, weights=None, **kwargs):
         """Attention's contribution [B, T, D], None where there is no attention.
+
+        Its weights, None where they were not asked for, are appended to the list `weights`.
 
         Raises:
             TypeError: an argument that is not understood, whether there is an attention or not.
@@ -200,7 +202,9 @@ class SurgeonBlock(GradientCheckpointingLayer):
             return None
         if not isinstance(attention, MLGRU):
             call.pop("token_mask", None)  # it has a mask of its own
-        output = attention(self.attention_input(hidden_BTD), **call)[0]
+        output, *more = attention(self.attention_input(hidden_BTD), **call)
+        if weights is not None:
+            weights += more
         return self.added(self.attention_post_norm_name, output)
 
     def feed_forward(self, hidden_BTD):
@@ -211,11 +215,14 @@ class SurgeonBlock(GradientCheckpointingLayer):
         return self.added(self.ffn_post_norm_name, ffn(self.ffn_input(hidden_BTD)))
 
     def forward(self, hidden_states, *args, **kwargs):
+        weights = []
+        if self.returns_tuple:
+            kwargs["weights"] = weights
         contribution = self.attend(hidden_states, *args, **kwargs)
         attended = hidden_states if contribution is None else hidden_states + contribution
         contribution = self.feed_forward(hidden_states if self.parallel_residual else attended)
         output = attended if contribution is None else attended + contribution
-        return (output, None) if self.returns_tuple else output
+        return (output, weights[0] if weights else None) if self.returns_tuple else output
 
 
 class PostNormBlock(SurgeonBlock):

@@ -71,6 +71,23 @@ def test_parallel_blocks_are_hooked_once():
     assert [len(built("llama").model._forward_hooks), len(built("decilm").model._forward_hooks)] == [1, 0]
 
 
+@pytest.mark.parametrize("name", [name for name in DECODERS if name not in BLOCK])
+def test_attention_weights_are_given(name):
+    """One for each attention that there is; where a body gathers them layer by layer, None stands for the others."""
+    model = copy.deepcopy(built(name))
+    model.set_attn_implementation("eager")
+    if name.startswith("falcon"):  # chosen while it is made
+        model.config._attn_implementation = "eager"
+    with torch.no_grad():
+        found = model(input_ids=IDS, output_attentions=True).attentions
+    given = [weights for weights in found if weights is not None]
+    slots = len(model(input_ids=IDS, use_cache=True)[1].layers) - name.count("mlgru")
+    assert given and len(given) >= slots - 2
+    for weights in given:
+        assert weights.shape == (2, 4, 20, 20)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 20))
+
+
 # Missing tensors
 
 
