@@ -53,5 +53,12 @@ class DeciLMForCausalLM(LlamaForCausalLM):
             slot += kv_heads is not None
         self.post_init()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        # It makes pages for keys and values of one shape, as many as the config has layers.
+        raise ValueError(
+            "DeciLM has blocks of differing shape, which transformers' continuous batching has no place for: call "
+            "generate on a batch of prompts, padded on the left"
+        )
+
 
 DeciLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -118,12 +118,11 @@ class SurgeonModelMixin:
         return cls._stock_class()._can_set_experts_implementation()
 
     def init_continuous_batching(self, *args, **kwargs):
-        if self._is_stateful:
-            raise ValueError(
-                f"{type(self).__name__} keeps a state for each sequence, which continuous batching has no place for: "
-                "call generate on a batch of prompts, padded on the left"
-            )
-        return super().init_continuous_batching(*args, **kwargs)
+        # It makes pages for keys and values of one shape, as many as the config has layers, and keeps no states.
+        raise ValueError(
+            f"{type(self).__name__} has blocks of differing shape, which continuous batching has no place for: call "
+            "generate on a batch of prompts, padded on the left"
+        )
 
 
 def cache_slots(block_configs):

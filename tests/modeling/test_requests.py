@@ -179,7 +179,7 @@ def test_what_cannot_go_back_is_refused_before_a_token_is_made(name):
             model.generate(IDS[:1], max_new_tokens=4, **arguments)
 
 
-@pytest.mark.parametrize("name", MIXERS + BLOCK)
+@pytest.mark.parametrize("name", DECODERS)
 def test_continuous_batching_is_refused(name):
     with pytest.raises(ValueError, match="call generate on a batch of prompts"):
         built(name).generate_batch(inputs=[[5, 6, 7], [8, 9]], max_new_tokens=2)
