@@ -170,7 +170,8 @@ def test_analyze_as_a_command(command, tmp_path, text):
     recipe = (tmp_path / "report" / "suggested.yaml").read_text()
     assert "fuse_ffn" not in recipe and "KL" not in recipe
     assert "KL" not in (tmp_path / "report" / "report.html").read_text()
-    small = loads(recipe, overrides=["calibration.tokens=512", "calibration.sequence_length=16"])
+    sizes = ["calibration.tokens=512", "calibration.sequence_length=16"]
+    small = loads(recipe, overrides=sizes, folder=tmp_path / "report")
     outcome = run(small, str(parent), str(tmp_path / "out"), Options())
     assert len(outcome.planned.spec.attentions) == 4
     assert outcome.evaluation.hidden_cosine < 1
