@@ -44,7 +44,9 @@ INNER = {
 }
 # Attributes with an underscore that are not ours: name -> whose.
 PRIVATE = {
+    "_forward_hooks": "torch.nn.Module",
     "_forward_pre_hooks": "torch.nn.Module",
+    "_is_hf_initialized": "transformers, of parameters that a file gave",
     "_parameters": "torch.nn.Module",
     "_init_weights": "transformers.PreTrainedModel",
     "_reset_state": "accelerate.state.AcceleratorState and GradientState",
@@ -116,6 +118,18 @@ def test_buffers_without_a_file_are_made_by_the_model():
         made = type(model)(model.config)
     assert all(parameter.is_meta for parameter in made.parameters())
     assert type(made.model.rotary_emb)(made.config).inv_freq.device.type == "cpu"
+
+
+def test_weights_that_a_file_gave_are_marked():
+    """`_init_weights` of ours leaves them as they are; what no file gave is made by the rules of the library."""
+    from transformers import initialization
+
+    linear = nn.Linear(2, 2)
+    linear.weight._is_hf_initialized = True
+    before = linear.weight.clone()
+    for parameter in linear.parameters():
+        initialization.zeros_(parameter)
+    assert torch.equal(linear.weight, before) and not linear.bias.any()
 
 
 def test_tied_names_are_known():
