@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -81,7 +82,7 @@ class Undisturbed:
     """What a run leaves that nobody kills: files of OUT, names in the cache, and how many calls changed something."""
 
     made: dict[str, str]
-    cache: frozenset[str]
+    cache: Counter[str]
     calls: int
 
 
@@ -127,9 +128,8 @@ def killed(name: str, kills: Sequence[int], scene: Scene) -> Verdict:
         wrong = f"left behind: {', '.join(left)}"
     elif {path: state for path, state in _state(scene.work, scenario.out).items()} != before["state"]:
         wrong = "files of others have changed"
-    elif left := sorted(_names(scene.folder / "cache") - truth.cache):
-        missing = sorted(truth.cache - _names(scene.folder / "cache"))
-        wrong = f"left in the cache: {', '.join(left)}; not there: {', '.join(missing)}"
+    elif left := sorted((_kept(scene.folder / "cache") - truth.cache).elements()):
+        wrong = f"left in the cache: {', '.join(left)}"
     elif left := sorted(name for name in _names(scene.folder / "tmp") if not PROBE.fullmatch(name)):
         wrong = f"left among the temporary files: {', '.join(left)}"
     return verdict(wrong, ended)
@@ -148,7 +148,7 @@ def undisturbed(name: str, scene: Scene) -> Undisturbed:
         if ended.code != 0:
             raise RuntimeError(f"{name}: an undisturbed run ends with {ended.code}: {ended.err}")
         made = _read(mine.work / scenario.out, scenario.timed)
-        _known[key] = Undisturbed(made, frozenset(_names(mine.folder / "cache")), len(count.read_bytes()))
+        _known[key] = Undisturbed(made, _kept(mine.folder / "cache"), len(count.read_bytes()))
         shutil.rmtree(mine.folder)
     return _known[key]
 
@@ -218,6 +218,11 @@ def _untimed(line: dict[str, Any]) -> dict[str, Any]:
 def _difference(found: dict[str, str], wanted: dict[str, str]) -> str:
     names = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     return f" ({', '.join(names[:6])})"
+
+
+def _kept(folder: Path) -> Counter[str]:
+    """Files of a cache, how many of each kind: their keys follow the times of the files that they were made from."""
+    return Counter(re.sub(r"[0-9a-f]{32}", "KEY", name) for name in _names(folder))
 
 
 def _names(folder: Path) -> set[str]:
