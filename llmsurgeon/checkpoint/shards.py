@@ -88,7 +88,8 @@ def parse_size(size: int | str) -> int:
     Raises:
         SurgeryError: not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
+    # No file is larger than 2^63 bytes, which has 19 digits.
+    match = re.fullmatch(r"(\d{1,19}(?:\.\d{1,19})?)\s*([KMGT]?)(I?)B?", str(size).strip().upper())
     if match:
         number, prefix, binary = match.groups()
         made = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix or " "))

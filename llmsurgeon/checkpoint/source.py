@@ -350,8 +350,9 @@ def read_index(folder: Path) -> dict[str, str]:
     for shard in sorted(set(weight_map.values())):
         if shard in ("", ".", "..") or {PurePosixPath(shard).name, PureWindowsPath(shard).name} != {shard}:
             raise CheckpointError(f"{path}: shard {shard!r} points outside the folder; refused")
+        there = local_path(folder / shard).exists()  # first: it refuses names that no file can have
         _refuse_dead_link(folder / shard)
-        if not local_path(folder / shard).exists():
+        if not there:
             needs = sum(1 for s in weight_map.values() if s == shard)
             raise CheckpointError(f"{folder}: shard {shard} is missing ({needs} tensors); download it again")
         if not _inside(folder, folder / shard):

@@ -10,6 +10,7 @@ import io
 import os
 import signal
 import sys
+import time
 from typing import Any, NoReturn
 
 from llmsurgeon.boundary import printable
@@ -19,6 +20,8 @@ EXIT_INTERRUPTED, EXIT_STOPPED = 130, 143
 GOES_ON = "where an OUT.partial folder is left, the same command goes on from what is finished"
 MESSAGES = {EXIT_INTERRUPTED: f"interrupted; {GOES_ON}", EXIT_STOPPED: f"stopped by SIGTERM; {GOES_ON}"}
 AGAIN = 0.05  # seconds until an interrupt that somebody has swallowed is tried anew
+AFTER_IMPORT = 0.002  # the same of one that came during an import
+IMPORTS_LAST = 15.0  # seconds; then an import is interrupted, too
 
 
 class Terminated(SystemExit):
@@ -30,6 +33,7 @@ class Terminated(SystemExit):
 
 RAISED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 _pending: list[int] = []
+_first_wait = 0.0
 
 
 def prepare() -> None:
@@ -69,8 +73,28 @@ def say(code: int) -> int:
     return code
 
 
-def _ask(number: int, frame: Any) -> NoReturn:
+def _ask(number: int, frame: Any) -> None:
+    """Raise what a signal asks for, or do so a little later: libraries do not bear being imported by halves.
+
+    numpy, for one, is then imported by torch, which swallows the interrupt and goes on without it, or fails.
+    """
+    global _first_wait
+    now = time.monotonic()
+    _first_wait = _first_wait or now
+    if now < _first_wait + IMPORTS_LAST and _importing(frame):
+        _pending.append(number)
+        signal.setitimer(signal.ITIMER_REAL, AFTER_IMPORT)
+        return
     raise RAISED[number]()
+
+
+def _importing(frame: Any) -> bool:
+    """Whether a module is being imported at this frame."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _swallowed(what: Any) -> None:
@@ -84,8 +108,10 @@ def _swallowed(what: Any) -> None:
 
 
 def _again(*_: Any) -> None:
-    while _pending:
-        signal.raise_signal(_pending.pop())
+    asked = _pending.copy()
+    _pending.clear()
+    for number in asked:
+        signal.raise_signal(number)
 
 
 def _open_descriptors() -> None:

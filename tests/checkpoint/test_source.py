@@ -134,6 +134,12 @@ def test_index_pointing_outside_is_refused(sharded, shard):
         open_checkpoint(sharded)
 
 
+def test_a_shard_of_a_name_that_no_file_has(sharded):
+    edit_index(sharded, lambda weight_map: weight_map.update({"model.norm.weight": "n" * 300}))
+    with pytest.raises(SurgeryError, match="File name too long"):
+        open_checkpoint(sharded)
+
+
 def test_shard_linked_from_outside_is_refused_but_the_hub_cache_works(sharded, tmp_path):
     name = "model-00001-of-00003.safetensors"
     outside = tmp_path / "elsewhere.safetensors"

@@ -290,7 +290,7 @@ def test_second_run_on_one_output_is_refused(folder, tmp_path):
     convert(folder, tmp_path / "out")
 
 
-@pytest.mark.parametrize("size", ["", "5XB", "-1", "0", "GB"])
+@pytest.mark.parametrize("size", ["", "5XB", "-1", "0", "GB", "1" + "0" * 400])
 def test_bad_sizes(size):
     with pytest.raises(SurgeryError, match="is not a file size"):
         parse_size(size)

@@ -129,12 +129,12 @@ def test_rounds_alternate_in_llamacpp(tmp_path, monkeypatch):
 
 
 def test_bench_options_that_do_not_go_together(run, tmp_path):
-    for more in (["--batch", 2], ["--device", "cuda"], ["--dtype", "float32"]):
+    for more in (["--batch", 2], ["--dtype", "float32"]):
         with pytest.raises(SurgeryError, match="times one sequence on the CPU; leave out"):
             run("bench", tmp_path, "--engine", "llama.cpp", *more)
     with pytest.raises(SurgeryError, match="--type is for --engine llama"):
         run("bench", tmp_path, "--type", "Q8_0")
-    with pytest.raises(SurgeryError, match="--threads 0: expected 1 or more"):
+    with pytest.raises(SurgeryError, match="--threads 0: expected 1 to"):
         run("bench", tmp_path, "--threads", 0)
 
 

@@ -235,7 +235,12 @@ def test_a_layer_beyond_the_config_is_no_head(tmp_path):
 
 def test_files_of_sentence_transformers_go_along(tmp_path):
     parent = save_encoder(tmp_path / "parent", "bert")
-    (parent / "modules.json").write_text("[]")
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    described = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (parent / "modules.json").write_text(json.dumps(described))
     (parent / "sentence_bert_config.json").write_text("{}")
     (parent / "1_Pooling").mkdir()
     (parent / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')

@@ -215,7 +215,7 @@ def test_only_changed_tensors_are_stored_and_layers_before_the_cut_stay(family_n
         assert torch.equal(healed[name], weights[name]) == (name not in files), name
         assert healed[name].dtype == weights[name].dtype
     stored = []
-    for file in sorted((tmp_path / "store").iterdir()):
+    for file in sorted((tmp_path / "store").glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
             stored += list(opened.keys())
     assert len(stored) == len(files)
