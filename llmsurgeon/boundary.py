@@ -20,7 +20,7 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 MAX_DIGITS = 40
 MAX_DEPTH = 200
 SHOWN = 80
-UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 LONE_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -184,7 +184,7 @@ def shortened(value: object, limit: int = SHOWN) -> str:
 
 
 def printable(text: str) -> str:
-    """A text that no terminal obeys: control characters, and what turns the direction of writing, as escapes."""
+    """A text that no terminal obeys: controls, what turns the direction of writing, and half characters as escapes."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 

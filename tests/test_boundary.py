@@ -8,7 +8,7 @@ import re
 import pytest
 from conftest import SMALL, byte_tokenizer, save_tiny
 
-from llmsurgeon.boundary import check_token_ids, foreign, local_path, parsed_json, read_json, token_ids
+from llmsurgeon.boundary import check_token_ids, foreign, local_path, parsed_json, printable, read_json, token_ids
 from llmsurgeon.errors import CheckpointError, RecipeError, SurgeryError
 from llmsurgeon.formats.loading import check_device, load_tokenizer
 
@@ -273,3 +273,8 @@ def test_a_header_that_names_a_tensor_twice_among_many(tmp_path):
 def test_the_healthy_pass(folder, run):
     for verb in ("eval", "analyze"):
         assert run(*VERBS[verb])[0] == 0
+
+
+def test_names_with_half_characters_can_be_printed():
+    """A folder whose name is no UTF-8 reaches Python as surrogates, which no stream takes."""
+    assert printable("m\udcff\udcfe/x").encode() == rb"m\udcff\udcfe/x"

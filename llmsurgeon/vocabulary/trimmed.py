@@ -178,7 +178,9 @@ class TrimmedCheckpoint(Checkpoint):
         """Names in the file of all tensors with a row a token: those that a smaller vocabulary makes smaller."""
         size, rows = self.vocabulary.size, len(self.vocabulary.kept)
         read = read_model(self.base)
-        old, new = (expected_shapes(empty_model({**read.config, "vocab_size": count})) for count in (size, rows))
+        # With its ids moved: a model has no padding token beyond its table.
+        smaller = {**moved_ids(read.config, self.vocabulary.moved), "vocab_size": rows}
+        old, new = expected_shapes(empty_model(read.config)), expected_shapes(empty_model(smaller))
         changed = {name for name in old if old[name] != new[name]}
         for name in changed:
             if old[name] != (size, *new[name][1:]):

@@ -24,6 +24,8 @@ def parent_in(folder: Path, family: str, rows_more: int = 20, kind: str = "byte-
     inner = tokenizer_of(kind)
     special = {"bos_token": "<s>", "eos_token": "</s>"}
     ids = {"bos_token_id": inner.token_to_id("<s>"), "eos_token_id": [inner.token_to_id("</s>"), 5]}
+    # The last token: beyond the table of the trimmed model.
+    ids["pad_token_id"] = inner.token_to_id("<tool>")
     if family in ("gpt_neox", "bloom", "opt", "falcon", "gpt2"):
         ids["eos_token_id"] = inner.token_to_id("</s>")
     model = tiny_model(family, vocab_size=inner.get_vocab_size() + rows_more, **ids, **changes)
