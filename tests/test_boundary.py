@@ -278,3 +278,20 @@ def test_the_healthy_pass(folder, run):
 def test_names_with_half_characters_can_be_printed():
     """A folder whose name is no UTF-8 reaches Python as surrogates, which no stream takes."""
     assert printable("m\udcff\udcfe/x").encode() == rb"m\udcff\udcfe/x"
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_a_token_of_a_number_that_no_vocabulary_has(place, tmp_path, run):
+    """The tokenizers library would ask for a table of that length, and abort."""
+    parent = save_tiny(tmp_path / "parent", "llama", tokenizer=True)
+    described = json.loads((parent / "tokenizer.json").read_text())
+    if place == "vocab":
+        described["model"]["vocab"]["e"] = 2**31
+    else:
+        described["added_tokens"].append({**described["added_tokens"][0], "content": "<far>", "id": 2**31})
+    (parent / "tokenizer.json").write_text(json.dumps(described))
+    (tmp_path / "text.txt").write_text("a b c. " * 400)
+    code, _, err = run("eval", parent, "--text", tmp_path / "text.txt", "--tokens", 128, "--seq-len", 16)
+    assert code == 2 and "has the number 2147483648" in err and err.count("\n") == 1
+    code, _, err = run("prune", parent, "--vocab", 32, "-o", tmp_path / "out")
+    assert code == 2 and "error: " in err and not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
@@ -12,10 +13,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
+from llmsurgeon.boundary import read_json, shortened
 from llmsurgeon.errors import CheckpointError
+from llmsurgeon.limits import LARGEST_SIZE
 
 # Parts of a large file that stand for its content: so many, of so many bytes.
 SAMPLES, SAMPLE_BYTES = 16, 4096
+# The first bytes of what may be the number of a token, too large for one.
+HUGE_NUMBER = re.compile(rb":\s*\d{8}")
 # Age from which a file's stamp tells of every change.
 SETTLED_NS = 2 * 10**9
 
@@ -135,3 +140,26 @@ def sample_sum(path: Path, start: int = 0) -> str:
         for at in range(start, size, step):
             digest.update(os.pread(file.fileno(), SAMPLE_BYTES, at))
     return digest.hexdigest()
+
+
+def refuse_huge_ids(file: Path) -> None:
+    """Raise CheckpointError for a tokenizer.json with a token of a number that no vocabulary has.
+
+    The tokenizers library makes a table as long as the highest number, and aborts the process where there is no memory
+    for it. Of a sound file the first look, at its bytes, is all that it takes.
+    """
+    if not file.is_file() or not HUGE_NUMBER.search(file.read_bytes()):
+        return
+    described = read_json(file)
+    model, added = described.get("model"), described.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    numbers = dict(vocab) if isinstance(vocab, dict) else {}
+    for entry in added if isinstance(added, list) else ():
+        if isinstance(entry, dict):
+            numbers[str(entry.get("content"))] = entry.get("id")
+    for token, number in numbers.items():
+        if isinstance(number, int) and number > LARGEST_SIZE:
+            raise CheckpointError(
+                f"{file}: token {shortened(repr(token))} has the number {shortened(number)}, and no vocabulary has "
+                "that many tokens; copy the file from the model that it was made from"
+            )

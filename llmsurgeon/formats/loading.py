@@ -10,7 +10,7 @@ import torch
 
 from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.companions import companions_of
-from llmsurgeon.checkpoint.files import refuse_special
+from llmsurgeon.checkpoint.files import refuse_huge_ids, refuse_special
 from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.kept import writing
@@ -103,6 +103,7 @@ def load_tokenizer(
     refuse_special(path.iterdir() if path.is_dir() else ())
     place = companions_folder(model, revision)
     companions_of(place, trust_remote_code).check_tokenizer(model, place)
+    refuse_huge_ids(place / "tokenizer.json")
     raw = read_config(place)
     if vision_language_of(raw) and (is_surgeon(raw) or trust_remote_code):
         raw = text_config(raw)

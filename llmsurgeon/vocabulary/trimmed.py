@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmsurgeon.boundary import read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
+from llmsurgeon.checkpoint.files import refuse_huge_ids
 from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import SurgeryError
@@ -72,6 +73,7 @@ def trim(
     checkpoint.companions.check_tokenizer(checkpoint.name, checkpoint.path)
     files = small_files(checkpoint)
     description = read_description(files, checkpoint.name)
+    refuse_huge_ids(files[TOKENIZER])
     tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
     size = _rows(checkpoint)
     wish = Wish()
