@@ -121,6 +121,7 @@ def with_field(folder, key, value):
      r"\[0\].parents must be a list"),
     ("hidden_act", "nonsense", "transformers cannot build this llama model .*nonsense"),
     ("rope_parameters", {"rope_type": "nonsense", "rope_theta": 1e4}, "nonsense"),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": 0.0}, "rotary frequencies are not finite"),
     ("rms_norm_eps", "small", "does not describe a llama model"),
     ("num_attention_heads", 0, "num_attention_heads|does not describe|cannot build"),
 ])  # fmt: skip

@@ -141,6 +141,13 @@ def empty_model(raw: Mapping[str, Any]) -> PreTrainedModel:
             model: PreTrainedModel = model_class(config).eval()
         for name, module in list(model.named_modules()):
             _make_buffers_real(model, name, module)
+    for name, buffer in model.named_buffers():
+        # A base of zero, say, would make NaN of every attention, and weights alone never show it.
+        if name.endswith("inv_freq") and not buffer.isfinite().all():
+            raise SurgeryError(
+                "config.json: its rotary frequencies are not finite numbers; correct rope_parameters (rope_theta, "
+                "factors), in a GGUF file rope.freq_base, or take the file that the model was published with"
+            )
     return model
 
 
