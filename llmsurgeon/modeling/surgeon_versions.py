@@ -119,7 +119,8 @@ def layer_call(block, args, kwargs):
     who = type(block).__name__
     if len(args) > len(block.argument_names):
         raise TypeError(f"{who} was handed {len(args)} arguments, its family's layer takes {len(block.argument_names)}")
-    call = {**dict(zip(block.argument_names, args, strict=False)), **kwargs}
+    # Of one length: torch 2.7's compiler takes no others.
+    call = {**dict(zip(block.argument_names[: len(args)], args, strict=True)), **kwargs}
     cache = pop_cache(who, call)
     check_known(who, call)
     call = {name: value for name, value in call.items() if name in UNDERSTOOD}
