@@ -140,9 +140,9 @@ def test_bit_linears_are_left_alone_or_refused():
 
 
 def test_a_compiler_takes_it_in_one_piece():
-    # The compiler of torch 2.7 cannot follow the hook that holds a norm in its place.
-    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
-    for name in ("llama",) if old else ("llama-normed", "llama"):
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+        pytest.skip("torch 2.7's compiler does not follow the hooks of these models; docs/formats.md says so")
+    for name in ("llama-normed", "llama"):
         model = copy.deepcopy(built(name))
         compiled = torch.compile(model, backend="eager", fullgraph=True)
         with torch.no_grad():
