@@ -19,6 +19,7 @@ from llmsurgeon.boundary import read_json
 from llmsurgeon.checkpoint.gguf_file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field, GGUFFile
 from llmsurgeon.checkpoint.gguf_parts import open_gguf
 from llmsurgeon.checkpoint.gguf_pretokenizers import BY_NAME, recognise
+from llmsurgeon.checkpoint.tokenizer_json import pairs_of
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
 
@@ -169,7 +170,7 @@ def _byte_level(description: Mapping[str, Any], pre: str | None, source: Path, n
         notes.append(f"llama.cpp's pre-tokenizer {row.name} cuts text with {row.caveat} in places of its own")
     if row and row.whole_words != whole:
         notes += _unreached(model, row.whole_words, row.name)
-    merges = [f"{left} {right}" for left, right in _pairs(model)]
+    merges = [f"{left} {right}" for left, right in pairs_of(model)]
     return [
         Field("tokenizer.ggml.model", "gpt2", STRING),
         Field("tokenizer.ggml.pre", pre or (row.name if row else ""), STRING),
@@ -190,7 +191,7 @@ def _unreached(model: Mapping[str, Any], whole_words: bool, name: str) -> list[s
     """A note where taking a word that is a token as it is, or merging it, makes a difference."""
     from tokenizers import models
 
-    merged = models.BPE(vocab=model["vocab"], merges=_pairs(model))
+    merged = models.BPE(vocab=model["vocab"], merges=pairs_of(model))
     count = sum(len(merged.tokenize(text)) > 1 for text in model["vocab"])
     if not count:
         return []
@@ -199,12 +200,6 @@ def _unreached(model: Mapping[str, Any], whole_words: bool, name: str) -> list[s
         f"llama.cpp's pre-tokenizer {name} {does} words that are tokens where this tokenizer {instead} them: "
         f"{count:,} of {len(model['vocab']):,} tokens come out otherwise if they stand alone as a word"
     ]
-
-
-def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The merges, which are written as "a b" or as ["a", "b"]."""
-    split = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(left, right) for left, right in split]
 
 
 def _sentence_piece(
@@ -263,7 +258,7 @@ def _merge_scores(model: Mapping[str, Any], tokens: list[str], types: list[int],
     place: dict[str, int] = {}
     listed: dict[str, set[str]] = {}
     last = ""
-    for left, right in _pairs(model):
+    for left, right in pairs_of(model):
         piece = left + right
         if piece not in pieces:  # found in the text before anything is merged
             continue

@@ -15,25 +15,11 @@ none, all single characters (and their continuation forms).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any
 
+from llmsurgeon.checkpoint.tokenizer_json import Model, pairs_of, tokens_of
 from llmsurgeon.errors import SurgeryError
-
-Model = Mapping[str, Any]
-
-
-def tokens_of(model: Model) -> dict[str, int]:
-    """Token -> id of the model inside a tokenizer.json, added tokens not counted."""
-    vocab = model["vocab"]
-    return {piece: i for i, (piece, _) in enumerate(vocab)} if isinstance(vocab, list) else dict(vocab)
-
-
-def pairs_of(model: Model) -> list[tuple[str, str]]:
-    """The merges of a BPE, which files write as "a b" or as ["a", "b"]."""
-    split = (merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"])
-    return [(left, right) for left, right in split]
 
 
 def kind_of(model: Model, where: str) -> str:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmsurgeon.checkpoint.tokenizer_json import tokens_of
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.vocabulary.closure import MergeTrees, closed, kind_of, tokens_of
+from llmsurgeon.vocabulary.closure import MergeTrees, closed, kind_of
 
 # Pieces of a text that are encoded side by side.
 SIDE_BY_SIDE = 64

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmsurgeon.boundary import foreign, json_object, read_text
+from llmsurgeon.checkpoint.tokenizer_json import pairs_of, tokens_of
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.vocabulary.closure import pairs_of, tokens_of
 from llmsurgeon.vocabulary.ids import moved_ids
 from llmsurgeon.vocabulary.keep import Vocabulary
 

@@ -23,11 +23,11 @@ from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.files import refuse_huge_ids
 from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
+from llmsurgeon.checkpoint.tokenizer_json import tokens_of
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
 from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import tower_of
-from llmsurgeon.vocabulary.closure import tokens_of
 from llmsurgeon.vocabulary.ids import moved_ids, named_ids
 from llmsurgeon.vocabulary.keep import Vocabulary, Wish, chosen, count_tokens, listed_tokens, same_tokens
 from llmsurgeon.vocabulary.tokenizer_files import REWRITTEN, TOKENIZER, read_description, with_ids, write_trimmed

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from llmsurgeon.checkpoint.tokenizer_json import tokens_of
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.vocabulary.closure import MergeTrees, closed, tokens_of
+from llmsurgeon.vocabulary.closure import MergeTrees, closed
 from llmsurgeon.vocabulary.keep import Wish, chosen
 from llmsurgeon.vocabulary.tokenizer_files import trimmed_description
 from tests.odd_text import odd_lines
