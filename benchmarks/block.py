@@ -32,15 +32,15 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon.analysis.self_text import RoomyLayer  # noqa: E402
-from llmsurgeon.caches import cached_call  # noqa: E402
 from llmsurgeon.checkpoint.source import read_config  # noqa: E402
-from llmsurgeon.families import family_of  # noqa: E402
+from llmsurgeon.formats.caches import cached_call  # noqa: E402
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised  # noqa: E402
 from llmsurgeon.formats.write import write_config  # noqa: E402
+from llmsurgeon.model.families import family_of  # noqa: E402
+from llmsurgeon.model.spec import ModelSpec  # noqa: E402
 from llmsurgeon.operations import Subject  # noqa: E402
 from llmsurgeon.operations.block import Block  # noqa: E402
-from llmsurgeon.spec import ModelSpec  # noqa: E402
+from llmsurgeon.text.self_text import RoomyLayer  # noqa: E402
 
 STEPS = 8
 

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = """
 import sys
 import llmsurgeon.cli.main  # whose way of ending is the command's
-from llmsurgeon import recipe, run
+from llmsurgeon import run
+from llmsurgeon.recipe import recipe
 import llmsurgeon.formats.write, transformers.models.llama.modeling_llama
 job = recipe.load(sys.argv[1])
 print("ready", flush=True); sys.stdin.readline()

@@ -25,13 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon import recipe, run  # noqa: E402
-from llmsurgeon.analysis.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon import run  # noqa: E402
 from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.heal import heal  # noqa: E402
-from llmsurgeon.patient import Patient, open_patient  # noqa: E402
-from llmsurgeon.text_file import file_text  # noqa: E402
+from llmsurgeon.planning.opened import Patient, open_patient  # noqa: E402
+from llmsurgeon.recipe import recipe  # noqa: E402
+from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.files import file_text  # noqa: E402
 
 
 def main() -> None:

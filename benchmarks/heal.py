@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from llmsurgeon.analysis.calibration import calibration_tokens
 from llmsurgeon.cli.evaluate import SEED
-from llmsurgeon.evaluation.evaluate import evaluate
+from llmsurgeon.evaluation.decoders import evaluate
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.heal import heal
-from llmsurgeon.memory import keep_freed_memory
-from llmsurgeon.recipe import load, loads
+from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options
+from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.walk.memory import keep_freed_memory
 
 
 def quality(student: str, parent: str, texts: list[str], tokens: int, length: int) -> dict[str, Any]:

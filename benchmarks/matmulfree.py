@@ -35,15 +35,17 @@ sys.path.insert(0, str(ROOT))
 
 from fff_quality import Windows  # noqa: E402
 
-from llmsurgeon import recipe, run, scores  # noqa: E402
-from llmsurgeon.caches import cached_call  # noqa: E402
+from llmsurgeon import run  # noqa: E402
+from llmsurgeon.analysis import scores  # noqa: E402
 from llmsurgeon.checkpoint.transform import TransformedWeights  # noqa: E402
 from llmsurgeon.evaluation.latency import cache_bytes, state_bytes  # noqa: E402
+from llmsurgeon.formats.caches import cached_call  # noqa: E402
 from llmsurgeon.formats.models import empty_model, fill  # noqa: E402
 from llmsurgeon.formats.write import write_config  # noqa: E402
 from llmsurgeon.modeling.surgeon_mlgru import BitLinear, MLGRUState  # noqa: E402
 from llmsurgeon.operations.matmulfree import MatMulFree  # noqa: E402
-from llmsurgeon.patient import open_patient  # noqa: E402
+from llmsurgeon.planning.opened import open_patient  # noqa: E402
+from llmsurgeon.recipe import recipe  # noqa: E402
 
 
 def main() -> None:

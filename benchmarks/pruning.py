@@ -19,10 +19,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon import recipe, run  # noqa: E402
-from llmsurgeon.analysis.calibration import calibration_tokens  # noqa: E402
-from llmsurgeon.evaluation.evaluate import evaluate  # noqa: E402
+from llmsurgeon import run  # noqa: E402
+from llmsurgeon.evaluation.decoders import evaluate  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
+from llmsurgeon.recipe import recipe  # noqa: E402
+from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 
 CUTS = {
     "channels, magnitude": "{op: prune_width, keep: KEEP, score: magnitude}",

@@ -47,10 +47,10 @@ def make(folder: Path, arguments: argparse.Namespace) -> None:
 
 def measure(folder: Path, arguments: argparse.Namespace) -> None:
     """Run the recipe in this process and print what it took, as JSON."""
-    from llmsurgeon.memory import keep_freed_memory
-    from llmsurgeon.planning import Planned
-    from llmsurgeon.recipe import loads
+    from llmsurgeon.planning.plan import Planned
+    from llmsurgeon.recipe.recipe import loads
     from llmsurgeon.run import Options, run
+    from llmsurgeon.walk.memory import keep_freed_memory
 
     keep_freed_memory()
     layers = list(range(1, arguments.run + 1))

@@ -36,14 +36,15 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon import recipe, run  # noqa: E402
+from llmsurgeon import run  # noqa: E402
 from llmsurgeon.evaluation.llamacpp import LlamaCpp  # noqa: E402
 from llmsurgeon.export import export, export_gguf  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
-from llmsurgeon.packed import PackedLinear, pack_linears, resident_bytes  # noqa: E402
-from llmsurgeon.ternary import Grid, taken_apart  # noqa: E402
-from llmsurgeon.ternary import rounded as ternary_weight  # noqa: E402
-from llmsurgeon.text_file import file_text  # noqa: E402
+from llmsurgeon.kernels.packed import PackedLinear, pack_linears, resident_bytes  # noqa: E402
+from llmsurgeon.model.ternary import Grid, taken_apart  # noqa: E402
+from llmsurgeon.model.ternary import rounded as ternary_weight  # noqa: E402
+from llmsurgeon.recipe import recipe  # noqa: E402
+from llmsurgeon.text.files import file_text  # noqa: E402
 
 
 def main() -> None:

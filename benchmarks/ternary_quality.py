@@ -20,13 +20,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon import recipe, run  # noqa: E402
-from llmsurgeon.analysis.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon import run  # noqa: E402
 from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.export import export_gguf  # noqa: E402
 from llmsurgeon.formats.bitnet import packing_of, ternary_linears  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
-from llmsurgeon.patient import open_patient  # noqa: E402
+from llmsurgeon.planning.opened import open_patient  # noqa: E402
+from llmsurgeon.recipe import recipe  # noqa: E402
+from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 
 
 def main() -> None:

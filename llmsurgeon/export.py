@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from llmsurgeon.card import model_card
+from llmsurgeon.boundary.places import everywhere, without_folders
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass, packing_of, ternary_linears
-from llmsurgeon.formats.gguf import Exported as GGUF
-from llmsurgeon.formats.gguf import write_gguf
+from llmsurgeon.formats.gguf.write import Exported as GGUF
+from llmsurgeon.formats.gguf.write import write_gguf
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
-from llmsurgeon.inputs import Inputs
-from llmsurgeon.patient import Patient, open_patient, shapes_of
-from llmsurgeon.places import everywhere, without_folders
-from llmsurgeon.planning import without_empty_blocks
-from llmsurgeon.recipe import dump, loads
-from llmsurgeon.story import read_story
-from llmsurgeon.summary import Costs
-from llmsurgeon.texts import Options
+from llmsurgeon.model.costs import Costs
+from llmsurgeon.planning.inputs import Inputs
+from llmsurgeon.planning.opened import Patient, open_patient, shapes_of
+from llmsurgeon.planning.plan import without_empty_blocks
+from llmsurgeon.planning.texts import Options
+from llmsurgeon.recipe.recipe import dump, loads
+from llmsurgeon.report.card import model_card
+from llmsurgeon.report.provenance import read_story
 
 CheckpointForm = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
 

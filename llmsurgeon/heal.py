@@ -17,19 +17,19 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, is_surgeon, ships_code
 from llmsurgeon.formats.write import WrittenFormat, write_config
-from llmsurgeon.healing.crew import stop_with_launcher
-from llmsurgeon.healing.training import on_cpu, several
-from llmsurgeon.inputs import Inputs
+from llmsurgeon.healing.distill.crew import stop_with_launcher
+from llmsurgeon.healing.distill.training import on_cpu, several
+from llmsurgeon.model.costs import costs
+from llmsurgeon.model.spec import BlockSpec, ModelSpec
 from llmsurgeon.operations.distill import Distill
-from llmsurgeon.patient import Patient, open_patient, shapes_of
-from llmsurgeon.planning import Planned, check_recipe, within_positions, without_empty_blocks
+from llmsurgeon.planning.inputs import Inputs
+from llmsurgeon.planning.opened import Patient, open_patient, shapes_of
+from llmsurgeon.planning.plan import Planned, check_recipe, within_positions, without_empty_blocks
+from llmsurgeon.planning.texts import Texts, files_of, trimmed
 from llmsurgeon.progress import set_quiet
-from llmsurgeon.recipe import Recipe, dump, loads
+from llmsurgeon.recipe.recipe import Recipe, dump, loads
+from llmsurgeon.report.provenance import read_recipe, read_surgery
 from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, logs_of
-from llmsurgeon.spec import BlockSpec, ModelSpec
-from llmsurgeon.story import read_recipe, read_surgery
-from llmsurgeon.summary import costs
-from llmsurgeon.texts import Texts, files_of, trimmed
 from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 

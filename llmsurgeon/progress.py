@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from llmsurgeon.boundary import printable
+from llmsurgeon.boundary.foreign import printable
 
 T = TypeVar("T")
 

@@ -12,39 +12,39 @@ import torch
 from torch import Tensor
 
 from llmsurgeon import __version__
-from llmsurgeon.analysis.calibration import split
-from llmsurgeon.analysis.walk import LayerRunner
-from llmsurgeon.card import collapse, model_card
+from llmsurgeon.analysis.scores import compute_scores
+from llmsurgeon.boundary.places import everywhere, without_folders
 from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, SurgeryError
 from llmsurgeon.evaluation.bits_per_byte import scored_by
+from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
-from llmsurgeon.evaluation.evaluate import Evaluation
+from llmsurgeon.evaluation.gate import missed, prove, prove_whole, walked
 from llmsurgeon.formats.models import filled_model, normalised
 from llmsurgeon.formats.write import write_beside
-from llmsurgeon.healing.curve import html_curves
-from llmsurgeon.healing.distill import Case, Distilled, distill
-from llmsurgeon.healing.fits import Fit, overlay
-from llmsurgeon.healing.refit import Refit, RefitOptions
-from llmsurgeon.healing.refit_block import BlockRefit
+from llmsurgeon.healing.distill.distill import Case, Distilled, distill
+from llmsurgeon.healing.distill.training import several
+from llmsurgeon.healing.refit.block_transformer import BlockRefit
+from llmsurgeon.healing.refit.fits import Fit, overlay
+from llmsurgeon.healing.refit.refit import Refit, RefitOptions
 from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
 from llmsurgeon.healing.ternary import summary as ternary_summary
-from llmsurgeon.healing.training import several
-from llmsurgeon.inputs import Inputs
 from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.places import everywhere, without_folders
-from llmsurgeon.planning import Planned, check_recipe, plan, refuse_ternary_parent, within_positions
-from llmsurgeon.proof import missed, prove, prove_whole, walked
-from llmsurgeon.recipe import Recipe, dump
-from llmsurgeon.scores import compute_scores
-from llmsurgeon.texts import Options as Options
-from llmsurgeon.texts import Texts, files_of, opened
+from llmsurgeon.planning.inputs import Inputs
+from llmsurgeon.planning.plan import Planned, check_recipe, plan, refuse_ternary_parent, within_positions
+from llmsurgeon.planning.texts import Options as Options
+from llmsurgeon.planning.texts import Texts, files_of, opened
+from llmsurgeon.recipe.recipe import Recipe, dump
+from llmsurgeon.report.card import collapse, model_card
+from llmsurgeon.report.curve import html_curves
+from llmsurgeon.text.calibration import split
+from llmsurgeon.walk.walk import LayerRunner
 
 
 @dataclass(frozen=True)

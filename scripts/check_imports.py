@@ -14,84 +14,50 @@ from pathlib import Path
 
 PACKAGE = "llmsurgeon"
 
-# Part -> the parts it may import. A dotted name allows just that module. Every part may import itself.
-BASE = {"boundary", "caches", "errors", "finite", "layers", "limits", "places", "progress", "ternary", "text_file"}
-RUN_HELPERS = {"memory", "summary", "scores", "card", "proof"}
-STAGES = {"patient", "planning", "texts"}
-TOOLS = BASE | {"families", "checkpoint", "spec"}
+# Room or verb -> the rooms it may import. A dotted name allows just that module. Every room may import itself.
+GROUND = {"boundary", "errors", "progress"}
+FILES = GROUND | {"model", "checkpoint"}
 ARROWS: dict[str, set[str]] = {
-    "caches": set(),
     "errors": set(),
     "boundary": {"errors"},
-    "limits": set(),
-    "layers": {"errors"},
-    "places": set(),
     "progress": {"boundary"},
-    "text_file": {"boundary", "errors", "progress", "checkpoint.files"},
-    "finite": {"errors"},
-    "ternary": {"errors"},
-    # A loaded model with packed weights; the kernel is there where numba is.
-    "packed": {"ternary", "packed_numba"},
-    "packed_numba": set(),
-    "spec": {"errors"},
+    # What a model is: blocks, families, costs. Names no file.
+    "model": {"errors"},
+    "checkpoint": GROUND,
+    # Copied into checkpoints: imports nothing of ours.
     "modeling": set(),
-    "checkpoint": {"boundary", "errors", "finite", "limits", "progress"},
-    "families": {"errors", "spec"},
-    # Operations name weight edits (checkpoint.transform) and know no files.
-    "operations": BASE | {"families", "spec", "checkpoint.transform"},
-    "recipe_files": {"boundary", "errors"},
-    "recipe": BASE | {"operations", "recipe_files"},
-    # Scores are taken from the model that a format would build, with the divergence that evaluation reports.
-    "analysis": TOOLS | {"formats.models", "formats.experts", "evaluation.agreement", "evaluation.perplexity"},
-    # Refitting and what the parent says come from layer-major walks; distillation reads and samples text as calibration
-    # does, is judged as evaluation judges, shows its curves as reports do, and takes its step's settings as they are.
-    "healing": TOOLS
-    | {"analysis.walk", "analysis.calibration", "analysis.self_text", "analysis.charts"}
-    | {"formats.models", "evaluation.encoders", "evaluation.evaluate", "operations.distill"},
-    "formats": TOOLS,
-    "evaluation": TOOLS,
-    # A checkpoint with fewer rows, whose tables are those that the model of a smaller config has smaller.
-    "vocabulary": TOOLS | {"formats.models", "formats.reading", "formats.towers"},
-    # run's own helpers, each a file beside it.
-    "memory": BASE,
-    "summary": TOOLS,
-    "scores": TOOLS | {"analysis", "operations"},
-    "card": TOOLS | {"formats", "summary"},
-    "proof": TOOLS | {"analysis.walk", "evaluation", "recipe"},
-    # A checkpoint opened, what a recipe makes of it, and the text it is healed and judged on.
-    "patient": TOOLS | {"formats", "operations", "summary"},
-    "planning": TOOLS | {"formats", "operations", "patient", "proof", "recipe", "summary"},
-    "texts": TOOLS
-    | {"analysis", "evaluation.bits_per_byte", "formats", "healing.data", "operations", "patient", "planning", "proof"}
-    | {"recipe", "vocabulary"},
-    # What a result depends on, by name.
-    "inputs": TOOLS | {"analysis.calibration", "recipe", "texts"},
-    "run": TOOLS
-    | RUN_HELPERS
-    | STAGES
-    | {"analysis", "healing", "formats", "evaluation", "recipe", "operations", "inputs"},
-    "story": {"boundary", "checkpoint.companions", "errors", "progress", "summary"},
-    # The same model in another form: opened and checked as run does it.
-    "export": TOOLS
-    | {"card", "formats", "inputs", "operations", "patient", "planning", "recipe", "summary", "story", "texts"},
-    # A written student and its parent: opened, healed and written as run does it.
-    "heal": TOOLS
-    | STAGES
-    | {"formats", "healing", "inputs", "operations", "proof", "recipe", "run", "summary"}
-    | {"story", "vocabulary"},
+    # A loaded model with packed weights; the kernel is there where numba is.
+    "kernels": {"model.ternary"},
     # Called by vLLM; names the config class by path.
-    "vllm_plugin": set(),
-    "cli": TOOLS
-    | RUN_HELPERS
-    | STAGES
-    | {"analysis", "healing", "formats", "evaluation", "recipe", "recipe_files", "operations", "run", "export", "heal"}
-    | {"inputs", "vocabulary"},
+    "plugins": set(),
+    "formats": FILES,
+    "vocabulary": FILES | {"formats"},
+    "walk": FILES | {"formats"},
+    "text": FILES | {"formats"},
+    # Operations name weight edits (checkpoint.transform) and know no files but those that a step names.
+    "operations": {"errors", "boundary", "model", "checkpoint.transform", "text.files"},
+    "recipe": GROUND | {"operations", "text.files"},
+    "evaluation": FILES | {"formats", "walk", "text", "recipe"},
+    "analysis": FILES | {"formats", "walk", "text", "evaluation", "operations"},
+    "report": FILES | {"formats", "healing", "evaluation"},
+    "healing": FILES | {"formats", "walk", "text", "evaluation", "operations"},
+    "planning": FILES
+    | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "evaluation", "healing.distill.data"},
+}
+ROOMS = FILES | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "planning"}
+STORY = ROOMS | {"analysis", "healing", "evaluation", "report"}
+# The verbs: each tells its story by calling rooms; the command line calls verbs.
+VERBS = {"analyze", "run", "heal", "export"}
+ARROWS |= {
+    **dict.fromkeys(VERBS, STORY),
+    "heal": STORY | {"run"},
+    "cli": STORY | VERBS,
     "__main__": {"cli"},
     "__init__": set(),
 }
 
 # Other people's packages that a part must not know at all.
-FORBIDDEN = {"operations": {"typer", "transformers"}, "families": {"typer", "transformers"}}
+FORBIDDEN = {"operations": {"typer", "transformers"}, "model": {"typer", "transformers"}}
 
 # What cli/ may import while it is being imported; anything else would slow `llmsurgeon --help`.
 QUICK = set(sys.stdlib_module_names) | {
@@ -99,7 +65,6 @@ QUICK = set(sys.stdlib_module_names) | {
     f"{PACKAGE}.cli",
     f"{PACKAGE}.boundary",
     f"{PACKAGE}.errors",
-    f"{PACKAGE}.limits",
     f"{PACKAGE}.progress",
 }
 

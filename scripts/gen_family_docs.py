@@ -11,10 +11,11 @@ from typing import Any
 
 from generated_page import write_or_check
 
-from llmsurgeon.checkpoint import gguf_architectures
-from llmsurgeon.families import DECODERS, ENCODERS, MIXTURES, Family
-from llmsurgeon.families.vision_language import VISION_LANGUAGE
-from llmsurgeon.formats import gguf_model, nemotron_nas
+from llmsurgeon.checkpoint.gguf import architectures as gguf_architectures
+from llmsurgeon.formats import nemotron_nas
+from llmsurgeon.formats.gguf import model as gguf_model
+from llmsurgeon.model.families import DECODERS, ENCODERS, MIXTURES, Family
+from llmsurgeon.model.families.vision_language import VISION_LANGUAGE
 from llmsurgeon.operations import OPERATIONS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "families.md"
@@ -22,7 +23,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "families.md"
 HEAD = """\
 # Families: what can be done with which
 
-Generated from the declarations by `scripts/gen_family_docs.py`; edit `llmsurgeon/families/`, not this page.
+Generated from the declarations by `scripts/gen_family_docs.py`; edit `llmsurgeon/model/families/`, not this page.
 
 A family is a transformers `model_type`, and its own classes are what tests hold results against. A number means that
 the step is refused, for the reason with that number below; `(n)` that some layouts of the family refuse it. [Adding a

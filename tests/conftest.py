@@ -113,7 +113,7 @@ ENCODER_NAMES = tuple(TINY_ENCODERS)
 
 def masked_head(family: str) -> str:
     """The class of an encoder with a masked-LM head."""
-    from llmsurgeon.families import FAMILIES
+    from llmsurgeon.model.families import FAMILIES
 
     return next(head for head, auto in FAMILIES[family].heads if auto == "AutoModelForMaskedLM")
 
@@ -155,7 +155,7 @@ def tiny_encoder(family: str, head: str | None = None, seed: int = 0, **changes:
     """A random encoder of 6 layers whose parts all matter; `head` is its class, the one without head by default."""
     import transformers
 
-    from llmsurgeon.families import FAMILIES
+    from llmsurgeon.model.families import FAMILIES
 
     head = head or FAMILIES[family].heads[0][0]
     sizes = {

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmsurgeon.healing import crew
+from llmsurgeon.healing.distill import crew
 
 if os.environ.get("WITHOUT_PRCTL"):  # as on a system whose kernel does not kill orphans
     crew.PR_SET_PDEATHSIG = 0

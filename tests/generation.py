@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.caches import cached_call
+from llmsurgeon.formats.caches import cached_call
 
 
 @torch.no_grad()

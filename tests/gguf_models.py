@@ -13,14 +13,14 @@ import torch
 from conftest import tiny_config, tiny_model
 from safetensors.torch import save_file
 
-from llmsurgeon.checkpoint.gguf_architectures import file_name, tensor_map
-from llmsurgeon.checkpoint.gguf_file import GGUFFile
-from llmsurgeon.families import FAMILIES
-from llmsurgeon.formats.gguf import Exported, write_gguf
+from llmsurgeon.checkpoint.gguf.architectures import file_name, tensor_map
+from llmsurgeon.checkpoint.gguf.file import GGUFFile
+from llmsurgeon.formats.gguf.write import Exported, write_gguf
 from llmsurgeon.formats.models import expected_shapes, load_config, normalised, surgeon_classes
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.patient import open_patient
-from llmsurgeon.spec import FFNSpec
+from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.model.spec import FFNSpec
+from llmsurgeon.planning.opened import open_patient
 
 VOCAB = 320
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96}
@@ -99,7 +99,7 @@ def save_uneven(folder: Path, family: str = "llama", shapes: Sequence[Any] = UNE
 
 def ternary_folder(folder: Path, **step: Any) -> Path:
     """A checkpoint beside `folder` whose linears are ternary, by rounding."""
-    from llmsurgeon.recipe import loads
+    from llmsurgeon.recipe.recipe import loads
     from llmsurgeon.run import Options, run
 
     recipe = {"version": 1, "steps": [{"op": "ternary", "method": "round", **step}]}

@@ -13,7 +13,7 @@ import pytest
 
 from llmsurgeon.cli.main import main
 from llmsurgeon.operations import OPERATIONS
-from llmsurgeon.recipe import Calibration, Gate, Recipe, loads
+from llmsurgeon.recipe.recipe import Calibration, Gate, Recipe, loads
 
 ROOT = Path(__file__).parents[1]
 RECIPES = (ROOT / "docs" / "recipes.md").read_text()

@@ -13,19 +13,19 @@ from conftest import byte_tokenizer, save_tiny, tiny_config
 from gguf import GGUFWriter
 from gguf_models import export, save_uniform
 
-from llmsurgeon.analysis.walk import Streams
-from llmsurgeon.checkpoint.gguf_file import GGUFFile
-from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
+from llmsurgeon.checkpoint.gguf.file import GGUFFile
+from llmsurgeon.checkpoint.gguf.tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
 from llmsurgeon.checkpoint.source import open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, RecipeError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
-from llmsurgeon.healing.data import packed
-from llmsurgeon.patient import open_patient
-from llmsurgeon.planning import _group_bytes
-from llmsurgeon.recipe import loads
-from llmsurgeon.text_file import file_text
+from llmsurgeon.healing.distill.data import packed
+from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.plan import _group_bytes
+from llmsurgeon.recipe.recipe import loads
+from llmsurgeon.text.files import file_text
+from llmsurgeon.walk.walk import Streams
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +164,7 @@ def test_the_peak_of_many_edits_is_found_in_one_pass():
 
 def test_streams_take_their_room_at_once(tmp_path, monkeypatch):
     """A page of a map that finds no room would end the process."""
-    monkeypatch.setattr("llmsurgeon.analysis.walk.STREAM_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr("llmsurgeon.walk.walk.STREAM_BYTES_IN_MEMORY", 1000)
 
     def refuse(*args):
         raise OSError(28, "No space left on device")
@@ -173,7 +173,7 @@ def test_streams_take_their_room_at_once(tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match=r"the disk is full; hidden states take 48,000 bytes there: set TMPDIR"):
         Streams(3, (10, 20, 20), torch.float32)
     monkeypatch.undo()
-    monkeypatch.setattr("llmsurgeon.analysis.walk.STREAM_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr("llmsurgeon.walk.walk.STREAM_BYTES_IN_MEMORY", 1000)
     assert Streams(3, (10, 20, 20), torch.float32).data.shape == (3, 10, 20, 20)
 
 

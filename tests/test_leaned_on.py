@@ -183,7 +183,7 @@ def test_what_a_cache_layer_is():
 
 
 def test_names_of_caches_and_masks():
-    from llmsurgeon.caches import NAMES
+    from llmsurgeon.formats.caches import NAMES
     from llmsurgeon.modeling import surgeon_versions as versions
 
     assert versions.OUTPUT_CACHE in NAMES and versions.MASK_CACHE in NAMES

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.patient import open_patient
-from llmsurgeon.planning import within_positions
-from llmsurgeon.recipe import loads
+from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.plan import within_positions
+from llmsurgeon.recipe.recipe import loads
 
 FEW = 24
 TEXT = ["--text", "text.txt"]

@@ -21,9 +21,9 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import CheckpointError, GateFailed, SurgeryError
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import canonical
-from llmsurgeon.patient import open_config, open_patient
-from llmsurgeon.planning import plan
-from llmsurgeon.recipe import load, loads
+from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.planning.plan import plan
+from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options, run
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40
@@ -154,9 +154,9 @@ def test_the_files_of_a_run(parent, text, tmp_path):
 
 def test_the_evaluation_is_that_of_the_written_model(parent, text, tmp_path):
     """Perplexity, KL and agreement in surgery.json against the written checkpoint on the same held-out windows."""
-    from llmsurgeon.analysis.calibration import calibration_tokens
     from llmsurgeon.formats.loading import load_tokenizer
     from llmsurgeon.run import _held_out
+    from llmsurgeon.text.calibration import calibration_tokens
 
     for name, steps in (("fold", ALL_STEPS["fold"]), ("parallel", ALL_STEPS["parallel"])):
         outcome = run(healing(text, *steps), str(parent), str(tmp_path / name), Options())
@@ -376,8 +376,8 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from llmsurgeon.checkpoint import writer
-from llmsurgeon.healing import refit
-from llmsurgeon.recipe import load
+from llmsurgeon.healing.refit import refit
+from llmsurgeon.recipe.recipe import load
 from llmsurgeon.run import Options, run
 
 place, after = sys.argv[5], int(sys.argv[6])

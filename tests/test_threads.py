@@ -11,7 +11,7 @@ import pytest
 
 PACKED = """
 import numpy as np
-from llmsurgeon import packed_numba as kernel
+from llmsurgeon.kernels import packed_numba as kernel
 kernel.THREADED_FROM = 0
 kernel.product(np.ones((1, 64), np.float32), np.ones((16, 64), np.uint8), 2)
 """

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.analysis.fff import eliminate
-from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
 from llmsurgeon.progress import Progress
+from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
 from llmsurgeon.progress import Progress
+from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
 
 
 @dataclass(frozen=True)

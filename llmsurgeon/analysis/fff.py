@@ -18,10 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.walk import LayerRunner, Parts, Variant, walk
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.spec import FFFSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.spec import FFFSpec
+from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
 
 Assignment = Literal["least_squares", "activation"]
 

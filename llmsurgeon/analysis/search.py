@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.analysis.measure import divergences
-from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.progress import Progress
+from llmsurgeon.walk.walk import LayerRunner, Variant, walk
 
 # Tokens that rank the candidates: layers differ far more than these few tokens' means are unsure.
 SEARCH_TOKENS = 1536

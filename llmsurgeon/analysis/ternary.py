@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.model.ternary import Grid, rounded
 from llmsurgeon.progress import Progress
-from llmsurgeon.ternary import Grid, rounded
+from llmsurgeon.walk.walk import LayerRunner
 
 Cost = tuple[float, int, int]
 

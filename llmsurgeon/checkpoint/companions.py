@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from llmsurgeon.boundary import first_lines, parsed_json
+from llmsurgeon.boundary.foreign import first_lines, parsed_json
 from llmsurgeon.errors import CheckpointError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from llmsurgeon.boundary import kind_of, read_json
+from llmsurgeon.boundary.foreign import kind_of, read_json
+from llmsurgeon.boundary.limits import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 from llmsurgeon.errors import CheckpointError
-from llmsurgeon.limits import LARGEST_SIZE, MOST_EXPERTS, MOST_LAYERS
 
 
 def _text(value: Any) -> bool:

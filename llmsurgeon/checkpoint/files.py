@@ -13,9 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
-from llmsurgeon.boundary import read_json, shortened
+from llmsurgeon.boundary.foreign import read_json, shortened
+from llmsurgeon.boundary.limits import LARGEST_SIZE
 from llmsurgeon.errors import CheckpointError
-from llmsurgeon.limits import LARGEST_SIZE
 
 # Parts of a large file that stand for its content: so many, of so many bytes.
 SAMPLES, SAMPLE_BYTES = 16, 4096

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmsurgeon.boundary import json_object
+from llmsurgeon.boundary.foreign import json_object
 from llmsurgeon.checkpoint.files import Stamp, opened
 from llmsurgeon.errors import CheckpointError
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.boundary import local_path, read_json
+from llmsurgeon.boundary.foreign import local_path, read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.config_file import check_layers, read_config_file
 from llmsurgeon.checkpoint.files import Stamp, sample_sum
-from llmsurgeon.checkpoint.gguf_parts import one_model
+from llmsurgeon.checkpoint.gguf.parts import one_model
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile, TensorEntry
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
@@ -284,7 +284,7 @@ def _refuse_dead_link(file: Path) -> None:
 
 
 def _open_gguf(path: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
-    from llmsurgeon.checkpoint.gguf_source import GGUFCheckpoint
+    from llmsurgeon.checkpoint.gguf.source import GGUFCheckpoint
 
     return GGUFCheckpoint(path, name, dtype)
 

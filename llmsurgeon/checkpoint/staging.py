@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Self
 from uuid import uuid4
 
-from llmsurgeon.boundary import local_path
+from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.atomic import exchange, fsync, move
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
 from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers

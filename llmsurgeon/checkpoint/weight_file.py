@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.finite import is_finite
 from llmsurgeon.checkpoint.manifest import FollowingHash
 from llmsurgeon.checkpoint.shards import Shard
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.finite import is_finite
 
 COPY_STEP = 1 << 26
 

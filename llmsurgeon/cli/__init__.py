@@ -6,7 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from llmsurgeon.boundary import printable
+from llmsurgeon.boundary.foreign import printable
 
 if TYPE_CHECKING:
     from rich.console import Console

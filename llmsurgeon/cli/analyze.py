@@ -24,7 +24,7 @@ from llmsurgeon.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from llmsurgeon.analysis.analyze import Analysis
+    from llmsurgeon.analyze import Analysis
 
 SEQUENCE_LENGTH = 256
 
@@ -63,14 +63,14 @@ def analyze_command(
     Layers are read one at a time, so the model may be larger than memory. Without --text or --dataset the
     calibration text is sampled from the model itself.
     """
-    from llmsurgeon.analysis.analyze import analyze, write_analysis
     from llmsurgeon.analysis.search import default_count
+    from llmsurgeon.analyze import analyze, write_analysis
     from llmsurgeon.checkpoint.staging import existing
     from llmsurgeon.checkpoint.writer import Stage
-    from llmsurgeon.inputs import Inputs
-    from llmsurgeon.patient import open_patient
-    from llmsurgeon.recipe import Calibration
-    from llmsurgeon.texts import Options, Texts
+    from llmsurgeon.planning.inputs import Inputs
+    from llmsurgeon.planning.opened import open_patient
+    from llmsurgeon.planning.texts import Options, Texts
+    from llmsurgeon.recipe.recipe import Calibration
 
     patient = open_patient(model, revision, trust_remote_code)
     assert patient.checkpoint is not None

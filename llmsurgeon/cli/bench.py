@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES
 from llmsurgeon.cli import console, say
 from llmsurgeon.cli.options import Rounds, TrustRemoteCode, usable_device, usable_threads, whole
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.limits import LONGEST_SEQUENCE, MOST_SEQUENCES
 
 if TYPE_CHECKING:
     from llmsurgeon.evaluation.latency import Bench
@@ -112,12 +112,12 @@ def _in_llamacpp(
     threads: int | None,
     sizes: dict[str, Any],
 ) -> Bench:
-    from llmsurgeon.boundary import local_path
+    from llmsurgeon.boundary.foreign import local_path
     from llmsurgeon.checkpoint.passing import passing
     from llmsurgeon.evaluation.latency import benchmark_llamacpp
     from llmsurgeon.evaluation.llamacpp import require_xllamacpp
     from llmsurgeon.export import export_gguf
-    from llmsurgeon.texts import Options
+    from llmsurgeon.planning.texts import Options
 
     require_xllamacpp()  # before anything is exported
     with passing() as folder:

@@ -29,8 +29,8 @@ from llmsurgeon.cli.options import (
 from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
 
 if TYPE_CHECKING:
-    from llmsurgeon.planning import Planned
-    from llmsurgeon.recipe import Recipe
+    from llmsurgeon.planning.plan import Planned
+    from llmsurgeon.recipe.recipe import Recipe
     from llmsurgeon.run import Outcome
 
 Out = Annotated[
@@ -244,7 +244,7 @@ def split(text: str) -> list[Any]:
 
 def load(recipe: str, sets: list[str], text: str | None, dataset: str | None) -> Recipe:
     """The recipe of a file or built in, with --set, --text and --dataset applied."""
-    from llmsurgeon import recipe as recipes
+    from llmsurgeon.recipe import recipe as recipes
 
     return with_text(recipes.load(recipe, sets), text, dataset)
 
@@ -253,7 +253,7 @@ def built(steps: list[dict[str, Any]], sets: list[str], text: str | None, datase
     """The recipe that flags stand for, from its steps."""
     import yaml
 
-    from llmsurgeon.recipe import loads
+    from llmsurgeon.recipe.recipe import loads
 
     def named(place: re.Match[str]) -> str:
         return f"{steps[int(place[1])]['op']}{place[2]}"
@@ -301,9 +301,9 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.patient import open_known
-        from llmsurgeon.planning import foreseen, plan, within_positions
-        from llmsurgeon.texts import opened, trims
+        from llmsurgeon.planning.opened import open_known
+        from llmsurgeon.planning.plan import foreseen, plan, within_positions
+        from llmsurgeon.planning.texts import opened, trims
 
         # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
         known = (job.revision, job.trust_remote_code)
@@ -375,7 +375,7 @@ def outcome_report(outcome: Outcome) -> dict[str, Any]:
 
 def warning(outcome: Outcome) -> str | None:
     """What is to be said where quality has collapsed."""
-    from llmsurgeon.card import collapse
+    from llmsurgeon.report.card import collapse
 
     return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
 
@@ -384,7 +384,7 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
     """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
     from rich.table import Table
 
-    from llmsurgeon.summary import human
+    from llmsurgeon.model.costs import human
 
     out = console()
     table = Table(title=f"Plan for {planned.patient.name}", title_justify="left")

@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Any, NoReturn
 
-from llmsurgeon.boundary import printable
+from llmsurgeon.boundary.foreign import printable
 from llmsurgeon.errors import SurgeryError
 
 EXIT_INTERRUPTED, EXIT_STOPPED = 130, 143

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmsurgeon.evaluation.bits_per_byte import BitsPerByte
+    from llmsurgeon.evaluation.decoders import Evaluation
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
-    from llmsurgeon.evaluation.evaluate import Evaluation
-    from llmsurgeon.families import Family
+    from llmsurgeon.model.families import Family
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
 SEED = 1
@@ -66,11 +66,11 @@ def evaluate_command(
     (text needed): the cosine of hidden and pooled states to the parent's, and with a masked-LM head how both predict
     masked tokens.
     """
-    from llmsurgeon.analysis.calibration import Calibration, calibration_tokens
+    from llmsurgeon.evaluation.decoders import evaluate
     from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, masking_of, positions_of
-    from llmsurgeon.evaluation.evaluate import evaluate
     from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
     from llmsurgeon.formats.loading import load_model, load_tokenizer
+    from llmsurgeon.text.calibration import Calibration, calibration_tokens
 
     if tasks:
         check_tasks_available()
@@ -138,9 +138,9 @@ def _across(
     """Models with different tokenizers on what the parent's `windows` say."""
     import torch
 
-    from llmsurgeon.analysis.calibration import window_start
     from llmsurgeon.evaluation.bits_per_byte import passages, texts_of
-    from llmsurgeon.evaluation.evaluate import evaluate_across
+    from llmsurgeon.evaluation.decoders import evaluate_across
+    from llmsurgeon.text.calibration import window_start
     from llmsurgeon.vocabulary.keep import same_tokens
 
     limits = [getattr(each.config, "max_position_embeddings", None) for each in (student, parent)]

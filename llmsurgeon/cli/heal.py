@@ -69,7 +69,7 @@ def heal_command(
     """
     from llmsurgeon.cli.convert import plan_report, print_plan, with_text
     from llmsurgeon.heal import heal, prepare
-    from llmsurgeon.recipe import load, loads
+    from llmsurgeon.recipe.recipe import load, loads
     from llmsurgeon.run import Options
 
     changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]

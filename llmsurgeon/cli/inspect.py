@@ -12,7 +12,7 @@ from llmsurgeon.cli import console, say, tell
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
-    from llmsurgeon.patient import Patient
+    from llmsurgeon.planning.opened import Patient
 
 
 def register(app: typer.Typer) -> None:
@@ -31,8 +31,8 @@ def inspect_command(
     Of a model on this disk its weights are looked at, too: which linears are ternary, and whether config.json is right
     about them.
     """
-    from llmsurgeon.patient import shapes_of, ternary_by_block
-    from llmsurgeon.summary import block_rows, human
+    from llmsurgeon.model.costs import block_rows, human
+    from llmsurgeon.planning.opened import shapes_of, ternary_by_block
 
     patient, problems = _what_is_known(model, revision)
     shapes = shapes_of(patient.meta())
@@ -83,7 +83,7 @@ def inspect_command(
 
 def _what_is_known(model: str, revision: str | None) -> tuple[Patient, list[str]]:
     """The model as far as it can be opened, and what keeps the rest of the commands from using it."""
-    from llmsurgeon.patient import open_config, open_known
+    from llmsurgeon.planning.opened import open_config, open_known
 
     try:
         return open_known(model, revision), []
@@ -99,7 +99,7 @@ def verify_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a checkpoint: hashes, index, names and shapes against the config, tied weights, one tiny forward pass."""
-    from llmsurgeon.boundary import local_path
+    from llmsurgeon.boundary.foreign import local_path
     from llmsurgeon.checkpoint.manifest import verify_files
 
     place = local_path(folder)
@@ -137,8 +137,8 @@ def _model_problems(folder: str) -> tuple[list[str], list[str]]:
     """What is wrong with a checkpoint, and what is to be said of it."""
     import torch
 
+    from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.finite import first_not_finite, is_finite
     from llmsurgeon.formats.models import fill
     from llmsurgeon.formats.reading import read_model
 

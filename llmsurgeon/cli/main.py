@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
-from llmsurgeon.boundary import printable
+from llmsurgeon.boundary.foreign import printable
 from llmsurgeon.cli import (
     analyze,
     bench,
@@ -63,7 +63,7 @@ def _global_options(
     ] = False,
 ) -> None:
     """Surgery on pretrained Hugging Face checkpoints: measure, cut, heal, prove, ship."""
-    from llmsurgeon.memory import keep_freed_memory
+    from llmsurgeon.walk.memory import keep_freed_memory
 
     output.quiet = quiet
     set_quiet(quiet)

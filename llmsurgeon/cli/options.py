@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,7 @@ def short_name(model: str) -> str:
 
 def text_file(name: str | None) -> str | None:
     """What --text names; a file that is not there, or of another kind, is said before anything heavy is imported."""
-    from llmsurgeon.text_file import check_text_file
+    from llmsurgeon.text.files import check_text_file
 
     if name is not None:
         check_text_file(name)
@@ -89,6 +89,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
 
 def recipe_paths(recipe: str | None) -> tuple[Path, ...]:
     """The file that --recipe names, or the one of a built-in recipe, which the run reads."""
-    from llmsurgeon.recipe_files import find_recipe
+    from llmsurgeon.recipe.files import find_recipe
 
     return (find_recipe(recipe),) if recipe else ()

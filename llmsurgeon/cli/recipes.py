@@ -25,7 +25,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A built-in recipe, or
 
 def list_recipes() -> None:
     """List the recipes that come with llmsurgeon."""
-    from llmsurgeon.recipe_files import builtin_recipes, read_document
+    from llmsurgeon.recipe.files import builtin_recipes, read_document
 
     recipes = builtin_recipes()
     for name, path in recipes.items():
@@ -35,7 +35,7 @@ def list_recipes() -> None:
 
 def show_recipe(name: Name) -> None:
     """Print a recipe."""
-    from llmsurgeon.recipe_files import find_recipe, recipe_text
+    from llmsurgeon.recipe.files import find_recipe, recipe_text
 
     tell(recipe_text(find_recipe(name)), end="")
 
@@ -48,10 +48,10 @@ def copy_recipe(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that exists.")] = False,
 ) -> None:
     """Copy a recipe, to edit it."""
-    from llmsurgeon.boundary import local_path
+    from llmsurgeon.boundary.foreign import local_path
     from llmsurgeon.checkpoint.atomic import write_whole
     from llmsurgeon.errors import SurgeryError
-    from llmsurgeon.recipe_files import find_recipe, recipe_text
+    from llmsurgeon.recipe.files import find_recipe, recipe_text
 
     source, dest = find_recipe(name), local_path(dest)
     text = recipe_text(source)
@@ -73,7 +73,7 @@ def check_recipe(
     ] = None,
 ) -> None:
     """Check a recipe and name every problem in it, with its line."""
-    from llmsurgeon.recipe import load
+    from llmsurgeon.recipe.recipe import load
 
     recipe = load(name, changes or ())
     steps = ", ".join(step.op for step in recipe.steps)

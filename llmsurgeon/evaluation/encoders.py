@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llmsurgeon.boundary import check_token_ids
+from llmsurgeon.boundary.foreign import check_token_ids
+from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.perplexity import Interval, mean_interval, perplexity, perplexity_interval, token_losses
-from llmsurgeon.families import ENCODERS, Family
-from llmsurgeon.finite import first_not_finite, is_finite
+from llmsurgeon.model.families import ENCODERS, Family
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:

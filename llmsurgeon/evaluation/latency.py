@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.encoders import encoder_family, name_of, positions_of
 from llmsurgeon.evaluation.llamacpp import LlamaCpp
+from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
     from transformers import Cache, PreTrainedModel
 
-    from llmsurgeon.checkpoint.gguf_file import GGUFFile
+    from llmsurgeon.checkpoint.gguf.file import GGUFFile
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def benchmark_llamacpp(
     Raises:
         SurgeryError: xllamacpp is missing, llama.cpp cannot load a file, or sizes that do not fit.
     """
-    from llmsurgeon.checkpoint.gguf_parts import open_gguf
+    from llmsurgeon.checkpoint.gguf.parts import open_gguf
 
     paths = [model] if parent is None else [parent, model]
     files = [open_gguf(path) for path in paths]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model
-from llmsurgeon.ternary import grid_of, is_ternary, taken_apart
+from llmsurgeon.model.ternary import grid_of, is_ternary, taken_apart
 
 LinearClass = Literal["autobitlinear", "bitlinear"]
 ROWS = 4  # of one byte

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.spec import ModelSpec, to_block_configs
+from llmsurgeon.model.families import SURGEON_PREFIX, Family
+from llmsurgeon.model.spec import ModelSpec, to_block_configs
 
 MODEL_TYPE, MODEL_CLASS = "bitnet", "BitNetForCausalLM"
 FAMILIES = ("llama", "mistral")
@@ -49,7 +49,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the same model as Llama in the surgeon format, which the rest of the tool works with."""
     from transformers import BitNetConfig
 
-    from llmsurgeon.families.llama import LLAMA
+    from llmsurgeon.model.families.llama import LLAMA
 
     values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
     known = BitNetConfig.from_dict(values).to_dict()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, rename
-from llmsurgeon.families import Family
-from llmsurgeon.families.base import Experts
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.families.base import Experts
 
 Shape = tuple[int, ...]
 

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsurgeon.boundary import first_lines, foreign, local_path, shortened
+from llmsurgeon.boundary.foreign import first_lines, foreign, local_path, shortened
 from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.files import refuse_huge_ids, refuse_special
-from llmsurgeon.checkpoint.gguf_parts import open_gguf
-from llmsurgeon.checkpoint.gguf_tokenizer import write_tokenizer
+from llmsurgeon.checkpoint.gguf.parts import open_gguf
+from llmsurgeon.checkpoint.gguf.tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families.vision_language import vision_language_of
 from llmsurgeon.formats.models import computed_in, fill, is_surgeon, load_config, ships_code
 from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import text_config
+from llmsurgeon.model.families.vision_language import vision_language_of
 from llmsurgeon.progress import remark
 
 if TYPE_CHECKING:

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.boundary import foreign
+from llmsurgeon.boundary.foreign import foreign
 from llmsurgeon.checkpoint.companions import without_code
+from llmsurgeon.checkpoint.finite import is_finite, not_finite
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family, family_of
-from llmsurgeon.finite import is_finite, not_finite
 from llmsurgeon.formats import bitnet_model, nemotron_nas
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
 from llmsurgeon.formats.unheeded import refuse_unheeded, unheeded
-from llmsurgeon.spec import to_block_configs
+from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX, Family, family_of
+from llmsurgeon.model.spec import to_block_configs
 
 CORRECT = "correct the config, or take the one that the model was published with"
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from math import lcm
 from typing import Any
 
-from llmsurgeon.families import Family
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpec
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpec
 
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:

@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.spec import BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.model.families import SURGEON_PREFIX, Family
+from llmsurgeon.model.spec import BlockSpec, FFNSpec, ModelSpec
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"

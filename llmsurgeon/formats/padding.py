@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, WeightTransform, rename, row_blocks
-from llmsurgeon.families import Family
-from llmsurgeon.spec import ModelSpec
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.spec import ModelSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 Rows = Callable[[Tensor], Iterator[Tensor]]

@@ -24,7 +24,6 @@ from llmsurgeon.checkpoint.transform import (
     row_blocks,
 )
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.models import (
     canonical,
     check_shapes,
@@ -36,6 +35,7 @@ from llmsurgeon.formats.models import (
     stored_dtype,
 )
 from llmsurgeon.formats.towers import Tower, tower_of
+from llmsurgeon.model.families import Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

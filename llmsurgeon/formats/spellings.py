@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmsurgeon.families import Family
+from llmsurgeon.model.families import Family
 
 # What is in rope_parameters beside a scaling.
 APART = ("rope_theta", "partial_rotary_factor", "rope_type", "type")

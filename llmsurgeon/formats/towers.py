@@ -14,10 +14,10 @@ from torch import Tensor
 from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families import SURGEON_PREFIX, Family
-from llmsurgeon.families.vision_language import VISION_LANGUAGE, VisionLanguage, vision_language_of
 from llmsurgeon.formats.write import FormatName, Written, modeling_files, write_config
-from llmsurgeon.spec import ModelSpec
+from llmsurgeon.model.families import SURGEON_PREFIX, Family
+from llmsurgeon.model.families.vision_language import VISION_LANGUAGE, VisionLanguage, vision_language_of
+from llmsurgeon.model.spec import ModelSpec
 
 TOWER_FILE = "surgeon_llama_tower.py"
 

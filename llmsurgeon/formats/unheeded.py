@@ -13,9 +13,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmsurgeon.boundary import shortened
+from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import SURGEON_PREFIX
+from llmsurgeon.model.families import SURGEON_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -24,13 +24,14 @@ from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES, SURGEON_PREFIX, Family
-from llmsurgeon.formats import bitnet_model, gguf_model, native, nemotron_nas
+from llmsurgeon.formats import bitnet_model, native, nemotron_nas
 from llmsurgeon.formats.bitnet import Packing
+from llmsurgeon.formats.gguf import model as gguf_model
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
 from llmsurgeon.formats.spellings import old_spellings
-from llmsurgeon.spec import BlockSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
+from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX, Family
+from llmsurgeon.model.spec import BlockSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower

@@ -6,7 +6,7 @@ The dense student and the ternary one walk side by side. In each block, group by
     align       once something before it is ternary, a linear reads something else than it did. It is moved by ridge
                 regression to give what the dense student's gave; a projection that writes the stream also makes up for
                 what the stream has drifted. Linears that stay dense are moved, too.
-    ternarise   codes in GPTQ's column order with error compensation, scales fitted anew (llmsurgeon/ternary.py).
+    ternarise   codes in GPTQ's column order with error compensation, scales fitted anew (llmsurgeon/model/ternary.py).
 
 Part of the sequences is held out and fits nothing; it chooses the ridge, and a move that does not lower the error there
 is not made.
@@ -30,13 +30,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.walk import LayerRunner, Streams
 from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.fits import stored_names, stored_records
-from llmsurgeon.healing.ridge import Moments, best_update
+from llmsurgeon.healing.refit.fits import stored_names, stored_records
+from llmsurgeon.healing.refit.ridge import Moments, best_update
+from llmsurgeon.model.ternary import Grid, compensated, fitted_gain, is_ternary
 from llmsurgeon.progress import Progress
-from llmsurgeon.ternary import Grid, compensated, fitted_gain, is_ternary
+from llmsurgeon.walk.walk import LayerRunner, Streams
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict
 
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import Family
-from llmsurgeon.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
 AFTER_TREES = (

@@ -21,8 +21,8 @@ from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import WeightTransform, row_blocks
+from llmsurgeon.model.spec import BlockTransformerSpec, check_block_transformer
 from llmsurgeon.operations.base import Plan, Step, Subject
-from llmsurgeon.spec import BlockTransformerSpec, check_block_transformer
 
 EMBEDDER = "block_embedder"
 EXPANSION, TOKENS = "context_expansion", "token_projection"

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from llmsurgeon.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
+from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
+from llmsurgeon.model.spec import FFFSpec
 from llmsurgeon.operations.base import Plan, Step, Subject
-from llmsurgeon.spec import FFFSpec
-from llmsurgeon.text_file import TextFile
+from llmsurgeon.text.files import TextFile
 
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]

@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from llmsurgeon.layers import LayerList, write_ranges
+from llmsurgeon.model.layers import LayerList, write_ranges
+from llmsurgeon.model.spec import FFFSpec, FFNSpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
-from llmsurgeon.spec import FFFSpec, FFNSpec
 
 SCORE = "fff"
 # What the budget form chooses from: shares of the neurons, and depths as shares of the deepest.

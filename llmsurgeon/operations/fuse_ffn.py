@@ -17,10 +17,10 @@ from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, row_blocks
-from llmsurgeon.layers import RunList
+from llmsurgeon.model.layers import RunList
+from llmsurgeon.model.spec import BlockSpec, FFNSpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
-from llmsurgeon.spec import BlockSpec, FFNSpec
 
 
 def by_part(tensors: Sequence[Tensor], stacked: int) -> list[Tensor]:

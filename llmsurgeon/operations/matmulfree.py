@@ -20,10 +20,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, lowest
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
-from llmsurgeon.spec import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec
 
 # Of models whose config names no length.
 CONTEXT = 2048

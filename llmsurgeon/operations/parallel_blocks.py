@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from llmsurgeon.layers import RunList
+from llmsurgeon.model.layers import RunList
+from llmsurgeon.model.spec import BlockSpec
 from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_windows
-from llmsurgeon.spec import BlockSpec
 
 
 class ParallelBlocks(Step):

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
 from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 # Score name and whether a high value means "can go".

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
 from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 BLOCK_SCORES = {"rescored": "block_order", "influence": "block_influence", "kl": "block_kl"}

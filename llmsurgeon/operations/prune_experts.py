@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llmsurgeon.model.spec import MoESpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one
-from llmsurgeon.spec import MoESpec
 
 
 class PruneExperts(Step):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
 from llmsurgeon.operations.base import Plan, Step, Subject, exactly_one
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES, choose_sublayers, drop_part
 

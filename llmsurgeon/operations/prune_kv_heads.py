@@ -9,9 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.spec import AttentionSpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
-from llmsurgeon.spec import AttentionSpec
 
 
 def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.spec import FFNSpec
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one
-from llmsurgeon.spec import FFNSpec
 
 
 def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Tensor:

@@ -6,9 +6,9 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from llmsurgeon.limits import MOST_TOKENS
+from llmsurgeon.boundary.limits import MOST_TOKENS
+from llmsurgeon.model.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec
 from llmsurgeon.operations.base import Plan, Step, Subject
-from llmsurgeon.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec
 
 
 class Refit(Step):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmsurgeon.spec import ModelSpec
+from llmsurgeon.model.spec import ModelSpec
 
 
 def run_cost(dependency: Any, layers: Sequence[int]) -> float:

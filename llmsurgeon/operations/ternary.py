@@ -19,9 +19,9 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.layers import LayerList
+from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
 from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
-from llmsurgeon.ternary import Grid, Rule, is_ternary, rounded
 
 SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
 Share = Annotated[float, Field(gt=0, le=1)]

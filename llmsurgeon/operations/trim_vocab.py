@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.operations.base import Plan, Step, Subject
-from llmsurgeon.text_file import TextFile
+from llmsurgeon.text.files import TextFile
 
 
 class KeepTokens(BaseModel):

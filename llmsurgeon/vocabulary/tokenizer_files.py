@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon.boundary import foreign, json_object, read_text
+from llmsurgeon.boundary.foreign import foreign, json_object, read_text
 from llmsurgeon.checkpoint.tokenizer_json import pairs_of, tokens_of
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.vocabulary.ids import moved_ids

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsurgeon.boundary import read_json
+from llmsurgeon.boundary.foreign import read_json
 from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.files import refuse_huge_ids
 from llmsurgeon.checkpoint.passing import passing_folder

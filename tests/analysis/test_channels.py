@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from analysis.test_walk import runner_of
 from conftest import tiny_model
 from operations.helpers import declared, some_tokens, taking
+from walk.test_walk import runner_of
 
 from llmsurgeon.analysis.channels import Moments, eliminate_channels
 from llmsurgeon.analysis.fff import AT_ONCE, DAMPING
-from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import normalised
+from llmsurgeon.model.families import family_of
 
 FAMILIES = [case for case in taking("prune_width") if not declared(*case).encoder]
 

@@ -7,16 +7,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis.test_walk import runner_of
 from conftest import LAYERS, tiny_model
 from operations.helpers import VARIANTS, logits, naive, skip, some_tokens, stream_of
+from walk.test_walk import runner_of
 
 from llmsurgeon.analysis import measure as measure_module
 from llmsurgeon.analysis import similarity
 from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed, sequences_for
 from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine
-from llmsurgeon.families import family_of
 from llmsurgeon.formats.models import normalised
+from llmsurgeon.model.families import family_of
 
 SEQUENCES = 16
 

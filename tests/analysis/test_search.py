@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis.test_walk import CountingReads, runner_of
 from conftest import LAYERS, tiny_model
 from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
+from walk.test_walk import CountingReads, runner_of
 
-from llmsurgeon.analysis.analyze import analyze
 from llmsurgeon.analysis.measure import measure
 from llmsurgeon.analysis.search import (
     default_count,
@@ -20,11 +19,12 @@ from llmsurgeon.analysis.search import (
     search_blocks,
     variant_without,
 )
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.analyze import analyze
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
-from llmsurgeon.recipe import loads
+from llmsurgeon.recipe.recipe import loads
+from llmsurgeon.walk.walk import LayerRunner
 
 
 def cost_of(model, parent, tokens, dropped, fuse):

@@ -227,7 +227,7 @@ def test_an_analysis_replaces_nothing_that_it_did_not_write(run, folder):
 
 
 def test_a_folder_that_cannot_be_written_is_heard_of_before_measuring(run, folder, monkeypatch):
-    monkeypatch.setattr("llmsurgeon.analysis.analyze.measure", lambda *arguments: pytest.fail("it measured"))
+    monkeypatch.setattr("llmsurgeon.analyze.measure", lambda *arguments: pytest.fail("it measured"))
     (folder / "file").write_text("mine")
     code, _, err = run("analyze", "parent", "-o", "file/report", "--text", "text.txt", "--tokens", "256")
     assert code == 2 and "file is a file" in err

@@ -9,7 +9,7 @@ import pytest
 from conftest import save_tiny
 
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.recipe import loads
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options
 from llmsurgeon.run import run as run_recipe
 

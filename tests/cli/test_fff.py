@@ -13,7 +13,7 @@ from safetensors import safe_open
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.modeling import surgeon_fff
-from llmsurgeon.recipe import builtin_recipes, load
+from llmsurgeon.recipe.recipe import builtin_recipes, load
 
 
 def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypatch):

@@ -17,8 +17,8 @@ from conftest import TEXT, encoder_tokenizer, save_encoder, save_tiny
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
-from llmsurgeon.patient import open_patient
-from llmsurgeon.recipe import loads
+from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.recipe.recipe import loads
 
 CUT = "steps:\n  - {op: prune_attention, layers: [2, 3]}\n  - {op: fuse_ffn, runs: [1-3]}\n"
 CALIBRATION = "version: 1\ncalibration: {text: text.txt, tokens: 512, sequence_length: 16}\n"

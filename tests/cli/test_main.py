@@ -28,7 +28,7 @@ def failing(monkeypatch):
         def fail() -> dict:
             raise error
 
-        monkeypatch.setattr("llmsurgeon.recipe_files.builtin_recipes", fail)
+        monkeypatch.setattr("llmsurgeon.recipe.files.builtin_recipes", fail)
 
     return fail_with
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU
-from llmsurgeon.recipe import builtin_recipes, load
+from llmsurgeon.recipe.recipe import builtin_recipes, load
 
 
 @pytest.fixture

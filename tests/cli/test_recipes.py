@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmsurgeon.cli.main import main
-from llmsurgeon.recipe_files import builtin_recipes
+from llmsurgeon.recipe.files import builtin_recipes
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:

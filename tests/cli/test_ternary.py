@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.recipe import load
-from llmsurgeon.ternary import grid_of, is_ternary
+from llmsurgeon.model.ternary import grid_of, is_ternary
+from llmsurgeon.recipe.recipe import load
 
 TEXT = ("--text", "text.txt", *SMALL)
 

@@ -9,10 +9,10 @@ import shutil
 import pytest
 from conftest import SMALL, TEXT, save_tiny
 
-from llmsurgeon.card import fenced, prose
+from llmsurgeon.boundary.places import found, relative, without_folders
 from llmsurgeon.cli import console, say, tell
-from llmsurgeon.places import found, relative, without_folders
-from llmsurgeon.recipe import load
+from llmsurgeon.recipe.recipe import load
+from llmsurgeon.report.card import fenced, prose
 
 ODD = "m[/x]\x1b[31m[bold]:smile:"
 

@@ -11,13 +11,13 @@ from conftest import ENCODER_NAMES, encoder_tokenizer, masked_head, save_encoder
 from torch.nn.functional import cosine_similarity
 from typer.testing import CliRunner
 
-from llmsurgeon.analysis.calibration import calibration_tokens, split
 from llmsurgeon.cli import analyze, bench, evaluate
 from llmsurgeon.errors import GateFailed, SurgeryError
 from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, mask_tokens, masking_of
 from llmsurgeon.evaluation.latency import benchmark
-from llmsurgeon.recipe import loads
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
+from llmsurgeon.text.calibration import calibration_tokens, split
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs. " * 30
 SIZES = ("--tokens", 256, "--seq-len", 16)

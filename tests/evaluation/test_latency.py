@@ -12,10 +12,10 @@ from conftest import tiny_model
 from generation import generate
 from rich.console import Console
 
-from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation import latency
 from llmsurgeon.evaluation.latency import Spread, bench_table, benchmark, cache_bytes, parameter_bytes
+from llmsurgeon.formats.caches import cached_call
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

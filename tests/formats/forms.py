@@ -27,7 +27,7 @@ from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_width import PruneWidth
-from llmsurgeon.recipe import Recipe, loads
+from llmsurgeon.recipe.recipe import Recipe, loads
 from llmsurgeon.run import Options, run
 
 TOKENS = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(1))

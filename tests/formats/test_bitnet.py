@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export
 from llmsurgeon.formats.bitnet import packed, packing_of
+from llmsurgeon.model.ternary import Grid, is_ternary, rounded
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.recipe import loads
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.ternary import Grid, is_ternary, rounded
 
 with warnings.catch_warnings():  # importing torch's compiler warns of torch's own doings
     warnings.simplefilter("ignore")

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, BitNetForCausalLM
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.packed import pack_linears
-from llmsurgeon.patient import open_patient
-from llmsurgeon.recipe import loads
+from llmsurgeon.kernels.packed import pack_linears
+from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 
 IDS = torch.randint(8, 280, (2, 12), generator=torch.Generator().manual_seed(3))

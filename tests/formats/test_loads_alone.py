@@ -16,7 +16,7 @@ from formats.forms import BLOCK, MIXERS, NAS, NAS_STEPS, STEPS, SURGEON
 from operations.helpers import declared, logits
 
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.recipe import Recipe, loads
+from llmsurgeon.recipe.recipe import Recipe, loads
 from llmsurgeon.run import Options, run
 
 CLOSE = 2e-5

@@ -10,7 +10,6 @@ from conftest import save_tiny, tiny_config, tiny_model
 from operations.helpers import logits, operate, some_tokens, subject_of
 
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import (
     canonical,
@@ -24,6 +23,7 @@ from llmsurgeon.formats.models import (
     surgeon_classes,
 )
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.operations.prune_attention import PruneAttention
 
 

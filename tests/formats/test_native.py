@@ -13,14 +13,14 @@ from operations.helpers import logits, some_tokens
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.padding import filled, padded, repeated
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.recipe import loads
+from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
 
 # No attention in the first block, no FFN in the second, and a narrow one.
 STEPS = """

@@ -17,16 +17,16 @@ from operations.helpers import logits, some_tokens, subject_of
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.nemotron_nas import padded_width, read, waste, width_of
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.patient import open_config
-from llmsurgeon.planning import plan
-from llmsurgeon.recipe import loads
+from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.planning.opened import open_config
+from llmsurgeon.planning.plan import plan
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
 
 # No attention in layers 1 and 2, whose FFNs fuse; no FFN in the last; a width that is no multiple of 256.
 STEPS = """

@@ -19,11 +19,11 @@ from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
-from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.reading import same_values
-from llmsurgeon.patient import open_config, open_patient
-from llmsurgeon.recipe import loads
+from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 
 CUT = "version: 1\nsteps: [{op: prune_blocks, layers: [2]}]\n"

@@ -12,9 +12,9 @@ from formats.forms import LLAMA3, LONGROPE, PARTIAL_LINEAR, TWO_BASES, TWO_PLAIN
 from transformers import AutoConfig
 
 import llmsurgeon.modeling
-from llmsurgeon.families import FAMILIES
 from llmsurgeon.formats.models import load_config, normalised
 from llmsurgeon.formats.spellings import full_every, old_spellings, scaling_of
+from llmsurgeon.model.families import FAMILIES
 
 YARN_AS_IT_WAS = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 MODELING = Path(llmsurgeon.modeling.__file__).parent

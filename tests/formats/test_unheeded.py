@@ -10,7 +10,7 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, LAYERS, TINY_MIXTURES, save_en
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export
 from llmsurgeon.formats.models import config_notes, load_config
-from llmsurgeon.patient import open_patient
+from llmsurgeon.planning.opened import open_patient
 
 ANOTHER_MODEL = {
     "drop_attn_list": [1, 3],

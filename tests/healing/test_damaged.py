@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXT, byte_tokenizer, save_tiny, tiny_model
-from healing.test_distill import case_of, settings_of
+from healing.distill.test_distill import case_of, settings_of
 
 from llmsurgeon import progress
-from llmsurgeon.analysis.self_text import Sampling, SelfText, cached_self_text
-from llmsurgeon.healing.data import read_rows
-from llmsurgeon.healing.distill import distill
-from llmsurgeon.healing.targets import StoredTargets, Wanted
-from llmsurgeon.healing.training import Trainer
-from llmsurgeon.recipe import loads
+from llmsurgeon.healing.distill.data import read_rows
+from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
+from llmsurgeon.healing.distill.training import Trainer
+from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
+from llmsurgeon.text.self_text import Sampling, SelfText, cached_self_text
 
 
 @pytest.fixture(autouse=True)

@@ -11,17 +11,17 @@ from operations.helpers import logits, some_tokens, subject_of
 from operations.test_sub_norm import scores_of
 from safetensors import safe_open
 
-from llmsurgeon.analysis.walk import LayerRunner, Variant, walk
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import filled_model, normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.fits import overlay
-from llmsurgeon.healing.latent import install
-from llmsurgeon.healing.refit import Refit, RefitOptions
+from llmsurgeon.healing.distill.latent import install
+from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.refit.refit import Refit, RefitOptions
 from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary, token_weights
+from llmsurgeon.model.ternary import Grid, compensated, grid_of, is_ternary
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.ternary import Grid, compensated, grid_of, is_ternary
+from llmsurgeon.walk.walk import LayerRunner, Variant, walk
 
 TOKENS = some_tokens(48, 16)
 HELD = torch.arange(48) % 8 == 7

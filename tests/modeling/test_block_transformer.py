@@ -13,7 +13,7 @@ from operations.helpers import logits, operate
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from llmsurgeon.caches import cached_call
+from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.modeling.surgeon_versions import OUTPUT_CACHE
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN

@@ -11,8 +11,8 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES
 from modeling.forms import built
 from transformers import AutoConfig, PreTrainedConfig
 
-from llmsurgeon.families import FAMILIES, SURGEON_PREFIX
 from llmsurgeon.formats.models import surgeon_classes
+from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 
 NAMES = (*FAMILY_NAMES, *MIXTURE_NAMES, *ENCODER_NAMES)
 TEXT = "see block_configs; load with trust_remote_code=True through an Auto class"

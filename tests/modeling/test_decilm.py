@@ -16,11 +16,11 @@ from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from llmsurgeon.caches import cached_call
+from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
 from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
 from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
-from llmsurgeon.vllm_plugin import register
+from llmsurgeon.plugins.vllm import register
 
 ROPE = {"rope_type": "linear", "factor": 2.0}
 
@@ -150,4 +150,4 @@ def test_the_vllm_plugin(tmp_path, mapping):
 
 def test_the_entry_point_is_declared():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["vllm.general_plugins"] == {"llmsurgeon": "llmsurgeon.vllm_plugin:register"}
+    assert project["entry-points"]["vllm.general_plugins"] == {"llmsurgeon": "llmsurgeon.plugins.vllm:register"}

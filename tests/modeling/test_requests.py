@@ -12,7 +12,7 @@ from modeling.forms import DECODERS, FORMS, built
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from llmsurgeon.families import FAMILIES, SURGEON_PREFIX
+from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 from llmsurgeon.modeling.surgeon_blocks import ParallelBlock, SubRMSNorm
 from llmsurgeon.modeling.surgeon_fff import FastFeedForward
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear

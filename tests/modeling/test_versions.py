@@ -9,10 +9,10 @@ import torch
 from conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES, TINY, tiny_encoder, tiny_model
 from operations.helpers import logits, some_tokens
 
-from llmsurgeon.caches import cached_call
 from llmsurgeon.errors import CheckpointError
-from llmsurgeon.families import FAMILIES
+from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.models import as_surgeon, empty_model, fill, surgeon_module
+from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.modeling import surgeon_versions as versions
 
 DECODERS = [*FAMILY_NAMES, *MIXTURE_NAMES]

@@ -11,9 +11,9 @@ from conftest import FAMILY_NAMES, tiny_config
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.families import Family, family_of
 from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, fill, normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.model.families import Family, family_of
 from llmsurgeon.operations import Step, Subject
 
 # Falcon 7B, Falcon RW and Falcon 2 11B; the tiny config is laid out as Falcon 40B.

@@ -11,17 +11,17 @@ from operations.helpers import operate, subject_of
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.families import FAMILIES
-from llmsurgeon.families.base import BLOCK_FORMS
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.model.families.base import BLOCK_FORMS
+from llmsurgeon.model.spec import BlockTransformerSpec, FFFSpec, from_block_transformer, to_block_transformer
 from llmsurgeon.operations.block import Block, main_directions
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.refit import Refit
-from llmsurgeon.spec import BlockTransformerSpec, FFFSpec, from_block_transformer, to_block_transformer
 
 NEW = "model.block_embedder.embed_tokens.weight"
 

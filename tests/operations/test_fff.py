@@ -10,14 +10,14 @@ from conftest import ENCODER_NAMES, tiny_encoder, tiny_model
 from operations.helpers import layers_of, logits, operate, some_tokens, subject_of, taking
 
 from llmsurgeon.analysis.fff import leaf_of, reach_nodes
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.model.costs import costs
+from llmsurgeon.model.spec import FFFSpec, FFNSpec, from_block_configs, to_block_configs
 from llmsurgeon.operations.fff import FFF, within_budget
 from llmsurgeon.operations.prune_width import PruneWidth
-from llmsurgeon.recipe import dump, loads
-from llmsurgeon.scores import compute_scores
-from llmsurgeon.spec import FFFSpec, FFNSpec, from_block_configs, to_block_configs
-from llmsurgeon.summary import costs
+from llmsurgeon.recipe.recipe import dump, loads
+from llmsurgeon.walk.walk import LayerRunner
 
 TOKENS = some_tokens(24, 16)
 

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.costs import block_rows
+from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, MLGRUSpec, from_block_configs, to_block_configs
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.matmulfree import MatMulFree, memory_bias, unit_rows
@@ -23,8 +25,6 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
-from llmsurgeon.spec import AttentionSpec, BitFFNSpec, MLGRUSpec, from_block_configs, to_block_configs
-from llmsurgeon.summary import block_rows
 
 TAKING = tuple(name for name in FAMILY_NAMES if declared(name).refusal("matmulfree") is None)
 ATTENTION = AttentionSpec(heads=6, kv_heads=2, head_dim=8)
@@ -264,7 +264,7 @@ def test_formats_that_cannot_hold_it_name_the_block(wanted):
 
 
 def test_in_memory_and_streamed_are_one(tmp_path):
-    from llmsurgeon.patient import open_patient
+    from llmsurgeon.planning.opened import open_patient
 
     parent = tiny_model("llama")
     parent.save_pretrained(tmp_path / "parent")

@@ -8,10 +8,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from analysis.test_walk import runner_of
 from conftest import LAYERS, MIXTURE_NAMES, byte_tokenizer, save_tiny, tiny_model
 from operations.helpers import logits, operate, some_tokens, subject_of
 from transformers import AutoModelForCausalLM
+from walk.test_walk import runner_of
 
 from llmsurgeon.analysis.experts import weigh_experts
 from llmsurgeon.errors import SurgeryError

@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
 from llmsurgeon.operations.runs import choose_runs, choose_windows, run_cost
-from llmsurgeon.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
 
 
 def spec_of(*attends: bool, missing_ffn: tuple[int, ...] = ()) -> ModelSpec:

@@ -11,17 +11,17 @@ from generation import generate
 from operations.helpers import logits, operate, some_tokens, subject_of
 from torch import nn
 
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.model.ternary import Grid, rounded
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.recipe import loads
-from llmsurgeon.scores import compute_scores
-from llmsurgeon.ternary import Grid, rounded
+from llmsurgeon.recipe.recipe import loads
+from llmsurgeon.walk.walk import LayerRunner
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "granite")
 TOKENS = some_tokens(8, 16)

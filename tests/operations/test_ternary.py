@@ -7,12 +7,12 @@ import torch
 from conftest import ENCODER_NAMES, FAMILY_NAMES, tiny_encoder, tiny_model
 from operations.helpers import declared, logits, operate, some_tokens, subject_of
 
-from llmsurgeon.analysis.walk import LayerRunner
+from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.model.ternary import Grid, is_ternary, rounded
 from llmsurgeon.operations.ternary import Ternary, linears_of
-from llmsurgeon.recipe import dump, loads
-from llmsurgeon.scores import compute_scores
-from llmsurgeon.ternary import Grid, is_ternary, rounded
+from llmsurgeon.recipe.recipe import dump, loads
+from llmsurgeon.walk.walk import LayerRunner
 
 TOKENS = some_tokens(8, 16)
 

@@ -1,0 +1,264 @@
+"""One pass over the text through a model and its parent: perplexity, KL and top-1 agreement with intervals.
+
+S sequences, L tokens each, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.boundary.foreign import check_token_ids
+from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
+from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Passage, bits_per_byte, scored_by
+from llmsurgeon.evaluation.encoders import name_of
+from llmsurgeon.evaluation.perplexity import (
+    CHUNK,
+    Interval,
+    mean_interval,
+    perplexity,
+    perplexity_interval,
+    rows,
+    token_losses,
+)
+from llmsurgeon.progress import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LOGIT_BYTES = 128 * 2**20  # of one batch's logits; a batch has at least one sequence
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured. An `_interval` holds the 95 % confidence bounds; None where there is no parent
+    (or, for intervals, only one sequence).
+
+    Of a model whose vocabulary was trimmed these hold for its own tokens, which the parent reads, too, and predicts
+    among those that stayed; `outside_mass` is the share of the parent's probability that lies on the others. `bits`
+    compares the two on text, each with its own tokenizer.
+
+    `tokens` counts predicted tokens (all but the first of each sequence); `kl` is KL(parent || model) in nats per
+    token; `top1_agreement` a share from 0 to 1; `perplexity_ratio` is perplexity / parent_perplexity, its interval
+    from the paired differences of log loss, which is much narrower than the two perplexities' own.
+    """
+
+    perplexity: float
+    perplexity_interval: Interval | None
+    tokens: int
+    sequences: int
+    sequence_length: int
+    parent_perplexity: float | None = None
+    parent_perplexity_interval: Interval | None = None
+    perplexity_ratio: float | None = None
+    perplexity_ratio_interval: Interval | None = None
+    kl: float | None = None
+    kl_interval: Interval | None = None
+    top1_agreement: float | None = None
+    top1_agreement_interval: Interval | None = None
+    outside_mass: float | None = None
+    bits: BitsPerByte | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields under their own names, intervals as [low, high]; `outside_mass` and `bits` if measured."""
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        extra = {"outside_mass": made.pop("outside_mass"), "bits": self.bits and self.bits.to_dict()}
+        del made["bits"]
+        return made | {name: value for name, value in extra.items() if value is not None}
+
+    @property
+    def bits_ratio(self) -> float | None:
+        """Bits per byte over the parent's; with one tokenizer the ratio of the log losses is just that."""
+        if self.bits:
+            return self.bits.ratio
+        if not self.parent_perplexity or self.parent_perplexity == 1:
+            return None
+        return math.log(self.perplexity) / math.log(self.parent_perplexity)
+
+    def sentence(self) -> str:
+        """The comparison with the parent in one line."""
+        if self.bits:
+            return f"{self.bits.sentence()}; on the model's own tokens {self._sentence()}"
+        return self._sentence()
+
+    def _sentence(self) -> str:
+        return (
+            f"perplexity {self.parent_perplexity:.2f} -> {self.perplexity:.2f} (ratio {self.perplexity_ratio:.3f}), "
+            f"KL {self.kl:.3f}, top-1 agreement {100 * (self.top1_agreement or 0):.1f} %"
+        )
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    parent: PreTrainedModel | None = None,
+    *,
+    kept: Tensor | None = None,
+    chunk: int = CHUNK,
+) -> Evaluation:
+    """Measure `model`, and against `parent` where given, on `tokens` (int64 [S, L], each row a text of its own).
+
+    Logits exist for one batch at a time and are widened to float32 `chunk` rows at a time. Intervals are over
+    sequences (see `mean_interval`). Both models are put in eval mode. `kept` [V] holds the parent's id of each of the
+    model's tokens, where its vocabulary was trimmed: the parent is then asked about those alone. Raises SurgeryError
+    for tokens that do not fit the models, for differing vocabularies and for NaN logits.
+    """
+    _check(model, tokens)
+    if parent is not None and kept is None:
+        check_same_vocabulary(model, parent)
+        _check(parent, tokens)
+    outside: list[float] = []
+    made = _summary(_sequence_means(tokens, _forward(model, parent, tokens, kept, outside), chunk), tokens)
+    return replace(made, outside_mass=sum(outside) / len(outside)) if outside else made
+
+
+def evaluate_across(
+    model: PreTrainedModel, parent: PreTrainedModel, found: Sequence[Passage], kept: Tensor | None
+) -> Evaluation:
+    """A model and a parent with another tokenizer, on the same text.
+
+    Bits per byte come from each one's own tokens. Where the model's tokens are some of the parent's (`kept`, as in
+    `evaluate`), KL and the like are taken on the model's tokens, of passages cut to one length; else there are none.
+    """
+    bits = bits_per_byte(found, scored_by(model), scored_by(parent))
+    usual = sorted(len(each.mine) for each in found)[len(found) // 2]
+    rows = [each.mine for each in found if len(each.mine) > 0.9 * usual]
+    tokens = torch.tensor([row[: min(map(len, rows))] for row in rows])
+    made = evaluate(model, tokens) if kept is None else evaluate(model, tokens, parent, kept=kept)
+    return replace(made, bits=bits)
+
+
+def evaluate_hidden(
+    tokens: Tensor,
+    model_logits: Callable[[int], Tensor],
+    parent_logits: Callable[[int], Tensor] | None = None,
+    *,
+    chunk: int = CHUNK,
+) -> Evaluation:
+    """The same from logits [L, V] of one sequence at a time: `model_logits(row)` for each row of `tokens`.
+
+    For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
+    """
+    pairs = ((model_logits(row), parent_logits(row) if parent_logits else None) for row in range(len(tokens)))
+    return _summary(_sequence_means(tokens, pairs, chunk), tokens)
+
+
+def _forward(
+    model: PreTrainedModel,
+    parent: PreTrainedModel | None,
+    tokens_SL: Tensor,
+    kept: Tensor | None,
+    outside: list[float],
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Logits [L, V] of both models for each sequence, computed a batch at a time.
+
+    Of a parent that is asked about the `kept` tokens alone, the mass on the others is noted in `outside`.
+    """
+    bytes_a_sequence = tokens_SL.shape[1] * model.config.vocab_size * model.dtype.itemsize
+    for ids_BL in tokens_SL.split(max(1, LOGIT_BYTES // bytes_a_sequence)):
+        logits = _logits(model, ids_BL)
+        if parent is None or kept is None:
+            yield from zip(logits, [None] * len(ids_BL) if parent is None else _logits(parent, ids_BL), strict=True)
+            continue
+        for mine, whole in zip(logits, _logits(parent, kept[ids_BL]), strict=True):
+            theirs = whole[:, kept.to(whole.device)]
+            outside.append(_outside(whole, theirs))
+            yield mine, theirs
+
+
+def _outside(whole_TV: Tensor, kept_TK: Tensor) -> float:
+    """Mean probability that the parent gives to tokens other than the kept ones."""
+    parts = [
+        1 - (inside.float().logsumexp(-1) - every.float().logsumexp(-1)).exp()
+        for every, inside in rows(CHUNK, whole_TV, kept_TK)
+    ]
+    return torch.cat(parts).mean().item()
+
+
+def _logits(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    inputs = {"input_ids": ids_BL.to(model.device), "use_cache": False}
+    logits: Tensor = model.eval()(**inputs).logits
+    if not is_finite(logits) and (error := first_not_finite(model, model.dtype, **inputs)):
+        raise error
+    return logits
+
+
+@torch.no_grad()
+def _sequence_means(tokens_SL: Tensor, pairs: Iterable[tuple[Tensor, Tensor | None]], chunk: int) -> dict[str, Tensor]:
+    """Mean over each sequence of loss, and with a parent of parent_loss, kl and top1: float64 [S] each."""
+    means: dict[str, list[float]] = {}
+
+    def note(name: str, values_T: Tensor, sequence: int) -> None:
+        mean = values_T.double().mean().item()
+        if not math.isfinite(mean):
+            raise SurgeryError(
+                f"{name} is {mean} on sequence {sequence}: the logits hold NaN or infinities; check the weights with "
+                "`llmsurgeon verify`, or evaluate in another dtype (--dtype float32)"
+            )
+        means.setdefault(name, []).append(mean)
+
+    with Progress("evaluate", tokens_SL.numel(), "tokens") as progress:
+        for row, (ids, (logits, parent_logits)) in enumerate(zip(tokens_SL, pairs, strict=True)):
+            # The last position predicts a token that is not in the text.
+            scores, targets = logits[:-1], ids[1:].to(logits.device)
+            note("loss", token_losses(scores, targets, chunk), row)
+            if parent_logits is not None:
+                parent_scores = parent_logits[:-1].to(scores.device)
+                note("parent_loss", token_losses(parent_scores, targets, chunk), row)
+                note("kl", kl_divergence(parent_scores, scores, chunk), row)
+                note("top1", top1_agreement(parent_scores, scores), row)
+            progress.advance(len(ids))
+    return {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}
+
+
+def _summary(means: dict[str, Tensor], tokens: Tensor) -> Evaluation:
+    return Evaluation(
+        perplexity=perplexity(means["loss"].mean().item()),
+        perplexity_interval=perplexity_interval(means["loss"]),
+        **(_against_parent(means) if "parent_loss" in means else {}),
+        tokens=tokens.shape[0] * (tokens.shape[1] - 1),
+        sequences=tokens.shape[0],
+        sequence_length=tokens.shape[1],
+    )
+
+
+def _against_parent(means: dict[str, Tensor]) -> dict[str, Any]:
+    change_S = means["loss"] - means["parent_loss"]
+    agreement, divergence = mean_interval(means["top1"]), mean_interval(means["kl"])
+    return dict(
+        parent_perplexity=perplexity(means["parent_loss"].mean().item()),
+        parent_perplexity_interval=perplexity_interval(means["parent_loss"]),
+        perplexity_ratio=perplexity(change_S.mean().item()),
+        perplexity_ratio_interval=perplexity_interval(change_S),
+        kl=means["kl"].mean().item(),
+        kl_interval=divergence and (max(divergence[0], 0.0), divergence[1]),
+        top1_agreement=means["top1"].mean().item(),
+        top1_agreement_interval=agreement and (max(agreement[0], 0.0), min(agreement[1], 1.0)),
+    )
+
+
+def _check(model: PreTrainedModel, tokens: Tensor) -> None:
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise SurgeryError(f"tokens of shape {list(tokens.shape)}: expected [sequences, length], at least 1 by 2")
+    name = name_of(model)
+    check_token_ids(int(tokens.min()), int(tokens.max()), model.config.vocab_size, name)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit and tokens.shape[1] > limit:
+        raise SurgeryError(f"{name}: sequences of {tokens.shape[1]} tokens, its limit is {limit}; lower --seq-len")
+
+
+def check_same_vocabulary(model: PreTrainedModel, parent: PreTrainedModel) -> None:
+    """Raise SurgeryError unless both models predict the same number of tokens."""
+    size, parent_size = (m.config.vocab_size for m in (model, parent))
+    if size != parent_size:
+        raise SurgeryError(
+            f"the model has a vocabulary of {size} tokens and its parent one of {parent_size}: "
+            "KL and top-1 agreement need the same tokenizer; compare with the model it was cut from"
+        )

@@ -1,0 +1,1 @@
+"""GGUF files written: architecture, tensors and their types, tokenizer."""

@@ -1,0 +1,410 @@
+"""How a family's weights and config become what llama.cpp reads, or why they cannot.
+
+A family is one row of `ARCHITECTURES`, which reading goes by, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.gguf.architectures import (
+    ARCHITECTURES,
+    BITNET,
+    LONG_FACTORS,
+    NO_CAP,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    UNEVEN,
+    UNEVEN_FAMILIES,
+    Architecture,
+    Key,
+    file_name,
+    order,
+    tensor_map,
+)
+from llmsurgeon.checkpoint.gguf.file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
+from llmsurgeon.checkpoint.transform import WeightTransform, rename
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats import bitnet_model
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, ModelSpec
+
+Config = Mapping[str, Any]
+# Why no GGUF is written of families that llama.cpp knows.
+ENCODER = "makes one vector of a text with an encoder and has no masked-LM head; no GGUF of encoders is written yet"
+NOT_RUN = dict.fromkeys(("bert", "roberta", "distilbert", "modernbert"), ENCODER)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model as llama.cpp wants it: its architecture, metadata, the edits that make its tensors, and remarks."""
+
+    architecture: str
+    fields: tuple[Field, ...]
+    transforms: tuple[WeightTransform, ...]
+    notes: tuple[str, ...]
+
+
+def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Layout:
+    """How this model is written; `weights` are its tensors under canonical names, of which only names are read.
+
+    Raises:
+        SurgeryError: llama.cpp cannot run it; names the first block or setting that does not fit.
+    """
+    architecture, fields, factors, notes = _described(config, family, spec)
+    transforms = _transforms(architecture, config, family, spec, weights)
+    transforms += [_constant(name, values) for name, values in factors.items()]
+    prefixed = tuple(_field(f"{architecture.name}.{key}", value) for key, value in fields.items())
+    return Layout(architecture.name, prefixed, tuple(transforms), tuple(notes))
+
+
+def misfit(spec: ModelSpec, family: Family, config: Config) -> str | None:
+    """Why llama.cpp cannot run this model, None where it can."""
+    try:
+        _described(config, family, spec)
+    except SurgeryError as error:
+        return str(error)
+    return None
+
+
+def why_not(model_type: str) -> str | None:
+    """Why there is no GGUF of a family, None where there is."""
+    if model_type in ARCHITECTURES:
+        return None
+    return f"llama.cpp {NOT_RUN.get(model_type, f'has no architecture for {model_type} models')}"
+
+
+def _described(
+    config: Config, family: Family, spec: ModelSpec
+) -> tuple[Architecture, dict[str, Any], dict[str, Tensor], list[str]]:
+    """Architecture, metadata, tensors of factors on rotary frequencies, and notes."""
+    architecture = _choose(family, spec)
+    _check_settings(architecture, config, spec)
+    _check_parts(architecture, spec)
+    notes: list[str] = []
+    fields = _sizes(architecture, spec, config)
+    fields |= _windows(architecture, spec, notes)
+    rope, factors = _rope(architecture, config, spec, notes)
+    fields |= rope | {key.name: _value(key, config) for key in architecture.keys}
+    return architecture, fields, factors, notes
+
+
+def _value(key: Key, config: Config) -> Any:
+    """A config value as metadata: no soft cap is one that no score reaches."""
+    value = config[key.config]
+    return NO_CAP if value is None else key.kind(value)
+
+
+def _choose(family: Family, spec: ModelSpec) -> Architecture:
+    """The architecture for these blocks."""
+    if spec.block_transformer:
+        raise SurgeryError("llama.cpp knows no block transformers")
+    if family.model_type not in ARCHITECTURES:
+        raise SurgeryError(why_not(family.model_type) or "")
+    if any(block.sub_normed for block in spec.blocks):
+        return _bitnet(family, spec)
+    for index, block in enumerate(spec.blocks):
+        if block.own_kind:
+            raise SurgeryError(f"block {index} {block.own_kind}, which llama.cpp has no code for")
+    architecture = ARCHITECTURES[family.model_type]
+    odd = _first_odd(spec)
+    if odd is None:
+        return architecture
+    index, what = odd
+    if family.model_type not in UNEVEN_FAMILIES:
+        raise SurgeryError(f"block {index} {what}, and llama.cpp's {architecture.name} has one shape for all blocks")
+    for index, block in enumerate(spec.blocks):
+        reason = _not_deci(index, block)
+        if reason:
+            raise SurgeryError(f"block {index} {reason}")
+    return UNEVEN
+
+
+def _bitnet(family: Family, spec: ModelSpec) -> Architecture:
+    """The architecture of blocks with norms before their output projections."""
+    if family.model_type not in bitnet_model.FAMILIES:
+        raise SurgeryError(f"llama.cpp's {BITNET.name} is Llama with norms, not {family.model_type}")
+    if not spec.tied:
+        raise SurgeryError(f"llama.cpp's {BITNET.name} takes the embedding for the head, and here they are two tensors")
+    for index, block in enumerate(spec.blocks):
+        if block.sub_normed != ("attention", "ffn"):
+            raise SurgeryError(
+                f"llama.cpp's {BITNET.name} has norms before both output projections of every block, block {index} not"
+            )
+    if odd := _first_odd(spec):
+        raise SurgeryError(f"block {odd[0]} {odd[1]}, and llama.cpp's {BITNET.name} has one shape for all blocks")
+    return BITNET
+
+
+def _first_odd(spec: ModelSpec) -> tuple[int, str] | None:
+    """The first block that keeps the model from being uniform, and how; None where it is uniform."""
+
+    def shape(block: BlockSpec) -> Any:
+        return block.attention and block.attention.shape, block.ffn
+
+    usual = next((shape(b) for b in spec.blocks if b.attention and b.ffn and not b.branches), None)
+    for index, block in enumerate(spec.blocks):
+        if block.branches:
+            return index, f"runs {len(block.branches)} blocks in parallel"
+        if block.attention is None:
+            return index, "has no attention"
+        if block.ffn is None:
+            return index, "has no FFN"
+        if shape(block) != usual:
+            return index, (
+                f"(FFN {block.ffn.width}, {block.attention.heads} heads, {block.attention.kv_heads} KV heads) differs "
+                "from the first"
+            )
+    return None
+
+
+def _not_deci(index: int, block: BlockSpec) -> str | None:
+    """Why llama.cpp's code for uneven models cannot run this block."""
+    if block.branches:
+        return f"runs {len(block.branches)} blocks in parallel, which llama.cpp has no word for"
+    if block.empty:
+        return "is empty, which llama.cpp cannot run"
+    if index == 0 and block.attention is None:
+        return "has no attention, and llama.cpp sizes its cache by the first block"
+    if block.ffn is None:
+        return "has attention and no FFN, and llama.cpp leaves such attention out without a word"
+    return None
+
+
+def _any_attention(spec: ModelSpec) -> AttentionSpec:
+    return next(block.attention for block in spec.blocks if block.attention)
+
+
+def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec) -> None:
+    """Refuse settings under which llama.cpp would compute something else."""
+    where = f"llama.cpp's {architecture.name}"
+    for key, allowed in architecture.settings:
+        if key in config and config[key] not in allowed:
+            raise SurgeryError(f"{where} takes {key} {allowed[0]} for granted, config.json says {config[key]}")
+    for key in ("hidden_act", "hidden_activation", "activation_function", "activation"):
+        if isinstance(config.get(key), str) and config[key] not in architecture.activations:
+            known = " or ".join(architecture.activations)
+            raise SurgeryError(f"{where} computes {known}, config.json says {key} {config[key]}")
+    attention = _any_attention(spec)
+    if not architecture.free_heads and attention.heads * attention.head_dim != spec.hidden:
+        raise SurgeryError(
+            f"{where} wants heads that fill the model's width of {spec.hidden}, these are {attention.heads} of "
+            f"{attention.head_dim}"
+        )
+
+
+def _check_parts(architecture: Architecture, spec: ModelSpec) -> None:
+    """Refuse what a block may have here and llama.cpp has no place for."""
+    where = f"llama.cpp's {architecture.name}"
+    for index, block in enumerate(spec.blocks):
+        turns = architecture.bare_every == 0 or (index + 1) % architecture.bare_every != 0
+        if block.attention and block.attention.rope != turns:
+            gives = "gives block" if turns else "leaves out of block"
+            raise SurgeryError(f"{where} {gives} {index} the rotary positions, and this model does not")
+        if block.ffn and block.ffn.own_norm:
+            raise SurgeryError(f"{where} has one norm for attention and FFN, block {index} has two")
+        if block.ffn and block.ffn.bias:
+            raise SurgeryError(f"{where} has no place for the biases of block {index}'s FFN")
+
+
+def _sizes(architecture: Architecture, spec: ModelSpec, config: Config) -> dict[str, Any]:
+    attention = _any_attention(spec)
+    uneven = architecture is UNEVEN
+    heads = [block.attention.heads if block.attention else 0 for block in spec.blocks]
+    kv_heads = [block.attention.kv_heads if block.attention else 0 for block in spec.blocks]
+    widths = [block.ffn.width if block.ffn else 0 for block in spec.blocks]
+    eps_key = next(k for k in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if config.get(k) is not None)
+    sizes: dict[str, Any] = {
+        "vocab_size": spec.vocab,
+        "block_count": len(spec.blocks),
+        "context_length": spec.max_positions or 2048,
+        "embedding_length": spec.hidden,
+        "feed_forward_length": widths if uneven else widths[0],
+        "attention.head_count": heads if uneven else heads[0],
+        "attention.head_count_kv": kv_heads if uneven else kv_heads[0],
+        "attention.key_length": attention.head_dim,
+        "attention.value_length": attention.head_dim,
+    }
+    kind = "layer_norm_rms_epsilon" if eps_key == "rms_norm_eps" else "layer_norm_epsilon"
+    sizes[f"attention.{kind}"] = float(config[eps_key])
+    return sizes
+
+
+def _windows(architecture: Architecture, spec: ModelSpec, notes: list[str]) -> dict[str, Any]:
+    """Sliding windows; where llama.cpp has none, the context ends where they would begin to bite."""
+    windows = [block.attention.window if block.attention else None for block in spec.blocks]
+    found = {window for window in windows if window is not None}
+    if architecture.windows == "periodic":
+        # With blocks of one kind only, llama.cpp aborts.
+        for period in range(2, len(windows) + 1):
+            if all((window is not None) == (i % period < period - 1) for i, window in enumerate(windows)):
+                return {"attention.sliding_window": max(found), "attention.sliding_window_pattern": period}
+        raise SurgeryError(
+            f"in llama.cpp's {architecture.name} every nth block attends to everything, and the blocks that are left "
+            "have no such pattern"
+        )
+    if not found or min(found) >= (spec.max_positions or 2048):
+        return {}
+    notes.append(
+        f"llama.cpp's {architecture.name} has no sliding window: context_length is {min(found)}, up to which it "
+        "computes the same"
+    )
+    return {"context_length": min(found)}
+
+
+def _rope(
+    architecture: Architecture, config: Config, spec: ModelSpec, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Keys of the rotary positions, and tensors of factors on their frequencies."""
+    if architecture.rope == "none":
+        return {}, {}
+    parameters = config["rope_parameters"]
+    keys: dict[str, Any] = {}
+    if "full_attention" in parameters:  # Gemma 3: blocks that slide turn at a base of their own
+        local = parameters["sliding_attention"]
+        if local.get("rope_type", "default") != "default":
+            raise SurgeryError(f"llama.cpp has no RoPE scaling {local['rope_type']!r} in sliding blocks")
+        keys["rope.freq_base_swa"] = float(local["rope_theta"])
+        parameters = parameters["full_attention"]
+    dimensions = int(_any_attention(spec).head_dim * parameters.get("partial_rotary_factor", 1.0))
+    keys |= {"rope.freq_base": float(parameters["rope_theta"]), "rope.dimension_count": dimensions}
+    scaling = parameters.get("rope_type", "default")
+    if scaling == "default":
+        return keys, {}
+    if scaling == "llama3" and architecture.rope == "pairs":
+        return keys, {ROPE_FACTORS: llama3_factors(parameters, dimensions)}
+    if scaling == "linear":
+        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}, {}
+    if scaling == "yarn":
+        return keys | _yarn(parameters, spec), {}
+    if scaling == "longrope" and architecture.name == "phi3":
+        return _longrope(keys, config, parameters, spec, notes)
+    raise SurgeryError(f"llama.cpp's {architecture.name} has no RoPE scaling {scaling!r}")
+
+
+def llama3_factors(parameters: Config, dimensions: int) -> Tensor:
+    """What divides each frequency in Llama 3.1's RoPE scaling (`_compute_llama3_parameters` of transformers)."""
+    low, high, factor = (parameters[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
+    original = parameters["original_max_position_embeddings"]
+    exponents = torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions
+    turns = original / (2 * math.pi * parameters["rope_theta"] ** exponents)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _yarn(parameters: Config, spec: ModelSpec) -> dict[str, Any]:
+    """YaRN (arXiv 2309.00071). llama.cpp multiplies its own 0.1 ln(factor) + 1 by `attn_factor`."""
+    # llama.cpp reads no betas from the file.
+    usual = {"mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
+    for key, value in usual.items():
+        if parameters.get(key, value) not in (value, None):
+            raise SurgeryError(f"llama.cpp has no YaRN with {key} {parameters[key]}")
+    factor = float(parameters["factor"])
+    keys: dict[str, Any] = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": factor,
+        "rope.scaling.original_context_length": int(
+            parameters.get("original_max_position_embeddings") or spec.max_positions or 2048
+        ),
+    }
+    if parameters.get("attention_factor") is not None:
+        keys["rope.scaling.attn_factor"] = parameters["attention_factor"] / (0.1 * math.log(factor) + 1)
+    return keys
+
+
+def _longrope(
+    keys: dict[str, Any], config: Config, parameters: Config, spec: ModelSpec, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """LongRoPE (arXiv 2402.13753): one set of factors up to the original context, another beyond."""
+    original = int(parameters.get("original_max_position_embeddings") or config["original_max_position_embeddings"])
+    ratio = (spec.max_positions or original) / original
+    attention = parameters.get("attention_factor") or (
+        math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
+    )
+    notes.append(
+        f"llama.cpp takes LongRoPE's long factors once its context (-c) is larger than {original} tokens, transformers "
+        "once the text is"
+    )
+    keys = keys | {
+        "rope.scaling.original_context_length": original,
+        "rope.scaling.attn_factor": float(attention),
+    }
+    factors = {LONG_FACTORS: parameters["long_factor"], SHORT_FACTORS: parameters["short_factor"]}
+    return keys, {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
+
+
+def _transforms(
+    architecture: Architecture, config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]
+) -> list[WeightTransform]:
+    names = tensor_map(architecture.name, len(spec.blocks))
+    made: list[WeightTransform] = []
+    stacked: dict[str, dict[int, str]] = {}
+    for name in weights:
+        target, part = file_name(names, name)
+        if target is None:
+            raise SurgeryError(f"tensor {name} has no place in llama.cpp's {architecture.name}")
+        if part is not None:
+            stacked.setdefault(target, {})[part] = name
+            continue
+        made.append(_transform(architecture, config, spec, name, target))
+    for target, parts in stacked.items():
+        made.append(WeightTransform(tuple(parts[i] for i in sorted(parts)), (target,), _stack))
+    if architecture.own_head and f"{family.head}.weight" not in weights:
+        made.append(rename(f"{family.embedding}.weight", "output.weight"))
+    return made
+
+
+def _transform(architecture: Architecture, config: Config, spec: ModelSpec, name: str, target: str) -> WeightTransform:
+    """The edit that makes one tensor."""
+    part = target.split(".")[-2]
+    ratio = _query_ratio(architecture, config, spec) if part in ("attn_q", "attn_q_norm") else 1.0
+    if architecture.gains_from_one and part.endswith("norm"):
+        return WeightTransform((name,), (target,), _gain(ratio))
+    # Gemma 3 norms its queries, so there the gain of that norm has the ratio.
+    if ratio != 1.0 and architecture.name != "gemma3":
+        return WeightTransform((name,), (target,), _times(ratio))
+    attention = spec.blocks[int(target.split(".")[1])].attention if target.startswith("blk.") else None
+    found = order(architecture, target, *(attention.shape if attention else (1, 1, 1)))
+    return WeightTransform((name,), (target,), found.there) if found else rename(name, target)
+
+
+def _query_ratio(architecture: Architecture, config: Config, spec: ModelSpec) -> float:
+    """What queries are multiplied by, so that the scale that llama.cpp uses comes out as the config's."""
+    if not architecture.wide_layers:
+        return 1.0
+    attention = _any_attention(spec)
+    width = architecture.query_width(len(spec.blocks), spec.hidden, attention.heads, attention.head_dim)
+    return math.sqrt(width / config["query_pre_attn_scalar"])
+
+
+def _gain(ratio: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: (1 + weight.float()) * ratio
+
+
+def _times(ratio: float) -> Callable[[Tensor], Tensor]:
+    return lambda weight: weight.float() * ratio
+
+
+def _stack(*parts: Tensor) -> Tensor:
+    return torch.stack(parts)
+
+
+def _constant(name: str, values: Tensor) -> WeightTransform:
+    return WeightTransform((), (name,), lambda: values)
+
+
+def _field(key: str, value: Any) -> Field:
+    """A metadata value in the GGUF type that llama.cpp reads it in."""
+    if isinstance(value, bool):
+        return Field(key, value, BOOL)
+    if isinstance(value, list):
+        return Field(key, value, ARRAY, INT32)
+    if isinstance(value, str):
+        return Field(key, value, STRING)
+    return Field(key, value, FLOAT32 if isinstance(value, float) else UINT32)

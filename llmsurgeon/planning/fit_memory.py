@@ -1,0 +1,79 @@
+"""What closed-form fits take in memory, from shapes alone: for the plan, which is read before hours of work.
+
+F features of a fit (the width of an FFN, or heads * head width), O what it gives (the model width D), T tokens of the
+calibration text, B of them in a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFFSpec, ModelSpec
+
+FLOAT = 4
+BATCH = 8  # sequences that go through a layer together
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text that is fitted on: tokens in all and in a sequence, and the bytes of one number of a hidden state."""
+
+    tokens: int
+    sequence_length: int
+    itemsize: int
+
+    @property
+    def batch(self) -> int:
+        """Tokens that go through a layer together."""
+        return min(self.tokens, BATCH * self.sequence_length)
+
+
+def sums_bytes(features: int, outputs: int) -> int:
+    """Sums of one ridge regression and its solution: Gram matrices F^2 of what fits and what judges, as much as four
+    times F * O beside them (the sums with what is missing, twice; the best update; the one being tried)."""
+    return FLOAT * (2 * features**2 + 4 * features * outputs)
+
+
+def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
+    """About the most that a refit of the blocks that differ from the parent's takes beside the process itself."""
+    starts = [min(block.parents) for block in student.blocks]
+    ends = [*starts[1:], len(parent.blocks)]
+    found = 0
+    for block, start, end in zip(student.blocks, [0, *starts[1:]], ends, strict=True):
+        before = parent.blocks[min(block.parents)]
+        if end - start != 1 or block.branches or (block.attention, block.ffn) != (before.attention, before.ffn):
+            # Parent and student, what is between a block's attention and FFN, and what each layer of the span read.
+            streams = (4 + end - start) * text.tokens * student.hidden * text.itemsize
+            found = max(found, streams + _block_bytes(block, student.hidden, text))
+    return found
+
+
+def _block_bytes(block: BlockSpec, hidden: int, text: Text) -> int:
+    attention, ffn = block.attention, block.ffn
+    heads = attention.heads * attention.head_dim if isinstance(attention, AttentionSpec) else hidden
+    joined = heads + hidden * len(block.parents) if attention is not None and ffn is not None else heads
+    fits = [sums_bytes(joined, hidden)]
+    width = 0
+    if isinstance(ffn, FFFSpec):
+        # What its neurons read and what is missing, of all tokens, gathered and joined; sums of every leaf.
+        width, leaves = ffn.active, 2**ffn.depth
+        each = ffn.shared**2 + ffn.shared * ffn.leaf_width + ffn.leaf_width**2 + ffn.active * hidden
+        sums = FLOAT * leaves * each if ffn.form == "leaf" else sums_bytes(ffn.width, hidden)
+        fits.append(2 * text.tokens * hidden * (FLOAT + text.itemsize) + sums)
+    elif ffn is not None:
+        width = ffn.width
+        fits.append(sums_bytes(ffn.width, hidden))
+    # Weights as they are loaded and as they are moved; what a batch is inside the FFN, in float32 where it is summed.
+    weights = 2 * 3 * width * hidden * text.itemsize
+    inside = text.batch * width * (3 * text.itemsize + FLOAT)
+    return max(fits) + weights + inside
+
+
+def ternary_bytes(inputs: int, outputs: int, text: Text, hidden: int) -> int:
+    """About the most that ternary codes take that compensate: a linear of `inputs`, aligned to give `outputs`.
+
+    The Gram matrix of what fits, the same in another order, and four of its size for the factor of its inverse (torch
+    copies what it factors); the one of what judges is gone by then.
+    """
+    streams = 5 * text.tokens * hidden * text.itemsize
+    return streams + FLOAT * (6 * inputs**2 + 4 * inputs * outputs) + text.batch * inputs * FLOAT

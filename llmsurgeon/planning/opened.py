@@ -1,0 +1,188 @@
+"""The checkpoint that is operated on, opened and held against its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.companions import companions_of
+from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoint, read_config
+from llmsurgeon.checkpoint.transform import rebase
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.models import (
+    computed_in,
+    config_notes,
+    empty_model,
+    expected_shapes,
+    normalised,
+    plain_dtype,
+    stored_dtype,
+)
+from llmsurgeon.formats.reading import read_model, refuse_quantised, refuse_scoring_head
+from llmsurgeon.formats.towers import Tower, tower_of
+from llmsurgeon.formats.write import FormatName, Written, write_config
+from llmsurgeon.model.costs import Costs, costs
+from llmsurgeon.model.families import Family, family_of
+from llmsurgeon.model.spec import ModelSpec
+from llmsurgeon.model.ternary import is_ternary
+from llmsurgeon.operations import Subject
+from llmsurgeon.operations.ternary import linears_of
+from llmsurgeon.progress import remark
+
+
+@dataclass(frozen=True)
+class Patient:
+    """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only.
+
+    `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
+    config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
+    `notes` tells where tensors and config.json disagree and how that was read, and what is not copied along.
+    """
+
+    name: str
+    config: dict[str, Any]
+    family: Family
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    checkpoint: Checkpoint | None
+    model_type: str
+    tower: Tower | None = None
+    notes: tuple[str, ...] = ()
+    # The model as it came, where its vocabulary was trimmed.
+    whole: Patient | None = None
+
+    @property
+    def original(self) -> Patient:
+        """The model as it came."""
+        return self.whole or self
+
+    @property
+    def beside(self) -> frozenset[str]:
+        """Names of the tensors that only go along with a text tower."""
+        return self.tower.beside if self.tower else frozenset()
+
+    def form(self, spec: ModelSpec, wanted: FormatName) -> Written:
+        """The form in which a model of this description is written.
+
+        Raises:
+            SurgeryError: the format that is asked for cannot express it.
+        """
+        write = self.tower.write if self.tower else write_config
+        return write(spec, self.family, self.config, wanted)
+
+    def costs(self, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> Costs:
+        """Costs of a model with these tensors; what goes along counts as parameters and on the disk alone."""
+        size = self.dtype.itemsize
+        own = {name: shape for name, shape in shapes.items() if name not in self.beside}
+        numbers = sum(prod(shapes[name]) for name in self.beside if name in shapes)
+        made = costs(spec, self.family, own, size)
+        return replace(made, parameters=made.parameters + numbers, disk_bytes=made.disk_bytes + numbers * size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype most numbers are stored in."""
+        return stored_dtype(self.meta())
+
+    def computed_in(self, asked: torch.dtype | None, device: str) -> torch.dtype:
+        """The dtype that activations have: `asked`, else by the stored weights. The same in every command."""
+        meta = self.meta()
+        own = {name: meta[name] for name in meta if name not in self.beside}
+        return computed_in(plain_dtype(own, self.config), asked, device)
+
+    def subject(self, scores: Mapping[str, Any]) -> Subject:
+        """The parent as operations see it."""
+        return Subject(self.spec, self.family, frozenset(self.weights), scores)
+
+    def meta(self) -> Mapping[str, Tensor]:
+        """Names, shapes and dtypes."""
+        return self.weights if self.checkpoint is None else rebase(self.weights, self.checkpoint.meta())
+
+
+def open_patient(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+    """Open a checkpoint and hold its tensors against its config.
+
+    `trust_remote_code` lets code that its tokenizer or processor brings along run, and go along into what is written.
+
+    Raises:
+        SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
+    """
+    return patient_of(open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def patient_of(checkpoint: Checkpoint) -> Patient:
+    """The same of a checkpoint that is open already."""
+    made = read_model(checkpoint)
+    spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
+    notes = (*made.notes, *(checkpoint.companions.notes if checkpoint.path.is_dir() else ()))
+    for note in notes:
+        remark(f"{checkpoint.name}: {note}")
+    return Patient(
+        checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, notes
+    )
+
+
+def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+    """The same from config.json alone: enough for a plan."""
+    raw = read_config(model, revision)
+    refuse_quantised(raw, model)
+    if tower_of(raw) is None:
+        refuse_scoring_head(raw, model)
+    tower = tower_of(raw)
+    config = normalised(tower.text if tower else raw)
+    family = family_of(config)
+    dtype = getattr(torch, str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."))
+    shapes = expected_shapes(empty_model(config))
+    weights = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    folder = Path(model).expanduser()
+    notes = (
+        *config_notes(raw, tower.text if tower else None),
+        *(companions_of(folder, trust_remote_code).notes if folder.is_dir() else ()),
+    )
+    for note in notes:
+        remark(f"{model}: {note}")
+    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes)
+
+
+def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+    """With its weights where they are on this disk, else from config.json alone.
+
+    Raises:
+        SurgeryError: as `open_patient`.
+    """
+    opened = open_patient if has_weights(model) else open_config
+    return opened(model, revision, trust_remote_code)
+
+
+def check_length(patient: Patient, length: int, setting: str) -> None:
+    """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
+    limit = patient.spec.max_positions
+    if limit and length > limit:
+        raise SurgeryError(f"{patient.name}: {setting} is {length}, and the model has {limit} positions; lower it")
+
+
+def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape."""
+    return {name: tuple(meta[name].shape) for name in meta}
+
+
+def ternary_by_block(patient: Patient) -> list[tuple[str, ...]] | None:
+    """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
+
+    None where there are no weights to look at: of a config alone, and of GGUF files, which are decoded.
+    """
+    if patient.checkpoint is None or patient.checkpoint.path.is_file():
+        return None
+    subject, family = patient.subject({}), patient.family
+    found = []
+    for index in range(len(patient.spec.blocks)):
+        names = () if patient.spec.blocks[index].branches else linears_of(subject, index)
+        weights = {name: patient.weights[family.layer(index) + name] for name in names}
+        looked = {name: w.T if family.transposed else w for name, w in weights.items()}
+        found.append(tuple(n.removesuffix(".weight") for n, w in looked.items() if is_ternary(w[:: len(w) // 64 + 1])))
+    return found

@@ -1,0 +1,1 @@
+"""Entry points that other people's engines call. Imports nothing of ours."""

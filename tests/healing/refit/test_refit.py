@@ -1,0 +1,383 @@
+"""The closed-form refit: its maths against least squares, its effect against the parent on fresh tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import FAMILY_NAMES, tiny_model
+from operations.helpers import FALCON_7B, logits, operate, some_tokens, subject_of, taken
+from safetensors import safe_open
+
+from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.refit.output import Outlet
+from llmsurgeon.healing.refit.refit import Refit, RefitOptions, changed, spans
+from llmsurgeon.healing.refit.ridge import Moments, best_update, ridge_solution
+from llmsurgeon.operations.fuse_ffn import FuseFFN
+from llmsurgeon.operations.parallel_blocks import ParallelBlocks
+from llmsurgeon.operations.prune_attention import PruneAttention
+from llmsurgeon.operations.prune_blocks import PruneBlocks
+from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
+from llmsurgeon.operations.prune_width import PruneWidth
+from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+
+DROP, FUSE = PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))
+
+
+def rows(tokens, features, outputs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(tokens, features, generator=generator)
+    x = torch.randn(features, outputs, generator=generator)
+    return a, a @ x + 0.1 * torch.randn(tokens, outputs, generator=generator)
+
+
+@pytest.mark.parametrize("ridge", [1e-3, 0.1, 10.0])
+def test_ridge_solution_is_least_squares_on_augmented_rows(ridge):
+    a, r = rows(50, 8, 3)
+    penalty = ridge * (a.T @ a).diagonal().mean()
+    augmented = torch.cat([a, penalty.sqrt() * torch.eye(8)])
+    expected = torch.linalg.lstsq(augmented, torch.cat([r, torch.zeros(8, 3)])).solution
+    torch.testing.assert_close(ridge_solution(a.T @ a, a.T @ r, ridge), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_groups_are_damped_by_their_own_mean():
+    a, r = rows(50, 8, 3)
+    a[:, :3] *= 100
+    gram = a.T @ a
+    means = torch.cat([gram.diagonal()[:3].mean().expand(3), gram.diagonal()[3:].mean().expand(5)])
+    augmented = torch.cat([a, (0.1 * means).sqrt().diag()])
+    expected = torch.linalg.lstsq(augmented.double(), torch.cat([r, torch.zeros(8, 3)]).double()).solution.float()
+    torch.testing.assert_close(ridge_solution(gram, a.T @ r, 0.1, (3, 5)), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_a_singular_system_still_has_a_solution():
+    a, r = rows(4, 8, 3)
+    a = torch.cat([a, a], dim=1)
+    found = ridge_solution(a.T @ a, a.T @ r, 1e-9)
+    torch.testing.assert_close(a @ found, r, atol=1e-2, rtol=1e-2)
+
+
+def test_gram_matrices_are_summed_in_blocks(monkeypatch):
+    monkeypatch.setattr("llmsurgeon.healing.refit.ridge.GRAM_COLUMNS", 3)
+    (a, r), (b, s) = rows(20, 8, 2), rows(9, 8, 2, seed=1)
+    moments = Moments()
+    for features, residual in ((a, r), (b, s)):
+        moments.add(features, residual, False)
+    moments.add(b, s, True)
+    both = torch.cat([a, b])
+    moments.complete()
+    torch.testing.assert_close(moments.gram[0], both.T @ both)
+    torch.testing.assert_close(moments.gram[1], b.T @ b)
+    torch.testing.assert_close(moments.cross[0], both.T @ torch.cat([r, s]))
+
+
+def test_held_out_error_is_the_error_on_the_held_out_rows():
+    fit, judge = rows(40, 6, 2), rows(15, 6, 2, seed=1)
+    moments = Moments()
+    moments.add(*(t[:17] for t in fit), False)
+    moments.add(*(t[17:] for t in fit), False)
+    moments.add(*judge, True)
+    update = ridge_solution(moments.gram[0], moments.cross[0], 0.1)
+    a, r = judge
+    direct = (r - a @ update).square().sum() / r.square().sum()
+    assert moments.held_out_error(update) == pytest.approx(direct.item(), rel=1e-4)
+    assert moments.held_out_error(torch.zeros_like(update)) == pytest.approx(1)
+
+
+def test_the_ridge_that_errs_least_on_held_out_rows():
+    a, r = rows(30, 6, 2)
+    moments = Moments()
+    moments.add(a, r, False)
+    moments.add(*rows(30, 6, 2)[:2], True)
+    candidates = (1e-3, 1.0, 100.0)
+    update, ridge, error = best_update(moments, candidates)
+    errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in candidates}
+    assert ridge == min(errors, key=errors.get) and error == errors[ridge] < 1
+    # Rows that judge fit nothing.
+    assert torch.equal(update, ridge_solution(moments.gram[0], moments.cross[0], ridge))
+
+
+def test_an_update_that_does_not_help_on_held_out_rows_is_not_made():
+    """What fits is the opposite of what judges."""
+    a, r = rows(30, 6, 2)
+    moments = Moments()
+    moments.add(a, r, False)
+    moments.add(a, -r, True)
+    assert best_update(moments, (1e-3, 0.1)) == (None, None, 1.0)
+
+
+def test_states_that_are_not_finite_are_refused():
+    a, r = rows(5, 6, 2)
+    r[0, 0] = float("nan")
+    with pytest.raises(SurgeryError, match="hidden states are not finite; run `llmsurgeon verify`"):
+        Moments().add(a, r, False)
+
+
+def prepared(model, *steps, tokens, store, held_out=4, scores=None, **options):
+    """A Refit of the model after the steps that its family takes, and the student's config and weights."""
+    subject, base, config = subject_of(model, scores)
+    steps = taken(model, steps)
+    parent_spec, weights = subject.spec, base
+    for step in steps:
+        plan = step.plan(subject)
+        weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
+    written = normalised(write_config(subject.spec, subject.family, config).config)
+    mask = torch.zeros(len(tokens), dtype=torch.bool)
+    mask[::held_out] = True
+    store.mkdir(exist_ok=True)
+    refit = Refit(
+        LayerRunner(config, base, model.dtype),
+        LayerRunner(written, weights, model.dtype),
+        parent_spec,
+        subject.spec,
+        tokens,
+        mask,
+        RefitOptions(**options),
+        store,
+    )
+    return refit, written, weights
+
+
+def kl_to(model, config, weights, tokens):
+    """KL(parent || student) of the student with these weights, a nat a token."""
+    runner = LayerRunner(config, weights, model.dtype)
+    with torch.no_grad():
+        student = runner.final(walk(runner, tokens, [Variant()])[0])
+    p, q = (F.log_softmax(x.double(), -1) for x in (logits(model, tokens), student))
+    return (p.exp() * (p - q)).sum(-1).mean().item()
+
+
+def fresh(batch, length=16):
+    return torch.randint(0, 64, (batch, length), generator=torch.Generator().manual_seed(99))
+
+
+STEPS = {
+    "attention and fusing": (DROP, FUSE),
+    "blocks": (PruneBlocks(layers=(2,)),),
+    "an ffn": (PruneFFN(layers=(2,)),),
+    "width": (PruneWidth(width=32, score="magnitude", layers=(2, 3)),),
+    "width, then fusing": (PruneWidth(width=32, score="magnitude", layers=(2,)), DROP, FUSE),
+    "parallel": (PruneBlocks(layers=(1,)), ParallelBlocks(windows=((3, 4),))),
+}
+
+
+# Where healing reads and writes other places than in the tiny family: a shared norm, norms behind the residual sums.
+MODELS = (
+    *((name, {}) for name in FAMILY_NAMES),
+    ("falcon", FALCON_7B),
+    ("opt", {"do_layer_norm_before": False}),
+)
+
+
+@pytest.mark.parametrize("what", STEPS)
+@pytest.mark.parametrize(("family_name", "changes"), MODELS)
+def test_it_lowers_the_divergence_on_fresh_tokens(family_name, changes, what, tmp_path):
+    model, tokens = tiny_model(family_name, **changes), some_tokens(batch=64, length=16)
+    refit, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
+    before = kl_to(model, config, weights, fresh(16))
+    files = refit.run()
+    after = kl_to(model, config, overlay(weights, files), fresh(16))
+    assert after < 0.99 * before, (before, after)
+    assert any(fit.accepted for fit in refit.fits)
+    assert all(fit.error_ratio <= 1 for fit in refit.fits)
+
+
+def test_merged_kv_heads_are_refitted_too(tmp_path):
+    model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16)
+    refit, config, weights = prepared(model, PruneKVHeads(kv_heads=1), tokens=tokens, store=tmp_path / "store")
+    before = kl_to(model, config, weights, fresh(16))
+    assert kl_to(model, config, overlay(weights, refit.run()), fresh(16)) < before
+
+
+def test_the_parent_is_left_as_it_was(tmp_path):
+    model = tiny_model("llama")
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    refit, _, _ = prepared(model, DROP, FUSE, tokens=some_tokens(batch=8, length=8), store=tmp_path / "store")
+    refit.run()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_changed_tensors_are_stored_and_layers_before_the_cut_stay(family_name, tmp_path):
+    model, tokens = tiny_model(family_name), some_tokens(batch=16, length=16)
+    refit, _, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store")
+    files = refit.run()
+    healed = overlay(weights, files)
+    family = refit.family
+    assert files and not any(name.startswith(family.layer(0)) for name in files)
+    for name in weights:
+        assert torch.equal(healed[name], weights[name]) == (name not in files), name
+        assert healed[name].dtype == weights[name].dtype
+    stored = []
+    for file in sorted((tmp_path / "store").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            stored += list(opened.keys())
+    assert len(stored) == len(files)
+
+
+def test_nothing_is_fitted_where_nothing_changed(tmp_path):
+    model = tiny_model("llama")
+    refit, _, _ = prepared(model, PruneBlocks(layers=(5,)), tokens=some_tokens(batch=8), store=tmp_path / "store")
+    assert {name.split(".")[2] for name in refit.run()} == {"4"}
+    assert {fit.block for fit in refit.fits} == {4}
+
+
+def test_without_align_and_join_only_the_changed_blocks_output_moves(tmp_path):
+    model = tiny_model("llama")
+    options = dict(tokens=some_tokens(batch=16), store=tmp_path / "store", align=False, join=False)
+    refit, _, _ = prepared(model, DROP, FUSE, **options)
+    assert set(refit.run()) == {"model.layers.1.mlp.down_proj.weight"}
+
+
+@pytest.mark.parametrize("family_name", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    "steps", [(DROP, FUSE), (PruneBlocks(layers=(2,)),), (PruneFFN(layers=(1,)),)], ids=lambda s: s[0].op
+)
+def test_a_killed_refit_goes_on(family_name, steps, tmp_path):
+    """Some blocks stored, the rest not: the outcome is bit for bit that of an uninterrupted one."""
+    model, tokens = tiny_model(family_name), some_tokens(batch=16)
+    whole, _, weights = prepared(model, *steps, tokens=tokens, store=tmp_path / "whole")
+    expected = overlay(weights, whole.run())
+    for kept in (1, 2):
+        store = tmp_path / f"kept-{kept}"
+        store.mkdir()
+        for file in sorted((tmp_path / "whole").iterdir())[:kept]:
+            (store / file.name).write_bytes(file.read_bytes())
+        (store / "block-0004.partial").write_bytes(b"half")
+        resumed, _, _ = prepared(model, *steps, tokens=tokens, store=store)
+        found = overlay(weights, resumed.run())
+        assert set(found) == set(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert resumed.fits == whole.fits
+
+
+def test_harmful_updates_are_refused(tmp_path):
+    """One short sequence to fit on and many to judge, hardly damped: overfitting shows on the held-out ones."""
+    model, tokens = tiny_model("llama"), some_tokens(batch=24, length=4)
+    options = dict(ridges=(1e-7,), align_ridge=1e-7, join_ridge=1e-7, held_out=1)
+    refit, _, _ = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
+    refit.parts = [(slice(0, 1), False), *((slice(i, i + 4), True) for i in range(1, 24, 4))]
+    files = refit.run()
+    refused = [fit for fit in refit.fits if not fit.accepted]
+    assert refused and all(fit.ridge is None and fit.error_ratio == 1 for fit in refused)
+    if len(refused) == len(refit.fits):
+        assert not files
+
+
+def test_a_multiplier_is_part_of_the_linear_map():
+    """What an update promises is what it does, where the family scales what its parts add."""
+    layer = tiny_surgeon_layer("granite")
+    outlet = Outlet(layer, "mlp.down_proj", "", False)
+    x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
+    update = 0.1 * torch.randn(96, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        before = layer.feed_forward(x)
+        promised = outlet.features() @ update
+        outlet.move(update)
+        torch.testing.assert_close(layer.feed_forward(x)[0] - before[0], promised, atol=1e-5, rtol=1e-5)
+    assert outlet.factor == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("family_name", ["gemma2", "olmo2"])
+def test_behind_a_post_norm_an_update_is_kept_only_for_what_it_does(family_name, tmp_path, monkeypatch):
+    """However good it looks to the linear fit, an update that makes the held-out error larger is taken back."""
+
+    def huge(moments, ridges):
+        return 100 * torch.ones_like(moments.cross[0]), ridges[0], 0.1
+
+    monkeypatch.setattr("llmsurgeon.healing.refit.refit.best_update", huge)
+    options = dict(tokens=some_tokens(batch=16, length=8), store=tmp_path / "store", align=False, join=False)
+    refit, _, _ = prepared(tiny_model(family_name), PruneBlocks(layers=(2,)), **options)
+    assert refit.run() == {}
+    assert [(fit.projection, fit.ridge, fit.error_ratio) for fit in refit.fits] == [("mlp.down_proj", None, 1.0)]
+
+
+def tiny_surgeon_layer(family_name):
+    """Layer 0 of a tiny model in the surgeon form."""
+    return operate(tiny_model(family_name), format="surgeon")[0].model.layers[0]
+
+
+def test_spans_and_changed():
+    subject, _, _ = subject_of(tiny_model("llama"))
+    parent = subject.spec
+    for step in (PruneBlocks(layers=(0, 4)), DROP, FUSE):
+        subject = subject.after(step.plan(subject))
+    spec = subject.spec
+    assert [block.parents for block in spec.blocks] == [(1, 2, 3), (5,)]
+    assert spans(spec, 6) == [(0, 1, 2, 3, 4), (5,)]
+    assert [changed(b, s, parent) for b, s in zip(spec.blocks, spans(spec, 6), strict=True)] == [True, False]
+    block = parent.blocks[2]
+    assert not changed(block, (2,), parent)
+    assert changed(block, (2, 3), parent)
+    assert changed(replace(block, attention=None), (2,), parent)
+    assert changed(replace(block, attention=replace(block.attention, kv_heads=1)), (2,), parent)
+
+
+def test_operated_models_of_the_tests_are_those_of_the_runner():
+    """`prepared` and `operate` build the same student."""
+    model, tokens = tiny_model("llama"), some_tokens()
+    student, _, _ = operate(model, DROP, FUSE)
+    subject, weights, config = subject_of(model)
+    for step in (DROP, FUSE):
+        plan = step.plan(subject)
+        weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
+    runner = LayerRunner(normalised(write_config(subject.spec, subject.family, config).config), weights, model.dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(runner.final(walk(runner, tokens, [Variant()])[0]), logits(student, tokens))
+
+
+@pytest.mark.parametrize("size", [3, 512, 700, 1100])
+def test_the_gram_matrix_is_worked_on_in_place_and_left_as_it_was(size):
+    """The solution against float64; a view, as the joint fit takes one; nothing of the matrix has moved."""
+    torch.manual_seed(0)
+    features, residual = torch.randn(3 * size, size) * torch.rand(size), torch.randn(3 * size, 5)
+    gram = features.T @ features
+    gram = gram.triu() + gram.triu(1).T
+    before, cross = gram.clone(), features.T @ residual
+    for skip in (0, size // 3):
+        own, sums = gram[skip:, skip:], cross[skip:]
+        found = ridge_solution(own, sums, 0.1)
+        damped = own.double() + 0.1 * own.double().diagonal().mean() * torch.eye(size - skip, dtype=torch.float64)
+        expected = torch.linalg.solve(damped, sums.double())
+        assert (found - expected).norm() < 1e-5 * expected.norm()
+        assert torch.equal(gram, before)
+
+
+def test_a_gram_matrix_that_cannot_be_factored_is_left_as_it_was_too():
+    a, r = torch.randn(5, 900), torch.randn(5, 2)
+    gram = a.T @ a
+    gram = gram.triu() + gram.triu(1).T
+    before = gram.clone()
+    found = ridge_solution(gram, a.T @ r, 1e-12)
+    assert torch.isfinite(found).all() and torch.equal(gram, before)
+
+
+def test_one_matrix_is_as_much_as_is_taken_beside_the_sums():
+    """Neither mirroring nor solving makes another of its size: peak memory of torch's own allocations."""
+    torch.manual_seed(0)
+    moments, size = Moments(), 1500
+    for held in (False, True):
+        moments.add(torch.randn(1600, size), torch.randn(1600, 4), held)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        best_update(moments.complete(), (0.1, 0.3))
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 4 * size * size / 2
+
+
+def test_what_a_refit_takes_is_in_the_plan():
+    from llmsurgeon.planning.fit_memory import Text, refit_bytes, sums_bytes
+
+    subject, _, _ = subject_of(tiny_model("llama", intermediate_size=4096))
+    student = subject
+    for step in (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))):
+        student = student.after(step.plan(student))
+    text = Text(1024, 16, 4)
+    found = refit_bytes(subject.spec, student.spec, text)
+    assert sums_bytes(3 * 4096, 32) < found < 1.2 * sums_bytes(3 * 4096, 32)
+    assert refit_bytes(subject.spec, subject.spec, text) == 0
