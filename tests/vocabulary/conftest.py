@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @cache
 def corpus() -> list[str]:
     """Lines to train on: prose, code, and odd text for the rare characters."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))[:4], ROOT / "llmsurgeon" / "spec.py"]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))[:4], ROOT / "llmsurgeon" / "model" / "spec.py"]
     return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()] + odd_lines(60, seed=7)
 
 
