@@ -61,8 +61,8 @@ class Side:
 
     def layers(self) -> tuple[list[int], list[int]]:
         """Layers that attend over the whole context, and layers that attend within a block."""
-        split = self.spec.block_transformer.split if self.spec.block_transformer else len(self.spec.blocks)
-        every = list(range(len(self.spec.blocks)))
+        split = self.spec.block_transformer.split if self.spec.block_transformer else len(self.spec.layers)
+        every = list(range(len(self.spec.layers)))
         return every[:split], every[split:]
 
     def weights(self) -> dict[str, int]:
@@ -90,7 +90,7 @@ class Side:
         weights, halves = self.weights(), self.spec.block_transformer
         positions = halves.positions if halves else 1
         over, within = (
-            sum(4 * a.heads * a.head_dim for i in layers for a in self.spec.blocks[i].attentions)
+            sum(4 * a.heads * a.head_dim for i in layers for a in self.spec.layers[i].attentions)
             for layers in self.layers()
         )
         once = 2 * (weights["over"] + weights["block"]) + over * context / self.length
@@ -103,7 +103,7 @@ class Side:
         weights, halves = self.weights(), self.spec.block_transformer
         positions = halves.positions if halves else 1
         over, within = (
-            sum(a.kv_width for i in layers for a in self.spec.blocks[i].attentions) for layers in self.layers()
+            sum(a.kv_width for i in layers for a in self.spec.layers[i].attentions) for layers in self.layers()
         )
         passes = (weights["over"] + weights["block"]) / self.length + weights["within"] + weights["token"]
         passes += weights["read"] * (halves.embedded if halves else 0) / self.length
@@ -236,7 +236,7 @@ def decode(sides: list[Side], caches: list[Any], context: int, batch: int, argum
 
 def held_per_entry(side: Side) -> int:
     """Bytes of one entry of the cache that grows."""
-    return side.bytes_per_number * sum(a.kv_width for i in side.layers()[0] for a in side.spec.blocks[i].attentions)
+    return side.bytes_per_number * sum(a.kv_width for i in side.layers()[0] for a in side.spec.layers[i].attentions)
 
 
 def held_bytes(cache: Any) -> int:

@@ -29,7 +29,7 @@ from llmsurgeon import run  # noqa: E402
 from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.heal import heal  # noqa: E402
-from llmsurgeon.planning.opened import Patient, open_patient  # noqa: E402
+from llmsurgeon.planning.opened import OpenedCheckpoint, open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 from llmsurgeon.text.files import file_text  # noqa: E402
@@ -54,11 +54,11 @@ def main() -> None:
     parser.add_argument("--out", required=True)
     parser.add_argument("--plot")
     arguments = parser.parse_args()
-    patient = open_patient(arguments.model)
-    judge = Sentences(arguments) if patient.family.encoder else Windows(arguments, arguments.judge_tokens)
+    parent = open_model(arguments.model)
+    judge = Sentences(arguments) if parent.family.encoder else Windows(arguments, arguments.judge_tokens)
     rows = [{"keep": 1.0, "how": "parent", **judge(arguments.model)}]
     print(json.dumps(rows[-1]), flush=True)
-    steps = [step_of(arguments, patient, keep) for keep in arguments.keep]
+    steps = [step_of(arguments, parent, keep) for keep in arguments.keep]
     if arguments.deep:
         steps.append(f"{{op: fff, form: node, depth: {arguments.deep}, trees: 1}}")
     grow_once()
@@ -71,13 +71,13 @@ def main() -> None:
         plot(rows, arguments.plot)
 
 
-def step_of(arguments: argparse.Namespace, patient: Patient, keep: float) -> str:
+def step_of(arguments: argparse.Namespace, parent: OpenedCheckpoint, keep: float) -> str:
     """The step that leaves this share of the FFN multiplications."""
     if not arguments.uniform:
         return f"{{op: fff, keep: {keep}, depth: {arguments.depth}, shared_part: {arguments.shared_part}}}"
-    ffn = patient.spec.blocks[0].ffn
+    ffn = parent.spec.layers[0].ffn
     assert ffn
-    rows = 3 if len(patient.family.ffn_in) * patient.family.ffn_stacked == 2 else 2
+    rows = 3 if len(parent.family.ffn_in) * parent.family.ffn_stacked == 2 else 2
     neurons = int(keep * ffn.width - arguments.depth / rows)
     shared = int(neurons * arguments.shared_part)
     return f"{{op: fff, depth: {arguments.depth}, leaf_width: {neurons - shared}, shared: {shared}}}"

@@ -44,7 +44,7 @@ from llmsurgeon.formats.models import empty_model, fill  # noqa: E402
 from llmsurgeon.formats.write import write_config  # noqa: E402
 from llmsurgeon.modeling.surgeon_mlgru import BitLinear, MLGRUState  # noqa: E402
 from llmsurgeon.operations.matmulfree import MatMulFree  # noqa: E402
-from llmsurgeon.planning.opened import open_patient  # noqa: E402
+from llmsurgeon.planning.opened import open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 
 
@@ -104,12 +104,12 @@ def contexts(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def built(name: str, dtype: torch.dtype, steps: tuple[Any, ...]) -> Any:
     """The model in the surgeon format in memory after these steps."""
-    patient = open_patient(name)
-    subject, weights = patient.subject({}), patient.weights
+    parent = open_model(name)
+    subject, weights = parent.subject({}), parent.weights
     for step in steps:
         plan = step.resolve(subject).plan(subject)
         weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
-    written = write_config(subject.spec, patient.family, patient.config, "surgeon")
+    written = write_config(subject.spec, parent.family, parent.config, "surgeon")
     model = empty_model(written.config)
     fill(model, weights, dtype, "cpu")
     return model.eval()

@@ -25,7 +25,7 @@ from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.export import export_gguf  # noqa: E402
 from llmsurgeon.formats.bitnet import packing_of, ternary_linears  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
-from llmsurgeon.planning.opened import open_patient  # noqa: E402
+from llmsurgeon.planning.opened import open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 
@@ -80,9 +80,9 @@ steps:
         seconds = time.monotonic() - began
         found = {"seconds": round(seconds, 1), **judge(out)}
         if "granularity" not in arguments.step:
-            patient = open_patient(out)
-            meta = patient.meta()
-            packing = packing_of(patient.config, meta, ternary_linears(patient.weights, patient.config))
+            parent = open_model(out)
+            meta = parent.meta()
+            packing = packing_of(parent.config, meta, ternary_linears(parent.weights, parent.config))
             plain = sum(t.numel() * t.dtype.itemsize for t in meta.values())
             found |= {"plain_bytes": plain, "packed_bytes": plain - packing.saved(meta)}
         if arguments.gguf:

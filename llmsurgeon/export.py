@@ -19,8 +19,8 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.write import Written, write_beside
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
-from llmsurgeon.planning.opened import Patient, open_patient, shapes_of
-from llmsurgeon.planning.plan import without_empty_blocks
+from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
+from llmsurgeon.planning.plan import without_empty_layers
 from llmsurgeon.planning.texts import Options
 from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.report.card import model_card
@@ -58,17 +58,17 @@ def export(
         SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
     """
     options = options or Options()
-    patient = open_patient(model, revision, options.trust_remote_code)
-    checkpoint = patient.checkpoint
+    parent = open_model(model, revision, options.trust_remote_code)
+    checkpoint = parent.checkpoint
     assert checkpoint is not None
     place = options.staging(checkpoint.path)
     Stage.check(out, **place)
-    subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
-    written = patient.form(subject.spec, to)
+    subject, weights = without_empty_layers(parent.subject({}), parent.weights)
+    written = parent.form(subject.spec, to)
     shapes = shapes_of(written.fit(rebase(weights, checkpoint.meta())))
     expected = expected_shapes(empty_model(written.config))
-    check_shapes(shapes, expected, "the planned checkpoint", patient.family, patient.beside)
-    after = patient.costs(written.spec, shapes)
+    check_shapes(shapes, expected, "the planned checkpoint", parent.family, parent.beside)
+    after = parent.costs(written.spec, shapes)
     if to == "bitnet":
         meta = written.fit(rebase(weights, checkpoint.meta()))
         packing = packing_of(written.config, meta, ternary_linears(weights, written.config), linear_class)
@@ -81,9 +81,9 @@ def export(
         needed_bytes=after.disk_bytes,
         **place,
     ) as stage:
-        stage.write_weights(written.published(weights, patient.family), max_shard_size=options.max_shard_size)
+        stage.write_weights(written.published(weights, parent.family), max_shard_size=options.max_shard_size)
         write_beside(stage, written, checkpoint)
-        before = _write_story(stage, patient, written, after)
+        before = _write_story(stage, parent, written, after)
         stage.confirm(inputs.check)
         return Exported(stage.commit(), to, written.loads, before, after)
 
@@ -104,26 +104,26 @@ def export_gguf(
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
     """
     options = options or Options()
-    patient = open_patient(model, revision, options.trust_remote_code)
-    assert patient.checkpoint is not None
-    if patient.tower:
+    parent = open_model(model, revision, options.trust_remote_code)
+    assert parent.checkpoint is not None
+    if parent.tower:
         raise SurgeryError(
-            f"{model}: format gguf holds text models alone, this one is vision-language ({patient.model_type}); "
+            f"{model}: format gguf holds text models alone, this one is vision-language ({parent.model_type}); "
             "formats that can: native, surgeon"
         )
-    inputs = Inputs.of("export", {"model": patient.checkpoint}, None, options)
-    inputs.watch("tokenizer", patient.checkpoint.own_tokenizer_files())
-    subject, weights = without_empty_blocks(patient.subject({}), patient.weights)
+    inputs = Inputs.of("export", {"model": parent.checkpoint}, None, options)
+    inputs.watch("tokenizer", parent.checkpoint.own_tokenizer_files())
+    subject, weights = without_empty_layers(parent.subject({}), parent.weights)
     return write_gguf(
         out,
-        config=patient.config,
-        family=patient.family,
+        config=parent.config,
+        family=parent.family,
         spec=subject.spec,
         weights=weights,
-        source=patient.checkpoint.path,
+        source=parent.checkpoint.path,
         type=type,
         float_type=float_type,
-        name=Path(patient.name).stem,
+        name=Path(parent.name).stem,
         pre=pre,
         overwrite=options.overwrite,
         reads=options.reads,
@@ -132,11 +132,11 @@ def export_gguf(
     )
 
 
-def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs) -> Costs:
+def _write_story(stage: Stage, parent: OpenedCheckpoint, written: Written, after: Costs) -> Costs:
     """Card, and what the source says of its own making where this tool made it. Returns the parent's costs."""
-    checkpoint = patient.checkpoint
+    checkpoint = parent.checkpoint
     assert checkpoint is not None
-    before = patient.costs(patient.spec, shapes_of(patient.meta()))
+    before = parent.costs(parent.spec, shapes_of(parent.meta()))
     surgery: dict[str, Any] = {}
     recipe = None
     if story := read_story(checkpoint.path):
@@ -144,14 +144,14 @@ def _write_story(stage: Stage, patient: Patient, written: Written, after: Costs)
         with suppress(RecipeError):  # of another version: it goes along as it is
             recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)
     card = model_card(
-        surgery.get("parent", patient.name),
+        surgery.get("parent", parent.name),
         written,
         before,
         after,
         recipe,
         surgery.get("evaluation"),
         surgery.get("calibration"),
-        [*([f"Exported to {written.format} from `{Path(patient.name).name}`."] if recipe else []), *patient.notes],
+        [*([f"Exported to {written.format} from `{Path(parent.name).name}`."] if recipe else []), *parent.notes],
         surgery.get("gate_missed", []),
         checkpoint.companions.code,
     )

@@ -20,11 +20,11 @@ from llmsurgeon.formats.write import WrittenFormat, write_config
 from llmsurgeon.healing.distill.crew import stop_with_launcher
 from llmsurgeon.healing.distill.training import on_cpu, several
 from llmsurgeon.model.costs import costs
-from llmsurgeon.model.spec import BlockSpec, ModelSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.inputs import Inputs
-from llmsurgeon.planning.opened import Patient, open_patient, shapes_of
-from llmsurgeon.planning.plan import Planned, check_recipe, within_positions, without_empty_blocks
+from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
+from llmsurgeon.planning.plan import Planned, check_recipe, within_positions, without_empty_layers
 from llmsurgeon.planning.texts import Texts, files_of, trimmed
 from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe.recipe import Recipe, dump, loads
@@ -54,7 +54,7 @@ def heal(
         Stopped: on SIGTERM, with the state saved.
     """
     wounded, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
-    whole, recipe = planned.patient, planned.recipe
+    whole, recipe = planned.parent, planned.recipe
     assert wounded.checkpoint is not None and whole.checkpoint is not None and whole.original.checkpoint is not None
     place = options.staging(wounded.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
     parse_size(options.max_shard_size)
@@ -82,15 +82,15 @@ def heal(
 
 def prepare(
     student: str, parent: str, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[Patient, Planned]:
+) -> tuple[OpenedCheckpoint, Planned]:
     """(the opened student, all that is known before training it by the distill steps of `recipe`).
 
     Raises:
         SurgeryError: the recipe has no such step, or the two are not parent and student.
     """
     wounded, whole = (
-        open_patient(student, trust_remote_code=trust_remote_code),
-        open_patient(parent, revision, trust_remote_code),
+        open_model(student, trust_remote_code=trust_remote_code),
+        open_model(parent, revision, trust_remote_code),
     )
     if wounded.spec.vocab < whole.spec.vocab:
         assert wounded.checkpoint is not None and whole.checkpoint is not None
@@ -105,7 +105,7 @@ def prepare(
     return wounded, plan_healing(wounded, whole, recipe)
 
 
-def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
+def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Recipe) -> Planned:
     """Everything that is known before training: which parent layers each block stands for, and the form to write.
 
     Raises:
@@ -121,7 +121,7 @@ def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
                 f"{student.name} is not cut from {parent.name}: its {key} is {mine}, the parent's {theirs}"
             )
     assert student.checkpoint is not None
-    subject, weights = without_empty_blocks(student.subject({}), student.weights)
+    subject, weights = without_empty_layers(student.subject({}), student.weights)
     spec = _with_parents(subject.spec, parent.spec, student)
     for step in recipe.steps:
         step.plan(replace(parent.subject({}), spec=spec))
@@ -129,7 +129,7 @@ def plan_healing(student: Patient, parent: Patient, recipe: Recipe) -> Planned:
     meta = written.fit(rebase(weights, student.checkpoint.meta()))
     check_shapes(shapes_of(meta), expected_shapes(empty_model(written.config)), "the healed checkpoint", parent.family)
     return Planned(
-        patient=parent,
+        parent=parent,
         recipe=recipe,
         spec=spec,
         weights=weights,
@@ -148,33 +148,33 @@ def _form(config: Mapping[str, Any]) -> WrittenFormat:
     return "nemotron-nas" if ships_code(config) else "native"
 
 
-def _with_parents(spec: ModelSpec, parent: ModelSpec, student: Patient) -> ModelSpec:
+def _with_parents(spec: ModelSpec, parent: ModelSpec, student: OpenedCheckpoint) -> ModelSpec:
     """The student's spec with the parent layers that each block stands for."""
-    found = _recorded_parents(student, len(spec.blocks))
-    if found is None and len(spec.blocks) == len(parent.blocks):
-        found = [[index] for index in range(len(spec.blocks))]
+    found = _recorded_parents(student, len(spec.layers))
+    if found is None and len(spec.layers) == len(parent.layers):
+        found = [[index] for index in range(len(spec.layers))]
     if found is None:
         raise SurgeryError(
-            f"{student.name} has {len(spec.blocks)} blocks, its parent {len(parent.blocks)}, and neither block_configs "
+            f"{student.name} has {len(spec.layers)} blocks, its parent {len(parent.layers)}, and neither block_configs "
             "nor surgery.json says which parent layers each block stands for; heal a checkpoint that llmsurgeon wrote"
         )
     layers = [layer for parents in found for layer in parents]
-    if layers != sorted(set(layers)) or not layers or layers[-1] >= len(parent.blocks):
+    if layers != sorted(set(layers)) or not layers or layers[-1] >= len(parent.layers):
         raise SurgeryError(
-            f"{student.name}: its blocks stand for parent layers {layers}, which the {len(parent.blocks)} layers of "
+            f"{student.name}: its blocks stand for parent layers {layers}, which the {len(parent.layers)} layers of "
             "the parent do not fit; --parent must be the model that it was cut from"
         )
-    return spec.with_blocks([_renumbered(b, tuple(p)) for b, p in zip(spec.blocks, found, strict=True)])
+    return spec.with_layers([_renumbered(b, tuple(p)) for b, p in zip(spec.layers, found, strict=True)])
 
 
-def _renumbered(block: BlockSpec, parents: tuple[int, ...]) -> BlockSpec:
-    branches = block.branches
+def _renumbered(layer: LayerSpec, parents: tuple[int, ...]) -> LayerSpec:
+    branches = layer.branches
     if len(branches) == len(parents):
         branches = tuple(replace(b, parents=(p,)) for b, p in zip(branches, parents, strict=True))
-    return replace(block, parents=parents, branches=branches)
+    return replace(layer, parents=parents, branches=branches)
 
 
-def _recorded_parents(student: Patient, blocks: int) -> list[list[int]] | None:
+def _recorded_parents(student: OpenedCheckpoint, blocks: int) -> list[list[int]] | None:
     """What the checkpoint says of where its blocks come from, None where it says nothing."""
     assert student.checkpoint is not None
     story = read_surgery(student.checkpoint.path)
@@ -187,7 +187,7 @@ def _recorded_parents(student: Patient, blocks: int) -> list[list[int]] | None:
     return recorded if usable else None
 
 
-def _whole_recipe(student: Patient, recipe: Recipe) -> Recipe:
+def _whole_recipe(student: OpenedCheckpoint, recipe: Recipe) -> Recipe:
     """The recipe that leads from the parent to the healed student, where the student came with its own."""
     assert student.checkpoint is not None
     text = read_recipe(student.checkpoint.path)

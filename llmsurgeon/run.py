@@ -66,9 +66,9 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
-    patient = opened(model, recipe, revision, options.trust_remote_code)
-    assert patient.checkpoint is not None and patient.original.checkpoint is not None
-    source = patient.original.checkpoint.path
+    parent = opened(model, recipe, revision, options.trust_remote_code)
+    assert parent.checkpoint is not None and parent.original.checkpoint is not None
+    source = parent.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
     Stage.check(out, **place)
     parse_size(options.max_shard_size)
@@ -76,21 +76,21 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         raise SurgeryError(
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
         )
-    check_recipe(patient, recipe)
-    recipe = within_positions(patient, recipe)
-    refuse_ternary_parent(patient, recipe)
-    inputs = Inputs.of("run", {"model": patient.checkpoint}, recipe, options)
+    check_recipe(parent, recipe)
+    recipe = within_positions(parent, recipe)
+    refuse_ternary_parent(parent, recipe)
+    inputs = Inputs.of("run", {"model": parent.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.
     Stage.check(out, job=inputs.job(), **place)
     wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
-    texts = Texts(patient, recipe.calibration, wanted or recipe.calibration.tokens, options)
+    texts = Texts(parent, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
     scores = (
-        compute_scores(needed, texts.runner, texts.windows, recipe.steps, patient.subject, options.batch)
+        compute_scores(needed, texts.runner, texts.windows, recipe.steps, parent.subject, options.batch)
         if needed
         else {}
     )
-    planned = plan(patient, recipe, scores)
+    planned = plan(parent, recipe, scores)
     options.planned(planned)
     resolved = dump(planned.recipe.model_copy(update={"model": model}), Path(out))
     with Stage.open(
@@ -100,7 +100,7 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         **place,
     ) as stage:
         healed = heal_and_prove(planned, texts, options, stage.scratch, logs_of(out))
-        return finish(stage, out, planned, resolved, healed, texts, patient.checkpoint, inputs)
+        return finish(stage, out, planned, resolved, healed, texts, parent.checkpoint, inputs)
 
 
 def finish(
@@ -119,7 +119,7 @@ def finish(
         CheckpointError: something that was read changed meanwhile; OUT does not appear.
         GateFailed: the result misses the recipe's gate; it is there all the same, and its card says so.
     """
-    weights = planned.written.published(healed.weights, planned.patient.family)
+    weights = planned.written.published(healed.weights, planned.parent.family)
     stage.write_weights(weights, max_shard_size=texts.options.max_shard_size)
     short = missed(planned.recipe.gate, healed.evaluation)
     write_story(stage, planned, recipe, healed, texts, short, source)
@@ -184,7 +184,7 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
-    specs = (planned.patient.spec, planned.spec)
+    specs = (planned.parent.spec, planned.spec)
     fit: Refit | BlockRefit
     if planned.spec.block_transformer:
         whole = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
@@ -205,7 +205,7 @@ def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, h
 
 def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
     student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
-    subject = Subject(planned.spec, planned.patient.family, frozenset(planned.weights))
+    subject = Subject(planned.spec, planned.parent.family, frozenset(planned.weights))
     options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
     normed = _new_norms(planned) if step.sub_norm else {}
     work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store, normed)
@@ -215,10 +215,10 @@ def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, h
 
 def _new_norms(planned: Planned) -> dict[int, list[str]]:
     """Block -> output projections inside it with a norm that the parent does not have."""
-    before, found = planned.patient.spec.blocks, {}
-    for index, block in enumerate(planned.spec.blocks):
-        new = set(block.sub_normed) - set(before[block.parents[0]].sub_normed)
-        found[index] = [path for path, (part, _) in planned.patient.family.sub_norms.items() if part in new]
+    before, found = planned.parent.spec.layers, {}
+    for index, layer in enumerate(planned.spec.layers):
+        new = set(layer.sub_normed) - set(before[layer.parents[0]].sub_normed)
+        found[index] = [path for path, (part, _) in planned.parent.family.sub_norms.items() if part in new]
     return found
 
 
@@ -228,8 +228,8 @@ def _distilled(
     began = time.monotonic()
     case = Case(
         parent=texts.runner,
-        parent_config=planned.patient.config,
-        parent_spec=planned.patient.spec,
+        parent_config=planned.parent.config,
+        parent_spec=planned.parent.spec,
         fingerprint=texts.parent_key,
         config=normalised(planned.written.student),
         spec=planned.spec,
@@ -271,7 +271,7 @@ def write_story(
     fits, trainings = list(healed.fits), list(healed.trainings)
     surgery = {
         "llmsurgeon": __version__,
-        "parent": planned.patient.name,
+        "parent": planned.parent.name,
         "format": planned.written.format,
         "before": planned.before.to_dict(),
         "after": planned.after.to_dict(),
@@ -280,20 +280,20 @@ def write_story(
         "gate_missed": missed,
         **({"warning": warning} if (warning := collapse(measured)) else {}),
         "refit": [vars(fit) for fit in fits],
-        "parents": [list(block.parents) for block in planned.spec.blocks],
+        "parents": [list(layer.parents) for layer in planned.spec.layers],
         **({"ternary": [vars(entry) for entry in healed.ternary]} if healed.ternary else {}),
         **({"distill": [training.to_dict() for training in trainings]} if trainings else {}),
     }
     if trainings:
         stage.write_file("loss.jsonl", "".join(json.dumps(line) + "\n" for made in trainings for line in made.log))
         stage.write_file("report.html", html_curves(Path(stage.out).name, trainings))
-    known = (planned.patient.name, planned.recipe.calibration.text, planned.recipe.calibration.dataset)
+    known = (planned.parent.name, planned.recipe.calibration.text, planned.recipe.calibration.dataset)
     surgery = everywhere(surgery, lambda text: without_folders(text, *known))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
     ternary = [ternary_summary(healed.ternary)] if healed.ternary else []
     notes = [*planned.notes, *ternary, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
     card = model_card(
-        planned.patient.name,
+        planned.parent.name,
         planned.written,
         planned.before,
         planned.after,

@@ -20,7 +20,7 @@ from llmsurgeon.formats.models import expected_shapes, load_config, normalised, 
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.model.spec import FFNSpec
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 
 VOCAB = 320
 SIZES = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96}
@@ -71,7 +71,7 @@ def save_uneven(folder: Path, family: str = "llama", shapes: Sequence[Any] = UNE
     """A checkpoint in the surgeon format whose blocks have these shapes (width None: no FFN)."""
     config = normalised(tiny_config(family, **{**SIZES, "num_hidden_layers": len(shapes), **changes}))
     spec = FAMILIES[family].describe(config)
-    attention = spec.blocks[0].attention
+    attention = spec.layers[0].attention
     assert attention
     blocks = [
         replace(
@@ -79,9 +79,9 @@ def save_uneven(folder: Path, family: str = "llama", shapes: Sequence[Any] = UNE
             attention=replace(attention, heads=heads, kv_heads=kv) if heads else None,
             ffn=FFNSpec(width) if width else None,
         )
-        for block, (heads, kv, width) in zip(spec.blocks, shapes, strict=True)
+        for block, (heads, kv, width) in zip(spec.layers, shapes, strict=True)
     ]
-    written = write_config(spec.with_blocks(blocks), FAMILIES[family], config, "surgeon")
+    written = write_config(spec.with_layers(blocks), FAMILIES[family], config, "surgeon")
     torch.manual_seed(0)
     model = surgeon_classes(FAMILIES[family])[1](load_config(written.config))
     for name, parameter in model.named_parameters():
@@ -109,15 +109,15 @@ def ternary_folder(folder: Path, **step: Any) -> Path:
 
 def export(model: Path, out: Path, type: str = "F32", **options: Any) -> Exported:
     """The checkpoint as a GGUF file."""
-    patient = open_patient(str(model))
-    assert patient.checkpoint
+    parent = open_model(str(model))
+    assert parent.checkpoint
     return write_gguf(
         out,
-        config=patient.config,
-        family=patient.family,
-        spec=patient.spec,
-        weights=patient.weights,
-        source=patient.checkpoint.path,
+        config=parent.config,
+        family=parent.family,
+        spec=parent.spec,
+        weights=parent.weights,
+        source=parent.checkpoint.path,
         type=type,
         **options,
     )

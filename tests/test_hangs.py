@@ -21,7 +21,7 @@ from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, RecipeError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer
 from llmsurgeon.healing.distill.data import packed
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.plan import _group_bytes
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.text.files import file_text
@@ -53,7 +53,7 @@ def test_pipes_and_devices_in_a_checkpoint(tmp_path, name, special):
     (folder / name).unlink()
     special(folder / name)
     with pytest.raises(CheckpointError, match=f"{name}: (is a (pipe|device)|expected a file)"):
-        open_patient(str(folder))
+        open_model(str(folder))
         load_tokenizer(str(folder))
 
 
@@ -91,7 +91,7 @@ def test_a_config_with_more_layers_than_tensors(tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4000}))
     with pytest.raises(CheckpointError, match=r"num_hidden_layers is 4,000, and the weights have \d+ tensors in all"):
-        open_patient(str(folder))
+        open_model(str(folder))
 
 
 def sentence_pieces(tokens):

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.plan import within_positions
 from llmsurgeon.recipe.recipe import loads
 
@@ -80,9 +80,9 @@ def test_encoders(tmp_path, call):
     """RoBERTa's first positions are reserved: 64 hold 63 tokens with padding token 0."""
     parent = save_encoder(tmp_path / "parent", "roberta", "RobertaForMaskedLM")
     recipe = loads("version: 1\nsteps: [{op: distill}]\n")
-    patient = open_patient(str(parent))
-    assert within_positions(patient, recipe).calibration.sequence_length == patient.spec.max_positions == 63
-    assert recipe.steps[0].resolve(patient.subject({})).sequence_length == 63
+    opened = open_model(str(parent))
+    assert within_positions(opened, recipe).calibration.sequence_length == opened.spec.max_positions == 63
+    assert recipe.steps[0].resolve(opened.subject({})).sequence_length == 63
     assert call("eval", parent, *TEXT).exit_code == 0
     bench = call("bench", parent, "--rounds", 1, "--json")
     assert json.loads(bench.stdout)["prompt"] == 63
@@ -90,5 +90,5 @@ def test_encoders(tmp_path, call):
 
 def test_fewer_tokens_than_the_default_window(tmp_path):
     recipe = loads("version: 1\ncalibration: {tokens: 96}\nsteps: [{op: refit}]\n")
-    patient = open_patient(str(save_tiny(tmp_path / "parent", "llama")))
-    assert within_positions(patient, recipe).calibration.sequence_length == 96
+    parent = open_model(str(save_tiny(tmp_path / "parent", "llama")))
+    assert within_positions(parent, recipe).calibration.sequence_length == 96

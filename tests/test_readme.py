@@ -21,7 +21,7 @@ SETUP = ("pip ", "./scripts/")
 def commands() -> list[str]:
     """Every line of the README's shell blocks, comments cut off."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for layer in blocks for line in layer.splitlines()]
     return [line for line in lines if line and not line.startswith(SETUP)]
 
 

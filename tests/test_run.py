@@ -21,7 +21,7 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import CheckpointError, GateFailed, SurgeryError
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import canonical
-from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options, run
@@ -70,8 +70,8 @@ def test_streaming_is_in_memory_bit_for_bit(tmp_path, steps):
         assert len(list((tmp_path / family).glob("*.safetensors"))) > 1
         out = run(recipe, str(tmp_path / family), str(tmp_path / f"{family}-out"), Options(max_shard_size="30KB")).out
         assert len(list(out.glob("*.safetensors"))) > 1
-        patient = open_patient(str(out))
-        found, expected = patient.weights, in_memory(model, recipe)
+        parent = open_model(str(out))
+        found, expected = parent.weights, in_memory(model, recipe)
         assert set(found) == set(expected)
         for name, tensor in expected.items():
             assert found[name].dtype == torch.bfloat16
@@ -84,7 +84,7 @@ def test_kv_heads_stream_too(tmp_path):
     model.save_pretrained(tmp_path / "parent")
     recipe = loads(recipe_of("{op: prune_kv_heads, kv_heads: 1}"))
     out = run(recipe, str(tmp_path / "parent"), str(tmp_path / "out"), Options()).out
-    found = open_patient(str(out)).weights
+    found = open_model(str(out)).weights
     for name, tensor in in_memory(model, recipe).items():
         assert torch.equal(found[name], tensor)
 
@@ -139,7 +139,7 @@ def test_the_files_of_a_run(parent, text, tmp_path):
     assert surgery["format"] == "surgeon" and surgery["gate_missed"] == []
     assert (surgery["before"]["blocks"], surgery["after"]["blocks"]) == (6, 4)
     assert surgery["after"]["attentions"] == 4
-    parameters = sum(t.numel() for t in open_patient(str(out)).weights.values())
+    parameters = sum(t.numel() for t in open_model(str(out)).weights.values())
     assert surgery["after"]["parameters"] == parameters
     assert surgery["evaluation"]["perplexity"] > 1 and surgery["refit"]
     assert verify_files(out) == []
@@ -254,10 +254,10 @@ def test_published_recipes(tmp_path, name, layers, dropped, runs, blocks):
     parent = deep(tmp_path / "parent", layers)
     outcome = run(load(name), str(parent), str(tmp_path / "out"), Options())
     runs = [tuple(range(a, b + 1)) for a, b in runs]
-    spec = open_patient(str(outcome.out)).spec
-    assert len(spec.blocks) == blocks == layers - sum(len(r) - 1 for r in runs)
+    spec = open_model(str(outcome.out)).spec
+    assert len(spec.layers) == blocks == layers - sum(len(r) - 1 for r in runs)
     assert len(spec.attentions) == layers - len(dropped)
-    assert [b.parents for b in outcome.planned.spec.blocks if len(b.parents) > 1] == runs
+    assert [b.parents for b in outcome.planned.spec.layers if len(b.parents) > 1] == runs
     tokens = some_tokens(batch=1, length=12)
     expected = logits(runs_fused(load_model(str(parent)), dropped, runs), tokens)
     torch.testing.assert_close(logits(load_model(str(outcome.out)), tokens), expected, atol=1e-3, rtol=1e-3)
@@ -306,8 +306,8 @@ def test_the_plan_equals_the_outcome(parent, tmp_path):
 def test_a_converted_model_can_be_operated_on_again(parent, tmp_path):
     """Its layers are then numbered as inspect lists them."""
     first = run(loads(recipe_of(*ALL_STEPS["all"])), str(parent), str(tmp_path / "first"), Options()).out
-    blocks = open_patient(str(first)).spec.blocks
-    assert [len(block.branches) for block in blocks] == [0, 0, 2]
+    layers = open_model(str(first)).spec.layers
+    assert [len(layer.branches) for layer in layers] == [0, 0, 2]
     recipe = loads(recipe_of("{op: prune_blocks, layers: [1]}"))
     second = run(recipe, str(first), str(tmp_path / "second"), Options()).out
     tokens = some_tokens()

@@ -68,13 +68,13 @@ def compute_scores(
     if "ffn_elimination" in needed:
         parent = subject({})
         widths = [step for step in steps if isinstance(step, PruneWidth) and "ffn_elimination" in step.needs()]
-        layers = {layer for step in widths for i in step.affected(parent) for layer in parent.spec.blocks[i].parents}
+        layers = {layer for step in widths for i in step.affected(parent) for layer in parent.spec.layers[i].parents}
         orders = eliminate_channels(runner, few(tokens, MEASURE_TOKENS), layers, batch)
         scores["ffn_elimination"] = {layer: each.order for layer, each in orders.items()}
         scores["ffn_elimination_loss"] = {layer: each.loss for layer, each in orders.items()}
     if needed & EXPERT_SCORES:
         parent = subject({})
-        layers = {b.parents[0] for b in parent.spec.blocks if isinstance(b.ffn, MoESpec)}
+        layers = {b.parents[0] for b in parent.spec.layers if isinstance(b.ffn, MoESpec)}
         worths = weigh_experts(runner, few(tokens, MEASURE_TOKENS), layers, "expert_loss" in needed, batch)
         scores["expert_reap"] = {layer: worth.reap for layer, worth in worths.items()}
         if "expert_loss" in needed:

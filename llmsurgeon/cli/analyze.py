@@ -68,17 +68,17 @@ def analyze_command(
     from llmsurgeon.checkpoint.staging import existing
     from llmsurgeon.checkpoint.writer import Stage
     from llmsurgeon.planning.inputs import Inputs
-    from llmsurgeon.planning.opened import open_patient
+    from llmsurgeon.planning.opened import open_model
     from llmsurgeon.planning.texts import Options, Texts
     from llmsurgeon.recipe.recipe import Calibration
 
-    patient = open_patient(model, revision, trust_remote_code)
-    assert patient.checkpoint is not None
-    inputs = Inputs.of("analyze", {"model": patient.checkpoint}, None, Options())
+    parent = open_model(model, revision, trust_remote_code)
+    assert parent.checkpoint is not None
+    inputs = Inputs.of("analyze", {"model": parent.checkpoint}, None, Options())
     if text:
         inputs.watch_text("text", text)
     if seq_len is None:
-        seq_len = min(SEQUENCE_LENGTH, patient.spec.max_positions or SEQUENCE_LENGTH)
+        seq_len = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
     source = Path(model)
     folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
     # The refit of the suggested recipe wants more text than the scores do.
@@ -89,13 +89,13 @@ def analyze_command(
         folder,
         job=inputs.job(),
         overwrite=overwrite,
-        sources=(patient.checkpoint.path, *existing(text, dataset)),
+        sources=(parent.checkpoint.path, *existing(text, dataset)),
     ) as stage:
         calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
         options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
-        texts = Texts(patient, calibration, tokens, options)
+        texts = Texts(parent, calibration, tokens, options)
         windows = texts.windows
-        count = default_count(len(patient.spec.blocks)) if drop is None else drop
+        count = default_count(len(parent.spec.layers)) if drop is None else drop
         result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
         stage.confirm(inputs.check)
         files = [folder / written.name for written in write_analysis(stage, result, fit_on)]

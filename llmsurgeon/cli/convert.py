@@ -307,9 +307,9 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
 
         # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
         known = (job.revision, job.trust_remote_code)
-        patient = opened(name, recipe, *known) if trims(recipe) else open_known(name, *known)
-        recipe = within_positions(patient, recipe)
-        planned = plan(patient, recipe, foreseen(patient, recipe))
+        parent = opened(name, recipe, *known) if trims(recipe) else open_known(name, *known)
+        recipe = within_positions(parent, recipe)
+        planned = plan(parent, recipe, foreseen(parent, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
     from llmsurgeon.run import Options, run
@@ -348,7 +348,7 @@ def shown(work: Callable[[], Outcome | None], show: Callable[[Outcome], None]) -
 def plan_report(planned: Planned) -> dict[str, Any]:
     """The plan as JSON."""
     return {
-        "model": planned.patient.name,
+        "model": planned.parent.name,
         "format": planned.written.format,
         "why": planned.written.why,
         "loads": planned.written.loads,
@@ -357,7 +357,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "peak_edit_bytes": planned.peak_bytes,
         "healing_bytes": planned.healing_bytes,
         "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
-        "blocks": [list(block.parents) for block in planned.spec.blocks],
+        "blocks": [list(layer.parents) for layer in planned.spec.layers],
         "notes": list(planned.notes),
     }
 
@@ -387,7 +387,7 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
     from llmsurgeon.model.costs import human
 
     out = console()
-    table = Table(title=f"Plan for {planned.patient.name}", title_justify="left")
+    table = Table(title=f"Plan for {planned.parent.name}", title_justify="left")
     for column in ("", "parent", "result", "change"):
         table.add_column(column, justify="right" if column else "left")
     labels = {
@@ -423,7 +423,7 @@ def print_outcome(outcome: Outcome) -> None:
     if outcome.evaluation:
         tell(f"held-out calibration text: {outcome.evaluation.sentence()}")
     else:
-        command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.patient.name)}"
+        command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.parent.name)}"
         tell(f"quality: not measured; {command} does")
     if collapsed := warning(outcome):
         tell(f"WARNING: {collapsed}")

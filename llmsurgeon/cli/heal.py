@@ -100,7 +100,7 @@ def heal_report(outcome: Outcome) -> dict[str, Any]:
     """What was made, as JSON."""
     return {
         "out": str(outcome.out),
-        "parent": outcome.planned.patient.name,
+        "parent": outcome.planned.parent.name,
         "format": outcome.planned.written.format,
         "distill": [training.to_dict() for training in outcome.trainings],
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,

@@ -12,7 +12,7 @@ from llmsurgeon.cli import console, say, tell
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
-    from llmsurgeon.planning.opened import Patient
+    from llmsurgeon.planning.opened import OpenedCheckpoint
 
 
 def register(app: typer.Typer) -> None:
@@ -31,28 +31,28 @@ def inspect_command(
     Of a model on this disk its weights are looked at, too: which linears are ternary, and whether config.json is right
     about them.
     """
-    from llmsurgeon.model.costs import block_rows, human
-    from llmsurgeon.planning.opened import shapes_of, ternary_by_block
+    from llmsurgeon.model.costs import human, layer_rows
+    from llmsurgeon.planning.opened import shapes_of, ternary_by_layer
 
-    patient, problems = _what_is_known(model, revision)
-    shapes = shapes_of(patient.meta())
-    total = patient.costs(patient.spec, shapes)
-    rows = block_rows(patient.spec, patient.family, shapes)
-    ternary = ternary_by_block(patient) or []
+    parent, problems = _what_is_known(model, revision)
+    shapes = shapes_of(parent.meta())
+    total = parent.costs(parent.spec, shapes)
+    rows = layer_rows(parent.spec, parent.family, shapes)
+    ternary = ternary_by_layer(parent) or []
     for row, linears in zip(rows, ternary, strict=False):
         row["ternary"] = list(linears)
     if as_json:
-        report: dict[str, Any] = {"model": model, "model_type": patient.model_type, **total.to_dict()}
-        halves = {"block_transformer": asdict(patient.spec.block_transformer)} if patient.spec.block_transformer else {}
-        print(json.dumps({**report, **halves, "problems": problems, "remarks": list(patient.notes), "layers": rows}))
+        report: dict[str, Any] = {"model": model, "model_type": parent.model_type, **total.to_dict()}
+        halves = {"block_transformer": asdict(parent.spec.block_transformer)} if parent.spec.block_transformer else {}
+        print(json.dumps({**report, **halves, "problems": problems, "remarks": list(parent.notes), "layers": rows}))
         return
     from rich.table import Table
 
-    title = f"{model}: {patient.model_type}, {human(total.parameters)} parameters, " + (
+    title = f"{model}: {parent.model_type}, {human(total.parameters)} parameters, " + (
         f"{total.kv_bytes_per_token:,} KV bytes a token" if total.kv_bytes_per_token else "no KV cache"
     )
-    if patient.spec.block_transformer:
-        title += f"\n{patient.spec.block_transformer.sentence()}"
+    if parent.spec.block_transformer:
+        title += f"\n{parent.spec.block_transformer.sentence()}"
     table = Table(title=title, title_justify="left")
     some = any(ternary)
     for column in ("block", "attention", "FFN", "parameters", *(("ternary",) if some else ())):
@@ -81,7 +81,7 @@ def inspect_command(
         tell(f"not in order: {problem}")
 
 
-def _what_is_known(model: str, revision: str | None) -> tuple[Patient, list[str]]:
+def _what_is_known(model: str, revision: str | None) -> tuple[OpenedCheckpoint, list[str]]:
     """The model as far as it can be opened, and what keeps the rest of the commands from using it."""
     from llmsurgeon.planning.opened import open_config, open_known
 

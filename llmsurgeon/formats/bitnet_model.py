@@ -25,10 +25,10 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
     """Why transformers' bitnet class cannot compute this model, None where it can."""
     if family.model_type not in FAMILIES or spec.block_transformer or config.get("mlp_bias"):
         return "it is a Llama without biases in its FFNs"
-    shapes = {(b.attention and b.attention.shape, b.ffn and b.ffn.width) for b in spec.blocks}
-    for index, block in enumerate(spec.blocks):
-        attention = block.attention
-        if block.sub_normed != ("attention", "ffn") or attention is None or len(shapes) > 1:
+    shapes = {(b.attention and b.attention.shape, b.ffn and b.ffn.width) for b in spec.layers}
+    for index, layer in enumerate(spec.layers):
+        attention = layer.attention
+        if layer.sub_normed != ("attention", "ffn") or attention is None or len(shapes) > 1:
             return f"all its blocks have one shape and a norm before both output projections, block {index} has not"
         if attention.window is not None:
             return f"block {index} has a sliding window"
@@ -39,7 +39,7 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
 
 def config_of(spec: ModelSpec, config: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of a model that fits, made from the (cut) source's."""
-    attention, ffn = spec.blocks[0].attention, spec.blocks[0].ffn
+    attention, ffn = spec.layers[0].attention, spec.layers[0].ffn
     assert attention and ffn
     sizes = {"num_key_value_heads": attention.kv_heads, "intermediate_size": ffn.width}
     return {**config, **sizes, "model_type": MODEL_TYPE, "architectures": [MODEL_CLASS]}
@@ -54,6 +54,6 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     values = {k: v for k, v in config.items() if k not in ("model_type", "architectures", "auto_map")}
     known = BitNetConfig.from_dict(values).to_dict()
     blocks = to_block_configs(LLAMA.describe(known))
-    for block in blocks:
-        block["attention"]["sub_norm"] = block["ffn"]["sub_norm"] = True
+    for layer in blocks:
+        layer["attention"]["sub_norm"] = layer["ffn"]["sub_norm"] = True
     return {**known, "model_type": SURGEON_PREFIX + "llama", "architectures": None, "block_configs": blocks}

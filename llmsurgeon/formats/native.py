@@ -8,7 +8,7 @@ from math import lcm
 from typing import Any
 
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, MoESpec
+from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, MoESpec
 
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
@@ -17,30 +17,30 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
         return f"it is a {spec.block_transformer.sentence()}"
     kv_heads = {a.kv_heads for a in spec.attentions}
     widths = {ffn.width for ffn in _ffns(spec)}
-    for index, block in enumerate(spec.blocks):
-        if block.branches:
-            return f"block {index} runs {len(block.branches)} blocks in parallel"
-        if block.own_kind:
-            return f"block {index} {block.own_kind}"
-        if block.ffn and type(block.ffn) not in (FFNSpec, MoESpec):
+    for index, layer in enumerate(spec.layers):
+        if layer.branches:
+            return f"block {index} runs {len(layer.branches)} blocks in parallel"
+        if layer.own_kind:
+            return f"block {index} {layer.own_kind}"
+        if layer.ffn and type(layer.ffn) not in (FFNSpec, MoESpec):
             return f"block {index} has an FFN that is not dense"
-        if block.ffn and (block.ffn.own_norm or block.ffn.bias):
+        if layer.ffn and (layer.ffn.own_norm or layer.ffn.bias):
             return f"block {index} has a fused FFN with a norm or biases that {family.model_class} does not have"
-        if block.attention and len(kv_heads) > 1 and not family.kv and block.attention != spec.attentions[0]:
-            return f"block {index} has {block.attention.kv_heads} KV heads, block 0 another number"
-        if block.ffn and family.width_key is None and block.ffn.width > 4 * spec.hidden:
-            return f"block {index} has an FFN of width {block.ffn.width}, {family.model_class} takes {4 * spec.hidden}"
+        if layer.attention and len(kv_heads) > 1 and not family.kv and layer.attention != spec.attentions[0]:
+            return f"block {index} has {layer.attention.kv_heads} KV heads, block 0 another number"
+        if layer.ffn and family.width_key is None and layer.ffn.width > 4 * spec.hidden:
+            return f"block {index} has an FFN of width {layer.ffn.width}, {family.model_class} takes {4 * spec.hidden}"
     if not widths:
         return "no block has an FFN"
     return mixed_windows(config)
 
 
-def uniform_block(spec: ModelSpec, family: Family) -> BlockSpec:
+def uniform_block(spec: ModelSpec, family: Family) -> LayerSpec:
     """The smallest block that holds each of the spec's: the widest FFN, and KV heads that each number divides."""
     first = spec.attentions[0]
     kv_heads = lcm(*(a.kv_heads for a in spec.attentions))
     width = max(ffn.width for ffn in _ffns(spec)) if family.width_key else 4 * spec.hidden
-    return BlockSpec(AttentionSpec(first.heads, kv_heads, first.head_dim), FFNSpec(width))
+    return LayerSpec(AttentionSpec(first.heads, kv_heads, first.head_dim), FFNSpec(width))
 
 
 def uniform_spec(spec: ModelSpec, family: Family) -> ModelSpec:
@@ -48,9 +48,9 @@ def uniform_spec(spec: ModelSpec, family: Family) -> ModelSpec:
     shape = uniform_block(spec, family)
     assert shape.attention
     kv_heads = shape.attention.kv_heads
-    attentions = [replace(block.attention or shape.attention, kv_heads=kv_heads) for block in spec.blocks]
-    blocks = zip(spec.blocks, attentions, strict=True)
-    return spec.with_blocks([replace(block, attention=attention, ffn=shape.ffn) for block, attention in blocks])
+    attentions = [replace(layer.attention or shape.attention, kv_heads=kv_heads) for layer in spec.layers]
+    layers = zip(spec.layers, attentions, strict=True)
+    return spec.with_layers([replace(layer, attention=attention, ffn=shape.ffn) for layer, attention in layers])
 
 
 def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -75,4 +75,4 @@ def mixed_windows(config: Mapping[str, Any]) -> str | None:
 
 
 def _ffns(spec: ModelSpec) -> list[FFNSpec]:
-    return [block.ffn for block in spec.blocks if block.ffn]
+    return [layer.ffn for layer in spec.layers if layer.ffn]

@@ -18,7 +18,7 @@ from typing import Any
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import SURGEON_PREFIX, Family
-from llmsurgeon.model.spec import BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.model.spec import FFNSpec, LayerSpec, ModelSpec
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -66,16 +66,16 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
     if config.get("mlp_bias"):
         return "its readers leave out biases of the FFNs (mlp_bias)"
     heads = config[family.heads_key]
-    for index, block in enumerate(spec.blocks):
-        if block.branches:
-            return f"block {index} runs {len(block.branches)} blocks in parallel"
-        if block.empty:
+    for index, layer in enumerate(spec.layers):
+        if layer.branches:
+            return f"block {index} runs {len(layer.branches)} blocks in parallel"
+        if layer.empty:
             return f"block {index} has neither attention nor FFN"
-        if block.own_kind:
-            return f"block {index} {block.own_kind}"
-        if block.ffn and type(block.ffn) is not FFNSpec:
+        if layer.own_kind:
+            return f"block {index} {layer.own_kind}"
+        if layer.ffn and type(layer.ffn) is not FFNSpec:
             return f"block {index} has an FFN that is not dense"
-        attention = block.attention
+        attention = layer.attention
         if attention is None:
             if index == 0:
                 return "block 0 has no attention, and its readers start the residual stream there"
@@ -92,7 +92,7 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
 
 def waste(spec: ModelSpec) -> str | None:
     """Why `auto` would rather not pad: the zeros would outweigh what other engines are worth. None where it may."""
-    widths = [block.ffn.width for block in spec.blocks if block.ffn]
+    widths = [layer.ffn.width for layer in spec.layers if layer.ffn]
     share = sum(map(padded_width, widths)) / max(1, sum(widths)) - 1
     if share <= MOST_PADDING:
         return None
@@ -107,7 +107,7 @@ def caveats(spec: ModelSpec, config: Mapping[str, Any]) -> list[str]:
         made.append("TensorRT-LLM leaves out attention biases and would answer wrongly: do not serve it there.")
     if len({a.kv_heads for a in spec.attentions}) > 1:
         made.append("SGLang refuses it, since its numbers of KV heads differ.")
-    lone = [index for index, block in enumerate(spec.blocks) if block.ffn is None]
+    lone = [index for index, layer in enumerate(spec.layers) if layer.ffn is None]
     if lone:
         made.append(f"llama.cpp would drop the attention of block {lone[0]}, which has no FFN: make no GGUF of it.")
     return made
@@ -115,8 +115,8 @@ def caveats(spec: ModelSpec, config: Mapping[str, Any]) -> list[str]:
 
 def padded_spec(spec: ModelSpec) -> ModelSpec:
     """The spec with the widths that readers see."""
-    return spec.with_blocks(
-        [replace(block, ffn=block.ffn and FFNSpec(padded_width(block.ffn.width))) for block in spec.blocks]
+    return spec.with_layers(
+        [replace(layer, ffn=layer.ffn and FFNSpec(padded_width(layer.ffn.width))) for layer in spec.layers]
     )
 
 
@@ -132,9 +132,9 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
             "AutoConfig": "configuration_decilm.DeciLMConfig",
             "AutoModelForCausalLM": f"modeling_decilm.{ARCHITECTURE}",
         },
-        "block_configs": [_entry(block, spec.hidden) for block in spec.blocks],
+        "block_configs": [_entry(layer, spec.hidden) for layer in spec.layers],
         # Ours, and outside the entries: which layers of the parent each block does the work of.
-        "block_parents": [list(block.parents) for block in spec.blocks],
+        "block_parents": [list(layer.parents) for layer in spec.layers],
         # These two differ from block to block. NVIDIA's own checkpoints have null; a stock LlamaConfig refuses it.
         "intermediate_size": None,
         "num_key_value_heads": None,
@@ -146,12 +146,12 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
     }
 
 
-def _entry(block: BlockSpec, hidden: int) -> dict[str, Any]:
+def _entry(layer: LayerSpec, hidden: int) -> dict[str, Any]:
     attention, ffn = dict(ATTENTION_KEYS), dict(FFN_KEYS)
-    if block.attention:
-        attention |= {"no_op": False, "n_heads_in_group": block.attention.heads // block.attention.kv_heads}
-    if block.ffn:
-        ffn |= {"no_op": False, "ffn_mult": 3 * block.ffn.width / (2 * hidden)}
+    if layer.attention:
+        attention |= {"no_op": False, "n_heads_in_group": layer.attention.heads // layer.attention.kv_heads}
+    if layer.ffn:
+        ffn |= {"no_op": False, "ffn_mult": 3 * layer.ffn.width / (2 * hidden)}
     return {"attention": attention, "ffn": ffn}
 
 
@@ -174,7 +174,7 @@ def read(config: Mapping[str, Any]) -> dict[str, Any]:
     widths = [b["ffn"]["intermediate_size"] for b in blocks if not b["ffn"]["no_op"]]
     parents = config.get("block_parents")
     if isinstance(parents, list) and len(parents) == len(blocks):
-        blocks = [{**block, "parents": layers} for block, layers in zip(blocks, parents, strict=True)]
+        blocks = [{**layer, "parents": layers} for layer, layers in zip(blocks, parents, strict=True)]
     dropped = ("auto_map", "architectures", "block_parents", "torch_dtype", "rope_theta", "rope_scaling")
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     return {

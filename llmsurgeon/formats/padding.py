@@ -24,14 +24,14 @@ def fitted(student: Shapes, target: Shapes, family: Family, spec: ModelSpec) -> 
     zero, the part adds nothing. Every edit gives its rows a block at a time.
     """
     edits: dict[str, Rows] = {}
-    for index, block in enumerate(spec.blocks):
+    for index, layer in enumerate(spec.layers):
         prefix = family.layer(index)
         heads = tuple(prefix + f"{family.attention}.{projection}." for projection in family.kv)
         for name in (name for name in target if name.startswith(prefix) and name in student):
             if target[name] == student[name]:
                 continue
-            if block.attention and heads and name.startswith(heads):
-                edits[name] = repeated(target[name][0] // student[name][0], block.attention.head_dim)
+            if layer.attention and heads and name.startswith(heads):
+                edits[name] = repeated(target[name][0] // student[name][0], layer.attention.head_dim)
             else:
                 stacked = family.ffn_stacked if name.startswith(_readers(family, prefix)) else 1
                 edits[name] = padded(target[name], stacked)
@@ -50,8 +50,8 @@ def padded(shape: tuple[int, ...], stacked: int = 1) -> Rows:
 
     def made(tensor: Tensor) -> Iterator[Tensor]:
         for part in tensor.chunk(stacked):
-            for block in row_blocks(part):
-                yield block if tensor.dim() == 1 else torch.nn.functional.pad(block, (0, shape[1] - tensor.shape[1]))
+            for layer in row_blocks(part):
+                yield layer if tensor.dim() == 1 else torch.nn.functional.pad(layer, (0, shape[1] - tensor.shape[1]))
             yield from _blocks(tensor, (shape[0] // stacked - len(part), *shape[1:]), 0.0)
 
     return made

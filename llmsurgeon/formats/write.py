@@ -31,7 +31,7 @@ from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, mode
 from llmsurgeon.formats.padding import fitted
 from llmsurgeon.formats.spellings import old_spellings
 from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX, Family
-from llmsurgeon.model.spec import BlockSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
+from llmsurgeon.model.spec import LayerSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower
@@ -103,8 +103,8 @@ def write_config(spec: ModelSpec, family: Family, source: Mapping[str, Any], wan
     left_out = ("block_configs", "block_transformer", "_name_or_path")
     config = {k: v for k, v in without_code(dict(source)).items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
-    config[family.layers_key] = len(spec.blocks)
-    mixtures = [block.ffn for block in spec.blocks if isinstance(block.ffn, MoESpec)]
+    config[family.layers_key] = len(spec.layers)
+    mixtures = [layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoESpec)]
     if family.experts and mixtures:
         config[family.experts.count_key] = mixtures[0].experts
         config[family.experts.per_token_key] = mixtures[0].per_token
@@ -271,32 +271,32 @@ def _plain(value: Any) -> Any:
 def _first_odd(spec: ModelSpec, family: Family) -> str | None:
     """What keeps the model from being uniform, None where it is."""
 
-    def shape(block: BlockSpec) -> Any:
-        return block.attention and block.attention.shape, block.ffn
+    def shape(layer: LayerSpec) -> Any:
+        return layer.attention and layer.attention.shape, layer.ffn
 
     if spec.block_transformer:
         return f"it is a {spec.block_transformer.sentence()}"
-    usual = shape(max(spec.blocks, key=lambda b: (b.attention is not None, b.ffn is not None, not b.branches)))
-    for index, block in enumerate(spec.blocks):
-        if block.branches:
-            return f"block {index} runs {len(block.branches)} blocks in parallel"
-        if block.attention is None:
+    usual = shape(max(spec.layers, key=lambda b: (b.attention is not None, b.ffn is not None, not b.branches)))
+    for index, layer in enumerate(spec.layers):
+        if layer.branches:
+            return f"block {index} runs {len(layer.branches)} blocks in parallel"
+        if layer.attention is None:
             return f"block {index} has no attention"
-        if block.ffn is None:
+        if layer.ffn is None:
             return f"block {index} has no FFN"
-        if block.own_kind:
-            return f"block {index} {block.own_kind}"
-        if block.ffn.own_norm or block.ffn.bias:
+        if layer.own_kind:
+            return f"block {index} {layer.own_kind}"
+        if layer.ffn.own_norm or layer.ffn.bias:
             return f"block {index} holds fused FFNs, with a norm or biases that {family.model_type} blocks do not have"
-        if family.width_key is None and block.ffn.width != 4 * spec.hidden:
+        if family.width_key is None and layer.ffn.width != 4 * spec.hidden:
             return (
-                f"block {index} has an FFN of width {block.ffn.width}; "
+                f"block {index} has an FFN of width {layer.ffn.width}; "
                 f"{family.model_type} blocks always have {4 * spec.hidden}"
             )
-        if shape(block) != usual:
-            first = spec.blocks[0]
+        if shape(layer) != usual:
+            first = spec.layers[0]
             return (
-                f"block {index} (FFN {block.ffn.width}, {block.attention.kv_heads} KV heads) differs from block 0 "
+                f"block {index} (FFN {layer.ffn.width}, {layer.attention.kv_heads} KV heads) differs from block 0 "
                 f"(FFN {first.ffn and first.ffn.width}, {first.attention and first.attention.kv_heads} KV heads)"
             )
     return None
@@ -305,7 +305,7 @@ def _first_odd(spec: ModelSpec, family: Family) -> str | None:
 def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) -> None:
     """Per-layer lists follow the layers that stay."""
     layers = config[family.layers_key]
-    if len(spec.blocks) != layers:
+    if len(spec.layers) != layers:
         for key in family.layer_rules:
             config.pop(key, None)
     for key, value in list(config.items()):
@@ -314,7 +314,7 @@ def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) ->
         if key in family.per_layer_lists:
             if len(value) < layers:
                 raise SurgeryError(f"config.json: {key} has {len(value)} entries, {family.layers_key} says {layers}")
-            config[key] = [value[_attending_parent(block)] for block in spec.blocks]
+            config[key] = [value[_attending_parent(layer)] for layer in spec.layers]
         elif "layer" in key and len(value) == layers:
             raise SurgeryError(
                 f"config.json: {key} looks like a list with one entry per layer, which {family.model_type} does not "
@@ -327,7 +327,7 @@ def _cut_layer_lists(config: dict[str, Any], spec: ModelSpec, family: Family) ->
         config["max_window_layers"] = full
 
 
-def _attending_parent(block: BlockSpec) -> int:
+def _attending_parent(layer: LayerSpec) -> int:
     """The parent layer whose attention, and so whose mask, the block has; its first parent where it has none."""
-    branch = next((branch for branch in block.branches if branch.attention), block)
+    branch = next((branch for branch in layer.branches if branch.attention), layer)
     return branch.parents[0]

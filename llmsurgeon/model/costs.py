@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, BlockSpec, FFFSpec, FFNSpec, MLGRUSpec, ModelSpec, MoESpec
+from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, LayerSpec, MLGRUSpec, ModelSpec, MoESpec
 
 # Learnt positions and token types: tables that are looked up, never multiplied.
 LOOKED_UP = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "token_type_embeddings.weight")
@@ -43,12 +43,12 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
     matrices = sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
     positions = sum(prod(shape) for name, shape in shapes.items() if name.endswith(LOOKED_UP))
     # Of trees, a token multiplies what it visits, whatever is stored.
-    fast = {family.layer(i) + family.fast_ffn: b.ffn for i, b in enumerate(spec.blocks) if isinstance(b.ffn, FFFSpec)}
+    fast = {family.layer(i) + family.fast_ffn: b.ffn for i, b in enumerate(spec.layers) if isinstance(b.ffn, FFFSpec)}
     matrices -= sum(
         prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.rpartition(".")[0] in fast
     )
     matrices += sum(ffn.rows * spec.hidden for ffn in fast.values())
-    mixtures = [ffn for block in spec.blocks for ffn in _ffn_specs(block) if isinstance(ffn, MoESpec)]
+    mixtures = [ffn for layer in spec.layers for ffn in _ffn_specs(layer) if isinstance(ffn, MoESpec)]
     if mixtures:
         # Of experts, too, a token multiplies those that are chosen for it.
         idle = 1 - mixtures[0].per_token / mixtures[0].experts
@@ -58,9 +58,9 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
     # A tied embedding multiplies once, as the head.
     lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
     return Costs(
-        blocks=len(spec.blocks),
+        blocks=len(spec.layers),
         attentions=sum(not isinstance(a, MLGRUSpec) for a in spec.attentions),
-        ffns=sum(_ffns(block) for block in spec.blocks),
+        ffns=sum(_ffns(layer) for layer in spec.layers),
         parameters=parameters,
         flops_per_token=2 * (matrices - lookup - positions),
         kv_bytes_per_token=0 if family.encoder else spec.kv_numbers_per_token() * bytes_per_number,
@@ -78,7 +78,7 @@ def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[
     halves = spec.block_transformer
     assert halves
     body = family.embedding.rpartition(".")[0]
-    within = tuple(family.layer(i) for i in range(halves.split, len(spec.blocks)))
+    within = tuple(family.layer(i) for i in range(halves.split, len(spec.layers)))
     once = (*(family.layer(i) for i in range(halves.split)), f"{body}.block_embedder.projection", f"{body}.context_exp")
     sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     over_blocks = sum(size for name, size in sizes.items() if name.startswith(once))
@@ -90,30 +90,30 @@ def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[
     return rest + round((over_blocks + in_block_work) / halves.block_length)
 
 
-def _ffns(block: BlockSpec) -> int:
-    return len(_ffn_specs(block))
+def _ffns(layer: LayerSpec) -> int:
+    return len(_ffn_specs(layer))
 
 
-def block_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+def layer_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
     """One row per block for `inspect`: attention (heads, KV heads, head width, window) or MLGRU, FFN, parameters."""
     rows = []
-    for index, block in enumerate(spec.blocks):
+    for index, layer in enumerate(spec.layers):
         prefix = family.layer(index)
         rows.append(
             {
                 "block": index,
-                "attention": [_attention_row(a) for a in block.attentions],
-                "ffn": [_ffn_row(ffn) for ffn in _ffn_specs(block)],
-                "parallel": len(block.branches) or None,
+                "attention": [_attention_row(a) for a in layer.attentions],
+                "ffn": [_ffn_row(ffn) for ffn in _ffn_specs(layer)],
+                "parallel": len(layer.branches) or None,
                 "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
             }
         )
     return rows
 
 
-def _ffn_specs(block: BlockSpec) -> list[FFNSpec]:
-    own = [block.ffn] if block.ffn else []
-    return own + [ffn for branch in block.branches for ffn in _ffn_specs(branch)]
+def _ffn_specs(layer: LayerSpec) -> list[FFNSpec]:
+    own = [layer.ffn] if layer.ffn else []
+    return own + [ffn for branch in layer.branches for ffn in _ffn_specs(branch)]
 
 
 def _attention_row(attention: AttentionSpec) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class BitFFNSpec(FFNSpec):
 
 
 @dataclass(frozen=True)
-class BlockSpec:
+class LayerSpec:
     """One layer of the model. `parents` are the layers of the original model whose work it does.
 
     `branches`, when present, are blocks that read the same input and whose contributions add up
@@ -154,7 +154,7 @@ class BlockSpec:
     attention: AttentionSpec | None
     ffn: FFNSpec | None
     parents: tuple[int, ...] = ()
-    branches: tuple[BlockSpec, ...] = ()
+    branches: tuple[LayerSpec, ...] = ()
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:
@@ -245,14 +245,14 @@ class ModelSpec:
     family: str
     hidden: int
     vocab: int
-    blocks: tuple[BlockSpec, ...]
+    layers: tuple[LayerSpec, ...]
     tied: bool
     max_positions: int | None = None
     block_transformer: BlockTransformerSpec | None = None
 
-    def with_blocks(self, blocks: Sequence[BlockSpec]) -> ModelSpec:
+    def with_layers(self, layers: Sequence[LayerSpec]) -> ModelSpec:
         """The same model with other blocks."""
-        return replace(self, blocks=tuple(blocks))
+        return replace(self, layers=tuple(layers))
 
     def with_halves(self, halves: BlockTransformerSpec) -> ModelSpec:
         """The same layers as a block transformer."""
@@ -260,32 +260,32 @@ class ModelSpec:
 
     def check_layer(self, index: int, what: str = "layer") -> None:
         """Raise SurgeryError unless `index` names a block."""
-        if not 0 <= index < len(self.blocks):
+        if not 0 <= index < len(self.layers):
             raise SurgeryError(
-                f"{what} {index} is out of range: this model has layers 0 to {len(self.blocks) - 1}; "
+                f"{what} {index} is out of range: this model has layers 0 to {len(self.layers) - 1}; "
                 "run `llmsurgeon inspect MODEL` to list them"
             )
 
     @property
     def uniform(self) -> bool:
         """True where every block has attention and FFN of one shape (window aside): the family's own form."""
-        shapes = {(b.attention and b.attention.shape, b.ffn, bool(b.branches)) for b in self.blocks}
+        shapes = {(b.attention and b.attention.shape, b.ffn, bool(b.branches)) for b in self.layers}
         return (
             self.block_transformer is None
             and len(shapes) == 1
-            and not self.blocks[0].branches
-            and not any(block.own_kind for block in self.blocks)
+            and not self.layers[0].branches
+            and not any(layer.own_kind for layer in self.layers)
             and None
             not in (
-                self.blocks[0].attention,
-                self.blocks[0].ffn,
+                self.layers[0].attention,
+                self.layers[0].ffn,
             )
         )
 
     @property
     def attentions(self) -> tuple[AttentionSpec, ...]:
         """Every attention of the model in cache-slot order, MLGRUs included."""
-        return tuple(a for block in self.blocks for a in block.attentions)
+        return tuple(a for layer in self.layers for a in layer.attentions)
 
     def state_numbers(self) -> int:
         """Numbers that the states of MLGRUs take for a sequence of any length."""
@@ -298,17 +298,17 @@ class ModelSpec:
         """
         if self.block_transformer is None:
             return sum(a.kv_width for a in self.attentions)
-        over_blocks = self.blocks[: self.block_transformer.split]
+        over_blocks = self.layers[: self.block_transformer.split]
         return -(-sum(a.kv_width for b in over_blocks for a in b.attentions) // self.block_transformer.block_length)
 
 
 def to_block_configs(spec: ModelSpec) -> list[dict[str, Any]]:
     """`block_configs` of config.json. `n_heads_in_group` is heads / kv_heads; `ffn_mult` 3 * width / (2 * hidden)."""
-    return [_block_config(block, spec.hidden) for block in spec.blocks]
+    return [_block_config(layer, spec.hidden) for layer in spec.layers]
 
 
-def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
-    attention, ffn = block.attention, block.ffn
+def _block_config(layer: LayerSpec, hidden: int) -> dict[str, Any]:
+    attention, ffn = layer.attention, layer.ffn
     config: dict[str, Any] = {
         "attention": {
             "no_op": attention is None,
@@ -335,10 +335,10 @@ def _block_config(block: BlockSpec, hidden: int) -> dict[str, Any]:
                 else {}
             ),
         },
-        "parents": list(block.parents),
+        "parents": list(layer.parents),
     }
-    if block.branches:
-        config["parallel"] = [_block_config(branch, hidden) for branch in block.branches]
+    if layer.branches:
+        config["parallel"] = [_block_config(branch, hidden) for branch in layer.branches]
     return config
 
 
@@ -421,15 +421,15 @@ def from_block_configs(
     head_dim: int,
     windows: Sequence[int | None],
     ropes: Sequence[bool] | None = None,
-) -> tuple[BlockSpec, ...]:
+) -> tuple[LayerSpec, ...]:
     """The inverse of `to_block_configs`; `windows` and `ropes` give each block's window and rotary positions."""
     ropes = ropes or [True] * len(configs)
     return tuple(_block_from(c, head_dim, w, r) for c, w, r in zip(configs, windows, ropes, strict=True))
 
 
-def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None, rope: bool) -> BlockSpec:
+def _block_from(config: Mapping[str, Any], head_dim: int, window: int | None, rope: bool) -> LayerSpec:
     attention, ffn = config["attention"], config["ffn"]
-    return BlockSpec(
+    return LayerSpec(
         attention=None if attention["no_op"] else _attention_from(attention, head_dim, window, rope),
         ffn=None if ffn["no_op"] else _ffn_from(ffn),
         parents=tuple(config.get("parents") or ()),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import BitFFNSpec, BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.spec import BitFFNSpec, FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
 
 # Operations that leave fast feedforward networks alone.
 AFTER_TREES = (
@@ -50,10 +50,10 @@ class Subject:
         Raises:
             SurgeryError: the parent has no such layer, or an earlier step removed it.
         """
-        for index, block in enumerate(self.spec.blocks):
+        for index, block in enumerate(self.spec.layers):
             if layer in block.parents:
                 return index
-        parents = sorted(p for block in self.spec.blocks for p in block.parents)
+        parents = sorted(p for block in self.spec.layers for p in block.parents)
         raise SurgeryError(
             f"{what} {layer} is not in the model: it has layers {_span(parents)}; "
             "layers are numbered as in the parent, `llmsurgeon inspect MODEL` lists them"
@@ -73,19 +73,19 @@ class Subject:
                 f"{operation}: the model is a block transformer already, whose layers are not one stack; cut first, "
                 "block comes last, and refit and distill heal it"
             )
-        for block in self.spec.blocks:
-            mixer = isinstance(block.attention, MLGRUSpec) and operation in BEFORE_MIXERS
-            if mixer or (isinstance(block.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
-                what = block.own_kind if mixer else "has BitLinears in its FFN"
-                raise self.refuse(f"{operation}: layer {block.parents[0]} {what}; cut first, matmulfree comes last")
-            if block.sub_normed and operation not in AFTER_SUB_NORMS:
+        for layer in self.spec.layers:
+            mixer = isinstance(layer.attention, MLGRUSpec) and operation in BEFORE_MIXERS
+            if mixer or (isinstance(layer.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
+                what = layer.own_kind if mixer else "has BitLinears in its FFN"
+                raise self.refuse(f"{operation}: layer {layer.parents[0]} {what}; cut first, matmulfree comes last")
+            if layer.sub_normed and operation not in AFTER_SUB_NORMS:
                 raise self.refuse(
-                    f"{operation}: layer {block.parents[0]} {block.own_kind}, which it does not know; do it before "
+                    f"{operation}: layer {layer.parents[0]} {layer.own_kind}, which it does not know; do it before "
                     "ternary with sub_norm"
                 )
-            if isinstance(block.ffn, FFFSpec) and operation not in AFTER_TREES:
+            if isinstance(layer.ffn, FFFSpec) and operation not in AFTER_TREES:
                 raise self.refuse(
-                    f"{operation}: layer {block.parents[0]} has a fast feedforward network; cut first, fff comes last"
+                    f"{operation}: layer {layer.parents[0]} has a fast feedforward network; cut first, fff comes last"
                 )
 
     def refuse(self, message: str) -> SurgeryError:
@@ -130,10 +130,10 @@ class Computed:
 
 
 @dataclass(frozen=True)
-class NewBlock:
+class NewLayer:
     """A block of the new model: name inside the block -> full name of the old tensor, or how to compute it."""
 
-    spec: BlockSpec
+    spec: LayerSpec
     tensors: Mapping[str, str | Computed]
 
 
@@ -169,17 +169,17 @@ class Step(BaseModel):
         raise NotImplementedError
 
 
-def kept(subject: Subject, index: int) -> NewBlock:
+def kept(subject: Subject, index: int) -> NewLayer:
     """Block `index` as it is."""
-    return NewBlock(subject.spec.blocks[index], subject.tensors(index))
+    return NewLayer(subject.spec.layers[index], subject.tensors(index))
 
 
-def all_kept(subject: Subject) -> list[NewBlock]:
+def all_kept(subject: Subject) -> list[NewLayer]:
     """Every block as it is."""
-    return [kept(subject, index) for index in range(len(subject.spec.blocks))]
+    return [kept(subject, index) for index in range(len(subject.spec.layers))]
 
 
-def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] = ()) -> Plan:
+def assemble(subject: Subject, layers: Sequence[NewLayer], notes: Sequence[str] = ()) -> Plan:
     """The plan that turns the subject's blocks into `blocks`. Empty blocks vanish; the rest are renumbered.
 
     Raises:
@@ -188,19 +188,19 @@ def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] 
     halves = subject.spec.block_transformer
     if halves:
         # Only empty blocks go after the step that parted the layers: the second half begins where it began.
-        halves = replace(halves, split=sum(not block.spec.empty for block in blocks[: halves.split]))
-    blocks = [block for block in blocks if not block.spec.empty]
-    spec = replace(subject.spec.with_blocks([block.spec for block in blocks]), block_transformer=halves)
+        halves = replace(halves, split=sum(not layer.spec.empty for layer in layers[: halves.split]))
+    layers = [layer for layer in layers if not layer.spec.empty]
+    spec = replace(subject.spec.with_layers([layer.spec for layer in layers]), block_transformer=halves)
     if subject.family.first_stays and (
-        not blocks or blocks[0].spec.branches or blocks[0].spec.parents[:1] != subject.spec.blocks[0].parents[:1]
+        not layers or layers[0].spec.branches or layers[0].spec.parents[:1] != subject.spec.layers[0].parents[:1]
     ):
         raise subject.refuse(f"block 0 must stay as it is: {subject.family.first_stays}")
     if not spec.attentions:
         raise SurgeryError("no attention would be left: a model needs at least one to see its context")
     wanted = {
         subject.family.layer(index) + suffix: source
-        for index, block in enumerate(blocks)
-        for suffix, source in block.tensors.items()
+        for index, layer in enumerate(layers)
+        for suffix, source in layer.tensors.items()
     }
     computed_from = {s for source in wanted.values() if isinstance(source, Computed) for s in source.sources}
     moved_from = {source for target, source in wanted.items() if isinstance(source, str) and source != target}
@@ -211,7 +211,7 @@ def assemble(subject: Subject, blocks: Sequence[NewBlock], notes: Sequence[str] 
         elif source != target or source in computed_from | moved_from:
             transforms.append(rename(source, target))
     used = computed_from | {source for source in wanted.values() if isinstance(source, str)}
-    old = {name for index in range(len(subject.spec.blocks)) for name in subject.tensors(index).values()}
+    old = {name for index in range(len(subject.spec.layers)) for name in subject.tensors(index).values()}
     if unused := sorted(old - used):
         transforms.append(remove(*unused))
     return Plan(spec, tuple(transforms), tuple(notes))

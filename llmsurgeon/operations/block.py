@@ -72,13 +72,13 @@ def main_directions(width: int) -> Callable[[Tensor], Tensor]:
         if embedding_VD.is_meta:
             return embedding_VD.new_empty(len(embedding_VD), width)
         gram = torch.zeros(embedding_VD.shape[1], embedding_VD.shape[1], dtype=torch.float64)
-        for block in row_blocks(embedding_VD):
-            gram += block.double().T @ block.double()
+        for layer in row_blocks(embedding_VD):
+            gram += layer.double().T @ layer.double()
         directions = torch.linalg.eigh(gram).eigenvectors[:, -width:].flip(1)
         # An eigenvector's sign is arbitrary: its largest entry is made positive, so that all machines agree.
         largest = directions.abs().argmax(0)
         directions = directions * directions[largest, torch.arange(width)].sign()
-        return torch.cat([block.double() @ directions for block in row_blocks(embedding_VD)]).to(embedding_VD.dtype)
+        return torch.cat([layer.double() @ directions for layer in row_blocks(embedding_VD)]).to(embedding_VD.dtype)
 
     return reduce
 
@@ -108,9 +108,9 @@ class Block(Step):
         subject.check(self.op)
         if self.split is not None:
             return self
-        blocks = subject.spec.blocks
-        half = len(blocks) // 2
-        return self.model_copy(update={"split": blocks[half].parents[0] if half else 0})
+        layers = subject.spec.layers
+        half = len(layers) // 2
+        return self.model_copy(update={"split": layers[half].parents[0] if half else 0})
 
     def plan(self, subject: Subject) -> Plan:
         if self.split is None:
@@ -120,7 +120,7 @@ class Block(Step):
         made = BlockTransformerSpec(
             self.block_length, self._position(subject), self.embedder, self.decoder, self.prefix_length, self.affine
         )
-        check_block_transformer(made, len(subject.spec.blocks), subject.spec.hidden)
+        check_block_transformer(made, len(subject.spec.layers), subject.spec.hidden)
         transforms = self._new_tensors(subject, made)
         # A source that an edit reads would be gone unless something passes it on.
         sources = dict.fromkeys(source for t in transforms for source in t.sources)
@@ -128,15 +128,15 @@ class Block(Step):
         return Plan(subject.spec.with_halves(made), (*kept, *transforms), (f"{_capital(made.sentence())}.",))
 
     def _check(self, subject: Subject) -> None:
-        for block in subject.spec.blocks:
-            for attention in block.attentions:
+        for layer in subject.spec.layers:
+            for attention in layer.attentions:
                 if attention.window is not None:
                     raise subject.refuse(
-                        f"block: layer {block.parents[0]} attends within a window of {attention.window} tokens; over "
+                        f"block: layer {layer.parents[0]} attends within a window of {attention.window} tokens; over "
                         "blocks it would reach as many blocks. Only models with full attention in every layer have a "
                         "block form"
                     )
-        if self.decoder == "cross_attention" and any(b.branches or b.attention is None for b in subject.spec.blocks):
+        if self.decoder == "cross_attention" and any(b.branches or b.attention is None for b in subject.spec.layers):
             raise subject.refuse(
                 "block: decoder cross_attention starts from each layer's own attention, and a layer has none or "
                 "several; use decoder prefix, or leave out the step that cut it"
@@ -145,17 +145,17 @@ class Block(Step):
     def _position(self, subject: Subject) -> int:
         """The number of layers in the block decoder."""
         assert self.split is not None
-        blocks = subject.spec.blocks
-        last = max(parent for block in blocks for parent in block.parents)
+        layers = subject.spec.layers
+        last = max(parent for layer in layers for parent in layer.parents)
         if self.split > last + 1:
             raise subject.refuse(f"block: split {self.split} is beyond the model's layers, which end at {last}")
-        for block in blocks:
-            if block.parents[0] < self.split <= block.parents[-1]:
+        for layer in layers:
+            if layer.parents[0] < self.split <= layer.parents[-1]:
                 raise subject.refuse(
-                    f"block: split {self.split} goes through the layers {block.parents[0]} to {block.parents[-1]}, "
-                    f"which an earlier step made one; use {block.parents[0]} or {block.parents[-1] + 1}"
+                    f"block: split {self.split} goes through the layers {layer.parents[0]} to {layer.parents[-1]}, "
+                    f"which an earlier step made one; use {layer.parents[0]} or {layer.parents[-1] + 1}"
                 )
-        return sum(block.parents[0] < self.split for block in blocks)
+        return sum(layer.parents[0] < self.split for layer in layers)
 
     def _new_tensors(self, subject: Subject, made: BlockTransformerSpec) -> list[WeightTransform]:
         family, length = subject.family, made.block_length
@@ -182,7 +182,7 @@ class Block(Step):
                 of_table(f"{body}.{TOKENS}.bias", no_bias()),
             ]
         if made.decoder == "cross_attention":
-            for index in range(made.split, len(subject.spec.blocks)):
+            for index in range(made.split, len(subject.spec.layers)):
                 made_here += self._cross_attention(subject, index)
         return made_here
 

@@ -211,7 +211,7 @@ class Distill(Step):
             raise subject.refuse(
                 "distill: pooled is for encoders, whose sequences are embedded as a mean; leave it out"
             )
-        if self.trees and not any(isinstance(block.ffn, FFFSpec) for block in subject.spec.blocks):
+        if self.trees and not any(isinstance(layer.ffn, FFFSpec) for layer in subject.spec.layers):
             raise subject.refuse("distill: trees is for fast feedforward networks, and no layer has one; leave it out")
         if halves := subject.spec.block_transformer:
             self._check_halves(subject, halves.block_length)

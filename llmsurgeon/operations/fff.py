@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList, write_ranges
 from llmsurgeon.model.spec import FFFSpec, FFNSpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 
 SCORE = "fff"
 # What the budget form chooses from: shares of the neurons, and depths as shares of the deepest.
@@ -131,7 +131,7 @@ class FFF(Step):
         if self.shapes is not None:
             chosen = {layer: shape for shape in self.shapes for layer in shape.layers}
         else:
-            dense = tuple(b.parents[0] for b in subject.spec.blocks if type(b.ffn) is FFNSpec and len(b.parents) == 1)
+            dense = tuple(b.parents[0] for b in subject.spec.layers if type(b.ffn) is FFNSpec and len(b.parents) == 1)
             if not (self.layers or dense):
                 raise subject.refuse("fff: no layer has a dense FFN as in the checkpoint")
             shape = Shape(
@@ -183,7 +183,7 @@ class FFF(Step):
 
     def _dense(self, subject: Subject, layer: int) -> int:
         """Width of a layer's FFN, which must be the parent's own."""
-        block = subject.spec.blocks[subject.position(layer, "fff: layer")]
+        block = subject.spec.layers[subject.position(layer, "fff: layer")]
         if block.ffn is None or block.branches:
             raise subject.refuse(f"fff: layer {layer} has no FFN of its own")
         if len(block.parents) > 1 or type(block.ffn) is not FFNSpec or block.ffn.own_norm or block.ffn.bias:
@@ -339,14 +339,14 @@ def _measured(routing: Any) -> str:
     return words + (f", at least {routing.least_tokens} calibration tokens a leaf" if leaf else "")
 
 
-def _converted(subject: Subject, block: NewBlock, routing: Any) -> NewBlock:
+def _converted(subject: Subject, layer: NewLayer, routing: Any) -> NewLayer:
     """The block with a tree in the place of its FFN: rows of the dense one, picked, and hyperplanes."""
     family, spec = subject.family, routing.spec
-    names = {suffix: str(name) for suffix, name in block.tensors.items()}
+    names = {suffix: str(name) for suffix, name in layer.tensors.items()}
     path = f"{family.fast_ffn}."
     out = family.ffn_tensor(family.ffn_out)
     replaced = {family.ffn_tensor(p, kind) for p in (*family.ffn_in, family.ffn_out) for kind in ("weight", "bias")}
-    tensors: dict[str, str | Computed] = {s: n for s, n in block.tensors.items() if s not in replaced}
+    tensors: dict[str, str | Computed] = {s: n for s, n in layer.tensors.items() if s not in replaced}
     groups = {"leaf": routing.neurons, "shared": routing.shared} if spec.form == "leaf" else {"node": routing.neurons}
     kinds = ("gate", "up") if spec.gated else ("up",)
     for group, neurons in groups.items():
@@ -372,7 +372,7 @@ def _converted(subject: Subject, block: NewBlock, routing: Any) -> NewBlock:
         tensors[target] = Computed((names[out],), _constant(torch.zeros(rows)))
     else:
         tensors[target] = Computed((bias,), lambda given: given.expand(rows).contiguous())
-    return NewBlock(replace(block.spec, ffn=spec), tensors)
+    return NewLayer(replace(layer.spec, ffn=spec), tensors)
 
 
 def picked(neurons: Tensor, transposed: bool, stacked: int, part: int, weight: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, row_blocks
 from llmsurgeon.model.layers import RunList
-from llmsurgeon.model.spec import BlockSpec, FFNSpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.model.spec import FFNSpec, LayerSpec
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 
 
@@ -74,8 +74,8 @@ def stack_folded(transposed: bool, stacked: int = 1) -> Callable[..., Iterator[T
         weights, gains = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         if not transposed:
             for weight, gain in zip(by_part(weights, stacked), gains * stacked, strict=True):
-                for block in row_blocks(weight):
-                    yield fold_gain(block, gain)
+                for layer in row_blocks(weight):
+                    yield fold_gain(layer, gain)
             return
         # Conv1D stores [D, H]: the run's widths lie side by side, and a gain scales rows.
         folded = [fold_gain(weight.T, gain).T for weight, gain in zip(weights, gains, strict=True)]
@@ -146,10 +146,10 @@ class FuseFFN(Step):
             if overlap := seen.intersection(indices):
                 raise subject.refuse(f"fuse_ffn: runs overlap: block {min(overlap)} of {_name(run)} is in another run")
             seen.update(indices)
-        blocks = all_kept(subject)
-        fused = {indices[0]: self._fused(subject, [blocks[i] for i in indices]) for indices in positions}
+        layers = all_kept(subject)
+        fused = {indices[0]: self._fused(subject, [layers[i] for i in indices]) for indices in positions}
         gone = {i for indices in positions for i in indices[1:]}
-        return assemble(subject, [fused.get(i, block) for i, block in enumerate(blocks) if i not in gone])
+        return assemble(subject, [fused.get(i, layer) for i, layer in enumerate(layers) if i not in gone])
 
     def _positions(self, subject: Subject, run: tuple[int, ...]) -> list[int]:
         indices = list(dict.fromkeys(subject.position(layer, f"fuse_ffn: run {_name(run)}: layer") for layer in run))
@@ -158,7 +158,7 @@ class FuseFFN(Step):
         if indices != list(range(indices[0], indices[-1] + 1)):
             raise subject.refuse(f"fuse_ffn: run {_name(run)} is not contiguous")
         for place, index in enumerate(indices):
-            block = subject.spec.blocks[index]
+            block = subject.spec.layers[index]
             if block.ffn is None or block.branches:
                 raise subject.refuse(f"fuse_ffn: run {_name(run)}: layer {block.parents[0]} has no dense FFN")
             if place and block.attention is not None:
@@ -168,19 +168,19 @@ class FuseFFN(Step):
                 )
         return indices
 
-    def _fused(self, subject: Subject, blocks: list[NewBlock]) -> NewBlock:
-        family, first = subject.family, blocks[0]
-        names = [{suffix: str(name) for suffix, name in block.tensors.items()} for block in blocks]
-        ffns = [block.spec.ffn for block in blocks if block.spec.ffn]
+    def _fused(self, subject: Subject, layers: list[NewLayer]) -> NewLayer:
+        family, first = subject.family, layers[0]
+        names = [{suffix: str(name) for suffix, name in layer.tensors.items()} for layer in layers]
+        ffns = [layer.spec.ffn for layer in layers if layer.spec.ffn]
         # A norm that attention reads, too, stays as it is: the fused FFN gets its own.
         own = [not family.shares_norm or ffn.own_norm for ffn in ffns]
         norms = [family.ffn_norm if mine else family.attention_norm for mine in own]
 
         def each(suffix: str) -> tuple[str, ...]:
-            return tuple(block[suffix] for block in names)
+            return tuple(layer[suffix] for layer in names)
 
         def each_norm(kind: str) -> tuple[str, ...]:
-            return tuple(block[f"{norm}.{kind}"] for block, norm in zip(names, norms, strict=True))
+            return tuple(layer[f"{norm}.{kind}"] for layer, norm in zip(names, norms, strict=True))
 
         gained, shifted = (f"{norms[0]}.{kind}" in names[0] for kind in ("weight", "bias"))
         fold = self.norm == "fold"
@@ -196,9 +196,9 @@ class FuseFFN(Step):
                 if fold and gained
                 else Computed(each(weight), concatenate(in_dim, stacked))
             )
-            biased = [bias in block for block in names]
+            biased = [bias in layer for layer in names]
             if any(biased) or (fold and shifted):
-                sources = each(weight) + tuple(block[bias] for block in names if bias in block)
+                sources = each(weight) + tuple(layer[bias] for layer in names if bias in layer)
                 sources += each_norm("bias") if fold and shifted else ()
                 tensors[bias] = Computed(sources, stack_biases(family.transposed, biased, fold and shifted, stacked))
                 added_bias = not all(biased) or any(ffn.bias for ffn in ffns)
@@ -210,12 +210,12 @@ class FuseFFN(Step):
             if present:
                 last = each_norm(kind)[-1]
                 tensors[f"{family.ffn_norm}.{kind}"] = Computed((last,), neutral) if fold else last
-        spec = BlockSpec(
+        spec = LayerSpec(
             attention=first.spec.attention,
             ffn=FFNSpec(sum(ffn.width for ffn in ffns), own_norm=family.shares_norm, bias=added_bias),
-            parents=tuple(p for block in blocks for p in block.spec.parents),
+            parents=tuple(p for layer in layers for p in layer.spec.parents),
         )
-        return NewBlock(spec, tensors)
+        return NewLayer(spec, tensors)
 
 
 def _name(run: tuple[int, ...]) -> str:

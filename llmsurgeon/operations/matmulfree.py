@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, lowest
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, lowest
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
 
 # Of models whose config names no length.
@@ -83,15 +83,15 @@ class MatMulFree(Step):
         if self.layers is None:
             return self.resolve(subject).plan(subject)
         subject.check(self.op)
-        blocks = all_kept(subject)
+        layers = all_kept(subject)
         for layer in self.layers:
             attention = self._attention(subject, layer, "layer")
             index = subject.position(layer)
-            block = blocks[index]
+            block = layers[index]
             if not isinstance(attention, MLGRUSpec):
                 block = self._converted(subject, block, attention)
-            blocks[index] = _ternary(subject, block) if self.linears == "ternary" else block
-        made = assemble(subject, blocks)
+            layers[index] = _ternary(subject, block) if self.linears == "ternary" else block
+        made = assemble(subject, layers)
         left = sum(not isinstance(a, MLGRUSpec) for a in made.spec.attentions)
         note = (
             f"MatMul-free mixers: {len(self.layers)} attentions are MLGRUs, {left} are left. A sequence keeps "
@@ -101,7 +101,7 @@ class MatMulFree(Step):
 
     def _attention(self, subject: Subject, layer: int, what: str) -> AttentionSpec:
         """The attention of a layer, which must be softmax attention on its own."""
-        block = subject.spec.blocks[subject.position(layer, f"matmulfree: {what}")]
+        block = subject.spec.layers[subject.position(layer, f"matmulfree: {what}")]
         if block.branches:
             raise subject.refuse(f"matmulfree: layer {layer} runs in parallel with others; make MLGRUs first")
         if block.attention is None:
@@ -115,12 +115,12 @@ class MatMulFree(Step):
 
     def _open_to(self, subject: Subject) -> list[int]:
         """Parent layers with a mixer of their own that this step would change."""
-        blocks = [block for block in subject.spec.blocks if block.attention is not None]
-        return [block.parents[0] for block in blocks if block.attention and self._changes(block.attention)]
+        layers = [layer for layer in subject.spec.layers if layer.attention is not None]
+        return [layer.parents[0] for layer in layers if layer.attention and self._changes(layer.attention)]
 
-    def _converted(self, subject: Subject, block: NewBlock, attention: AttentionSpec) -> NewBlock:
+    def _converted(self, subject: Subject, layer: NewLayer, attention: AttentionSpec) -> NewLayer:
         family = subject.family
-        old = {suffix: str(name) for suffix, name in block.tensors.items()}
+        old = {suffix: str(name) for suffix, name in layer.tensors.items()}
         q, k, v, o = (f"{family.attention}.{name}." for name in (family.queries, *family.kv[:2], family.attention_out))
         norm = old[f"{family.attention_norm}.weight"]
         spec = MLGRUSpec.instead_of(attention, in_bias=v + "bias" in old, out_bias=o + "bias" in old)
@@ -142,7 +142,7 @@ class MatMulFree(Step):
             tensors[f"{new}g_proj.bias"] = Computed(sources, lambda b, w, gain: scaled(b, w, gain))
         if spec.out_bias:
             tensors[f"{new}o_proj.bias"] = old[o + "bias"]
-        return NewBlock(replace(block.spec, attention=spec), tensors)
+        return NewLayer(replace(layer.spec, attention=spec), tensors)
 
 
 def repeated(attention: AttentionSpec) -> Callable[[Tensor], Tensor]:
@@ -194,15 +194,15 @@ def constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda like: value.to(device=like.device, dtype=like.dtype)
 
 
-def _ternary(subject: Subject, block: NewBlock) -> NewBlock:
+def _ternary(subject: Subject, layer: NewLayer) -> NewLayer:
     """The block with BitLinears for all projections.
 
     What a norm's gain did goes into the norms of the BitLinears that read it, whose input is then normed alone: until
     rounding sets in, they compute what the projections did.
     """
-    family, ffn, mixer = subject.family, block.spec.ffn, block.spec.attention
+    family, ffn, mixer = subject.family, layer.spec.ffn, layer.spec.attention
     assert isinstance(mixer, MLGRUSpec)
-    tensors = dict(block.tensors)
+    tensors = dict(layer.tensors)
     mixing = ("i_proj", "f_proj", "g_proj")
     groups: list[tuple[str, str, tuple[str, ...], str]] = [
         (family.attention_norm, family.attention, mixing, family.attention_out)
@@ -219,4 +219,4 @@ def _ternary(subject: Subject, block: NewBlock) -> NewBlock:
         weight = tensors[f"{module}.{writer}.weight"]
         sources = (weight,) if isinstance(weight, str) else weight.sources
         tensors[f"{module}.{writer}.gain"] = Computed(sources[:1], lambda given: torch.ones_like(given[0]))
-    return NewBlock(replace(block.spec, attention=replace(mixer, ternary=True), ffn=ffn), tensors)
+    return NewLayer(replace(layer.spec, attention=replace(mixer, ternary=True), ffn=ffn), tensors)

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from llmsurgeon.model.layers import RunList
-from llmsurgeon.model.spec import BlockSpec
-from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.model.spec import LayerSpec
+from llmsurgeon.operations.base import NewLayer, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_windows
 
 
@@ -31,7 +31,7 @@ class ParallelBlocks(Step):
         if self.windows != "auto":
             return self
         dependency = subject.score("block_dependency", "parallel_blocks with windows: auto")
-        layers = [block.parents[0] for block in subject.spec.blocks]
+        layers = [layer.parents[0] for layer in subject.spec.layers]
         windows = choose_windows(dependency, layers, self.size, self.count)
         if len(windows) < self.count:
             raise subject.refuse(
@@ -44,8 +44,8 @@ class ParallelBlocks(Step):
         if self.windows == "auto":
             return self.resolve(subject).plan(subject)
         subject.check(self.op)
-        blocks = all_kept(subject)
-        merged: dict[int, NewBlock] = {}
+        layers = all_kept(subject)
+        merged: dict[int, NewLayer] = {}
         gone: set[int] = set()
         for window in self.windows:
             indices = [subject.position(layer, "parallel_blocks: layer") for layer in window]
@@ -53,15 +53,15 @@ class ParallelBlocks(Step):
                 raise subject.refuse(f"parallel_blocks: {list(window)} is not a window of neighbouring blocks")
             if gone & set(indices) or merged.keys() & set(indices):
                 raise subject.refuse(f"parallel_blocks: {list(window)} overlaps another window")
-            merged[indices[0]] = self._window(subject, [blocks[i] for i in indices])
+            merged[indices[0]] = self._window(subject, [layers[i] for i in indices])
             gone.update(indices[1:])
-        return assemble(subject, [merged.get(i, block) for i, block in enumerate(blocks) if i not in gone])
+        return assemble(subject, [merged.get(i, block) for i, block in enumerate(layers) if i not in gone])
 
     @staticmethod
-    def _window(subject: Subject, blocks: list[NewBlock]) -> NewBlock:
-        if any(block.spec.branches for block in blocks):
+    def _window(subject: Subject, layers: list[NewLayer]) -> NewLayer:
+        if any(layer.spec.branches for layer in layers):
             raise subject.refuse("parallel_blocks: a block of the window is parallel already")
-        attentions = [attention for block in blocks for attention in block.spec.attentions]
+        attentions = [attention for layer in layers for attention in layer.spec.attentions]
         if len({attention.window for attention in attentions}) > 1:
             raise subject.refuse(
                 "parallel_blocks: the window mixes full and sliding attention; one block has one attention mask"
@@ -70,15 +70,15 @@ class ParallelBlocks(Step):
             raise subject.refuse(
                 "parallel_blocks: the window mixes attention with and without rotary positions; one block has one kind"
             )
-        spec = BlockSpec(
+        spec = LayerSpec(
             attention=None,
             ffn=None,
-            parents=tuple(p for block in blocks for p in block.spec.parents),
-            branches=tuple(block.spec for block in blocks),
+            parents=tuple(p for layer in layers for p in layer.spec.parents),
+            branches=tuple(layer.spec for layer in layers),
         )
         tensors = {
             f"branches.{place}.{suffix}": name
-            for place, block in enumerate(blocks)
-            for suffix, name in block.tensors.items()
+            for place, layer in enumerate(layers)
+            for suffix, name in layer.tensors.items()
         }
-        return NewBlock(spec, tensors)
+        return NewLayer(spec, tensors)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.operations.base import NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
+from llmsurgeon.operations.base import NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 # Score name and whether a high value means "can go".
 SUBLAYER_SCORES = {"kl": ("kl", False), "similarity": ("similarity", True)}
@@ -27,7 +27,7 @@ def choose_sublayers(subject: Subject, part: str, count: int, score: str, what: 
 
 def with_part(subject: Subject, part: str) -> list[int]:
     """Parent layers of the blocks that have attention or an FFN (`part`)."""
-    return [b.parents[0] for b in subject.spec.blocks if getattr(b, part) is not None and not b.branches]
+    return [b.parents[0] for b in subject.spec.layers if getattr(b, part) is not None and not b.branches]
 
 
 class PruneAttention(Step):
@@ -98,5 +98,5 @@ def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple
             if not belongs(suffix) or (stays and suffix.startswith(stays))
         }
         spec = replace(block.spec, attention=None) if part == "attention" else replace(block.spec, ffn=None)
-        blocks[index] = NewBlock(spec, tensors)
+        blocks[index] = NewLayer(spec, tensors)
     return assemble(subject, blocks)

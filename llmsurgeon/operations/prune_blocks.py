@@ -43,7 +43,7 @@ class PruneBlocks(Step):
             return self
         if self.window is not None:
             return PruneBlocks(layers=self._nearest_window(subject, self.window))
-        present = [block.parents[0] for block in subject.spec.blocks]
+        present = [block.parents[0] for block in subject.spec.layers]
         if self.score == "rescored":
             order = [layer for layer in subject.score("block_order", "prune_blocks") if layer in present]
             if len(order) < (self.count or 0):

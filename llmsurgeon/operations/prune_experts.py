@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.model.spec import MoESpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
 
 
 class PruneExperts(Step):
@@ -41,20 +41,20 @@ class PruneExperts(Step):
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Experts all alike: which of them are kept changes no shape."""
-        mixtures = {b.parents[0]: b.ffn for b in subject.spec.blocks if isinstance(b.ffn, MoESpec)}
+        mixtures = {b.parents[0]: b.ffn for b in subject.spec.layers if isinstance(b.ffn, MoESpec)}
         return {f"expert_{self.score}": {layer: torch.zeros(ffn.experts) for layer, ffn in mixtures.items()}}
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
-        blocks = all_kept(subject)
-        for index, block in enumerate(blocks):
-            if block.spec.branches:
+        layers = all_kept(subject)
+        for index, layer in enumerate(layers):
+            if layer.spec.branches:
                 raise subject.refuse("prune_experts: blocks run in parallel; drop experts first")
-            if isinstance(block.spec.ffn, MoESpec):
-                blocks[index] = self._fewer(subject, block, block.spec.ffn)
-        return assemble(subject, blocks)
+            if isinstance(layer.spec.ffn, MoESpec):
+                layers[index] = self._fewer(subject, layer, layer.spec.ffn)
+        return assemble(subject, layers)
 
-    def _fewer(self, subject: Subject, block: NewBlock, ffn: MoESpec) -> NewBlock:
+    def _fewer(self, subject: Subject, block: NewLayer, ffn: MoESpec) -> NewLayer:
         family, layer = subject.family, block.spec.parents[0]
         count = self.experts if self.experts is not None else max(1, round(ffn.experts * (self.keep or 1)))
         if count > ffn.experts:
@@ -79,7 +79,7 @@ class PruneExperts(Step):
                 expert, _, rest = suffix.removeprefix(prefix).partition(".")
                 if int(expert) in place:
                     tensors[f"{prefix}{place[int(expert)]}.{rest}"] = name
-        return NewBlock(replace(block.spec, ffn=replace(ffn, experts=count, per_token=per_token)), tensors)
+        return NewLayer(replace(block.spec, ffn=replace(ffn, experts=count, per_token=per_token)), tensors)
 
 
 def _rows(kept: Tensor) -> Callable[[Tensor], Tensor]:

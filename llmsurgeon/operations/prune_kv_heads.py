@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.spec import AttentionSpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 
 
 def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:
@@ -53,16 +53,16 @@ class PruneKVHeads(Step):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
-        blocks = all_kept(subject)
+        layers = all_kept(subject)
         if self.layers is None:
-            indices = [i for i, block in enumerate(subject.spec.blocks) if block.attention is not None]
+            indices = [i for i, block in enumerate(subject.spec.layers) if block.attention is not None]
         else:
             indices = [subject.position(layer, "prune_kv_heads: layer") for layer in self.layers]
         for index in indices:
-            blocks[index] = self._merged(subject, blocks[index])
-        return assemble(subject, blocks)
+            layers[index] = self._merged(subject, layers[index])
+        return assemble(subject, layers)
 
-    def _merged(self, subject: Subject, block: NewBlock) -> NewBlock:
+    def _merged(self, subject: Subject, block: NewLayer) -> NewLayer:
         family, attention, layer = subject.family, block.spec.attention, block.spec.parents[0]
         if attention is None:
             raise subject.refuse(f"prune_kv_heads: layer {layer} has no attention")
@@ -83,4 +83,4 @@ class PruneKVHeads(Step):
             suffix: Computed((str(name),), merge) if suffix.startswith(merged) else name
             for suffix, name in block.tensors.items()
         }
-        return NewBlock(replace(block.spec, attention=replace(attention, kv_heads=self.kv_heads)), tensors)
+        return NewLayer(replace(block.spec, attention=replace(attention, kv_heads=self.kv_heads)), tensors)

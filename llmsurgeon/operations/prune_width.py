@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.spec import FFNSpec
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
 
 
 def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class PruneWidth(Step):
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Channels all alike: which of them are kept changes no shape. For `spread: loss` all layers are alike, too."""
-        ffns = {block.parents[0]: block.ffn for block in subject.spec.blocks if block.ffn is not None}
+        ffns = {block.parents[0]: block.ffn for block in subject.spec.layers if block.ffn is not None}
         flat = {layer: torch.zeros(ffn.width) for layer, ffn in ffns.items()}
         curves = {layer: torch.linspace(1, 0, ffn.width + 1).square() for layer, ffn in ffns.items()}
         alike = {"ffn_channel": flat, "ffn_elimination": flat, "ffn_elimination_loss": curves}
@@ -115,25 +115,25 @@ class PruneWidth(Step):
             SurgeryError: a layer does not exist.
         """
         if self.layers is None:
-            return [i for i, block in enumerate(subject.spec.blocks) if block.ffn is not None]
+            return [i for i, block in enumerate(subject.spec.layers) if block.ffn is not None]
         return [subject.position(layer, "prune_width: layer") for layer in self.layers]
 
     def resolve(self, subject: Subject) -> PruneWidth:
         if self.spread != "loss":
             return self
-        blocks = [subject.spec.blocks[index] for index in self.affected(subject)]
+        layers = [subject.spec.layers[index] for index in self.affected(subject)]
         losses = subject.score("ffn_elimination_loss", "prune_width")
-        mine = {block.parents[0]: torch.as_tensor(losses[block.parents[0]]) for block in blocks}
+        mine = {layer.parents[0]: torch.as_tensor(losses[layer.parents[0]]) for layer in layers}
         widths = widths_by_loss(mine, self.keep or 1, self.multiple_of)
         return PruneWidth(layers=tuple(widths), widths=tuple(widths.values()), multiple_of=self.multiple_of)
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)
-        blocks = all_kept(subject)
+        layers = all_kept(subject)
         widths = dict(zip(self.layers or (), self.widths or (), strict=False))
         for index in self.affected(subject):
-            blocks[index] = self._narrowed(subject, blocks[index], widths)
-        return assemble(subject, blocks)
+            layers[index] = self._narrowed(subject, layers[index], widths)
+        return assemble(subject, layers)
 
     def _target(self, ffn: FFNSpec, layer: int, widths: Mapping[int, int]) -> int:
         if self.width is not None or widths:
@@ -141,7 +141,7 @@ class PruneWidth(Step):
         rounded = round(ffn.width * (self.keep or 1) / self.multiple_of) * self.multiple_of
         return min(ffn.width, max(self.multiple_of, rounded))
 
-    def _narrowed(self, subject: Subject, block: NewBlock, widths: Mapping[int, int]) -> NewBlock:
+    def _narrowed(self, subject: Subject, block: NewLayer, widths: Mapping[int, int]) -> NewLayer:
         family, ffn, layer = subject.family, block.spec.ffn, block.spec.parents[0]
         if ffn is None:
             raise subject.refuse(f"prune_width: layer {layer} has no FFN")
@@ -178,7 +178,7 @@ class PruneWidth(Step):
                 if suffix in names:
                     tensors[suffix] = Computed((names[suffix], *score_sources), select(dim, family.ffn_stacked))
         tensors[family.ffn_tensor(family.ffn_out)] = Computed((out_weight, *score_sources), select(1 - channel_dim))
-        return NewBlock(replace(block.spec, ffn=replace(ffn, width=width)), tensors)
+        return NewLayer(replace(block.spec, ffn=replace(ffn, width=width)), tensors)
 
 
 def _constant(indices: Tensor) -> Callable[..., Tensor]:

@@ -42,11 +42,11 @@ class Refit(Step):
         subject.check(self.op)
         if halves := subject.spec.block_transformer:
             self._check_halves(subject, halves)
-        for block in subject.spec.blocks:
-            mixer = block.attention
-            if isinstance(block.ffn, BitFFNSpec) or (isinstance(mixer, MLGRUSpec) and mixer.ternary):
+        for layer in subject.spec.layers:
+            mixer = layer.attention
+            if isinstance(layer.ffn, BitFFNSpec) or (isinstance(mixer, MLGRUSpec) and mixer.ternary):
                 raise subject.refuse(
-                    f"refit: layer {block.parents[0]} has BitLinears, whose output is not linear in their weights: "
+                    f"refit: layer {layer.parents[0]} has BitLinears, whose output is not linear in their weights: "
                     "heal with distill, or refit with linears: float first and make the result ternary"
                 )
         return Plan(subject.spec, ())
@@ -60,9 +60,9 @@ class Refit(Step):
                 "refit: of block transformers it fits those with decoder prefix and affine: true, this one has "
                 f"{has}; leave refit out (--no-refit), and train it with distill"
             )
-        for block in subject.spec.blocks:
-            if block.branches:
+        for layer in subject.spec.layers:
+            if layer.branches:
                 raise subject.refuse(
-                    f"refit: behind block it fits layers one after the other, and the layers {block.parents[0]} to "
-                    f"{block.parents[-1]} run side by side; leave refit out, or the step that joined them"
+                    f"refit: behind block it fits layers one after the other, and the layers {layer.parents[0]} to "
+                    f"{layer.parents[-1]} run side by side; leave refit out, or the step that joined them"
                 )

@@ -28,14 +28,14 @@ def choose_runs(
     """
     runs: list[tuple[int, ...]] = []
     stretch: list[int] = []
-    blocks = spec.blocks[:-1]
-    for block in blocks:
-        fusable = block.ffn is not None and not block.branches and len(block.parents) == 1
-        if fusable and block.attention is None:
-            stretch.append(block.parents[0])
+    layers = spec.layers[:-1]
+    for layer in layers:
+        fusable = layer.ffn is not None and not layer.branches and len(layer.parents) == 1
+        if fusable and layer.attention is None:
+            stretch.append(layer.parents[0])
             continue
         runs += _cut(stretch, dependency, max_run, max_dependency)
-        stretch = [block.parents[0]] if fusable else []
+        stretch = [layer.parents[0]] if fusable else []
     return tuple(runs + _cut(stretch, dependency, max_run, max_dependency))
 
 

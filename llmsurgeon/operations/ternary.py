@@ -21,7 +21,7 @@ from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
-from llmsurgeon.operations.base import Computed, NewBlock, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 
 SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -94,7 +94,7 @@ class Ternary(Step):
         if not self.sub_norm:
             return {}
         writers = (*subject.family.sub_norms,)
-        return {SIZES: {b.parents[0]: dict.fromkeys(writers, 1.0) for b in subject.spec.blocks if not b.branches}}
+        return {SIZES: {b.parents[0]: dict.fromkeys(writers, 1.0) for b in subject.spec.layers if not b.branches}}
 
     def normed(self, subject: Subject) -> dict[int, tuple[str, ...]]:
         """Block -> output projections inside it that get a norm: those that become ternary and have none.
@@ -108,12 +108,12 @@ class Ternary(Step):
             raise subject.refuse(f"ternary: sub_norm: {reason}")
         found: dict[int, tuple[str, ...]] = {}
         for index, names in self.chosen(subject).items():
-            block = subject.spec.blocks[index]
-            if len(block.parents) > 1 or (block.own_kind and not block.sub_normed):
-                what = block.own_kind or "holds fused FFNs"
-                raise subject.refuse(f"ternary: sub_norm: layer {block.parents[0]} {what}; name other layers")
+            layer = subject.spec.layers[index]
+            if len(layer.parents) > 1 or (layer.own_kind and not layer.sub_normed):
+                what = layer.own_kind or "holds fused FFNs"
+                raise subject.refuse(f"ternary: sub_norm: layer {layer.parents[0]} {what}; name other layers")
             writers = subject.family.sub_norms.items()
-            mine = [path for path, (part, _) in writers if f"{path}.weight" in names and part not in block.sub_normed]
+            mine = [path for path, (part, _) in writers if f"{path}.weight" in names and part not in layer.sub_normed]
             found[index] = tuple(mine)
         return {index: paths for index, paths in found.items() if paths}
 
@@ -132,7 +132,7 @@ class Ternary(Step):
         if self.modules is not None:
             return self._by_module(subject, self.modules)
         found: dict[int, tuple[str, ...]] = {}
-        for index, block in enumerate(subject.spec.blocks):
+        for index, block in enumerate(subject.spec.layers):
             if self.layers is not None and not set(self.layers) & set(block.parents):
                 continue
             found[index] = self._linears(subject, index)
@@ -154,8 +154,8 @@ class Ternary(Step):
         return dict(sorted(found.items()))
 
     def _linears(self, subject: Subject, index: int) -> tuple[str, ...]:
-        if subject.spec.blocks[index].branches:
-            layer = subject.spec.blocks[index].parents[0]
+        if subject.spec.layers[index].branches:
+            layer = subject.spec.layers[index].parents[0]
             raise subject.refuse(
                 f"ternary: layer {layer} is one of parallel blocks, which have no linears of their own"
             )
@@ -171,7 +171,7 @@ class Ternary(Step):
             return self
         costs, everything = subject.score(SCORE, "ternary"), subject.score(BYTES, "ternary")
         candidates = {
-            (subject.spec.blocks[index].parents[0], name): index
+            (subject.spec.layers[index].parents[0], name): index
             for index, names in self.chosen(subject).items()
             for name in names
         }
@@ -205,18 +205,18 @@ class Ternary(Step):
     def plan(self, subject: Subject) -> Plan:
         chosen, family = self.chosen(subject), subject.family
         edit = edited(self.grid, family.transposed)
-        blocks = all_kept(subject)
+        layers = all_kept(subject)
         if self.method == "round":
             for index, names in chosen.items():
-                tensors: dict[str, str | Computed] = dict(blocks[index].tensors)
+                tensors: dict[str, str | Computed] = dict(layers[index].tensors)
                 for name in names:
-                    source = str(blocks[index].tensors[name])
+                    source = str(layers[index].tensors[name])
                     tensors[name] = Computed((source,), partial(edit, source))
-                blocks[index] = NewBlock(blocks[index].spec, tensors)
+                layers[index] = NewLayer(layers[index].spec, tensors)
         normed = self.normed(subject)
         for index, paths in normed.items():
-            blocks[index] = _with_norms(subject, blocks[index], paths)
-        plan = assemble(subject, blocks, [self._note(chosen, sum(map(len, normed.values())))])
+            layers[index] = _with_norms(subject, layers[index], paths)
+        plan = assemble(subject, layers, [self._note(chosen, sum(map(len, normed.values())))])
         outside = [(f"{family.embedding}.weight", self.embeddings), (f"{family.head}.weight", self.head)]
         plain = edited(self.grid, transposed=False)
         transforms = []
@@ -253,7 +253,7 @@ def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
     return (*attention, *(name for name in ffn if name in there))
 
 
-def _with_norms(subject: Subject, block: NewBlock, paths: tuple[str, ...]) -> NewBlock:
+def _with_norms(subject: Subject, block: NewLayer, paths: tuple[str, ...]) -> NewLayer:
     """The block with an RMSNorm before the projections at `paths`, whose gain is the size of what they read."""
     sizes, layer = subject.score(SIZES, "ternary: sub_norm"), block.spec.parents[0]
     spec, tensors = block.spec, dict(block.tensors)
@@ -263,7 +263,7 @@ def _with_norms(subject: Subject, block: NewBlock, paths: tuple[str, ...]) -> Ne
         spec = replace(spec, **own)
         weight = subject.tensors(subject.position(layer))[f"{path}.weight"]
         tensors[f"{norm}.weight"] = Computed((weight,), partial(_gain, sizes[layer][path]))
-    return NewBlock(spec, tensors)
+    return NewLayer(spec, tensors)
 
 
 def _gain(size: float, weight_OI: Tensor) -> Tensor:

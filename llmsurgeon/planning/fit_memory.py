@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFFSpec, ModelSpec
+from llmsurgeon.model.spec import AttentionSpec, FFFSpec, LayerSpec, ModelSpec
 
 FLOAT = 4
 BATCH = 8  # sequences that go through a layer together
@@ -36,22 +36,22 @@ def sums_bytes(features: int, outputs: int) -> int:
 
 def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
     """About the most that a refit of the blocks that differ from the parent's takes beside the process itself."""
-    starts = [min(block.parents) for block in student.blocks]
-    ends = [*starts[1:], len(parent.blocks)]
+    starts = [min(layer.parents) for layer in student.layers]
+    ends = [*starts[1:], len(parent.layers)]
     found = 0
-    for block, start, end in zip(student.blocks, [0, *starts[1:]], ends, strict=True):
-        before = parent.blocks[min(block.parents)]
-        if end - start != 1 or block.branches or (block.attention, block.ffn) != (before.attention, before.ffn):
+    for layer, start, end in zip(student.layers, [0, *starts[1:]], ends, strict=True):
+        before = parent.layers[min(layer.parents)]
+        if end - start != 1 or layer.branches or (layer.attention, layer.ffn) != (before.attention, before.ffn):
             # Parent and student, what is between a block's attention and FFN, and what each layer of the span read.
             streams = (4 + end - start) * text.tokens * student.hidden * text.itemsize
-            found = max(found, streams + _block_bytes(block, student.hidden, text))
+            found = max(found, streams + _block_bytes(layer, student.hidden, text))
     return found
 
 
-def _block_bytes(block: BlockSpec, hidden: int, text: Text) -> int:
-    attention, ffn = block.attention, block.ffn
+def _block_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:
+    attention, ffn = layer.attention, layer.ffn
     heads = attention.heads * attention.head_dim if isinstance(attention, AttentionSpec) else hidden
-    joined = heads + hidden * len(block.parents) if attention is not None and ffn is not None else heads
+    joined = heads + hidden * len(layer.parents) if attention is not None and ffn is not None else heads
     fits = [sums_bytes(joined, hidden)]
     width = 0
     if isinstance(ffn, FFFSpec):

@@ -37,7 +37,7 @@ from llmsurgeon.progress import remark
 
 
 @dataclass(frozen=True)
-class Patient:
+class OpenedCheckpoint:
     """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only.
 
     `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
@@ -55,10 +55,10 @@ class Patient:
     tower: Tower | None = None
     notes: tuple[str, ...] = ()
     # The model as it came, where its vocabulary was trimmed.
-    whole: Patient | None = None
+    whole: OpenedCheckpoint | None = None
 
     @property
-    def original(self) -> Patient:
+    def original(self) -> OpenedCheckpoint:
         """The model as it came."""
         return self.whole or self
 
@@ -104,7 +104,7 @@ class Patient:
         return self.weights if self.checkpoint is None else rebase(self.weights, self.checkpoint.meta())
 
 
-def open_patient(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+def open_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
     """Open a checkpoint and hold its tensors against its config.
 
     `trust_remote_code` lets code that its tokenizer or processor brings along run, and go along into what is written.
@@ -112,22 +112,22 @@ def open_patient(model: str, revision: str | None = None, trust_remote_code: boo
     Raises:
         SurgeryError: unsupported family, impossible config, or tensors that differ from what it promises.
     """
-    return patient_of(open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code))
+    return opened_model(open_checkpoint(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
-def patient_of(checkpoint: Checkpoint) -> Patient:
+def opened_model(checkpoint: Checkpoint) -> OpenedCheckpoint:
     """The same of a checkpoint that is open already."""
     made = read_model(checkpoint)
     spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
     notes = (*made.notes, *(checkpoint.companions.notes if checkpoint.path.is_dir() else ()))
     for note in notes:
         remark(f"{checkpoint.name}: {note}")
-    return Patient(
+    return OpenedCheckpoint(
         checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, notes
     )
 
 
-def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
     """The same from config.json alone: enough for a plan."""
     raw = read_config(model, revision)
     refuse_quantised(raw, model)
@@ -146,24 +146,26 @@ def open_config(model: str, revision: str | None = None, trust_remote_code: bool
     )
     for note in notes:
         remark(f"{model}: {note}")
-    return Patient(model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes)
+    return OpenedCheckpoint(
+        model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes
+    )
 
 
-def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Patient:
+def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
     """With its weights where they are on this disk, else from config.json alone.
 
     Raises:
         SurgeryError: as `open_patient`.
     """
-    opened = open_patient if has_weights(model) else open_config
+    opened = open_model if has_weights(model) else open_config
     return opened(model, revision, trust_remote_code)
 
 
-def check_length(patient: Patient, length: int, setting: str) -> None:
+def check_length(parent: OpenedCheckpoint, length: int, setting: str) -> None:
     """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
-    limit = patient.spec.max_positions
+    limit = parent.spec.max_positions
     if limit and length > limit:
-        raise SurgeryError(f"{patient.name}: {setting} is {length}, and the model has {limit} positions; lower it")
+        raise SurgeryError(f"{parent.name}: {setting} is {length}, and the model has {limit} positions; lower it")
 
 
 def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -171,18 +173,18 @@ def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(meta[name].shape) for name in meta}
 
 
-def ternary_by_block(patient: Patient) -> list[tuple[str, ...]] | None:
+def ternary_by_layer(parent: OpenedCheckpoint) -> list[tuple[str, ...]] | None:
     """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
 
     None where there are no weights to look at: of a config alone, and of GGUF files, which are decoded.
     """
-    if patient.checkpoint is None or patient.checkpoint.path.is_file():
+    if parent.checkpoint is None or parent.checkpoint.path.is_file():
         return None
-    subject, family = patient.subject({}), patient.family
+    subject, family = parent.subject({}), parent.family
     found = []
-    for index in range(len(patient.spec.blocks)):
-        names = () if patient.spec.blocks[index].branches else linears_of(subject, index)
-        weights = {name: patient.weights[family.layer(index) + name] for name in names}
+    for index in range(len(parent.spec.layers)):
+        names = () if parent.spec.layers[index].branches else linears_of(subject, index)
+        weights = {name: parent.weights[family.layer(index) + name] for name in names}
         looked = {name: w.T if family.transposed else w for name, w in weights.items()}
         found.append(tuple(n.removesuffix(".weight") for n, w in looked.items() if is_ternary(w[:: len(w) // 64 + 1])))
     return found

@@ -23,7 +23,7 @@ from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary, refuse_ternary
 from llmsurgeon.operations.trim_vocab import TrimVocab
 from llmsurgeon.planning.fit_memory import Text, refit_bytes, ternary_bytes
-from llmsurgeon.planning.opened import Patient, shapes_of
+from llmsurgeon.planning.opened import OpenedCheckpoint, shapes_of
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.recipe.recipe import Recipe
 
@@ -41,7 +41,7 @@ class Planned:
     `weights` are the student's own, `meta` what will be written, on the meta device.
     """
 
-    patient: Patient
+    parent: OpenedCheckpoint
     recipe: Recipe
     spec: ModelSpec
     weights: Mapping[str, Tensor]
@@ -66,43 +66,43 @@ class Planned:
         wanted, found = self.recipe.calibration, 0
         for step in self.heals:
             tokens = (step.tokens if isinstance(step, Refit) else None) or wanted.tokens
-            text = Text(tokens, wanted.sequence_length, self.patient.dtype.itemsize)
+            text = Text(tokens, wanted.sequence_length, self.parent.dtype.itemsize)
             if isinstance(step, Refit):
-                found = max(found, refit_bytes(self.patient.spec, self.spec, text))
+                found = max(found, refit_bytes(self.parent.spec, self.spec, text))
             elif isinstance(step, Ternary):
-                chosen = step.chosen(Subject(self.spec, self.patient.family, frozenset(self.weights)))
-                names = {self.patient.family.layer(i) + name for i, inside in chosen.items() for name in inside}
+                chosen = step.chosen(Subject(self.spec, self.parent.family, frozenset(self.weights)))
+                names = {self.parent.family.layer(i) + name for i, inside in chosen.items() for name in inside}
                 shapes = [tuple(self.meta[name].shape) for name in names & set(self.meta)]
-                turned = [shape[::-1] if self.patient.family.transposed else shape for shape in shapes]
+                turned = [shape[::-1] if self.parent.family.transposed else shape for shape in shapes]
                 found = max(found, *(ternary_bytes(i, o, text, self.spec.hidden) for o, i in turned))
         return found
 
 
-def check_recipe(patient: Patient, recipe: Recipe) -> None:
+def check_recipe(parent: OpenedCheckpoint, recipe: Recipe) -> None:
     """Raise SurgeryError for what needs no planning to be refused."""
-    check_gate(recipe.gate, patient.family)
+    check_gate(recipe.gate, parent.family)
     check_order(recipe.steps)
     for step in recipe.steps:
-        patient.subject({}).check(step.op)
-        if patient.tower and step.op == "block":
+        parent.subject({}).check(step.op)
+        if parent.tower and step.op == "block":
             raise SurgeryError(
-                f"{patient.name}: block is for text models; this is the text tower of a vision-language model "
-                f"({patient.model_type}), whose images enter as embeddings that no block of tokens holds"
+                f"{parent.name}: block is for text models; this is the text tower of a vision-language model "
+                f"({parent.model_type}), whose images enter as embeddings that no block of tokens holds"
             )
-        if patient.tower and step.op == "distill":
+        if parent.tower and step.op == "distill":
             raise SurgeryError(
-                f"{patient.name}: distill saves the text tower alone, without the rest of this vision-language model "
-                f"({patient.model_type}); heal it with refit"
+                f"{parent.name}: distill saves the text tower alone, without the rest of this vision-language model "
+                f"({parent.model_type}); heal it with refit"
             )
     if recipe.calibration.sentences:
         others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
-        if not patient.family.encoder or others:
+        if not parent.family.encoder or others:
             raise SurgeryError(
-                f"{patient.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"
+                f"{parent.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"
                 + (f"; here {', '.join(sorted(others))} would be measured on padding, too" if others else "")
             )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
-        check_text(patient, recipe.calibration)
+        check_text(parent, recipe.calibration)
 
 
 def check_order(steps: Sequence[Step]) -> None:
@@ -123,7 +123,7 @@ def check_order(steps: Sequence[Step]) -> None:
             )
 
 
-def within_positions(patient: Patient, recipe: Recipe) -> Recipe:
+def within_positions(parent: OpenedCheckpoint, recipe: Recipe) -> Recipe:
     """The recipe with a window's length that it leaves open lowered to what the model and the tokens hold.
 
     A length that is given is held against the model where text is read.
@@ -131,61 +131,61 @@ def within_positions(patient: Patient, recipe: Recipe) -> Recipe:
     wanted = recipe.calibration
     if "sequence_length" in wanted.model_fields_set:
         return recipe
-    length = min(wanted.sequence_length, patient.spec.max_positions or wanted.sequence_length, wanted.tokens)
+    length = min(wanted.sequence_length, parent.spec.max_positions or wanted.sequence_length, wanted.tokens)
     if length == wanted.sequence_length:
         return recipe
     return recipe.model_copy(update={"calibration": wanted.model_copy(update={"sequence_length": length})})
 
 
-def check_text(patient: Patient, wanted: recipe_file.Calibration) -> None:
+def check_text(parent: OpenedCheckpoint, wanted: recipe_file.Calibration) -> None:
     """Raise SurgeryError where text is needed, none is given, and the model cannot sample any."""
-    if patient.family.encoder and not (wanted.text or wanted.dataset):
+    if parent.family.encoder and not (wanted.text or wanted.dataset):
         raise SurgeryError(
-            f"{patient.name}: {patient.family.model_type} is an encoder and cannot sample text from itself; "
+            f"{parent.name}: {parent.family.model_type} is an encoder and cannot sample text from itself; "
             "give --text FILE or --dataset NAME (in a recipe: under calibration). Only cuts by layer or by weights "
             "need none, without refit (--no-refit) and gate"
         )
 
 
-def refuse_ternary_parent(patient: Patient, recipe: Recipe) -> None:
+def refuse_ternary_parent(parent: OpenedCheckpoint, recipe: Recipe) -> None:
     """Raise SurgeryError where a linear that is to become ternary is so already, or has no whole groups."""
-    subject = patient.subject({})
+    subject = parent.subject({})
     for step in (step for step in recipe.steps if isinstance(step, Ternary)):
         for index, names in step.chosen(subject).items():
             for name in names:
-                full = patient.family.layer(index) + name
-                weight = patient.weights[full]
-                step.grid.group(weight.shape[0 if patient.family.transposed else 1])
-                refuse_ternary(full, weight, patient.family.transposed)
+                full = parent.family.layer(index) + name
+                weight = parent.weights[full]
+                step.grid.group(weight.shape[0 if parent.family.transposed else 1])
+                refuse_ternary(full, weight, parent.family.transposed)
 
 
-def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned:
+def plan(parent: OpenedCheckpoint, recipe: Recipe, scores: Mapping[str, Any]) -> Planned:
     """Resolve and plan every step, choose the format, and check the result on the meta device."""
-    check_recipe(patient, recipe)
-    family = patient.family
-    subject = patient.subject(scores)
-    weights: Mapping[str, Tensor] = patient.weights
+    check_recipe(parent, recipe)
+    family = parent.family
+    subject = parent.subject(scores)
+    weights: Mapping[str, Tensor] = parent.weights
     resolved: list[Step] = []
-    notes = list(patient.notes)
+    notes = list(parent.notes)
     for step in recipe.steps:
         resolved.append(step.resolve(subject))
         planned = resolved[-1].plan(subject)
         weights = TransformedWeights(weights, planned.transforms)
         subject = subject.after(planned)
         notes += planned.notes
-    whole = patient.original
-    subject, weights = without_empty_blocks(subject, weights)
-    written = patient.form(subject.spec, recipe.format)
-    meta = written.fit(weights if patient.checkpoint is None else rebase(weights, patient.checkpoint.meta()))
+    whole = parent.original
+    subject, weights = without_empty_layers(subject, weights)
+    written = parent.form(subject.spec, recipe.format)
+    meta = written.fit(weights if parent.checkpoint is None else rebase(weights, parent.checkpoint.meta()))
     expected = expected_shapes(empty_model(written.config))
-    check_shapes(shapes_of(meta), expected, "the planned checkpoint", family, patient.beside)
-    after = patient.costs(written.spec, shapes_of(meta))
+    check_shapes(shapes_of(meta), expected, "the planned checkpoint", family, parent.beside)
+    after = parent.costs(written.spec, shapes_of(meta))
     if written.format == "bitnet":
         packing = packing_of(written.config, meta, ternary_names(resolved, subject))
         written = replace(written, packing=packing)
         after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
     return Planned(
-        patient=patient,
+        parent=parent,
         recipe=recipe.model_copy(update={"steps": tuple(resolved)}),
         spec=subject.spec,
         weights=weights,
@@ -198,11 +198,11 @@ def plan(patient: Patient, recipe: Recipe, scores: Mapping[str, Any]) -> Planned
     )
 
 
-def foreseen(patient: Patient, recipe: Recipe) -> dict[str, Any]:
+def foreseen(parent: OpenedCheckpoint, recipe: Recipe) -> dict[str, Any]:
     """For a dry run: what shapes alone say of the scores that the recipe's steps ask for."""
     scores: dict[str, Any] = {}
     for step in recipe.steps:
-        for name, values in step.foresee(patient.subject({})).items():
+        for name, values in step.foresee(parent.subject({})).items():
             scores[name] = {**scores.get(name, {}), **values}
     return scores
 
@@ -223,9 +223,9 @@ def ternary_names(steps: Sequence[Step], subject: Subject) -> list[str]:
     return [*dict.fromkeys(names), *head]
 
 
-def without_empty_blocks(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
+def without_empty_layers(subject: Subject, weights: Mapping[str, Tensor]) -> tuple[Subject, Mapping[str, Tensor]]:
     """The same model without blocks that only pass their input on, as published Nemotron-NAS checkpoints have them."""
-    if not any(block.empty for block in subject.spec.blocks):
+    if not any(layer.empty for layer in subject.spec.layers):
         return subject, weights
     made = assemble(subject, all_kept(subject))
     return subject.after(made), TransformedWeights(weights, made.transforms)

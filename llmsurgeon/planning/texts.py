@@ -23,7 +23,7 @@ from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.trim_vocab import TrimVocab
-from llmsurgeon.planning.opened import Patient, check_length, open_patient, patient_of
+from llmsurgeon.planning.opened import OpenedCheckpoint, check_length, open_model, opened_model
 from llmsurgeon.planning.plan import Planned, check_recipe, check_text
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.calibration import Calibration, calibration_tokens, documents, window_start
@@ -79,18 +79,18 @@ def files_of(recipe: recipe_file.Recipe) -> tuple[Path, ...]:
 
 def opened(
     model: str, recipe: recipe_file.Recipe, revision: str | None = None, trust_remote_code: bool = False
-) -> Patient:
+) -> OpenedCheckpoint:
     """The checkpoint that a recipe operates on: where its first step trims the vocabulary, with the rows that stay.
 
     Raises:
         SurgeryError: as `open_patient`, or the vocabulary cannot be trimmed as asked for.
     """
-    patient = open_patient(model, revision, trust_remote_code)
+    parent = open_model(model, revision, trust_remote_code)
     step = trims(recipe)
     if step is None:
-        return patient
-    check_recipe(patient, recipe)
-    assert patient.checkpoint is not None
+        return parent
+    check_recipe(parent, recipe)
+    assert parent.checkpoint is not None
     sources = [
         Source(
             documents(text=entry.text) if entry.text else None,
@@ -100,7 +100,7 @@ def opened(
         )
         for entry in step.entries
     ]
-    return trimmed(patient, trim(patient.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of))
+    return trimmed(parent, trim(parent.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of))
 
 
 def trims(recipe: recipe_file.Recipe) -> TrimVocab | None:
@@ -108,13 +108,13 @@ def trims(recipe: recipe_file.Recipe) -> TrimVocab | None:
     return next((step for step in recipe.steps if isinstance(step, TrimVocab)), None)
 
 
-def trimmed(whole: Patient, checkpoint: TrimmedCheckpoint) -> Patient:
+def trimmed(whole: OpenedCheckpoint, checkpoint: TrimmedCheckpoint) -> OpenedCheckpoint:
     """`whole` with the rows of `checkpoint` alone."""
     vocabulary = checkpoint.vocabulary
     notes = [f"Vocabulary: {len(vocabulary.kept):,} of {vocabulary.size:,} rows stay."]
     if checkpoint.left_out:
         notes.append(f"Left out, since they hold the parent's vocabulary: {', '.join(checkpoint.left_out)}.")
-    made = patient_of(checkpoint)
+    made = opened_model(checkpoint)
     return replace(made, whole=whole, notes=(*made.notes, *notes))
 
 
@@ -126,8 +126,10 @@ def device_kind(device: str) -> str:
 class Texts:
     """Calibration text and the parent's runner, made when first asked for."""
 
-    def __init__(self, patient: Patient, wanted: recipe_file.Calibration, tokens: int, options: Options) -> None:
-        self.patient, self.options, self.wanted = patient, options, wanted
+    def __init__(
+        self, parent: OpenedCheckpoint, wanted: recipe_file.Calibration, tokens: int, options: Options
+    ) -> None:
+        self.parent, self.options, self.wanted = parent, options, wanted
         self.calibration = Calibration(
             wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
         )
@@ -139,11 +141,11 @@ class Texts:
     def windows(self) -> Tensor:
         """Calibration tokens [S, T]."""
         if self._windows is None:
-            check_text(self.patient, self.wanted)
-            checkpoint = self.patient.checkpoint
+            check_text(self.parent, self.wanted)
+            checkpoint = self.parent.checkpoint
             assert checkpoint is not None
             self._windows = calibration_tokens(
-                self.patient.name,
+                self.parent.name,
                 self.tokenizer(),
                 text=self.calibration.text,
                 dataset=self.calibration.dataset,
@@ -155,7 +157,7 @@ class Texts:
                 fingerprint=self.parent_key,
             )
             setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
-            check_length(self.patient, self._windows.shape[1], setting)
+            check_length(self.parent, self._windows.shape[1], setting)
             self._check_ids(self._windows)
             self.description = self.calibration.describe(self._windows)
             self.options.say(self.description)
@@ -163,8 +165,8 @@ class Texts:
 
     def training(self, step: DistillStep, windows: Tensor) -> list[Rows]:
         """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
-        check_length(self.patient, step.sequence_length, "distill.sequence_length")
-        checkpoint = self.patient.checkpoint
+        check_length(self.parent, step.sequence_length, "distill.sequence_length")
+        checkpoint = self.parent.checkpoint
         assert checkpoint is not None
         tokenizer = self.tokenizer()
 
@@ -183,31 +185,31 @@ class Texts:
     def _check_ids(self, tokens: Tensor | np.ndarray) -> None:
         """Raise SurgeryError for tokens that the model has no embedding of."""
         if len(tokens):
-            check_token_ids(int(tokens.min()), int(tokens.max()), self.patient.spec.vocab, self.patient.name)
+            check_token_ids(int(tokens.min()), int(tokens.max()), self.parent.spec.vocab, self.parent.name)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The parent's tokenizer."""
-        checkpoint = self.patient.checkpoint
+        checkpoint = self.parent.checkpoint
         assert checkpoint is not None
         return load_tokenizer(str(checkpoint.path), trust_remote_code=checkpoint.trust_remote_code)
 
     @property
     def parent_key(self) -> str:
         """Names the parent as it computes here: what it samples and says is kept under it."""
-        assert self.patient.checkpoint is not None
+        assert self.parent.checkpoint is not None
         libraries = [__version__, *(version(library) for library in ("torch", "transformers"))]
         how = [str(self.dtype), device_kind(self.options.device), *libraries]
-        return sha256(json.dumps([self.patient.checkpoint.fingerprint, *how]).encode()).hexdigest()
+        return sha256(json.dumps([self.parent.checkpoint.fingerprint, *how]).encode()).hexdigest()
 
     @property
     def dtype(self) -> torch.dtype:
         """What activations are computed in."""
-        return self.patient.computed_in(self.options.dtype, self.options.device)
+        return self.parent.computed_in(self.options.dtype, self.options.device)
 
     def bits(self, student: Score, windows: Tensor) -> BitsPerByte | None:
         """Both models on what `windows` say, each with its own tokenizer; None where the tokenizer stayed as it was."""
-        whole = self.patient.whole
-        if whole is None or self.patient.family.encoder:
+        whole = self.parent.whole
+        if whole is None or self.parent.family.encoder:
             return None
         assert whole.checkpoint is not None
         mine, theirs = (
@@ -215,7 +217,7 @@ class Texts:
             load_tokenizer(str(whole.checkpoint.path), trust_remote_code=whole.checkpoint.trust_remote_code),
         )
         starts = window_start(mine), window_start(theirs)
-        found = passages(texts_of(windows, mine), mine, theirs, *starts, self.patient.spec.max_positions)
+        found = passages(texts_of(windows, mine), mine, theirs, *starts, self.parent.spec.max_positions)
         parent = LayerRunner(whole.config, whole.weights, self.dtype, self.options.device)
         return bits_per_byte(found, student, walked(parent, self.options.batch))
 
@@ -223,7 +225,7 @@ class Texts:
     def runner(self) -> LayerRunner:
         """The parent, layer by layer."""
         if self._runner is None:
-            self._runner = self.walker(self.patient.config, self.patient.weights)
+            self._runner = self.walker(self.parent.config, self.parent.weights)
         return self._runner
 
     def walker(self, config: dict[str, Any], weights: Mapping[str, Tensor]) -> LayerRunner:

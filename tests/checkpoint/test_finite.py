@@ -22,7 +22,7 @@ from llmsurgeon.evaluation.encoders import evaluate_encoder
 from llmsurgeon.evaluation.latency import benchmark
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import computed_in
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 
 SHORT = ["--tokens", "64", "--seq-len", "16"]
 
@@ -60,7 +60,7 @@ def test_one_dtype_for_every_command(tmp_path, call, make):
     folder = make(save_tiny(tmp_path / "parent", "llama", tokenizer=True))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert torch.equal(logits(load_model(str(folder)), some_tokens()), logits(expected, some_tokens()))
-    assert open_patient(str(folder)).computed_in(None, "cpu") == torch.bfloat16
+    assert open_model(str(folder)).computed_in(None, "cpu") == torch.bfloat16
     for arguments in (
         ["verify", folder],
         ["eval", folder, "--text", "text.txt", *SHORT],
@@ -77,7 +77,7 @@ def test_one_dtype_for_every_command(tmp_path, call, make):
 
 def test_whole_numbers_are_no_weights(tmp_path):
     folder = cast(save_tiny(tmp_path / "p", "llama"), lambda name, t: t if "norm" in name else t.to(torch.int8))
-    for reader in (open_patient, load_model):
+    for reader in (open_model, load_model):
         with pytest.raises(CheckpointError, match="most of its numbers are int8, packed by a quantiser"):
             reader(str(folder))
 

@@ -26,8 +26,8 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 def stack(*parts):
     """A generator of blocks, as an edit makes a tensor that is larger than memory."""
     for part in parts:
-        for block in row_blocks(part, 100):
-            yield (block.float() * 0.5).to(block.dtype)
+        for layer in row_blocks(part, 100):
+            yield (layer.float() * 0.5).to(layer.dtype)
 
 
 def split(matrix):

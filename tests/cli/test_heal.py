@@ -17,7 +17,7 @@ from conftest import TEXT, encoder_tokenizer, save_encoder, save_tiny
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import loads
 
 CUT = "steps:\n  - {op: prune_attention, layers: [2, 3]}\n  - {op: fuse_ffn, runs: [1-3]}\n"
@@ -83,7 +83,7 @@ def test_a_student_in_the_familys_own_form_keeps_it(folder, run):
 def test_local_mode_moves_changed_blocks_alone(folder, run):
     local = ("--set", "distill.mode=local")
     assert run("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed", *local)[0] == 0
-    student, healed = (open_patient(str(folder / name)).weights for name in ("student", "healed"))
+    student, healed = (open_model(str(folder / name)).weights for name in ("student", "healed"))
     moved = {name.split(".")[2] for name in student if not torch.equal(student[name], healed[name])}
     assert moved == {"1"}
     assert "Block 1: " in (folder / "healed/report.html").read_text()

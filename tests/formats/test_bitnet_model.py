@@ -15,7 +15,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.kernels.packed import pack_linears
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 
@@ -52,8 +52,8 @@ def test_transformers_own_class_computes_it(tmp_path, family):
     assert type(stock) is BitNetForCausalLM
     ours = load_model(str(folder), dtype=torch.float32)
     torch.testing.assert_close(outputs(ours), outputs(stock), rtol=1e-5, atol=1e-5)
-    patient = open_patient(str(folder))
-    assert all(block.sub_normed == ("attention", "ffn") for block in patient.spec.blocks)
+    parent = open_model(str(folder))
+    assert all(layer.sub_normed == ("attention", "ffn") for layer in parent.spec.layers)
     export(str(folder), str(tmp_path / "surgeon"), "surgeon")
     torch.testing.assert_close(outputs(load_model(str(tmp_path / "surgeon"))), outputs(ours), rtol=0, atol=0)
     assert len(pack_linears(ours)) == 14

@@ -18,7 +18,7 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.padding import filled, padded, repeated
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 
@@ -75,14 +75,14 @@ def test_key_value_heads_are_repeated(tmp_path):
 
 def test_what_zeros_cannot_do():
     attention, ffn = AttentionSpec(4, 2, 8), FFNSpec(96)
-    both = BlockSpec(attention, ffn, (0,))
+    both = LayerSpec(attention, ffn, (0,))
     config = normalised(tiny_config("llama", num_hidden_layers=2))
-    parallel = ModelSpec("llama", 32, 64, (both, BlockSpec(None, None, (1,), (both, both))), False)
+    parallel = ModelSpec("llama", 32, 64, (both, LayerSpec(None, None, (1,), (both, both))), False)
     with pytest.raises(
         SurgeryError, match=r"format native .* block 1 runs 2 blocks in parallel; formats that can: surgeon"
     ):
         write_config(parallel, FAMILIES["llama"], config, "native")
-    without = ModelSpec("llama", 32, 64, (BlockSpec(attention, None, (0,)), BlockSpec(attention, None, (1,))), False)
+    without = ModelSpec("llama", 32, 64, (LayerSpec(attention, None, (0,)), LayerSpec(attention, None, (1,))), False)
     with pytest.raises(SurgeryError, match="no block has an FFN; formats that can: nemotron-nas, surgeon"):
         write_config(without, FAMILIES["llama"], config, "native")
 
@@ -106,7 +106,7 @@ def test_padding_against_the_slow_version():
 
 def test_large_tensors_come_in_blocks():
     blocks = list(padded((4096, 512))(torch.ones(2000, 300)))
-    assert torch.cat(blocks).shape == (4096, 512) and max(block.numel() for block in blocks) <= 2 * BLOCK_NUMBERS
-    assert max(block.numel() for block in filled((4096, 512), 0.0)(torch.ones(1))) <= BLOCK_NUMBERS
+    assert torch.cat(blocks).shape == (4096, 512) and max(layer.numel() for layer in blocks) <= 2 * BLOCK_NUMBERS
+    assert max(layer.numel() for layer in filled((4096, 512), 0.0)(torch.ones(1))) <= BLOCK_NUMBERS
     meta = list(padded((4096, 512))(torch.ones(2000, 300, device="meta")))
     assert torch.cat(meta).shape == (4096, 512) and len(meta) == 2

@@ -22,7 +22,7 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.nemotron_nas import padded_width, read, waste, width_of
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
 from llmsurgeon.planning.opened import open_config
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import loads
@@ -286,19 +286,19 @@ def test_operated_on_again(folders, tmp_path):
 # What auto chooses, and what the form cannot hold.
 
 
-def spec_of(family: str, *blocks: BlockSpec) -> ModelSpec:
-    return ModelSpec(family, 32, 64, blocks, False, 128)
+def spec_of(family: str, *layers: LayerSpec) -> ModelSpec:
+    return ModelSpec(family, 32, 64, layers, False, 128)
 
 
 ATTENTION, FFN = AttentionSpec(4, 2, 8), FFNSpec(256)
-BOTH, LONE_FFN, LONE_ATTENTION = BlockSpec(ATTENTION, FFN, (0,)), BlockSpec(None, FFN, (1,)), BlockSpec(ATTENTION, None)
+BOTH, LONE_FFN, LONE_ATTENTION = LayerSpec(ATTENTION, FFN, (0,)), LayerSpec(None, FFN, (1,)), LayerSpec(ATTENTION, None)
 MISFITS = {
     "no attention first": ((LONE_FFN, BOTH), {}, "block 0 has no attention"),
-    "parallel": ((BOTH, BlockSpec(None, None, (1,), (BOTH, BOTH))), {}, "block 1 runs 2 blocks in parallel"),
-    "empty": ((BOTH, BlockSpec(None, None, (1,))), {}, "block 1 has neither attention nor FFN"),
-    "window": ((BOTH, BlockSpec(AttentionSpec(4, 2, 8, 16), FFNSpec(512), (1,))), {}, "block 1 has a sliding window"),
-    "head width": ((BOTH, BlockSpec(AttentionSpec(4, 2, 16), FFN, (1,))), {}, "block 1 has 4 heads of width 16"),
-    "heads": ((BOTH, BlockSpec(AttentionSpec(2, 2, 16), FFN, (1,))), {}, "block 1 has 2 heads of width 16"),
+    "parallel": ((BOTH, LayerSpec(None, None, (1,), (BOTH, BOTH))), {}, "block 1 runs 2 blocks in parallel"),
+    "empty": ((BOTH, LayerSpec(None, None, (1,))), {}, "block 1 has neither attention nor FFN"),
+    "window": ((BOTH, LayerSpec(AttentionSpec(4, 2, 8, 16), FFNSpec(512), (1,))), {}, "block 1 has a sliding window"),
+    "head width": ((BOTH, LayerSpec(AttentionSpec(4, 2, 16), FFN, (1,))), {}, "block 1 has 4 heads of width 16"),
+    "heads": ((BOTH, LayerSpec(AttentionSpec(2, 2, 16), FFN, (1,))), {}, "block 1 has 2 heads of width 16"),
     "biases": ((BOTH, LONE_FFN), {"mlp_bias": True}, "leave out biases of the FFNs"),
     "activation": ((BOTH, LONE_FFN), {"hidden_act": "gelu"}, "know the activation silu alone, not gelu"),
 }
@@ -306,12 +306,12 @@ MISFITS = {
 
 @pytest.mark.parametrize("what", MISFITS)
 def test_what_it_cannot_hold(what):
-    blocks, changes, message = MISFITS[what]
-    blocks = tuple(BlockSpec(b.attention, b.ffn, (i,), b.branches) for i, b in enumerate(blocks))
+    layers, changes, message = MISFITS[what]
+    layers = tuple(LayerSpec(b.attention, b.ffn, (i,), b.branches) for i, b in enumerate(layers))
     config = {**normalised(tiny_config("llama", num_hidden_layers=2)), **changes}
     with pytest.raises(SurgeryError, match=f"format nemotron-nas cannot hold this model: .*{message}.*that can: "):
-        write_config(spec_of("llama", *blocks), FAMILIES["llama"], config, "nemotron-nas")
-    written = write_config(spec_of("llama", *blocks), FAMILIES["llama"], config)
+        write_config(spec_of("llama", *layers), FAMILIES["llama"], config, "nemotron-nas")
+    written = write_config(spec_of("llama", *layers), FAMILIES["llama"], config)
     assert written.format == "surgeon"
     assert "not nemotron-nas: " in written.why and re.search(message, written.why)
 
@@ -328,17 +328,17 @@ def test_auto():
     """Plain where it can be, nemotron-nas where engines read it, surgeon where zeros would outweigh that."""
     config = normalised(tiny_config("llama", num_hidden_layers=2))
 
-    def chosen(*blocks: BlockSpec) -> Any:
-        return write_config(spec_of("llama", *blocks), FAMILIES["llama"], config)
+    def chosen(*layers: LayerSpec) -> Any:
+        return write_config(spec_of("llama", *layers), FAMILIES["llama"], config)
 
     assert chosen(BOTH, BOTH).format == "native"
     uneven = chosen(BOTH, LONE_FFN)
     assert (uneven.format, uneven.why) == ("nemotron-nas", "block 1 has no attention")
-    padded = chosen(BOTH, BlockSpec(None, FFNSpec(200), (1,)))
+    padded = chosen(BOTH, LayerSpec(None, FFNSpec(200), (1,)))
     assert padded.format == "surgeon" and "multiples of 256 would add 12 % of zeros" in padded.why
-    assert waste(spec_of("llama", BOTH, BlockSpec(None, FFNSpec(2040)))) is None
-    assert chosen(BOTH, BlockSpec(ATTENTION, None, (1,))).loads.endswith("make no GGUF of it.")
-    fewer = chosen(BOTH, BlockSpec(AttentionSpec(4, 1, 8), FFN, (1,)))
+    assert waste(spec_of("llama", BOTH, LayerSpec(None, FFNSpec(2040)))) is None
+    assert chosen(BOTH, LayerSpec(ATTENTION, None, (1,))).loads.endswith("make no GGUF of it.")
+    fewer = chosen(BOTH, LayerSpec(AttentionSpec(4, 1, 8), FFN, (1,)))
     assert fewer.format == "nemotron-nas" and "SGLang refuses it" in fewer.loads
 
 
@@ -390,27 +390,27 @@ def config_file(tmp_path) -> Any:
 
 
 def test_published_configs_are_read(config_file):
-    patient = open_config(config_file(published()))
-    blocks = patient.spec.blocks
-    assert patient.family.model_type == "llama" and patient.dtype == torch.bfloat16
-    assert [b.attention and (b.attention.heads, b.attention.kv_heads) for b in blocks] == [
+    parent = open_config(config_file(published()))
+    layers = parent.spec.layers
+    assert parent.family.model_type == "llama" and parent.dtype == torch.bfloat16
+    assert [b.attention and (b.attention.heads, b.attention.kv_heads) for b in layers] == [
         (8, 2),
         None,
         None,
         (8, 1),
         (8, 2),
     ]
-    assert [b.ffn and b.ffn.width for b in blocks] == [1024, 512, None, 1792, None]
-    assert blocks[2].empty
-    assert patient.config["rope_parameters"] == LLAMA3_ROPE
+    assert [b.ffn and b.ffn.width for b in layers] == [1024, 512, None, 1792, None]
+    assert layers[2].empty
+    assert parent.config["rope_parameters"] == LLAMA3_ROPE
 
 
 def test_published_configs_are_operated_on(config_file):
     """Blocks that only pass their input on are left out of what is written; layers keep their numbers."""
-    patient = open_config(config_file(published()))
-    made = plan(patient, recipe_of("\n  - {op: prune_attention, layers: [3]}\n"), {})
+    parent = open_config(config_file(published()))
+    made = plan(parent, recipe_of("\n  - {op: prune_attention, layers: [3]}\n"), {})
     assert made.written.format == "nemotron-nas" and len(made.written.config["block_configs"]) == 4
-    assert [block.parents for block in made.spec.blocks] == [(0,), (1,), (3,), (4,)]
+    assert [layer.parents for layer in made.spec.layers] == [(0,), (1,), (3,), (4,)]
 
 
 @pytest.mark.parametrize(

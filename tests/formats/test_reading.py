@@ -22,7 +22,7 @@ from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.reading import same_values
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 
@@ -62,8 +62,8 @@ def test_a_head_that_differs_from_the_embedding_is_kept(contradicted, tmp_path, 
     expected = logits(theirs(contradicted), some_tokens())
     assert torch.equal(logits(load_model(str(contradicted)), some_tokens()), expected)
     assert "lm_head.weight differs from its model.embed_tokens.weight" in capsys.readouterr().err
-    patient = open_patient(str(contradicted))
-    assert not patient.spec.tied and "lm_head.weight" in patient.weights
+    parent = open_model(str(contradicted))
+    assert not parent.spec.tied and "lm_head.weight" in parent.weights
     out = Path(export(str(contradicted), str(tmp_path / "out"), "native").out)
     assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(logits(theirs(out), some_tokens()), expected)
@@ -100,8 +100,8 @@ def test_a_head_that_repeats_the_embedding_stays_tied(tmp_path):
     folder = save_tiny(tmp_path / "parent", "gpt2")
     embedding = load_file(folder / "model.safetensors")["transformer.wte.weight"]
     changed(folder, lm_head__weight=embedding.double())
-    patient = open_patient(str(folder))
-    assert patient.spec.tied and "lm_head.weight" not in patient.weights and patient.notes == ()
+    parent = open_model(str(folder))
+    assert parent.spec.tied and "lm_head.weight" not in parent.weights and parent.notes == ()
     assert verify(folder)["ok"]
 
 
@@ -118,7 +118,7 @@ def test_an_untied_config_without_a_head_is_refused(tmp_path):
     """transformers would fill it at random."""
     folder = changed(save_tiny(tmp_path / "parent", "llama"), lm_head__weight=None)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is missing .* set tie_word_embeddings to true"):
-        open_patient(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("family", ("bert", "roberta", "distilbert", "modernbert"))
@@ -186,7 +186,7 @@ def test_biases_that_config_and_file_disagree_on(tmp_path, there):
     changed(folder, {"attention_bias": not there})
     how = "is not part of the model" if there else "is missing"
     with pytest.raises(CheckpointError, match=rf"q_proj.bias {how}.*makes it attention_bias={not there}, mlp_bias"):
-        open_patient(str(folder))
+        open_model(str(folder))
 
 
 def test_what_an_encoders_body_does_not_have_is_refused(tmp_path):
@@ -194,7 +194,7 @@ def test_what_an_encoders_body_does_not_have_is_refused(tmp_path):
     folder = save_encoder(tmp_path / "p", "bert", "BertForMaskedLM")
     changed(folder, bert__embeddings__relative__weight=torch.ones(4, 32))
     with pytest.raises(CheckpointError, match=r"bert.embeddings.relative.weight is not part of the model"):
-        open_patient(str(folder))
+        open_model(str(folder))
 
 
 def test_more_rows_than_the_vocabulary_are_refused_as_in_transformers(tmp_path):
@@ -202,14 +202,14 @@ def test_more_rows_than_the_vocabulary_are_refused_as_in_transformers(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"embed_tokens.weight has shape \[64, 32\], the config asks for \[60, 32\]"
     ):
-        open_patient(str(folder))
+        open_model(str(folder))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         theirs(folder)
 
 
 def test_a_dtype_that_the_file_does_not_have_is_said(tmp_path):
     folder = changed(save_tiny(tmp_path / "p", "llama"), {"dtype": "bfloat16"})
-    assert open_patient(str(folder)).notes == (
+    assert open_model(str(folder)).notes == (
         "config.json says dtype bfloat16, and most of the file's numbers are float32",
     )
     assert verify(folder)["ok"]
@@ -256,7 +256,7 @@ def test_a_scoring_head_is_named(tmp_path, head):
     """By every reader, the one of config.json alone included."""
     folder = save_tiny(tmp_path / "p", "gpt2" if head.startswith("GPT2") else "llama")
     changed(folder, {"architectures": [head]})
-    readers = (open_patient, load_model, lambda name: open_config(f"{name}/config.json"))
+    readers = (open_model, load_model, lambda name: open_config(f"{name}/config.json"))
     for reader in readers:
         with pytest.raises(
             SurgeryError, match=rf"{head} is a decoder whose head scores a text .* predicts no next token"
@@ -267,7 +267,7 @@ def test_a_scoring_head_is_named(tmp_path, head):
 
 
 def test_a_sequence_classifier_of_an_encoder_is_not_refused(tmp_path):
-    assert open_patient(str(save_encoder(tmp_path / "p", "bert", "BertForSequenceClassification")))
+    assert open_model(str(save_encoder(tmp_path / "p", "bert", "BertForSequenceClassification")))
 
 
 def test_an_adapter_says_what_it_is_of(tmp_path):
@@ -275,7 +275,7 @@ def test_an_adapter_says_what_it_is_of(tmp_path):
     folder.mkdir()
     save_file({"base_model.model.a.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "owner/base"}')
-    for reader in (open_patient, open_config, load_model):
+    for reader in (open_model, open_config, load_model):
         with pytest.raises(
             SurgeryError, match=r"holds a LORA adapter for owner/base .* merge the two (.|\n)*merge_and"
         ):
@@ -289,7 +289,7 @@ def test_links(tmp_path):
     weights.rename(tmp_path / "elsewhere.safetensors")
     weights.symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"model.safetensors: a link to .*gone, which is not there"):
-        open_patient(str(folder))
+        open_model(str(folder))
     weights.unlink()
     names = list(load_file(tmp_path / "elsewhere.safetensors"))
     index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
@@ -297,11 +297,11 @@ def test_links(tmp_path):
     shard = folder / "model-00001-of-00001.safetensors"
     shard.symlink_to(tmp_path / "gone")
     with pytest.raises(CheckpointError, match=r"of-00001.safetensors: a link to .*gone, which is not there"):
-        open_patient(str(folder))
+        open_model(str(folder))
     shard.unlink()
     shard.symlink_to(tmp_path / "elsewhere.safetensors")
     with pytest.raises(CheckpointError, match=r"is a link to .*elsewhere.safetensors, .*cp --dereference"):
-        open_patient(str(folder))
+        open_model(str(folder))
 
 
 @pytest.mark.parametrize("dtypes", ((torch.float32, torch.float64), (torch.float8_e4m3fn, torch.float8_e4m3fn)))
@@ -316,4 +316,4 @@ def test_values_of_odd_shapes_and_dtypes(dtypes, shape):
 @pytest.mark.parametrize("tensor", (torch.ones(0, 4), torch.tensor(0.0), torch.ones(8).to(torch.float8_e5m2)))
 def test_buffers_of_odd_shapes_are_named_and_no_crash(tmp_path, tensor):
     folder = changed(save_tiny(tmp_path / "p", "gpt2"), transformer__h__0__attn__bias=tensor)
-    assert "attn.bias differs" in open_patient(str(folder)).notes[0]
+    assert "attn.bias differs" in open_model(str(folder)).notes[0]

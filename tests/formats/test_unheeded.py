@@ -10,7 +10,7 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, LAYERS, TINY_MIXTURES, save_en
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export
 from llmsurgeon.formats.models import config_notes, load_config
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 
 ANOTHER_MODEL = {
     "drop_attn_list": [1, 3],
@@ -62,14 +62,14 @@ def test_other_unknown_keys_are_named():
 @pytest.mark.parametrize("family", [*FAMILY_NAMES, *TINY_MIXTURES])
 def test_a_plain_checkpoint_has_nothing_to_say_nor_has_what_is_written_from_it(tmp_path, family):
     parent = save_tiny(tmp_path / "parent", family)
-    assert open_patient(str(parent)).notes == ()
+    assert open_model(str(parent)).notes == ()
     out = export(str(parent), str(tmp_path / "out"), "native").out
-    assert open_patient(str(out)).notes == ()
+    assert open_model(str(out)).notes == ()
 
 
 @pytest.mark.parametrize("family", ENCODER_NAMES)
 def test_nor_has_an_encoder(tmp_path, family):
-    assert open_patient(str(save_encoder(tmp_path / "parent", family))).notes == ()
+    assert open_model(str(save_encoder(tmp_path / "parent", family))).notes == ()
 
 
 def test_code_that_is_not_run_is_said_with_the_plan_and_in_the_card(run, folder, monkeypatch):

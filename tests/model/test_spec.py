@@ -8,17 +8,17 @@ from dataclasses import replace
 import pytest
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec, from_block_configs, to_block_configs
+from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, from_block_configs, to_block_configs
 
 ATTENTION = AttentionSpec(heads=8, kv_heads=2, head_dim=16, window=None)
-FULL = BlockSpec(ATTENTION, FFNSpec(96), (0,))
-ONLY_FFN = BlockSpec(None, FFNSpec(288), (1, 2))
-ONLY_ATTENTION = BlockSpec(replace(ATTENTION, kv_heads=1), None, (3,))
-PARALLEL = BlockSpec(None, None, (4, 5), (replace(FULL, parents=(4,)), replace(ONLY_FFN, parents=(5,))))
+FULL = LayerSpec(ATTENTION, FFNSpec(96), (0,))
+ONLY_FFN = LayerSpec(None, FFNSpec(288), (1, 2))
+ONLY_ATTENTION = LayerSpec(replace(ATTENTION, kv_heads=1), None, (3,))
+PARALLEL = LayerSpec(None, None, (4, 5), (replace(FULL, parents=(4,)), replace(ONLY_FFN, parents=(5,))))
 
 
-def model(*blocks: BlockSpec) -> ModelSpec:
-    return ModelSpec("llama", hidden=32, vocab=64, blocks=blocks, tied=False)
+def model(*layers: LayerSpec) -> ModelSpec:
+    return ModelSpec("llama", hidden=32, vocab=64, layers=layers, tied=False)
 
 
 def test_attentions_come_in_cache_slot_order():
@@ -44,7 +44,7 @@ def test_uniform(blocks, uniform):
 
 
 def test_empty():
-    assert BlockSpec(None, None).empty
+    assert LayerSpec(None, None).empty
     assert not any(block.empty for block in (FULL, ONLY_FFN, ONLY_ATTENTION, PARALLEL))
 
 
@@ -82,4 +82,4 @@ def test_check_layer():
 
 
 def test_with_blocks_replaces_them():
-    assert model(FULL, FULL).with_blocks([FULL, ONLY_FFN]).blocks == (FULL, ONLY_FFN)
+    assert model(FULL, FULL).with_layers([FULL, ONLY_FFN]).layers == (FULL, ONLY_FFN)

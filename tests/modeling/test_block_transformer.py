@@ -361,7 +361,7 @@ def test_earlier_cuts_stay():
     """Layers without attention and fused ones work in either half."""
     steps = (PruneAttention(layers=(1, 4)), FuseFFN(runs=((0, 1),)), Block(block_length=2, split=2))
     model, _, spec = operate(parent_of(), *steps)
-    assert spec.block_transformer.split == 1 and [len(b.attentions) for b in spec.blocks] == [1, 1, 1, 0, 1]
+    assert spec.block_transformer.split == 1 and [len(b.attentions) for b in spec.layers] == [1, 1, 1, 0, 1]
     ids = text(1, 15)
     whole = logits(model, ids)
     pieces, cache = in_pieces(model, ids, tuple(range(6, 15)))

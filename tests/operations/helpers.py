@@ -182,4 +182,4 @@ def logits(model: Any, tokens: Tensor) -> Tensor:
 
 def cut_plan(spec: Any) -> list[tuple[int, ...]]:
     """The parents of each block."""
-    return [block.parents for block in spec.blocks]
+    return [layer.parents for layer in spec.layers]

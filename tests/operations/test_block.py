@@ -198,9 +198,9 @@ def test_steps_that_do_not_fit(steps, message):
 
 def test_trees_are_refused():
     subject, _, _ = subject_of(tiny_model("llama"))
-    blocks = [replace(block, ffn=FFFSpec.of_leaves(1, 8)) for block in subject.spec.blocks]
+    layers = [replace(layer, ffn=FFFSpec.of_leaves(1, 8)) for layer in subject.spec.layers]
     with pytest.raises(SurgeryError, match="block: layer 0 has a fast feedforward network"):
-        Block().resolve(replace(subject, spec=subject.spec.with_blocks(blocks)))
+        Block().resolve(replace(subject, spec=subject.spec.with_layers(layers)))
 
 
 def test_a_width_that_the_block_length_does_not_divide():

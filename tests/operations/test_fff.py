@@ -36,7 +36,7 @@ def converted(model, step, tokens=TOKENS):
 @pytest.mark.parametrize(("family", "changes"), taking("fff"))
 def test_depth_zero_is_the_dense_model(family, changes):
     model = tiny_model(family, **changes)
-    width = subject_of(model)[0].spec.blocks[0].ffn.width
+    width = subject_of(model)[0].spec.layers[0].ffn.width
     for step in (FFF(depth=0, leaf_width=width), FFF(form="node", depth=0)):
         student, written, _, _ = converted(model, step)
         assert written.format == "surgeon" and "fast feedforward network" in written.why
@@ -75,11 +75,11 @@ def test_a_leaf_is_the_dense_ffn_with_the_other_neurons_silent(family, out):
     model = tiny_model(family)
     student, _, spec, routings = converted(model, FFF(layers=(2,), depth=2, leaf_width=20, shared=10, min_tokens=8))
     (routing,) = routings[2]
-    assert routing.least_tokens >= 8 and spec.blocks[2].ffn.active == 30 and type(spec.blocks[1].ffn) is FFNSpec
+    assert routing.least_tokens >= 8 and spec.layers[2].ffn.active == 30 and type(spec.layers[1].ffn) is FFNSpec
 
     def mask(x):
         leaf = leaf_of(x.flatten(0, 1), routing.router_weight, routing.router_bias, 2)
-        kept = torch.zeros(len(leaf), subject_of(model)[0].spec.blocks[2].ffn.width)
+        kept = torch.zeros(len(leaf), subject_of(model)[0].spec.layers[2].ffn.width)
         kept[:, routing.shared] = 1
         kept.scatter_(1, routing.neurons[leaf], 1.0)
         return kept.view(*x.shape[:2], -1)
@@ -106,7 +106,7 @@ def test_a_path_is_the_dense_ffn_with_the_other_neurons_silent(family, gate, out
 
 def test_every_neuron_stands_in_one_tree():
     _, _, spec, routings = converted(tiny_model("llama"), FFF(form="node", depth=2))
-    assert spec.blocks[0].ffn == FFFSpec.of_nodes(2, 14, gated=True)  # 14 trees of 7 nodes hold 96 neurons
+    assert spec.layers[0].ffn == FFFSpec.of_nodes(2, 14, gated=True)  # 14 trees of 7 nodes hold 96 neurons
     assert all(sorted(r.neurons[r.neurons >= 0].tolist()) == list(range(96)) for (r,) in routings.values())
 
 
@@ -120,8 +120,8 @@ def test_a_budget_is_kept_and_resolves_to_shapes(form, keep):
     resolved = step.resolve(subject)
     assert resolved.keep is None and resolved.shapes
     assert loads(dump(loads_step(resolved))).steps[0] == resolved
-    blocks = resolved.plan(subject).spec.blocks
-    rows = sum(b.ffn.rows if isinstance(b.ffn, FFFSpec) else 3 * b.ffn.width for b in blocks)
+    layers = resolved.plan(subject).spec.layers
+    rows = sum(b.ffn.rows if isinstance(b.ffn, FFFSpec) else 3 * b.ffn.width for b in layers)
     assert 0.6 * keep < rows / (6 * 3 * 96) <= keep
 
 
@@ -151,10 +151,10 @@ def test_a_budget_goes_where_it_costs_least():
 def test_the_description_survives_config_json():
     subject, _, _ = subject_of(tiny_model("gpt2"))
     trees = (FFFSpec.of_leaves(3, 8, 4, in_bias=True), FFFSpec.of_nodes(2, 5, gated=True))
-    blocks = [replace(b, ffn=f) for b, f in zip(subject.spec.blocks, (*trees, *trees, *trees), strict=True)]
-    spec = subject.spec.with_blocks(blocks)
-    head_dim = blocks[0].attention.head_dim
-    assert from_block_configs(to_block_configs(spec), head_dim, [None] * 6) == spec.blocks
+    layers = [replace(b, ffn=f) for b, f in zip(subject.spec.layers, (*trees, *trees, *trees), strict=True)]
+    spec = subject.spec.with_layers(layers)
+    head_dim = layers[0].attention.head_dim
+    assert from_block_configs(to_block_configs(spec), head_dim, [None] * 6) == spec.layers
 
 
 def test_what_a_token_multiplies_is_counted_and_not_what_is_stored():
@@ -186,7 +186,7 @@ def test_shapes_that_do_not_fit_are_refused(step, message):
 
 
 def test_the_deepest_tree_of_a_width_is_taken():
-    assert converted(tiny_model("llama"), FFF(form="node", depth=6, trees=1))[2].blocks[0].ffn.width == 127
+    assert converted(tiny_model("llama"), FFF(form="node", depth=6, trees=1))[2].layers[0].ffn.width == 127
 
 
 def test_without_scores_it_says_so():

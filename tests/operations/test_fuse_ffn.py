@@ -71,7 +71,7 @@ def test_fold_is_the_parallel_sum(family_name, changes, run):
     torch.testing.assert_close(logits(fused, tokens) / scale, expected / scale, atol=1e-5, rtol=0)
     assert (logits(model, tokens) - expected).abs().max() > 1e-2 * scale, "a cut that does not matter proves nothing"
     assert written.format == "surgeon"
-    assert run in cut_plan(spec) and len(spec.blocks) == 6 - len(run) + 1
+    assert run in cut_plan(spec) and len(spec.layers) == 6 - len(run) + 1
 
 
 @pytest.mark.parametrize(("family_name", "changes"), FUSING)
@@ -85,7 +85,7 @@ def test_fold_is_exact_in_float64(family_name, changes):
     with torch.no_grad():
         expected = sum(parts.ffn(j, x) for j in (2, 3, 4))
         torch.testing.assert_close(block.feed_forward(x), expected, atol=1e-10, rtol=0)
-    assert spec.blocks[2].attention is None
+    assert spec.layers[2].attention is None
 
 
 @pytest.mark.parametrize("family_name", ["llama", "gpt2"])
@@ -134,7 +134,7 @@ def test_widths_may_differ(family_name, changes, norm):
     with torch.no_grad():
         expected = sum(parts.ffn(j, x, run[-1] if norm == "last" else None) for j in run)
         torch.testing.assert_close(block.feed_forward(x), expected, atol=1e-5, rtol=1e-5)
-    assert spec.blocks[2].ffn.width == 2 * spec.blocks[0].ffn.width + 40
+    assert spec.layers[2].ffn.width == 2 * spec.layers[0].ffn.width + 40
     assert logits(fused, tokens).isfinite().all()
 
 
@@ -169,7 +169,7 @@ def test_a_fused_ffn_does_not_share_attentions_norm(family_name, changes, norm):
     model, run = tiny_model(family_name, **changes), (1, 2, 3)
     fuse = (DROP, FuseFFN(runs=(run,), norm=norm))
     fused, _, spec = operate(model, *fuse)
-    assert spec.blocks[1].ffn.own_norm and spec.blocks[1].ffn.bias == (norm == "fold")
+    assert spec.layers[1].ffn.own_norm and spec.layers[1].ffn.bias == (norm == "fold")
     family = declared(family_name, changes)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
     for gone, left in ((PruneAttention(layers=(1,)), "feed_forward"), (PruneFFN(layers=(1,)), "attend")):

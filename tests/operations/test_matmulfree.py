@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.costs import block_rows
+from llmsurgeon.model.costs import layer_rows
 from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, MLGRUSpec, from_block_configs, to_block_configs
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
 from llmsurgeon.operations.fuse_ffn import FuseFFN
@@ -85,7 +85,7 @@ def test_nothing_is_dropped_or_left_over(family, changes):
     student, written, spec = operate(tiny_model(family, **changes), MatMulFree(keep_attention=(0,)))
     assert written.format == "surgeon" and "MLGRU" in written.why
     mixers = [m for m in student.modules() if isinstance(m, MLGRU)]
-    assert len(mixers) == 5 and spec.kv_numbers_per_token() == 2 * 2 * spec.blocks[0].attention.head_dim
+    assert len(mixers) == 5 and spec.kv_numbers_per_token() == 2 * 2 * spec.layers[0].attention.head_dim
     assert (mixers[0].i_proj.bias is not None) is (family in ("llama", "qwen2"))
     assert (mixers[0].o_proj.bias is not None) is (family == "llama")
     assert torch.isfinite(logits(student, some_tokens())).all()
@@ -130,8 +130,8 @@ def test_ternary_linears_compute_the_same_before_rounding():
     float_model, _, _ = operate(parent, MatMulFree(layers=(2,)))
     student, _, spec = operate(parent, MatMulFree(layers=(2,), linears="ternary"))
     found = [m for m in student.modules() if isinstance(m, BitLinear)]
-    assert len(found) == 7 and isinstance(spec.blocks[2].ffn, BitFFNSpec) and spec.blocks[2].attention.ternary
-    assert type(spec.blocks[1].ffn) is not BitFFNSpec
+    assert len(found) == 7 and isinstance(spec.layers[2].ffn, BitFFNSpec) and spec.layers[2].attention.ternary
+    assert type(spec.layers[1].ffn) is not BitFFNSpec
     # Apart from the two that write, whose norms the parent does not have.
     x = torch.randn(2, 5, 32)
     mine, theirs = student.model.layers[2].train(), float_model.model.layers[2]
@@ -159,9 +159,9 @@ def test_float_mixers_become_ternary_later():
 def test_the_description_survives_json():
     _, _, spec = operate(tiny_model("qwen2"), MatMulFree(layers=(1, 3)), MatMulFree(layers=(4,), linears="ternary"))
     configs = json.loads(json.dumps(to_block_configs(spec)))
-    windows = [block.attention.window for block in spec.blocks]
-    assert from_block_configs(configs, 8, windows) == spec.blocks
-    rows = block_rows(spec, declared("qwen2"), {})
+    windows = [layer.attention.window for layer in spec.layers]
+    assert from_block_configs(configs, 8, windows) == spec.layers
+    rows = layer_rows(spec, declared("qwen2"), {})
     assert rows[1]["attention"] == [{"kind": "mlgru", "width": 32, "linears": "float"}]
     assert rows[4]["attention"][0]["linears"] == "ternary" and rows[4]["ffn"][0]["kind"] == "bitlinear"
 
@@ -182,11 +182,11 @@ def test_count_takes_the_attentions_that_cost_least():
 def test_blocks_may_go_before_and_after():
     parent = tiny_model("llama")
     _, _, spec = operate(parent, PruneBlocks(layers=(1,)), MatMulFree(layers=(2, 4)), PruneBlocks(layers=(4,)))
-    assert [b.parents for b in spec.blocks] == [(0,), (2,), (3,), (5,)] and isinstance(
-        spec.blocks[1].attention, MLGRUSpec
+    assert [b.parents for b in spec.layers] == [(0,), (2,), (3,), (5,)] and isinstance(
+        spec.layers[1].attention, MLGRUSpec
     )
     student, _, spec = operate(parent, MatMulFree(layers=(2, 4)), PruneAttention(layers=(2,)))
-    assert spec.blocks[2].attention is None and torch.isfinite(logits(student, some_tokens())).all()
+    assert spec.layers[2].attention is None and torch.isfinite(logits(student, some_tokens())).all()
 
 
 def test_ffns_may_be_fused_and_narrowed_before_and_after():
@@ -194,7 +194,7 @@ def test_ffns_may_be_fused_and_narrowed_before_and_after():
     cuts = (PruneWidth(width=40, score="magnitude"), PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
     before, _, spec = operate(parent, *cuts, MatMulFree(layers=(1, 4)))
     after, _, other = operate(parent, MatMulFree(layers=(1, 4)), *cuts)
-    assert spec == other and spec.blocks[1].ffn.width == 120 and isinstance(spec.blocks[1].attention, MLGRUSpec)
+    assert spec == other and spec.layers[1].ffn.width == 120 and isinstance(spec.layers[1].attention, MLGRUSpec)
     torch.testing.assert_close(logits(before, some_tokens()), logits(after, some_tokens()))
 
 
@@ -264,13 +264,13 @@ def test_formats_that_cannot_hold_it_name_the_block(wanted):
 
 
 def test_in_memory_and_streamed_are_one(tmp_path):
-    from llmsurgeon.planning.opened import open_patient
+    from llmsurgeon.planning.opened import open_model
 
     parent = tiny_model("llama")
     parent.save_pretrained(tmp_path / "parent")
-    patient = open_patient(str(tmp_path / "parent"))
-    plan = MatMulFree(layers=(1,), linears="ternary").plan(patient.subject({}))
-    streamed = TransformedWeights(patient.weights, plan.transforms)
+    opened = open_model(str(tmp_path / "parent"))
+    plan = MatMulFree(layers=(1,), linears="ternary").plan(opened.subject({}))
+    streamed = TransformedWeights(opened.weights, plan.transforms)
     student, _, _ = operate(parent, MatMulFree(layers=(1,), linears="ternary"))
     state = student.state_dict()
     assert set(streamed) == set(state) and all(torch.equal(streamed[name], state[name]) for name in state)

@@ -30,8 +30,8 @@ def test_parts_go(family_name, changes):
     stages = {0: no_attention(0), 1: no_ffn(1), 3: no_attention(3), 4: skip}
     torch.testing.assert_close(logits(pruned, tokens), logits(naive(model, stages), tokens), atol=1e-4, rtol=1e-4)
     assert cut_plan(spec) == [(0,), (1,), (2,), (3,), (5,)]
-    assert [block.attention is None for block in spec.blocks] == [True, False, False, True, False]
-    assert [block.ffn is None for block in spec.blocks] == [False, True, False, False, False]
+    assert [layer.attention is None for layer in spec.layers] == [True, False, False, True, False]
+    assert [layer.ffn is None for layer in spec.layers] == [False, True, False, False, False]
     assert written.format == "surgeon"
     assert len(pruned.get_submodule(declared(family_name, changes).layers)) == 5
 
@@ -81,8 +81,8 @@ def test_lists_of_one_entry_a_layer_are_cut_along(family_name, changes, rule, fo
     for key in declared(family_name).per_layer_lists:
         assert written.config[key] == [getattr(model.config, key)[i] for i in (0, 3, 4, 5)]
     assert rule == "layer_types" or rule not in written.config, "a reader would make the list of a whole model from it"
-    kept = subject_of(model)[0].spec.blocks
-    assert [block.attention for block in spec.blocks] == [kept[i].attention for i in (0, 3, 4, 5)]
+    kept = subject_of(model)[0].spec.layers
+    assert [layer.attention for layer in spec.layers] == [kept[i].attention for i in (0, 3, 4, 5)]
 
 
 def test_a_list_that_is_too_short_is_refused_before_anything_is_written():
@@ -98,7 +98,7 @@ def test_layers_keep_the_parents_numbers():
     with pytest.raises(SurgeryError, match="layer 2 is not in the model: it has layers 0, 3, 4, 5;"):
         PruneAttention(layers=(2,)).plan(after)
     last = after.after(PruneBlocks(layers=(5,)).plan(after))
-    assert [block.parents for block in last.spec.blocks] == [(0,), (3,), (4,)]
+    assert [block.parents for block in last.spec.layers] == [(0,), (3,), (4,)]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_routers_choose_among_those_that_stay(name, keep):
     model, tokens = tiny_model(name), some_tokens()
     scores = {layer: torch.rand(4, generator=torch.Generator().manual_seed(layer)) for layer in range(LAYERS)}
     student, written, spec = operate(model, PruneExperts(experts=keep), scores={"expert_reap": scores})
-    assert written.format == "native" and {block.ffn.experts for block in spec.blocks} == {keep}
+    assert written.format == "native" and {block.ffn.experts for block in spec.layers} == {keep}
     gone = {layer: scores[layer].argsort()[: 4 - keep].tolist() for layer in scores}
     torch.testing.assert_close(logits(student, tokens), logits(hidden_from(model, gone), tokens), atol=1e-4, rtol=1e-4)
 
@@ -109,7 +109,7 @@ def test_steps_that_do_not_fit(name):
     subject, _, _ = subject_of(tiny_model(name), scores)
     with pytest.raises(SurgeryError, match="a token is sent to 2 experts, and 1 would stay"):
         PruneExperts(experts=1).plan(subject)
-    assert PruneExperts(experts=1, per_token=1).plan(subject).spec.blocks[0].ffn.per_token == 1
+    assert PruneExperts(experts=1, per_token=1).plan(subject).spec.layers[0].ffn.per_token == 1
     with pytest.raises(SurgeryError, match="layer 0 has 4 experts, 5 asked for"):
         PruneExperts(experts=5).plan(subject)
     with pytest.raises(SurgeryError, match="there are no experts to drop"):

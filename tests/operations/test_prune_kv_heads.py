@@ -39,7 +39,7 @@ def averaged(model, groups, layers):
     with torch.no_grad():
         for layer in layers:
             attention = getattr(merged.get_submodule(family.layers)[layer], family.attention)
-            for by_head in heads_of(attention, family, subject.spec.blocks[layer].attention):
+            for by_head in heads_of(attention, family, subject.spec.layers[layer].attention):
                 for group in groups:
                     by_head[group] = by_head[group].mean(0)
     return merged

@@ -61,7 +61,7 @@ def test_magnitude(family_name, changes):
     expected = logits(masked(model, {i: by_magnitude(model, i, 40) for i in range(6)}), tokens)
     torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
-    assert {block.ffn.width for block in spec.blocks} == {40}
+    assert {layer.ffn.width for layer in spec.layers} == {40}
     key = declared(family_name, changes).width_key
     assert (written.format, key and written.config[key]) == (("native", 40) if key else ("surgeon", None))
 
@@ -69,7 +69,7 @@ def test_magnitude(family_name, changes):
 @pytest.mark.parametrize(("family_name", "changes"), taking("prune_width"))
 def test_activation_in_some_layers(family_name, changes):
     model, tokens = tiny_model(family_name, **changes), some_tokens()
-    width = subject_of(model)[0].spec.blocks[0].ffn.width
+    width = subject_of(model)[0].spec.layers[0].ffn.width
     scores = torch.rand(6, width, generator=torch.Generator().manual_seed(3))
     step = PruneWidth(width=32, layers=(1, 4), score="activation")
     assert step.needs() == {"ffn_channel"}
@@ -77,7 +77,7 @@ def test_activation_in_some_layers(family_name, changes):
     kept = {i: sorted(scores[i].argsort(descending=True)[:32].tolist()) for i in (1, 4)}
     expected = logits(masked(model, kept), tokens)
     torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
-    assert [block.ffn.width for block in spec.blocks] == [width, 32, width, width, 32, width]
+    assert [layer.ffn.width for layer in spec.layers] == [width, 32, width, width, 32, width]
     assert written.format == "surgeon"
 
 
@@ -91,7 +91,7 @@ def test_ties_go_to_the_lower_index():
 def test_a_fraction_is_rounded(keep, multiple_of, width):
     subject, _, _ = subject_of(tiny_model("llama"))
     plan = PruneWidth(keep=keep, multiple_of=multiple_of, score="magnitude").plan(subject)
-    assert {block.ffn.width for block in plan.spec.blocks} == {width}
+    assert {layer.ffn.width for layer in plan.spec.layers} == {width}
 
 
 def test_steps_that_do_not_fit():
@@ -145,7 +145,7 @@ def test_spread_by_loss_resolves_to_widths():
     assert made.widths == tuple(widths_by_loss(curves, 0.5, 16).values()) and made.layers == tuple(range(6))
     assert made.resolve(subject) == made and list(made.widths) == sorted(made.widths)
     narrow, _, spec = operate(model, made, scores=scores)
-    assert [block.ffn.width for block in spec.blocks] == list(made.widths)
+    assert [layer.ffn.width for layer in spec.layers] == list(made.widths)
     kept = {i: sorted(order[i].argsort(descending=True)[: made.widths[i]].tolist()) for i in range(6)}
     tokens = some_tokens()
     torch.testing.assert_close(logits(narrow, tokens), logits(masked(model, kept), tokens), atol=1e-4, rtol=1e-4)
@@ -162,7 +162,7 @@ def test_a_fused_ffn_can_be_narrowed_by_magnitude():
     steps = (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
     fused, _, _ = operate(model, *steps)
     narrow, _, spec = operate(model, *steps, PruneWidth(width=100, layers=(2,), score="magnitude"))
-    assert [block.ffn.width for block in spec.blocks] == [96, 100, 96, 96]
+    assert [layer.ffn.width for layer in spec.layers] == [96, 100, 96, 96]
     fused.config.model_type = "llama"
     expected = logits(masked(fused, {1: by_magnitude(fused, 1, 100)}), tokens)
     torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)

@@ -7,14 +7,14 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, FFNSpec, ModelSpec
+from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
 from llmsurgeon.operations.runs import choose_runs, choose_windows, run_cost
 
 
 def spec_of(*attends: bool, missing_ffn: tuple[int, ...] = ()) -> ModelSpec:
     """Blocks with and without attention."""
     blocks = tuple(
-        BlockSpec(AttentionSpec(4, 4, 8) if a else None, None if i in missing_ffn else FFNSpec(96), (i,))
+        LayerSpec(AttentionSpec(4, 4, 8) if a else None, None if i in missing_ffn else FFNSpec(96), (i,))
         for i, a in enumerate(attends)
     )
     return ModelSpec("llama", 32, 64, blocks, False)

@@ -63,7 +63,7 @@ def test_it_is_the_rounded_model_with_normed_inputs(family):
     model = tiny_model(family)
     step = Ternary(method="round", sub_norm=True, layers=(1, 4))
     student, written, spec = operate(model, step, scores=scores_of(model, step))
-    assert written.format == "surgeon" and [b.sub_normed for b in spec.blocks] == [
+    assert written.format == "surgeon" and [b.sub_normed for b in spec.layers] == [
         ("attention", "ffn") if i in (1, 4) else () for i in range(6)
     ]
     expected = copy.deepcopy(model)
@@ -83,17 +83,17 @@ def test_norms_stand_before_what_becomes_ternary_alone():
     model = tiny_model("llama")
     step = Ternary(method="round", sub_norm=True, linears="ffn", layers=(2,))
     student, _, spec = operate(model, step, scores=scores_of(model, step))
-    assert spec.blocks[2].sub_normed == ("ffn",)
+    assert spec.layers[2].sub_normed == ("ffn",)
     names = [name for name in student.state_dict() if "sub_norm" in name]
     assert names == ["model.layers.2.mlp.ffn_sub_norm.weight"]
     # A second run takes the rest, and leaves the norm that is there.
     more = Ternary(method="round", sub_norm=True, linears="attention", layers=(2,))
     again, _, spec = operate(student, more, scores=scores_of(student, more))
-    assert spec.blocks[2].sub_normed == ("attention", "ffn")
+    assert spec.layers[2].sub_normed == ("attention", "ffn")
     name = names[0]
     assert torch.equal(again.state_dict()[name], student.state_dict()[name])
     dropped, _, spec = operate(student, PruneFFN(layers=(2,)))
-    assert spec.blocks[2].ffn is None and not any("sub_norm" in name for name in dropped.state_dict())
+    assert spec.layers[2].ffn is None and not any("sub_norm" in name for name in dropped.state_dict())
 
 
 def test_a_dry_run_knows_the_shapes():

@@ -260,15 +260,15 @@ def test_sampled_text_is_kept_by_model_and_tokenizer(tmp_path):
 
 
 def test_the_parent_is_named_as_it_computes(parent, monkeypatch):
-    from llmsurgeon.planning.opened import open_patient
-    from llmsurgeon.planning.plan import texts
+    from llmsurgeon.planning.opened import open_model
+    from llmsurgeon.planning import texts
     from llmsurgeon.planning.texts import Texts
     from llmsurgeon.recipe.recipe import Calibration
 
-    patient = open_patient(str(parent))
+    opened = open_model(str(parent))
 
     def key(**options):
-        return Texts(patient, Calibration(), 512, Options(**options)).parent_key
+        return Texts(opened, Calibration(), 512, Options(**options)).parent_key
 
     assert key() == key(batch=3)
     found = {key(), key(dtype=torch.bfloat16), key(device="cuda")}

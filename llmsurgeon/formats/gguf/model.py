@@ -33,7 +33,7 @@ from llmsurgeon.checkpoint.transform import WeightTransform, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats import bitnet_model
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, BlockSpec, ModelSpec
+from llmsurgeon.model.spec import AttentionSpec, LayerSpec, ModelSpec
 
 Config = Mapping[str, Any]
 # Why no GGUF is written of families that llama.cpp knows.
@@ -107,11 +107,11 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
         raise SurgeryError("llama.cpp knows no block transformers")
     if family.model_type not in ARCHITECTURES:
         raise SurgeryError(why_not(family.model_type) or "")
-    if any(block.sub_normed for block in spec.blocks):
+    if any(layer.sub_normed for layer in spec.layers):
         return _bitnet(family, spec)
-    for index, block in enumerate(spec.blocks):
-        if block.own_kind:
-            raise SurgeryError(f"block {index} {block.own_kind}, which llama.cpp has no code for")
+    for index, layer in enumerate(spec.layers):
+        if layer.own_kind:
+            raise SurgeryError(f"block {index} {layer.own_kind}, which llama.cpp has no code for")
     architecture = ARCHITECTURES[family.model_type]
     odd = _first_odd(spec)
     if odd is None:
@@ -119,8 +119,8 @@ def _choose(family: Family, spec: ModelSpec) -> Architecture:
     index, what = odd
     if family.model_type not in UNEVEN_FAMILIES:
         raise SurgeryError(f"block {index} {what}, and llama.cpp's {architecture.name} has one shape for all blocks")
-    for index, block in enumerate(spec.blocks):
-        reason = _not_deci(index, block)
+    for index, layer in enumerate(spec.layers):
+        reason = _not_deci(index, layer)
         if reason:
             raise SurgeryError(f"block {index} {reason}")
     return UNEVEN
@@ -132,8 +132,8 @@ def _bitnet(family: Family, spec: ModelSpec) -> Architecture:
         raise SurgeryError(f"llama.cpp's {BITNET.name} is Llama with norms, not {family.model_type}")
     if not spec.tied:
         raise SurgeryError(f"llama.cpp's {BITNET.name} takes the embedding for the head, and here they are two tensors")
-    for index, block in enumerate(spec.blocks):
-        if block.sub_normed != ("attention", "ffn"):
+    for index, layer in enumerate(spec.layers):
+        if layer.sub_normed != ("attention", "ffn"):
             raise SurgeryError(
                 f"llama.cpp's {BITNET.name} has norms before both output projections of every block, block {index} not"
             )
@@ -145,40 +145,40 @@ def _bitnet(family: Family, spec: ModelSpec) -> Architecture:
 def _first_odd(spec: ModelSpec) -> tuple[int, str] | None:
     """The first block that keeps the model from being uniform, and how; None where it is uniform."""
 
-    def shape(block: BlockSpec) -> Any:
-        return block.attention and block.attention.shape, block.ffn
+    def shape(layer: LayerSpec) -> Any:
+        return layer.attention and layer.attention.shape, layer.ffn
 
-    usual = next((shape(b) for b in spec.blocks if b.attention and b.ffn and not b.branches), None)
-    for index, block in enumerate(spec.blocks):
-        if block.branches:
-            return index, f"runs {len(block.branches)} blocks in parallel"
-        if block.attention is None:
+    usual = next((shape(b) for b in spec.layers if b.attention and b.ffn and not b.branches), None)
+    for index, layer in enumerate(spec.layers):
+        if layer.branches:
+            return index, f"runs {len(layer.branches)} blocks in parallel"
+        if layer.attention is None:
             return index, "has no attention"
-        if block.ffn is None:
+        if layer.ffn is None:
             return index, "has no FFN"
-        if shape(block) != usual:
+        if shape(layer) != usual:
             return index, (
-                f"(FFN {block.ffn.width}, {block.attention.heads} heads, {block.attention.kv_heads} KV heads) differs "
+                f"(FFN {layer.ffn.width}, {layer.attention.heads} heads, {layer.attention.kv_heads} KV heads) differs "
                 "from the first"
             )
     return None
 
 
-def _not_deci(index: int, block: BlockSpec) -> str | None:
+def _not_deci(index: int, layer: LayerSpec) -> str | None:
     """Why llama.cpp's code for uneven models cannot run this block."""
-    if block.branches:
-        return f"runs {len(block.branches)} blocks in parallel, which llama.cpp has no word for"
-    if block.empty:
+    if layer.branches:
+        return f"runs {len(layer.branches)} blocks in parallel, which llama.cpp has no word for"
+    if layer.empty:
         return "is empty, which llama.cpp cannot run"
-    if index == 0 and block.attention is None:
+    if index == 0 and layer.attention is None:
         return "has no attention, and llama.cpp sizes its cache by the first block"
-    if block.ffn is None:
+    if layer.ffn is None:
         return "has attention and no FFN, and llama.cpp leaves such attention out without a word"
     return None
 
 
 def _any_attention(spec: ModelSpec) -> AttentionSpec:
-    return next(block.attention for block in spec.blocks if block.attention)
+    return next(layer.attention for layer in spec.layers if layer.attention)
 
 
 def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec) -> None:
@@ -202,27 +202,27 @@ def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec)
 def _check_parts(architecture: Architecture, spec: ModelSpec) -> None:
     """Refuse what a block may have here and llama.cpp has no place for."""
     where = f"llama.cpp's {architecture.name}"
-    for index, block in enumerate(spec.blocks):
+    for index, layer in enumerate(spec.layers):
         turns = architecture.bare_every == 0 or (index + 1) % architecture.bare_every != 0
-        if block.attention and block.attention.rope != turns:
+        if layer.attention and layer.attention.rope != turns:
             gives = "gives block" if turns else "leaves out of block"
             raise SurgeryError(f"{where} {gives} {index} the rotary positions, and this model does not")
-        if block.ffn and block.ffn.own_norm:
+        if layer.ffn and layer.ffn.own_norm:
             raise SurgeryError(f"{where} has one norm for attention and FFN, block {index} has two")
-        if block.ffn and block.ffn.bias:
+        if layer.ffn and layer.ffn.bias:
             raise SurgeryError(f"{where} has no place for the biases of block {index}'s FFN")
 
 
 def _sizes(architecture: Architecture, spec: ModelSpec, config: Config) -> dict[str, Any]:
     attention = _any_attention(spec)
     uneven = architecture is UNEVEN
-    heads = [block.attention.heads if block.attention else 0 for block in spec.blocks]
-    kv_heads = [block.attention.kv_heads if block.attention else 0 for block in spec.blocks]
-    widths = [block.ffn.width if block.ffn else 0 for block in spec.blocks]
+    heads = [layer.attention.heads if layer.attention else 0 for layer in spec.layers]
+    kv_heads = [layer.attention.kv_heads if layer.attention else 0 for layer in spec.layers]
+    widths = [layer.ffn.width if layer.ffn else 0 for layer in spec.layers]
     eps_key = next(k for k in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if config.get(k) is not None)
     sizes: dict[str, Any] = {
         "vocab_size": spec.vocab,
-        "block_count": len(spec.blocks),
+        "block_count": len(spec.layers),
         "context_length": spec.max_positions or 2048,
         "embedding_length": spec.hidden,
         "feed_forward_length": widths if uneven else widths[0],
@@ -238,7 +238,7 @@ def _sizes(architecture: Architecture, spec: ModelSpec, config: Config) -> dict[
 
 def _windows(architecture: Architecture, spec: ModelSpec, notes: list[str]) -> dict[str, Any]:
     """Sliding windows; where llama.cpp has none, the context ends where they would begin to bite."""
-    windows = [block.attention.window if block.attention else None for block in spec.blocks]
+    windows = [layer.attention.window if layer.attention else None for layer in spec.layers]
     found = {window for window in windows if window is not None}
     if architecture.windows == "periodic":
         # With blocks of one kind only, llama.cpp aborts.
@@ -342,7 +342,7 @@ def _longrope(
 def _transforms(
     architecture: Architecture, config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]
 ) -> list[WeightTransform]:
-    names = tensor_map(architecture.name, len(spec.blocks))
+    names = tensor_map(architecture.name, len(spec.layers))
     made: list[WeightTransform] = []
     stacked: dict[str, dict[int, str]] = {}
     for name in weights:
@@ -369,7 +369,7 @@ def _transform(architecture: Architecture, config: Config, spec: ModelSpec, name
     # Gemma 3 norms its queries, so there the gain of that norm has the ratio.
     if ratio != 1.0 and architecture.name != "gemma3":
         return WeightTransform((name,), (target,), _times(ratio))
-    attention = spec.blocks[int(target.split(".")[1])].attention if target.startswith("blk.") else None
+    attention = spec.layers[int(target.split(".")[1])].attention if target.startswith("blk.") else None
     found = order(architecture, target, *(attention.shape if attention else (1, 1, 1)))
     return WeightTransform((name,), (target,), found.there) if found else rename(name, target)
 
@@ -379,7 +379,7 @@ def _query_ratio(architecture: Architecture, config: Config, spec: ModelSpec) ->
     if not architecture.wide_layers:
         return 1.0
     attention = _any_attention(spec)
-    width = architecture.query_width(len(spec.blocks), spec.hidden, attention.heads, attention.head_dim)
+    width = architecture.query_width(len(spec.layers), spec.hidden, attention.heads, attention.head_dim)
     return math.sqrt(width / config["query_pre_attn_scalar"])
 
 

@@ -292,8 +292,8 @@ def _encoded(
     """The bytes of one tensor, some rows at a time."""
     from gguf.quants import quantize
 
-    for block in blocks(weights, name):
-        rows = block.reshape(-1, block.shape[-1])
+    for layer in blocks(weights, name):
+        rows = layer.reshape(-1, layer.shape[-1])
         for part in rows.split(max(1, NUMBERS_AT_ONCE // rows.shape[1])):
             numbers = part.detach().to("cpu", torch.float32)
             raise_unless_finite(name, numbers)

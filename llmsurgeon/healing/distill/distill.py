@@ -78,7 +78,7 @@ class Case:
     def changed(self, index: int, span: tuple[int, ...]) -> bool:
         """True where block `index`, which does the work of the parent's layers `span`, is not simply one of them."""
         family = self.parent.family
-        shape = changed(self.spec.blocks[index], span, self.parent_spec)
+        shape = changed(self.spec.layers[index], span, self.parent_spec)
         return shape or ternary_block(self.weights, family.layer(index), family.transposed)
 
     def dense(self, name: str) -> Tensor | None:
@@ -86,7 +86,7 @@ class Case:
         family, wanted = self.parent.family, self.weights[name].shape
         if name.startswith(f"{family.layers}."):
             number, _, inside = name.removeprefix(f"{family.layers}.").partition(".")
-            parents = self.spec.blocks[int(number)].parents
+            parents = self.spec.layers[int(number)].parents
             name = family.layer(parents[0]) + inside if len(parents) == 1 else ""
         found = self.parent.weights.get(name)
         return found if found is not None and found.shape == wanted else None
@@ -228,10 +228,10 @@ def trainable(model: Any, case: Case, settings: Distill) -> set[str]:
     elif settings.train == "all":
         chosen = set(names)
     else:
-        blocks = zip(case.spec.blocks, spans(case.spec, len(case.parent_spec.blocks)), strict=True)
+        layers = zip(case.spec.layers, spans(case.spec, len(case.parent_spec.layers)), strict=True)
         wanted = [
             family.layer(index)
-            for index, (_, span) in enumerate(blocks)
+            for index, (_, span) in enumerate(layers)
             if settings.train == "blocks" or case.changed(index, span)
         ]
         chosen = {name for name in names if name.startswith(tuple(wanted))}
@@ -363,10 +363,10 @@ class GlobalTask:
 
 def wanted_of(case: Case, settings: Distill) -> tuple[tuple[int, ...], Wanted]:
     """(blocks of the student that carry the hidden-state loss, what the parent must say)."""
-    blocks = len(case.spec.blocks)
-    count = min(blocks, settings.hidden_layers or blocks) if settings.hidden else 0
-    mine = tuple(round((place + 1) * blocks / count) - 1 for place in range(count))
-    ends = [span[-1] for span in spans(case.spec, len(case.parent_spec.blocks))]
+    layers = len(case.spec.layers)
+    count = min(layers, settings.hidden_layers or layers) if settings.hidden else 0
+    mine = tuple(round((place + 1) * layers / count) - 1 for place in range(count))
+    ends = [span[-1] for span in spans(case.spec, len(case.parent_spec.layers))]
     # An encoder's last states are kept as those are from which a decoder's whole distributions follow.
     top_k = settings.top_k if settings.kl else None if settings.pooled else 0
     return mine, Wanted(tuple(ends[index] for index in mine), top_k)

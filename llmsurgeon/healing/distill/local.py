@@ -133,7 +133,7 @@ def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[i
         SurgeryError: nothing was changed, or a loss diverges.
         Stopped: on SIGTERM, with all states saved.
     """
-    through = spans(case.spec, len(case.parent_spec.blocks))
+    through = spans(case.spec, len(case.parent_spec.layers))
     todo = {index: (span[0] - 1, span[-1]) for index, span in enumerate(through) if case.changed(index, span)}
     if not todo:
         raise SurgeryError("distill, mode local: no block of this student differs from its parent's layer")

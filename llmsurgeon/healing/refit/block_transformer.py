@@ -116,19 +116,19 @@ class BlockRefit:
         from safetensors.torch import save_file
 
         file, split, drifted = self.store / FILE, self.halves.split, self.halves.block_length > 1
-        todo = spans(self.spec, len(self.parent_spec.blocks))
+        todo = spans(self.spec, len(self.parent_spec.layers))
         if not kept(file):
             before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
-            with torch.no_grad(), Progress("refit", len(self.spec.blocks), "layers") as progress:
+            with torch.no_grad(), Progress("refit", len(self.spec.layers), "layers") as progress:
                 self.p = torch.cat([self.parent.embed(self.tokens[part]).cpu() for part, _ in self.parts])
                 x = self._embed_blocks()
                 for index in range(split):
                     # Blocks of one token are the parent's own tokens: nothing is amiss but what was cut.
-                    drifted = drifted or changed(self.spec.blocks[index], todo[index], self.parent_spec)
+                    drifted = drifted or changed(self.spec.layers[index], todo[index], self.parent_spec)
                     x = self._layer(index, todo[index], x, self._block_ends, slice(1, None), drifted)
                     progress.advance()
                 x = self._between(x)
-                for index in range(split, len(self.spec.blocks)):
+                for index in range(split, len(self.spec.layers)):
                     x = self._layer(index, todo[index], x, self._said, slice(self.halves.lead - 1, None), True)
                     progress.advance()
             after = self.student.state_dict()
@@ -218,12 +218,12 @@ class BlockRefit:
     def _layer(self, index: int, span: tuple[int, ...], x: Tensor, of_parent: Any, places: slice, fit: bool) -> Tensor:
         """Take the parent's stream over a span and the student's, x [S, R, K, D], through the layer that stands for it,
         which is fitted on the way."""
-        block = self.spec.blocks[index]
-        attended = self._walk_parent(span, block.parents[0])
-        if block.attention is not None:
-            wanted = attended if block.ffn is not None else self.p
+        layer = self.spec.layers[index]
+        attended = self._walk_parent(span, layer.parents[0])
+        if layer.attention is not None:
+            wanted = attended if layer.ffn is not None else self.p
             x = self._half(index, "attention", x, of_parent(wanted) if fit else None, places)
-        if block.ffn is not None:
+        if layer.ffn is not None:
             x = self._half(index, "ffn", x, of_parent(self.p) if fit else None, places)
         return x
 
@@ -249,7 +249,7 @@ class BlockRefit:
         update = None
         if wanted is not None:
             update, ridge, error = best_update(moments.complete(), self.ridges)
-            self.fits.append(Fit(index, self.spec.blocks[index].parents, name, ridge, error))
+            self.fits.append(Fit(index, self.spec.layers[index].parents, name, ridge, error))
             if update is not None:
                 outlet.move(update)
         behind = []

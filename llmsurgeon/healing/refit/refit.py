@@ -37,7 +37,7 @@ from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.healing.refit.fits import Fit, stored_fits, stored_names
 from llmsurgeon.healing.refit.output import Outlet
 from llmsurgeon.healing.refit.ridge import Moments, best_update, joint_update
-from llmsurgeon.model.spec import BlockSpec, FFFSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.spec import FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
 from llmsurgeon.model.ternary import is_ternary
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.walk import LayerRunner, Streams
@@ -60,17 +60,17 @@ class RefitOptions:
 
 def spans(spec: ModelSpec, parent_layers: int) -> list[tuple[int, ...]]:
     """The parent layers whose joint work each block of the student does: removed layers go to the block before them."""
-    first = [min(block.parents) for block in spec.blocks]
+    first = [min(layer.parents) for layer in spec.layers]
     ends = [*first[1:], parent_layers]
     starts = [0, *first[1:]]
     return [tuple(range(start, end)) for start, end in zip(starts, ends, strict=True)]
 
 
-def changed(block: BlockSpec, span: tuple[int, ...], parent: ModelSpec) -> bool:
+def changed(layer: LayerSpec, span: tuple[int, ...], parent: ModelSpec) -> bool:
     """True where the block is not simply the parent's layer."""
-    return len(span) != 1 or (block.attention, block.ffn, block.branches) != (
-        parent.blocks[span[0]].attention,
-        parent.blocks[span[0]].ffn,
+    return len(span) != 1 or (layer.attention, layer.ffn, layer.branches) != (
+        parent.layers[span[0]].attention,
+        parent.layers[span[0]].ffn,
         (),
     )
 
@@ -129,7 +129,7 @@ class Refit:
         drifted = False
         todo = spans(self.spec, len(self.parent.layers))
         with torch.no_grad(), Progress("refit", len(todo), "blocks") as progress:
-            for index, (block, span) in enumerate(zip(self.spec.blocks, todo, strict=True)):
+            for index, (block, span) in enumerate(zip(self.spec.layers, todo, strict=True)):
                 with self.student.loaded(index) as layer:
                     is_changed = changed(block, span, self.parent_spec) or holds_ternary(layer, self.family.transposed)
                     attended = None
@@ -144,7 +144,7 @@ class Refit:
         return found
 
     def _fitted(
-        self, index: int, block: BlockSpec, span: tuple[int, ...], layer: nn.Module, is_changed: bool, drifted: bool
+        self, index: int, block: LayerSpec, span: tuple[int, ...], layer: nn.Module, is_changed: bool, drifted: bool
     ) -> tuple[Path, Tensor | None]:
         """Fit one loaded layer, or take the fit that an earlier run stored.
 
@@ -205,7 +205,7 @@ class Refit:
     def _watched_sum(self, layer: nn.Module) -> Iterator[list[Tensor]]:
         """What the norm behind a post-norm layer's FFN reads, call after call; nothing where no fit needs it."""
         seen: list[Tensor] = []
-        if not self.family.post_norm or not any(isinstance(block.ffn, FFFSpec) for block in self.spec.blocks):
+        if not self.family.post_norm or not any(isinstance(block.ffn, FFFSpec) for block in self.spec.layers):
             yield seen
             return
         norm = layer.get_submodule(self.family.ffn_norm)
@@ -218,7 +218,7 @@ class Refit:
     def _fit(
         self,
         index: int,
-        block: BlockSpec,
+        block: LayerSpec,
         span: tuple[int, ...],
         layer: Any,
         is_changed: bool,
@@ -266,7 +266,7 @@ class Refit:
         return None if is_changed and block.ffn is None else attended
 
     def _fit_trees(
-        self, index: int, block: BlockSpec, layer: Any, attended: Tensor, parent_read: Tensor, drifted: bool
+        self, index: int, block: LayerSpec, layer: Any, attended: Tensor, parent_read: Tensor, drifted: bool
     ) -> None:
         """Fit a fast feedforward network to what the parent's sum of stream and FFN was, before any norm behind it."""
         from llmsurgeon.healing.refit.trees import fit_leaves, fit_nodes, readers
@@ -291,7 +291,7 @@ class Refit:
         ridge, error = fit(module, torch.cat(read), torch.cat(missing), torch.cat(judges), self.options.ridges)
         self.fits.append(Fit(index, block.parents, self.family.fast_ffn, ridge, error))
 
-    def _fit_mixer(self, index: int, block: BlockSpec, layer: nn.Module, wanted: Tensor) -> Tensor:
+    def _fit_mixer(self, index: int, block: LayerSpec, layer: nn.Module, wanted: Tensor) -> Tensor:
         """Fit an MLGRU's output projection so that the stream behind it meets the parent's behind its attention.
 
         wanted: that stream, [S, T, D]. Returns the student's behind the moved projection.
@@ -317,7 +317,7 @@ class Refit:
         return stream
 
     def _refit_attention(
-        self, index: int, block: BlockSpec, layer: Any, attended: Tensor, parent_attended: Tensor
+        self, index: int, block: LayerSpec, layer: Any, attended: Tensor, parent_attended: Tensor
     ) -> Tensor:
         """Move the attention's output projection so that the stream behind it comes nearest to the parent's there.
 
@@ -354,7 +354,7 @@ class Refit:
         self.fits.append(Fit(index, block.parents, outlet.name, ridge, error))
         return attended
 
-    def _join(self, index: int, block: BlockSpec, layer: nn.Module) -> Tensor:
+    def _join(self, index: int, block: LayerSpec, layer: nn.Module) -> Tensor:
         """Move the attention's output projection towards what the whole span did in the parent.
 
         Returns the student's stream behind the moved attention, [S, T, D].
@@ -402,16 +402,16 @@ class Refit:
                 stream[part] = (self.x[part].to(device) + outlet.contribution(heads.to(device))).cpu()
         return stream
 
-    def _has_linear_end(self, block: BlockSpec) -> bool:
+    def _has_linear_end(self, layer: LayerSpec) -> bool:
         """True where the block ends in a projection that a linear fit can move.
 
         Not so a mixture of experts, and an attention without FFN whose output goes through two norms.
         """
-        if block.ffn is not None:
+        if layer.ffn is not None:
             return self.family.experts is None
         return not self.family.post_norm
 
-    def _ends_ternary(self, block: BlockSpec, layer: nn.Module) -> bool:
+    def _ends_ternary(self, block: LayerSpec, layer: nn.Module) -> bool:
         """True where the block's last projection is ternary, which no update may move."""
         family = self.family
         end = f"{family.attention}.{family.attention_out}" if block.ffn is None else family.ffn_module(family.ffn_out)
@@ -422,7 +422,7 @@ class Refit:
         weight = getattr(dict(layer.named_modules()).get(name), "weight", None)
         return weight is not None and is_ternary(weight.T if self.family.transposed else weight)
 
-    def _refit_norm(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
+    def _refit_norm(self, index: int, block: LayerSpec, layer: nn.Module, attended: Tensor) -> None:
         """Give the norm that ends the block the gain and shift that bring each channel nearest to the parent's.
 
         Where blocks went, the parent's span ends in another block's norm; where trees came, some channels are surer
@@ -466,18 +466,18 @@ class Refit:
         outer = (family.attention_norm if part == "attention" else family.ffn_norm) if family.post_norm else ""
         return Outlet(layer, name, post_norm, family.transposed, outer)
 
-    def _rows(self, block: BlockSpec, parent: int) -> slice | None:
+    def _rows(self, layer: LayerSpec, parent: int) -> slice | None:
         """The rows of a fused FFN that came from one parent: each read its own input there.
 
         None where they cannot be told, because widths were cut before or after fusing.
         """
-        if len(block.parents) == 1:
+        if len(layer.parents) == 1:
             return slice(None)
-        widths = [ffn.width if (ffn := self.parent_spec.blocks[p].ffn) else 0 for p in block.parents]
-        if block.ffn is None or sum(widths) != block.ffn.width:
+        widths = [ffn.width if (ffn := self.parent_spec.layers[p].ffn) else 0 for p in layer.parents]
+        if layer.ffn is None or sum(widths) != layer.ffn.width:
             return None
-        start = sum(widths[: block.parents.index(parent)])
-        return slice(start, start + widths[block.parents.index(parent)])
+        start = sum(widths[: layer.parents.index(parent)])
+        return slice(start, start + widths[layer.parents.index(parent)])
 
     def _attended(self, index: int) -> Tensor:
         """The student's stream behind the block's attention, [S, T, D]."""
@@ -514,15 +514,15 @@ class Refit:
         wanted = norm(theirs[part].to(self.student.device)).float()
         moments.add(self._tokens(part, own), self._tokens(part, wanted - own), held)
 
-    def _align(self, index: int, block: BlockSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
+    def _align(self, index: int, layer: LayerSpec, what: str, moments: Moments, readers: Sequence[Tensor]) -> None:
         update, ridge, error = best_update(moments.complete(), (self.options.align_ridge,))
-        self.fits.append(Fit(index, block.parents, what, ridge, error))
+        self.fits.append(Fit(index, layer.parents, what, ridge, error))
         if update is not None:
             for weight in readers:
                 wide = weight.float()
                 weight.copy_((wide + wide @ update.T).to(weight.dtype))
 
-    def _refit_output(self, index: int, block: BlockSpec, layer: nn.Module, attended: Tensor) -> None:
+    def _refit_output(self, index: int, block: LayerSpec, layer: nn.Module, attended: Tensor) -> None:
         """Move the block's last projection so that the block ends where the parent's span ended."""
         if block.ffn is not None:
             outlet = self._outlet(layer, "ffn")

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.spec import (
     AttentionSpec,
-    BlockSpec,
     FFNSpec,
+    LayerSpec,
     ModelSpec,
     MoESpec,
     from_block_configs,
@@ -282,7 +282,7 @@ class Family:
             blocks = from_block_configs(block_configs, head_dim, windows, ropes)
         else:
             blocks = tuple(
-                BlockSpec(AttentionSpec(heads, kv_heads, head_dim, window, rope), self._ffn(config, width))
+                LayerSpec(AttentionSpec(heads, kv_heads, head_dim, window, rope), self._ffn(config, width))
                 for window, rope in zip(windows, ropes, strict=True)
             )
         halves = config.get("block_transformer")
@@ -290,7 +290,7 @@ class Family:
             family=self.model_type,
             hidden=hidden,
             vocab=self._size(config, "vocab_size"),
-            blocks=tuple(_with_parents(block, (i,)) for i, block in enumerate(blocks)),
+            layers=tuple(_with_parents(layer, (i,)) for i, layer in enumerate(blocks)),
             tied=bool(self.head and config.get("tie_word_embeddings", False)),
             max_positions=self._positions(config),
             block_transformer=from_block_transformer(halves, layers, hidden) if halves else None,
@@ -342,7 +342,7 @@ def _inside(suffix: str, *modules: str) -> bool:
     return suffix.startswith(tuple(f"{module}." for module in modules if module))
 
 
-def _with_parents(block: BlockSpec, parents: tuple[int, ...]) -> BlockSpec:
-    return BlockSpec(
-        block.attention, block.ffn, parents, tuple(_with_parents(branch, parents) for branch in block.branches)
+def _with_parents(layer: LayerSpec, parents: tuple[int, ...]) -> LayerSpec:
+    return LayerSpec(
+        layer.attention, layer.ffn, parents, tuple(_with_parents(branch, parents) for branch in layer.branches)
     )

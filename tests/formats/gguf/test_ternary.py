@@ -13,7 +13,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.gguf.ternary import exact_kind, ternary_q4_0
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.model.ternary import Grid, is_ternary, rounded
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 
 Kind = gguf.GGMLQuantizationType
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -42,7 +42,7 @@ def test_what_is_read_back_is_what_was_written(tmp_path, name, family, grid):
     assert {kinds[tensor] for tensor in kinds if tensor not in linears} == {"F32"}
     if family == "phi3":  # not read back from GGUF
         return
-    before, after = open_patient(str(folder)).weights, open_patient(str(made.path)).weights
+    before, after = open_model(str(folder)).weights, open_model(str(made.path)).weights
     for tensor in before:
         assert torch.equal(after[tensor].float(), before[tensor].bfloat16().float()), tensor
         if is_ternary(before[tensor]):
@@ -82,7 +82,7 @@ def test_rows_that_are_no_whole_blocks_go_to_the_nearest_type_that_is_exact(tmp_
     assert kinds["token_embd.weight"] == "F16" and kinds["output_norm.weight"] == "F32"
     (note,) = made.notes
     assert note.startswith("12 ternary tensors, blk.0.attn_k.weight the first, are Q4_0, which holds them exactly")
-    before, after = open_patient(str(folder)).weights, open_patient(str(made.path)).weights
+    before, after = open_model(str(folder)).weights, open_model(str(made.path)).weights
     for name in before:
         if is_ternary(before[name]):
             assert torch.equal(after[name].float(), before[name].bfloat16().float())

@@ -21,7 +21,7 @@ from llmsurgeon.formats.gguf.write import TYPES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 
 Kind = gguf.GGMLQuantizationType
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -101,7 +101,7 @@ SAME = {"mistral": "llama"}
 def test_uniform_models_come_back_as_they_were(family, settings, tolerance, tmp_path):
     folder = save_uniform(tmp_path / "model", family, **settings)
     export(folder, tmp_path / "model.gguf")
-    before, after = open_patient(str(folder)), open_patient(str(tmp_path / "model.gguf"))
+    before, after = open_model(str(folder)), open_model(str(tmp_path / "model.gguf"))
     assert after.family.model_type == SAME.get(family, family)
     # ALiBi has no last position, and Bloom's class no key for one.
     limit = after.spec.max_positions if family == "bloom" else before.spec.max_positions
@@ -147,7 +147,7 @@ def test_uneven_models_come_back_as_they_were(family, tmp_path):
     settings = {"use_sliding_window": False} if family == "qwen2" else {"attention_bias": True, "mlp_bias": True}
     folder = save_uneven(tmp_path / "model", family, **settings)
     export(folder, tmp_path / "model.gguf")
-    before, after = open_patient(str(folder)), open_patient(str(tmp_path / "model.gguf"))
+    before, after = open_model(str(folder)), open_model(str(tmp_path / "model.gguf"))
     assert after.spec == before.spec and after.family == before.family
     assert set(after.weights) == set(before.weights)
     assert all(torch.equal(after.weights[name], before.weights[name]) for name in before.weights)
@@ -163,7 +163,7 @@ def test_uneven_models_come_back_as_they_were(family, tmp_path):
 def test_rope_scaling_comes_back(rope, tmp_path):
     folder = save_uniform(tmp_path / "model", "llama", rope_parameters=rope, max_position_embeddings=16384)
     export(folder, tmp_path / "model.gguf")
-    found = open_patient(str(tmp_path / "model.gguf")).config["rope_parameters"]
+    found = open_model(str(tmp_path / "model.gguf")).config["rope_parameters"]
     assert found == {key: pytest.approx(value) if isinstance(value, float) else value for key, value in rope.items()}
 
 
@@ -180,10 +180,10 @@ def test_metadata_and_tensors_of_an_uneven_model(tmp_path):
     assert value["deci.attention.key_length"] == value["deci.rope.dimension_count"] == 16
     assert "blk.2.attn_norm.weight" not in file.entries and "blk.2.ffn_norm.weight" in file.entries
     assert "output.weight" not in file.entries
-    patient = open_patient(str(folder))
+    parent = open_model(str(folder))
     for block, heads in ((0, 4), (3, 4)):
         name = f"model.layers.{block}.self_attn.q_proj.weight"
-        weight = patient.weights[name].numpy().reshape(heads, 16, 64)
+        weight = parent.weights[name].numpy().reshape(heads, 16, 64)
         # Row 2i of a head is its row i, row 2i + 1 the one that turns with it, half a head on.
         expected = np.stack([weight[:, i // 2 + (i % 2) * 8] for i in range(16)], axis=1).reshape(64, 64)
         assert np.array_equal(file.rows(f"blk.{block}.attn_q.weight", 0, 64), expected)
@@ -201,10 +201,10 @@ def test_types(name, tmp_path):
     assert kinds["blk.0.ffn_norm.weight"] == kinds["output_norm.weight"] == "F32"
     embeddings = name if name in ("F32", "F16", "BF16") else "F16" if name.startswith("TQ") else "Q8_0"
     assert kinds["token_embd.weight"] == kinds["output.weight"] == embeddings
-    weights = open_patient(str(folder)).weights["model.layers.0.mlp.up_proj.weight"]
+    weights = open_model(str(folder)).weights["model.layers.0.mlp.up_proj.weight"]
     expected = gguf.quants.dequantize(gguf.quantize(weights.numpy(), Kind[name]), Kind[name])
     assert np.array_equal(file.rows("blk.0.ffn_up.weight", 0, 256), expected.astype(np.float32))
-    reread = open_patient(str(made.path)).weights["model.layers.0.mlp.up_proj.weight"]
+    reread = open_model(str(made.path)).weights["model.layers.0.mlp.up_proj.weight"]
     assert torch.equal(reread, torch.from_numpy(expected.astype(np.float32)).to(reread.dtype))
 
 

@@ -170,7 +170,7 @@ def test_latent_weights_start_at_the_parents_layer(tmp_path):
     case = case_of(tmp_path, steps)
     model = build_student(case, settings_of(), torch.float32)
     latents = {name: m for name, m in model.named_modules() if isinstance(m, LatentLinear)}
-    assert len(latents) == 3 * len(case.spec.blocks)
+    assert len(latents) == 3 * len(case.spec.layers)
     name = "model.layers.2.mlp.up_proj"
     theirs = case.parent.weights["model.layers.4.mlp.up_proj.weight"]
     assert ((latents[name].weight - theirs).abs() < 1e-6).float().mean() > 0.8

@@ -309,14 +309,14 @@ def test_spans_and_changed():
     for step in (PruneBlocks(layers=(0, 4)), DROP, FUSE):
         subject = subject.after(step.plan(subject))
     spec = subject.spec
-    assert [block.parents for block in spec.blocks] == [(1, 2, 3), (5,)]
+    assert [layer.parents for layer in spec.layers] == [(1, 2, 3), (5,)]
     assert spans(spec, 6) == [(0, 1, 2, 3, 4), (5,)]
-    assert [changed(b, s, parent) for b, s in zip(spec.blocks, spans(spec, 6), strict=True)] == [True, False]
-    block = parent.blocks[2]
-    assert not changed(block, (2,), parent)
-    assert changed(block, (2, 3), parent)
-    assert changed(replace(block, attention=None), (2,), parent)
-    assert changed(replace(block, attention=replace(block.attention, kv_heads=1)), (2,), parent)
+    assert [changed(b, s, parent) for b, s in zip(spec.layers, spans(spec, 6), strict=True)] == [True, False]
+    layer = parent.layers[2]
+    assert not changed(layer, (2,), parent)
+    assert changed(layer, (2, 3), parent)
+    assert changed(replace(layer, attention=None), (2,), parent)
+    assert changed(replace(layer, attention=replace(layer.attention, kv_heads=1)), (2,), parent)
 
 
 def test_operated_models_of_the_tests_are_those_of_the_runner():

@@ -104,7 +104,7 @@ def refitted(model, step, tokens, store, refit=True, damage=()):
         parent, student = LayerRunner(config, base, model.dtype), LayerRunner(written, weights, model.dtype)
         fit = Refit(parent, student, subject.spec, after.spec, tokens, held, RefitOptions(), store)
         weights = overlay(weights, fit.run())
-        assert sum(f.accepted for f in fit.fits) >= len(after.spec.blocks) // 2
+        assert sum(f.accepted for f in fit.fits) >= len(after.spec.layers) // 2
     return written, weights
 
 

@@ -25,7 +25,7 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
-from llmsurgeon.planning.opened import open_patient
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 from llmsurgeon.walk.walk import LayerRunner, Variant, walk
@@ -111,7 +111,7 @@ def test_a_part_that_goes(name, format):
     without(model, 2, "ffn")
     equal(outputs(pruned, ids, mask), outputs(model, ids, mask))
     assert written.format == ("surgeon" if format == "auto" else "native")
-    assert [b.attention is None for b in spec.blocks] == [True, False, False, True, False, False]
+    assert [b.attention is None for b in spec.layers] == [True, False, False, True, False, False]
     if format == "auto":
         parameters = sum(p.numel() for p in pruned.parameters())
         assert parameters < sum(p.numel() for p in model.parameters())
@@ -133,7 +133,7 @@ def test_a_block_that_loses_both_parts_vanishes(name):
     model = tiny_encoder(name)
     both, _, spec = operate(model, PruneAttention(layers=(2,)), PruneFFN(layers=(2,)))
     whole, _, _ = operate(model, PruneBlocks(layers=(2,)))
-    assert len(spec.blocks) == LAYERS - 1
+    assert len(spec.layers) == LAYERS - 1
     equal(outputs(both, some_ids()), outputs(whole, some_ids()), 0)
 
 
@@ -148,7 +148,7 @@ def test_width(name):
             layer.get_submodule(family.ffn_module(family.ffn_out)).weight[:, 40:] = 0
     for layers, format in ((None, "native"), ((2,), "surgeon")):
         narrow, written, spec = operate(model, PruneWidth(width=40, score="magnitude", layers=layers))
-        assert written.format == format and spec.blocks[2].ffn.width == 40
+        assert written.format == format and spec.layers[2].ffn.width == 40
         equal(outputs(narrow, ids), outputs(model, ids))
 
 
@@ -230,7 +230,7 @@ def test_a_layer_beyond_the_config_is_no_head(tmp_path):
     config = json.loads((parent / "config.json").read_text())
     (parent / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
     with pytest.raises(CheckpointError, match=r"encoder\.layer\.5\.\S+ is not part of the model"):
-        open_patient(str(parent))
+        open_model(str(parent))
 
 
 def test_files_of_sentence_transformers_go_along(tmp_path):
@@ -320,7 +320,7 @@ def test_modernbert_fuses(bias):
     """Gate over up in one matrix, gains (and shifts) folded."""
     model, ids = tiny_encoder("modernbert", norm_bias=bias), some_ids()
     fused, written, spec = operate(model, PruneAttention(layers=(1,)), FuseFFN(runs=((0, 1),)))
-    assert spec.blocks[0].ffn.width == 2 * 96 and written.format == "surgeon"
+    assert spec.layers[0].ffn.width == 2 * 96 and written.format == "surgeon"
     equal(outputs(fused, ids), outputs(fused_by_hand(model, 0, 1), ids), 1e-4)
 
 
@@ -334,10 +334,10 @@ def test_modernbert_runs_blocks_in_parallel():
 
         def __init__(self):
             super().__init__()
-            self.blocks = torch.nn.ModuleList(layers[3:5])
+            self.layers = torch.nn.ModuleList(layers[3:5])
 
         def forward(self, x, **kwargs):
-            return x + sum(block(x, **kwargs) - x for block in self.blocks)
+            return x + sum(layer(x, **kwargs) - x for layer in self.layers)
 
     model.layers = torch.nn.ModuleList([*layers[:3], Both(), layers[5]])
     equal(outputs(parallel, ids), outputs(model, ids), 1e-4)
@@ -348,7 +348,7 @@ def test_modernbert_keeps_its_first_block(step):
     subject, _, _ = subject_of(tiny_encoder("modernbert"))
     with pytest.raises(SurgeryError, match="modernbert: block 0 must stay as it is: it alone has no norm before"):
         step.plan(subject)
-    windows = [block.attention.window for block in subject.spec.blocks]
+    windows = [layer.attention.window for layer in subject.spec.layers]
     assert windows == [8, 8, None, 8, 8, 8]
 
 

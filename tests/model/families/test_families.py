@@ -111,10 +111,10 @@ SIZES = {
 def test_describe(family_name):
     config = normalised(tiny_config(family_name))
     spec = family_of(config).describe(config)
-    assert (spec.family, spec.hidden, spec.vocab, len(spec.blocks)) == (family_name, 32, 64, LAYERS)
+    assert (spec.family, spec.hidden, spec.vocab, len(spec.layers)) == (family_name, 32, 64, LAYERS)
     assert spec.uniform
-    assert [block.parents for block in spec.blocks] == [(i,) for i in range(LAYERS)]
-    attention, ffn = spec.blocks[0].attention, spec.blocks[0].ffn
+    assert [layer.parents for layer in spec.layers] == [(i,) for i in range(LAYERS)]
+    attention, ffn = spec.layers[0].attention, spec.layers[0].ffn
     assert attention.heads == 4
     assert (ffn.width, attention.kv_heads, attention.head_dim) == SIZES.get(family_name, (96, 2, 8))
 
@@ -132,7 +132,7 @@ def test_describe(family_name):
 )
 def test_sliding_windows(family, changes, windows):
     spec = FAMILIES[family].describe(normalised(tiny_config(family, **changes)))
-    assert [block.attention.window for block in spec.blocks] == windows
+    assert [layer.attention.window for layer in spec.layers] == windows
 
 
 def test_tied_embeddings_are_seen():

@@ -25,7 +25,7 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
-from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
@@ -80,9 +80,9 @@ def test_file_names_are_those_that_transformers_publishes(name, tmp_path):
 
 def test_describe(name):
     spec = FAMILIES[name].describe(normalised(tiny_config(name)))
-    block = spec.blocks[0]
-    assert (block.ffn.width, block.ffn.experts, block.ffn.per_token) == (24, 4, 2)
-    assert spec.uniform and len(spec.blocks) == LAYERS
+    layer = spec.layers[0]
+    assert (layer.ffn.width, layer.ffn.experts, layer.ffn.per_token) == (24, 4, 2)
+    assert spec.uniform and len(spec.layers) == LAYERS
 
 
 def test_parts_and_blocks_go(name):
@@ -190,8 +190,8 @@ def test_written_checkpoints_load_in_transformers(name, stacked, tmp_path):
 
 
 def test_bytes_of_experts_are_copied(name, tmp_path):
-    patient = open_patient(str(save_tiny(tmp_path / "parent", name)))
-    made = plan(patient, recipe_of("{op: prune_blocks, layers: [0]}"), {})
+    parent = open_model(str(save_tiny(tmp_path / "parent", name)))
+    made = plan(parent, recipe_of("{op: prune_blocks, layers: [0]}"), {})
     experts = [n for n in made.weights if ".experts." in n]
     assert len(experts) == (LAYERS - 1) * 4 * 3 and all(made.weights.origin(n) for n in experts)
 

@@ -38,7 +38,7 @@ def test_parts_go_and_their_norms_stay(model):
     pruned, _, spec = operate(model, PruneAttention(layers=(0, 3)), PruneFFN(layers=(1,)))
     expected = logits(silenced(model, (0, 3), (1,)), some_tokens())
     torch.testing.assert_close(logits(pruned, some_tokens()), expected, atol=1e-5, rtol=1e-5)
-    assert [block.attention is None for block in spec.blocks] == [True, False, False, True, False, False]
+    assert [layer.attention is None for layer in spec.layers] == [True, False, False, True, False, False]
     assert not torch.allclose(logits(model, some_tokens()), expected, atol=1e-2)
 
 

@@ -22,7 +22,7 @@ from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.model.families.vision_language import VISION_LANGUAGE
-from llmsurgeon.planning.opened import open_config, open_patient
+from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
@@ -264,13 +264,13 @@ def test_the_tower_is_what_is_measured_and_healed(tmp_path):
 def test_costs_and_inspect(name, tmp_path):
     """The rest of the file counts as parameters and bytes, and takes no part in a text token's work."""
     parent = save(tmp_path / "parent", name)
-    patient = open_patient(str(parent))
-    made = plan(patient, recipe_of(CUTS["native"]), {})
+    opened = open_model(str(parent))
+    made = plan(opened, recipe_of(CUTS["native"]), {})
     assert made.before.parameters == sum(t.numel() for t in load_file(parent / "model.safetensors").values())
     text = plan(open_config(str(parent)), recipe_of(CUTS["native"]), {})
     assert made.before.flops_per_token == text.before.flops_per_token
-    assert all(made.weights.origin(n) for n in patient.beside)
-    assert patient.model_type == name and patient.family.model_type == FAMILY.get(name, "llama")
+    assert all(made.weights.origin(n) for n in opened.beside)
+    assert opened.model_type == name and opened.family.model_type == FAMILY.get(name, "llama")
 
 
 def test_other_text_towers(tmp_path):
@@ -337,7 +337,7 @@ def test_what_is_refused(tmp_path):
     tensors = {n: t for n, t in load_file(parent / "model.safetensors").items() if "text_model" not in n}
     save_file(tensors, parent / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"has no text tower: no tensor is named model\.text_model\.\*"):
-        open_patient(str(parent))
+        open_model(str(parent))
     config = json.loads((parent / "config.json").read_text())
     config["text_config"]["model_type"] = "no_such_model"
     (parent / "config.json").write_text(json.dumps(config))
