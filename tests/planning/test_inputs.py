@@ -260,8 +260,8 @@ def test_sampled_text_is_kept_by_model_and_tokenizer(tmp_path):
 
 
 def test_the_parent_is_named_as_it_computes(parent, monkeypatch):
-    from llmsurgeon.planning.opened import open_model
     from llmsurgeon.planning import texts
+    from llmsurgeon.planning.opened import open_model
     from llmsurgeon.planning.texts import Texts
     from llmsurgeon.recipe.recipe import Calibration
 
