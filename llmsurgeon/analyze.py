@@ -20,7 +20,7 @@ from llmsurgeon.boundary.places import relative, without_folders
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.report.analysis import html_report
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 _DISTANCES = {"kl": "KL to the parent: {:.3f} nats a token", "cosine": "Cosine distance to the parent: {:.3f}"}
 

@@ -44,7 +44,7 @@ from llmsurgeon.recipe.recipe import Recipe, dump
 from llmsurgeon.report.card import collapse, model_card
 from llmsurgeon.report.curve import html_curves
 from llmsurgeon.text.calibration import split
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from llmsurgeon.analysis.fff import eliminate
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import Parts, walk
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.spec import FFFSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import Parts, walk
 
 Assignment = Literal["least_squares", "activation"]
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine, cosine_distance
 from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import Parts, walk
 
 # Logits are compared at every KL_STRIDE-th position: neighbours say much the same, and the head is dear.
 KL_STRIDE = 4

@@ -21,7 +21,7 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 MEASURE_TOKENS = 8192
 TERNARY_TOKENS = 2048

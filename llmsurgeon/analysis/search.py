@@ -16,7 +16,9 @@ from torch import Tensor
 
 from llmsurgeon.analysis.measure import divergences
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 # Tokens that rank the candidates: layers differ far more than these few tokens' means are unsure.
 SEARCH_TOKENS = 1536

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmsurgeon.model.ternary import Grid, rounded
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 Cost = tuple[float, int, int]
 

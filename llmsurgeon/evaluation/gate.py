@@ -15,7 +15,9 @@ from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, m
 from llmsurgeon.evaluation.perplexity import token_losses
 from llmsurgeon.model.families import Family
 from llmsurgeon.recipe.recipe import Gate
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

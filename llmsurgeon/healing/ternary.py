@@ -36,7 +36,8 @@ from llmsurgeon.healing.refit.fits import stored_names, stored_records
 from llmsurgeon.healing.refit.ridge import Moments, best_update
 from llmsurgeon.model.ternary import Grid, compensated, fitted_gain, is_ternary
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Streams
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.streams import Streams
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.calibration import Calibration, calibration_tokens, documents, window_start
 from llmsurgeon.text.self_text import SelfText, cached_self_text
 from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,7 +24,7 @@ from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.recipe.recipe import loads
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 
 def cost_of(model, parent, tokens, dropped, fuse):

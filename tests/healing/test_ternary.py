@@ -21,7 +21,9 @@ from llmsurgeon.healing.refit.refit import Refit, RefitOptions
 from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary, token_weights
 from llmsurgeon.model.ternary import Grid, compensated, grid_of, is_ternary
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 TOKENS = some_tokens(48, 16)
 HELD = torch.arange(48) % 8 == 7

@@ -17,7 +17,7 @@ from llmsurgeon.model.spec import FFFSpec, FFNSpec, from_block_configs, to_block
 from llmsurgeon.operations.fff import FFF, within_budget
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.recipe.recipe import dump, loads
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 TOKENS = some_tokens(24, 16)
 

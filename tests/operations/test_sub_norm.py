@@ -21,7 +21,7 @@ from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.recipe.recipe import loads
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "granite")
 TOKENS = some_tokens(8, 16)

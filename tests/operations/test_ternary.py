@@ -12,7 +12,7 @@ from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.model.ternary import Grid, is_ternary, rounded
 from llmsurgeon.operations.ternary import Ternary, linears_of
 from llmsurgeon.recipe.recipe import dump, loads
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 TOKENS = some_tokens(8, 16)
 

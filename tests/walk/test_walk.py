@@ -14,8 +14,10 @@ from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
-from llmsurgeon.walk import walk as walk_module
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk import streams as streams_module
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 
 def runner_of(model) -> LayerRunner:
@@ -160,12 +162,12 @@ def test_large_streams_live_in_a_file(monkeypatch, tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=5)
     variants = [variant for variant, _ in CUTS]
     expected = walk(runner_of(model), tokens, variants, batch=2)
-    monkeypatch.setattr(walk_module, "STREAM_BYTES_IN_MEMORY", 1024)
+    monkeypatch.setattr(streams_module, "STREAM_BYTES_IN_MEMORY", 1024)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     made = []
-    real = walk_module.tempfile.NamedTemporaryFile
+    real = streams_module.tempfile.NamedTemporaryFile
     monkeypatch.setattr(
-        walk_module.tempfile, "NamedTemporaryFile", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
+        streams_module.tempfile, "NamedTemporaryFile", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
     )
     found = walk(runner_of(model), tokens, variants, batch=2)
     assert torch.equal(found, expected)

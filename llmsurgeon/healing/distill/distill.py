@@ -40,7 +40,9 @@ from llmsurgeon.healing.distill.training import LOG, Trainer, Training, engine
 from llmsurgeon.healing.refit.refit import changed, spans
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import is_ternary
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.distill import Distill, Lora

@@ -16,7 +16,8 @@ from llmsurgeon.evaluation.encoders import evaluate_states
 from llmsurgeon.healing.distill.distill import GlobalTask, hardening_loss, weighted
 from llmsurgeon.healing.distill.losses import cosine_distance
 from llmsurgeon.healing.distill.targets import TappedModel, Targets, masked
-from llmsurgeon.walk.walk import Variant, walk
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.distill import Distill

@@ -31,7 +31,7 @@ from llmsurgeon.healing.distill.training import RESULT, Trainer, Training, engin
 from llmsurgeon.healing.refit.refit import spans
 from llmsurgeon.model.families import family_of
 from llmsurgeon.progress import Progress, set_quiet
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.distill import Distill

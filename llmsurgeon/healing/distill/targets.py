@@ -32,7 +32,9 @@ from llmsurgeon.healing.distill.data import Corpus
 from llmsurgeon.healing.distill.losses import Target, TopTokens
 from llmsurgeon.progress import remark
 from llmsurgeon.text.self_text import cache_folder
-from llmsurgeon.walk.walk import LayerRunner, Parts, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import Parts, walk
 
 # Rows for which the parent is run at a time. A resumed run meets the same groups of rows, so that its targets are the
 # same to the last bit.
@@ -241,7 +243,7 @@ class TappedModel(nn.Module):
 
 def head_logits(model: Any, states_TD: Tensor) -> Tensor:
     """Last hidden states [T, D] (final norm included) -> logits [T, V], scaled and capped as the model's class does."""
-    from llmsurgeon.walk.walk import Given
+    from llmsurgeon.walk.runner import Given
 
     body = model.base_model
     setattr(model, model.base_model_prefix, Given())

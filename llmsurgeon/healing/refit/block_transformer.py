@@ -39,7 +39,7 @@ from llmsurgeon.healing.refit.refit import changed, spans
 from llmsurgeon.healing.refit.ridge import Moments, best_update
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 # Maps that begin as nothing worth keeping: a ridge need not hold on to it.
 MAP_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)

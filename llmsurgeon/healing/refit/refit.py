@@ -40,7 +40,8 @@ from llmsurgeon.healing.refit.ridge import Moments, best_update, joint_update
 from llmsurgeon.model.spec import FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
 from llmsurgeon.model.ternary import is_ternary
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.walk import LayerRunner, Streams
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.streams import Streams
 
 # An MLGRU's output projection was made for other inputs: there is little in it that a ridge should hold on to.
 MIXER_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)

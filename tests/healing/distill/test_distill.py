@@ -33,7 +33,9 @@ from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.recipe.recipe import loads
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 FUSED = (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),)))
 SHORT = dict(steps=30, sequence_length=16, batch=4, learning_rate=2e-3, warmup=2, evaluations=1, save_minutes=None)

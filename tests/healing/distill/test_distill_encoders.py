@@ -27,7 +27,9 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 SHORT = dict(steps=30, sequence_length=16, batch=4, learning_rate=2e-3, warmup=2, evaluations=1, save_minutes=None)
 NARROW = (PruneFFN(layers=(2, 3)),)

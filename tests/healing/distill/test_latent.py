@@ -124,7 +124,9 @@ def test_the_evaluation_is_that_of_the_ternary_weights(tmp_path):
     held = case.held_out.shape[1] - 1
 
     def kl(weights):
-        from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+        from llmsurgeon.walk.runner import LayerRunner
+        from llmsurgeon.walk.variants import Variant
+        from llmsurgeon.walk.walk import walk
 
         student = LayerRunner(case.config, weights, torch.float32)
         with torch.no_grad():

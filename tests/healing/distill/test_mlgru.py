@@ -13,7 +13,7 @@ from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.refit.fits import overlay
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.prune_blocks import PruneBlocks
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 HYBRID = MatMulFree(layers=(1, 3), context=16)
 

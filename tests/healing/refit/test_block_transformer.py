@@ -18,7 +18,7 @@ from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.refit import Refit
-from llmsurgeon.walk.walk import LayerRunner
+from llmsurgeon.walk.runner import LayerRunner
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window": False}, "qwen3": {}}
 

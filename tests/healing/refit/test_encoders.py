@@ -16,7 +16,9 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_width import PruneWidth
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 TOKENS = torch.randint(3, 64, (48, 16), generator=torch.Generator().manual_seed(1))
 HELD_OUT = torch.arange(48) % 6 == 0

@@ -17,7 +17,9 @@ from llmsurgeon.healing.refit.refit import Refit, RefitOptions
 from llmsurgeon.healing.refit.trees import LeafSums, fit_leaves, fit_nodes, leaf_updates
 from llmsurgeon.modeling.surgeon_fff import LeafFeedForward, NodeFeedForward
 from llmsurgeon.operations.fff import FFF
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 
 def test_updates_are_those_of_one_least_squares_problem():

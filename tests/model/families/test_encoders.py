@@ -28,7 +28,9 @@ from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 HEADS = [(family, head) for family in ENCODER_NAMES for head, _ in FAMILIES[family].heads]
 POST_NORM = [name for name in ENCODER_NAMES if FAMILIES[name].post_norm]

@@ -29,7 +29,9 @@ from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.walk.walk import LayerRunner, Variant, walk
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
 
 DOWN = {"mixtral": "block_sparse_moe.experts.{}.w2.weight", "qwen3_moe": "mlp.experts.{}.down_proj.weight"}
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40
