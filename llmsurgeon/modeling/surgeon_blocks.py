@@ -3,8 +3,8 @@
 This file ships inside converted checkpoints next to `modeling_surgeon_<family>.py` and needs nothing
 but torch and transformers. `config.block_configs` holds one entry per layer:
 
-    attention: {no_op, num_attention_heads, num_key_value_heads, ...}     # kind: mlgru: see surgeon_mlgru.py
-    ffn:       {no_op, intermediate_size, ...}     # kind: fff, with sizes of its own: see surgeon_fff.py
+    attention: {no_op, num_attention_heads, num_key_value_heads, ...}     # kind: a key of ATTENTIONS, below
+    ffn:       {no_op, intermediate_size, ...}     # kind: a key of FFNS, with sizes of its own
     either:    {sub_norm: true}     # an RMSNorm before its output projection
     parallel:  [entries]     # blocks that read the same input; their contributions add up
 
@@ -458,7 +458,8 @@ def shaped(config, entry, width_key="intermediate_size", kv_heads_key="num_key_v
             setattr(shape, kv_heads_key, attention["num_key_value_heads"])
     if not ffn["no_op"]:
         # What is about to be replaced need not take memory.
-        setattr(shape, width_key, 1 if ffn.get("kind") == "fff" else ffn["intermediate_size"])
+        replaced = ffn.get("kind") not in STOCK | CHANGED
+        setattr(shape, width_key, 1 if replaced else ffn["intermediate_size"])
     return shape
 
 
@@ -471,6 +472,31 @@ def follow(block, shape, config):
     for module in block.modules():
         for name in [name for name, value in vars(module).items() if value is shape]:
             setattr(module, name, config)
+
+
+# Parts that no family's own layer has, by the `kind` of their entry in block_configs: what puts one into a block that the
+# family has made, called with (block, entry, config). A file of its own adds a kind by a line such as
+# `FFNS["linear"] = install_linear`; the file goes along where the part's declaration names it.
+ATTENTIONS = {"mlgru": install_mlgru}
+FFNS = {"fff": install_fast_feed_forward, "bitlinear": install_bit_linears}
+# The kinds of FFN that start from what the family made. The others take its place, so it is made of width 1.
+CHANGED = {"bitlinear"}
+# Kinds that say more of the family's own part, and nothing else.
+STOCK = {"dense", "moe", None}
+
+
+def install(block, entry, table, config):
+    """Put the part that an entry describes into a block, where it is none of the family's own.
+
+    Raises:
+        ValueError: this code does not know the kind.
+    """
+    kind = entry.get("kind")
+    if kind in STOCK:
+        return
+    if kind not in table:
+        raise ValueError(f"block_configs: kind {kind!r} is not one that this checkpoint's code knows: {', '.join(table)}")
+    table[kind](block, entry, config)
 
 
 def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
@@ -491,17 +517,14 @@ def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_h
             norm = () if shared else (block.attention_norm_name,)
             remove_parts(block, block.attention_parts or (block.attention_name, *norm))
         else:
-            if is_mlgru(attention):
-                install_mlgru(block, attention, config)
+            install(block, attention, ATTENTIONS, config)
             getattr(block, block.attention_name).layer_idx = slot
             slot += 1
         if ffn["no_op"]:
             norm = () if shared else (block.ffn_norm_name,)
             remove_parts(block, block.ffn_parts or (block.ffn_name, *norm))
-        elif ffn.get("kind") == "fff":
-            install_fast_feed_forward(block, ffn, config)
-        elif ffn.get("kind") == "bitlinear":
-            install_bit_linears(block, ffn["projections"], config)
+        else:
+            install(block, ffn, FFNS, config)
         if attention.get("sub_norm") or ffn.get("sub_norm"):
             install_sub_norms(block, attention, ffn, config.rms_norm_eps)
         return block

@@ -375,9 +375,9 @@ def install_mlgru(block, entry, config):
     setattr(block, block.attention_name, MLGRU(config.hidden_size, entry, config.rms_norm_eps))
 
 
-def install_bit_linears(block, names, config):
-    """Make BitLinears of the FFN's projections with these names."""
-    for name in names:
+def install_bit_linears(block, entry, config):
+    """Make BitLinears of the FFN's projections that the entry names."""
+    for name in entry["projections"]:
         old = block.get_submodule(name)
         biased = old.bias is not None
         block.set_submodule(name, BitLinear(old.in_features, old.out_features, biased, config.rms_norm_eps))
