@@ -474,8 +474,8 @@ def follow(block, shape, config):
             setattr(module, name, config)
 
 
-# Parts that no family's own layer has, by the `kind` of their entry in block_configs: what puts one into a block that the
-# family has made, called with (block, entry, config). A file of its own adds a kind by a line such as
+# Parts that no family's own layer has, by the `kind` of their entry in block_configs: what puts one into a block that
+# the family has made, called with (block, entry, config). A file of its own adds a kind by a line such as
 # `FFNS["linear"] = install_linear`; the file goes along where the part's declaration names it.
 ATTENTIONS = {"mlgru": install_mlgru}
 FFNS = {"fff": install_fast_feed_forward, "bitlinear": install_bit_linears}
@@ -495,7 +495,7 @@ def install(block, entry, table, config):
     if kind in STOCK:
         return
     if kind not in table:
-        raise ValueError(f"block_configs: kind {kind!r} is not one that this checkpoint's code knows: {', '.join(table)}")
+        raise ValueError(f"block_configs: kind {kind!r} is unknown to this checkpoint's code ({', '.join(table)})")
     table[kind](block, entry, config)
 
 
