@@ -33,6 +33,23 @@ def test_the_table_of_families_is_up_to_date():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+def test_the_tree_of_the_architecture_is_up_to_date():
+    command = [sys.executable, ROOT / "scripts" / "gen_architecture_docs.py", "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_readme_is_a_page():
+    assert len((ROOT / "README.md").read_text().split()) < 1300
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / page).read_text())
+    missing = [link for link in links if not ((ROOT / page).parent / link).exists()]
+    assert not missing
+
+
 def test_the_example_recipe_loads():
     (example,) = re.findall(r"```yaml\n(.*?)```", RECIPES, re.DOTALL)
     assert len(loads(example).steps) == 3
