@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from llmsurgeon.boundary.places import everywhere, without_folders
-from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.formats.bitnet import LinearClass, packing_of, ternary_linears
+from llmsurgeon.formats.bitnet import LinearClass
 from llmsurgeon.formats.gguf.write import Exported as GGUF
 from llmsurgeon.formats.gguf.write import write_gguf
-from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
-from llmsurgeon.formats.write import Written, write_beside
+from llmsurgeon.formats.write import write_beside
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
-from llmsurgeon.planning.plan import without_empty_layers
-from llmsurgeon.planning.texts import Options
+from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.student import Student, packed_by_value, student_of, without_empty_layers
 from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.report.card import model_card
 from llmsurgeon.report.provenance import read_story
@@ -60,32 +59,23 @@ def export(
     options = options or Options()
     parent = open_model(model, revision, options.trust_remote_code)
     checkpoint = parent.checkpoint
-    assert checkpoint is not None
     place = options.staging(checkpoint.path)
     Stage.check(out, **place)
-    subject, weights = without_empty_layers(parent.subject({}), parent.weights)
-    written = parent.form(subject.spec, to)
-    shapes = shapes_of(written.fit(rebase(weights, checkpoint.meta())))
-    expected = expected_shapes(empty_model(written.config))
-    check_shapes(shapes, expected, "the planned checkpoint", parent.family, parent.beside)
-    after = parent.costs(written.spec, shapes)
-    if to == "bitnet":
-        meta = written.fit(rebase(weights, checkpoint.meta()))
-        packing = packing_of(written.config, meta, ternary_linears(weights, written.config), linear_class)
-        written = replace(written, packing=packing)
-        after = replace(after, disk_bytes=after.disk_bytes - packing.saved(meta))
+    packing = partial(packed_by_value, linear_class=linear_class)
+    student = student_of(parent, parent.subject({}), parent.weights, to, packing)
     inputs = Inputs.of("export", {"model": checkpoint}, None, options, format=to, linear_class=linear_class)
     with Stage.open(
         out,
         job=inputs.job(),
-        needed_bytes=after.disk_bytes,
+        needed_bytes=student.costs.disk_bytes,
         **place,
     ) as stage:
-        stage.write_weights(written.published(weights, parent.family), max_shard_size=options.max_shard_size)
-        write_beside(stage, written, checkpoint)
-        before = _write_story(stage, parent, written, after)
+        weights = student.written.published(student.weights, parent.family)
+        stage.write_weights(weights, max_shard_size=options.max_shard_size)
+        write_beside(stage, student.written, checkpoint)
+        before = _write_records(stage, parent, student)
         stage.confirm(inputs.check)
-        return Exported(stage.commit(), to, written.loads, before, after)
+        return Exported(stage.commit(), to, student.written.loads, before, student.costs)
 
 
 def export_gguf(
@@ -105,7 +95,6 @@ def export_gguf(
     """
     options = options or Options()
     parent = open_model(model, revision, options.trust_remote_code)
-    assert parent.checkpoint is not None
     if parent.tower:
         raise SurgeryError(
             f"{model}: format gguf holds text models alone, this one is vision-language ({parent.model_type}); "
@@ -132,15 +121,14 @@ def export_gguf(
     )
 
 
-def _write_story(stage: Stage, parent: OpenedCheckpoint, written: Written, after: Costs) -> Costs:
+def _write_records(stage: Stage, parent: OpenedCheckpoint, student: Student) -> Costs:
     """Card, and what the source says of its own making where this tool made it. Returns the parent's costs."""
-    checkpoint = parent.checkpoint
-    assert checkpoint is not None
+    checkpoint, written, after = parent.checkpoint, student.written, student.costs
     before = parent.costs(parent.spec, shapes_of(parent.meta()))
     surgery: dict[str, Any] = {}
     recipe = None
-    if story := read_story(checkpoint.path):
-        surgery, recipe, before = everywhere(story.surgery, without_folders), story.recipe, story.before
+    if records := read_story(checkpoint.path):
+        surgery, recipe, before = everywhere(records.surgery, without_folders), records.recipe, records.before
         with suppress(RecipeError):  # of another version: it goes along as it is
             recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)
     card = model_card(

@@ -12,24 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from llmsurgeon.checkpoint.shards import parse_size
-from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, is_surgeon, ships_code
-from llmsurgeon.formats.write import WrittenFormat, write_config
+from llmsurgeon.formats.models import is_surgeon, ships_code
+from llmsurgeon.formats.write import WrittenFormat
 from llmsurgeon.healing.distill.crew import stop_with_launcher
 from llmsurgeon.healing.distill.training import on_cpu, several
-from llmsurgeon.model.costs import costs
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
-from llmsurgeon.operations.distill import Distill
+from llmsurgeon.planning.checks import check_recipe, within_positions
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
-from llmsurgeon.planning.plan import Planned, check_recipe, within_positions, without_empty_layers
-from llmsurgeon.planning.texts import Texts, files_of, trimmed
+from llmsurgeon.planning.opening import files_of
+from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.plan import Planned
+from llmsurgeon.planning.student import student_of, without_empty_layers
+from llmsurgeon.planning.texts import Texts
+from llmsurgeon.planning.trimming import trimmed
 from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe.recipe import Recipe, dump, loads
 from llmsurgeon.report.provenance import read_recipe, read_surgery
-from llmsurgeon.run import Options, Outcome, finish, heal_and_prove, logs_of
+from llmsurgeon.run import Outcome, finish, heal_and_prove, logs_of
 from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 
@@ -53,12 +55,11 @@ def heal(
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
         Stopped: on SIGTERM, with the state saved.
     """
-    wounded, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
-    whole, recipe = planned.parent, planned.recipe
-    assert wounded.checkpoint is not None and whole.checkpoint is not None and whole.original.checkpoint is not None
-    place = options.staging(wounded.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
+    cut, whole, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
+    recipe = planned.recipe
+    place = options.staging(cut.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))
     parse_size(options.max_shard_size)
-    inputs = Inputs.of("heal", {"student": wounded.checkpoint, "parent": whole.checkpoint}, recipe, options)
+    inputs = Inputs.of("heal", {"student": cut.checkpoint, "parent": whole.checkpoint}, recipe, options)
     job = inputs.job(recipe)
     world = World()
     world.main_alone(lambda: Stage.check(out, job=job, resume=resume, **place))
@@ -76,33 +77,30 @@ def heal(
         healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
         if stage is None:
             return None
-        story = dump(_whole_recipe(wounded, recipe).model_copy(update={"model": parent}), Path(out))
-        return finish(stage, out, planned, story, healed, texts, wounded.checkpoint, inputs)
+        records = dump(_whole_recipe(cut, recipe).model_copy(update={"model": parent}), Path(out))
+        return finish(stage, out, planned, records, healed, texts, cut.checkpoint, inputs)
 
 
 def prepare(
     student: str, parent: str, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[OpenedCheckpoint, Planned]:
-    """(the opened student, all that is known before training it by the distill steps of `recipe`).
+) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Planned]:
+    """(student, parent, all that is known before the one is trained to be like the other by the steps of `recipe`).
 
     Raises:
         SurgeryError: the recipe has no such step, or the two are not parent and student.
     """
-    wounded, whole = (
-        open_model(student, trust_remote_code=trust_remote_code),
-        open_model(parent, revision, trust_remote_code),
-    )
-    if wounded.spec.vocab < whole.spec.vocab:
-        assert wounded.checkpoint is not None and whole.checkpoint is not None
-        whole = trimmed(whole, trimmed_like(wounded.checkpoint, whole.checkpoint))
-    steps = tuple(step for step in recipe.steps if isinstance(step, Distill))
+    cut = open_model(student, trust_remote_code=trust_remote_code)
+    whole = open_model(parent, revision, trust_remote_code)
+    if cut.spec.vocab < whole.spec.vocab:
+        whole = trimmed(whole, trimmed_like(cut.checkpoint, whole.checkpoint))
+    steps = tuple(step for step in recipe.steps if step.trains)
     if not steps:
         raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
     recipe = recipe.model_copy(update={"steps": steps})
     check_recipe(whole, recipe)
     recipe = within_positions(whole, recipe)
     recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
-    return wounded, plan_healing(wounded, whole, recipe)
+    return cut, whole, plan_healing(cut, whole, recipe)
 
 
 def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Recipe) -> Planned:
@@ -120,25 +118,17 @@ def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Re
             raise SurgeryError(
                 f"{student.name} is not cut from {parent.name}: its {key} is {mine}, the parent's {theirs}"
             )
-    assert student.checkpoint is not None
     subject, weights = without_empty_layers(student.subject({}), student.weights)
-    spec = _with_parents(subject.spec, parent.spec, student)
+    subject = replace(subject, spec=_with_parents(subject.spec, parent.spec, student))
     for step in recipe.steps:
-        step.plan(replace(parent.subject({}), spec=spec))
-    written = write_config(spec, parent.family, parent.config, _form(student.checkpoint.config))
-    meta = written.fit(rebase(weights, student.checkpoint.meta()))
-    check_shapes(shapes_of(meta), expected_shapes(empty_model(written.config)), "the healed checkpoint", parent.family)
+        step.plan(replace(parent.subject({}), spec=subject.spec))
+    form = _form(student.checkpoint.config)
     return Planned(
         parent=parent,
         recipe=recipe,
-        spec=spec,
-        weights=weights,
-        meta=meta,
-        written=written,
-        heals=recipe.steps,
+        student=student_of(parent, subject, weights, form, stored=student),
         notes=(f"Healed from `{Path(student.name).name}`.", *student.notes),
-        before=costs(parent.spec, parent.family, shapes_of(parent.meta()), parent.dtype.itemsize),
-        after=costs(written.spec, parent.family, shapes_of(meta), student.dtype.itemsize),
+        before=parent.costs(parent.spec, shapes_of(parent.meta())),
     )
 
 
@@ -176,9 +166,8 @@ def _renumbered(layer: LayerSpec, parents: tuple[int, ...]) -> LayerSpec:
 
 def _recorded_parents(student: OpenedCheckpoint, blocks: int) -> list[list[int]] | None:
     """What the checkpoint says of where its blocks come from, None where it says nothing."""
-    assert student.checkpoint is not None
-    story = read_surgery(student.checkpoint.path)
-    recorded: Any = story and story.parents
+    records = read_surgery(student.checkpoint.path)
+    recorded: Any = records and records.parents
     if recorded is None:
         recorded = [entry.get("parents") for entry in student.config.get("block_configs") or ()]
     usable = len(recorded) == blocks and all(
@@ -189,7 +178,6 @@ def _recorded_parents(student: OpenedCheckpoint, blocks: int) -> list[list[int]]
 
 def _whole_recipe(student: OpenedCheckpoint, recipe: Recipe) -> Recipe:
     """The recipe that leads from the parent to the healed student, where the student came with its own."""
-    assert student.checkpoint is not None
     text = read_recipe(student.checkpoint.path)
     try:
         before = loads(text, folder=student.checkpoint.path) if text else None

@@ -36,10 +36,12 @@ from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
 from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.planning.checks import check_recipe, check_weights, within_positions
 from llmsurgeon.planning.inputs import Inputs
-from llmsurgeon.planning.plan import Planned, check_recipe, plan, refuse_ternary_parent, within_positions
-from llmsurgeon.planning.texts import Options as Options
-from llmsurgeon.planning.texts import Texts, files_of, opened
+from llmsurgeon.planning.opening import files_of, opened
+from llmsurgeon.planning.options import Options as Options
+from llmsurgeon.planning.plan import Planned, plan
+from llmsurgeon.planning.texts import Texts
 from llmsurgeon.recipe.recipe import Recipe, dump
 from llmsurgeon.report.card import collapse, model_card
 from llmsurgeon.report.curve import html_curves
@@ -67,7 +69,6 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
     parent = opened(model, recipe, revision, options.trust_remote_code)
-    assert parent.checkpoint is not None and parent.original.checkpoint is not None
     source = parent.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
     Stage.check(out, **place)
@@ -78,11 +79,11 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         )
     check_recipe(parent, recipe)
     recipe = within_positions(parent, recipe)
-    refuse_ternary_parent(parent, recipe)
+    check_weights(parent, recipe)
     inputs = Inputs.of("run", {"model": parent.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.
     Stage.check(out, job=inputs.job(), **place)
-    wanted = max([step.tokens or 0 for step in recipe.steps if isinstance(step, RefitStep)] or [0])
+    wanted = max(step.calibration_tokens() or 0 for step in recipe.steps)
     texts = Texts(parent, recipe.calibration, wanted or recipe.calibration.tokens, options)
     needed = frozenset(name for step in recipe.steps for name in step.needs())
     scores = (

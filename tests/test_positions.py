@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.planning.checks import within_positions
 from llmsurgeon.planning.opened import open_model
-from llmsurgeon.planning.plan import within_positions
 from llmsurgeon.recipe.recipe import loads
 
 FEW = 24

@@ -69,11 +69,11 @@ def analyze_command(
     from llmsurgeon.checkpoint.writer import Stage
     from llmsurgeon.planning.inputs import Inputs
     from llmsurgeon.planning.opened import open_model
-    from llmsurgeon.planning.texts import Options, Texts
+    from llmsurgeon.planning.options import Options
+    from llmsurgeon.planning.texts import Texts
     from llmsurgeon.recipe.recipe import Calibration
 
     parent = open_model(model, revision, trust_remote_code)
-    assert parent.checkpoint is not None
     inputs = Inputs.of("analyze", {"model": parent.checkpoint}, None, Options())
     if text:
         inputs.watch_text("text", text)

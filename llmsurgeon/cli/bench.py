@@ -117,7 +117,7 @@ def _in_llamacpp(
     from llmsurgeon.evaluation.latency import benchmark_llamacpp
     from llmsurgeon.evaluation.llamacpp import require_xllamacpp
     from llmsurgeon.export import export_gguf
-    from llmsurgeon.planning.texts import Options
+    from llmsurgeon.planning.options import Options
 
     require_xllamacpp()  # before anything is exported
     with passing() as folder:

@@ -301,13 +301,11 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     if not name:
         raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
     if job.dry_run:
-        from llmsurgeon.planning.opened import open_known
-        from llmsurgeon.planning.plan import foreseen, plan, within_positions
-        from llmsurgeon.planning.texts import opened, trims
+        from llmsurgeon.planning.checks import within_positions
+        from llmsurgeon.planning.opening import described
+        from llmsurgeon.planning.plan import foreseen, plan
 
-        # Which tokens stay is read from the tokenizer's files; for all else the config is enough.
-        known = (job.revision, job.trust_remote_code)
-        parent = opened(name, recipe, *known) if trims(recipe) else open_known(name, *known)
+        parent = described(name, recipe, job.revision, job.trust_remote_code)
         recipe = within_positions(parent, recipe)
         planned = plan(parent, recipe, foreseen(parent, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)

@@ -75,7 +75,7 @@ def heal_command(
     changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
     wanted = with_text(load(recipe, changes) if recipe else loads(DEFAULT, "defaults", changes), text, dataset)
     if dry_run:
-        _, planned = prepare(student, parent, wanted, revision, trust_remote_code)
+        _, _, planned = prepare(student, parent, wanted, revision, trust_remote_code)
         print(json.dumps(plan_report(planned))) if as_json else print_plan(planned, notes=True)
         return
     options = Options(

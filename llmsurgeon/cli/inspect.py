@@ -12,7 +12,7 @@ from llmsurgeon.cli import console, say, tell
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 if TYPE_CHECKING:
-    from llmsurgeon.planning.opened import OpenedCheckpoint
+    from llmsurgeon.planning.opened import DescribedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +81,7 @@ def inspect_command(
         tell(f"not in order: {problem}")
 
 
-def _what_is_known(model: str, revision: str | None) -> tuple[OpenedCheckpoint, list[str]]:
+def _what_is_known(model: str, revision: str | None) -> tuple[DescribedModel, list[str]]:
     """The model as far as it can be opened, and what keeps the rest of the commands from using it."""
     from llmsurgeon.planning.opened import open_config, open_known
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.spec import BitFFNSpec, FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.operations.fit_memory import Text
 
 # Operations that leave fast feedforward networks alone.
 AFTER_TREES = (
@@ -138,23 +140,55 @@ class NewLayer:
 
 
 class Step(BaseModel):
-    """A step of a recipe."""
+    """A step of a recipe: what the rest of the program asks of an operation, each with the answer of most.
+
+    heals: it makes up for cuts, on text, behind all of them.
+    trains: it does so with gradients, as the verb `heal` does.
+    libraries: those whose version its results depend on, beside the ones that every result depends on.
+    tower_refusal: why it cannot take the text tower of a vision-language model, whose model_type is `{kind}`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     heals: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
+    libraries: ClassVar[tuple[str, ...]] = ()
+    tower_refusal: ClassVar[str] = ""
     op: str
+
+    # What it reads.
+
+    def reads(self) -> tuple[str | None, ...]:
+        """Files, folders and data sets that it names."""
+        return ()
+
+    def calibration_tokens(self) -> int | None:
+        """How many tokens of calibration text it wants, where that is not the recipe's number."""
+        return None
 
     def needs(self) -> frozenset[str]:
         """Names of the analysis scores without which the step cannot be resolved."""
         return frozenset()
 
-    def resolve(self, subject: Subject) -> Step:
-        """The same step with every `auto` and `count` replaced by layers."""
-        return self
-
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Stand-ins for scores that are not computed in a dry run, as far as shapes alone decide the plan."""
         return {}
+
+    # What it refuses, before anything is measured.
+
+    def check_place(self, before: Sequence[Step]) -> None:
+        """Raise SurgeryError where it cannot come behind these steps."""
+
+    def check_follower(self, step: Step) -> None:
+        """Raise SurgeryError where `step` cannot come behind this one."""
+
+    def check_weights(self, subject: Subject, weights: Mapping[str, Tensor]) -> None:
+        """Raise SurgeryError where the parent's weights are not such that it can take them."""
+
+    # What it does.
+
+    def resolve(self, subject: Subject) -> Step:
+        """The step with every `auto` and `count` replaced by layers."""
+        return self
 
     def job(self) -> Step:
         """The step without what a run that goes on from a kill may change, such as how long it lasts."""
@@ -167,6 +201,16 @@ class Step(BaseModel):
             SurgeryError: the step does not fit the model.
         """
         raise NotImplementedError
+
+    # What follows from it, once it is resolved.
+
+    def made_ternary(self, student: Subject) -> dict[str, str]:
+        """Names of the student's weights that it makes ternary, each with what has a scale: tensor, row or group."""
+        return {}
+
+    def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
+        """About the most memory that its closed-form fit takes; `shapes` are those of the student's tensors."""
+        return 0
 
 
 def kept(subject: Subject, index: int) -> NewLayer:

@@ -14,7 +14,7 @@ V vocabulary, D model width, L tokens a block, P vectors of a block's context.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -95,6 +95,10 @@ class Block(Step):
         model has neither.
     """
 
+    tower_refusal: ClassVar[str] = (
+        "block is for text models; this is the text tower of a vision-language model ({kind}), whose images enter as "
+        "embeddings that no block of tokens holds"
+    )
     op: Literal["block"] = "block"
     block_length: Literal[1, 2, 4, 8] = 4
     split: Annotated[int, Field(ge=0)] | None = None

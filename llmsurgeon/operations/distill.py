@@ -1,4 +1,4 @@
-"""The recipe step of distillation, healing with gradients; the computation is in healing/distill.py."""
+"""The recipe step of distillation, healing with gradients; the computation is in healing/distill/."""
 
 from __future__ import annotations
 
@@ -122,6 +122,12 @@ class Distill(Step):
 
     op: Literal["distill"] = "distill"
     heals: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
+    libraries: ClassVar[tuple[str, ...]] = ("accelerate", "peft")
+    tower_refusal: ClassVar[str] = (
+        "distill saves the text tower alone, without the rest of this vision-language model ({kind}); heal it with "
+        "refit"
+    )
     mode: Literal["global", "local"] = "global"
     data: tuple[Source, ...] | None = None
     sequence_length: Annotated[int, Field(ge=2, le=LONGEST_SEQUENCE)] = 256
@@ -190,6 +196,9 @@ class Distill(Step):
         if self.steps is None and self.tokens is None and self.minutes is None:
             return None, None, 30.0
         return self.steps, self.tokens, self.minutes
+
+    def reads(self) -> tuple[str | None, ...]:
+        return tuple(name for source in self.sources for name in (source.text, source.dataset))
 
     def job(self) -> Distill:
         kept = ("steps", "tokens", "minutes", "evaluations", "patience", "save_minutes", "save_steps", "trackers")

@@ -1,14 +1,16 @@
-"""The recipe step of the closed-form refit; the computation is in healing/refit.py."""
+"""The recipe step of the closed-form refit; the computation is in healing/refit/."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmsurgeon.boundary.limits import MOST_TOKENS
-from llmsurgeon.model.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec
+from llmsurgeon.model.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec, ModelSpec
 from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.fit_memory import Text, refit_bytes
 
 
 class Refit(Step):
@@ -37,6 +39,12 @@ class Refit(Step):
     def ridges(self) -> tuple[float, ...]:
         """The candidates as a tuple."""
         return self.ridge if isinstance(self.ridge, tuple) else (self.ridge,)
+
+    def calibration_tokens(self) -> int | None:
+        return self.tokens
+
+    def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
+        return refit_bytes(parent, student.spec, text)
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self.op)

@@ -20,8 +20,10 @@ from torch import Tensor
 from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.fit_memory import Text, ternary_bytes
 
 SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -165,6 +167,39 @@ class Ternary(Step):
         if self.linears == "all":
             return known
         return tuple(name for name in known if family.is_attention(name) == (self.linears == "attention"))
+
+    def check_follower(self, step: Step) -> None:
+        if isinstance(step, Ternary):
+            if self.sub_norm or step.sub_norm:
+                raise SurgeryError(
+                    "ternary: a step with sub_norm is the only ternary step of a recipe; run two recipes"
+                )
+        elif not step.heals:
+            raise SurgeryError(f"step {step.op} comes after ternary: what it joins or folds would not stay ternary")
+
+    def check_weights(self, subject: Subject, weights: Mapping[str, Tensor]) -> None:
+        """A linear that is to become ternary must not be so already, and must have whole groups."""
+        for index, names in self.chosen(subject).items():
+            for name in names:
+                full = subject.family.layer(index) + name
+                weight = weights[full]
+                self.grid.group(weight.shape[0 if subject.family.transposed else 1])
+                refuse_ternary(full, weight, subject.family.transposed)
+
+    def made_ternary(self, student: Subject) -> dict[str, str]:
+        head = [f"{student.family.head}.weight"] if self.head else []
+        return dict.fromkeys([*self._names(student), *head], self.granularity)
+
+    def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
+        linears = [shapes[name] for name in self._names(student) if name in shapes]
+        turned = [shape[::-1] if student.family.transposed else shape for shape in linears]
+        hidden = student.spec.hidden
+        return max((ternary_bytes(inputs, outputs, text, hidden) for outputs, inputs in turned), default=0)
+
+    def _names(self, subject: Subject) -> list[str]:
+        """Full names of the layers' weights that become ternary."""
+        layers = self.chosen(subject).items()
+        return [subject.family.layer(index) + name for index, inside in layers for name in inside]
 
     def resolve(self, subject: Subject) -> Step:
         if not self._budget:

@@ -10,10 +10,12 @@ model that never had the others; so the step comes first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.text.files import TextFile
 
@@ -65,6 +67,16 @@ class TrimVocab(Step):
     def entries(self) -> tuple[KeepTokens, ...]:
         """What `keep` asks for, as a list whatever it was."""
         return (self.keep,) if isinstance(self.keep, KeepTokens) else self.keep
+
+    def reads(self) -> tuple[str | None, ...]:
+        return tuple(name for entry in self.entries for name in (entry.text, entry.file))
+
+    def check_place(self, before: Sequence[Step]) -> None:
+        if before:
+            raise SurgeryError(
+                "step trim_vocab comes first, and once: later steps fit and measure the tokens that stay (`keep` takes "
+                "a list)"
+            )
 
     def plan(self, subject: Subject) -> Plan:
         """Nothing is left to do: the checkpoint was opened with these rows alone."""

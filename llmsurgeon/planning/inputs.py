@@ -20,16 +20,15 @@ from typing import Any
 from llmsurgeon import __version__
 from llmsurgeon.checkpoint.files import Stamp, content_sum
 from llmsurgeon.checkpoint.source import Checkpoint
-from llmsurgeon.planning.texts import Options, device_kind
+from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.text.calibration import dataset_revision
 from llmsurgeon.text.files import stamped_sum
 
-# Libraries whose version decides what is computed, and those that matter for some recipes alone.
+# Libraries whose version decides what is computed, beside those of single operations.
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy")
-STEP_LIBRARIES = {"distill": ("accelerate", "peft")}
 # What this tool wrote beside a checkpoint's weights, which heal and export read.
-STORY = ("surgery.json", "recipe.yaml")
+RECORDS = ("surgery.json", "recipe.yaml")
 # Keys of a recipe that change nothing in the weights: the model has parts of its own.
 TOLD = ("version", "description", "model", "gate")
 
@@ -57,7 +56,7 @@ class Inputs:
         for role, checkpoint in models.items():
             found.parts[role] = checkpoint.fingerprint
             found.stamps += checkpoint.stamps
-            found.watch(f"{role}'s records", (checkpoint.path / name for name in STORY))
+            found.watch(f"{role}'s records", (checkpoint.path / name for name in RECORDS))
         if recipe is not None and computes(recipe):
             found._computed(models, recipe, options)
         return found
@@ -108,8 +107,8 @@ class Inputs:
                 self.watch(name, [Path(value)])
             elif key == "dataset":
                 self.parts[name], datasets = f"{value} at {dataset_revision(value)}", True
-        steps = [library for step in recipe.steps for library in STEP_LIBRARIES.get(step.op, ())]
-        for library in (*LIBRARIES, *(["datasets"] if datasets else []), *steps):
+        own = [library for step in recipe.steps for library in step.libraries]
+        for library in (*LIBRARIES, *(["datasets"] if datasets else []), *own):
             try:
                 self.parts[library] = version(library)
             except PackageNotFoundError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -37,12 +37,13 @@ from llmsurgeon.progress import remark
 
 
 @dataclass(frozen=True)
-class OpenedCheckpoint:
-    """The parent on the table. `weights` has canonical names; without `checkpoint` it is on the meta device only.
+class DescribedModel:
+    """A model on the table, as its config.json tells: enough to plan by.
 
-    `model_type` is what config.json says; `config` is what this tool reads it as. Of a vision-language checkpoint
-    config, family and spec are those of the text tower, and `weights` holds the rest of the file, too.
-    `notes` tells where tensors and config.json disagree and how that was read, and what is not copied along.
+    `weights` has canonical names, on the meta device where there are no others. `model_type` is what config.json says;
+    `config` is what this tool reads it as. Of a vision-language checkpoint config, family and spec are those of the
+    text tower, and `weights` holds the rest of the file, too. `notes` tells where tensors and config.json disagree and
+    how that was read, and what is not copied along.
     """
 
     name: str
@@ -50,17 +51,14 @@ class OpenedCheckpoint:
     family: Family
     spec: ModelSpec
     weights: Mapping[str, Tensor]
-    checkpoint: Checkpoint | None
     model_type: str
     tower: Tower | None = None
     notes: tuple[str, ...] = ()
-    # The model as it came, where its vocabulary was trimmed.
-    whole: OpenedCheckpoint | None = None
 
     @property
-    def original(self) -> OpenedCheckpoint:
+    def original(self) -> DescribedModel:
         """The model as it came."""
-        return self.whole or self
+        return self
 
     @property
     def beside(self) -> frozenset[str]:
@@ -101,7 +99,31 @@ class OpenedCheckpoint:
 
     def meta(self) -> Mapping[str, Tensor]:
         """Names, shapes and dtypes."""
-        return self.weights if self.checkpoint is None else rebase(self.weights, self.checkpoint.meta())
+        return self.on_meta(self.weights)
+
+    def on_meta(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights that were made of this model's, without data."""
+        return weights
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint(DescribedModel):
+    """A model with its weights: what is measured, healed and written needs one.
+
+    `whole` is the model as it came, where its vocabulary was trimmed.
+    """
+
+    checkpoint: Checkpoint = field(kw_only=True)
+    whole: OpenedCheckpoint | None = field(default=None, kw_only=True)
+
+    @property
+    def original(self) -> OpenedCheckpoint:
+        """The model as it came."""
+        return self.whole or self
+
+    def on_meta(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights that were made of this model's, without data."""
+        return rebase(weights, self.checkpoint.meta())
 
 
 def open_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
@@ -116,19 +138,31 @@ def open_model(model: str, revision: str | None = None, trust_remote_code: bool 
 
 
 def opened_model(checkpoint: Checkpoint) -> OpenedCheckpoint:
-    """The same of a checkpoint that is open already."""
+    """As `open_model`, of a checkpoint that is open already."""
     made = read_model(checkpoint)
     spec, model_type = made.family.describe(made.config), checkpoint.config["model_type"]
     notes = (*made.notes, *(checkpoint.companions.notes if checkpoint.path.is_dir() else ()))
     for note in notes:
         remark(f"{checkpoint.name}: {note}")
     return OpenedCheckpoint(
-        checkpoint.name, made.config, made.family, spec, made.weights, checkpoint, model_type, made.tower, notes
+        checkpoint.name,
+        made.config,
+        made.family,
+        spec,
+        made.weights,
+        model_type,
+        made.tower,
+        notes,
+        checkpoint=checkpoint,
     )
 
 
-def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
-    """The same from config.json alone: enough for a plan."""
+def open_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> DescribedModel:
+    """A model from its config.json alone: enough for a plan.
+
+    Raises:
+        SurgeryError: unsupported family, or impossible config.
+    """
     raw = read_config(model, revision)
     refuse_quantised(raw, model)
     if tower_of(raw) is None:
@@ -146,22 +180,20 @@ def open_config(model: str, revision: str | None = None, trust_remote_code: bool
     )
     for note in notes:
         remark(f"{model}: {note}")
-    return OpenedCheckpoint(
-        model, config, family, family.describe(config), weights, None, raw["model_type"], tower, notes
-    )
+    return DescribedModel(model, config, family, family.describe(config), weights, raw["model_type"], tower, notes)
 
 
-def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> OpenedCheckpoint:
+def open_known(model: str, revision: str | None = None, trust_remote_code: bool = False) -> DescribedModel:
     """With its weights where they are on this disk, else from config.json alone.
 
     Raises:
-        SurgeryError: as `open_patient`.
+        SurgeryError: as `open_model`.
     """
     opened = open_model if has_weights(model) else open_config
     return opened(model, revision, trust_remote_code)
 
 
-def check_length(parent: OpenedCheckpoint, length: int, setting: str) -> None:
+def check_length(parent: DescribedModel, length: int, setting: str) -> None:
     """Raise SurgeryError where sequences of `length` tokens, as `setting` asks for, exceed the model's positions."""
     limit = parent.spec.max_positions
     if limit and length > limit:
@@ -173,12 +205,12 @@ def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(meta[name].shape) for name in meta}
 
 
-def ternary_by_layer(parent: OpenedCheckpoint) -> list[tuple[str, ...]] | None:
+def ternary_by_layer(parent: DescribedModel) -> list[tuple[str, ...]] | None:
     """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
 
     None where there are no weights to look at: of a config alone, and of GGUF files, which are decoded.
     """
-    if parent.checkpoint is None or parent.checkpoint.path.is_file():
+    if not isinstance(parent, OpenedCheckpoint) or parent.checkpoint.path.is_file():
         return None
     subject, family = parent.subject({}), parent.family
     found = []

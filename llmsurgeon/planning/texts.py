@@ -1,13 +1,11 @@
-"""Where and how to run, and the calibration text of a run."""
+"""The calibration text of a run, and the parent that reads it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,111 +14,21 @@ from torch import Tensor
 
 from llmsurgeon import __version__
 from llmsurgeon.boundary.foreign import check_token_ids
-from llmsurgeon.checkpoint.staging import existing
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byte, passages, texts_of
 from llmsurgeon.evaluation.gate import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
-from llmsurgeon.operations.distill import Distill as DistillStep
-from llmsurgeon.operations.trim_vocab import TrimVocab
-from llmsurgeon.planning.opened import OpenedCheckpoint, check_length, open_model, opened_model
-from llmsurgeon.planning.plan import Planned, check_recipe, check_text
+from llmsurgeon.operations.distill import Distill
+from llmsurgeon.planning.checks import check_text
+from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
+from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.recipe import recipe as recipe_file
-from llmsurgeon.text.calibration import Calibration, calibration_tokens, documents, window_start
+from llmsurgeon.text.calibration import Calibration, calibration_tokens, window_start
 from llmsurgeon.text.self_text import SelfText, cached_self_text
-from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
 from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Where and how to run; nothing here changes what is computed but dtype and device.
-
-    overwrite: replace an OUT that this tool wrote.
-    discard_partial: delete what an unfinished run left in OUT.partial.
-    reads: files that were read already, as the recipe, and must survive.
-    planned: is told the plan before anything is healed or written.
-    trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
-    """
-
-    device: str = "cpu"
-    dtype: torch.dtype | None = None
-    overwrite: bool = False
-    max_shard_size: str = "5GB"
-    batch: int = 8
-    trust_remote_code: bool = False
-    say: Say = field(default=lambda line: None)
-    planned: Callable[[Planned], None] = field(default=lambda planned: None)
-    discard_partial: bool = False
-    reads: tuple[Path, ...] = ()
-
-    def staging(self, *sources: Path) -> dict[str, Any]:
-        """What Stage is to be told of OUT, where `sources` are read beside `reads`."""
-        reads = (*sources, *self.reads)
-        return {"overwrite": self.overwrite, "discard_partial": self.discard_partial, "sources": reads}
-
-
-def files_of(recipe: recipe_file.Recipe) -> tuple[Path, ...]:
-    """The files and folders that a recipe names and a run of it reads."""
-    calibration = recipe.calibration
-    sources = [source for step in recipe.steps if isinstance(step, DistillStep) for source in step.sources]
-    trim = trims(recipe)
-    return existing(
-        *(calibration.text, calibration.dataset),
-        *(name for entry in (trim.entries if trim else ()) for name in (entry.text, entry.file)),
-        *(name for source in sources for name in (source.text, source.dataset)),
-    )
-
-
-def opened(
-    model: str, recipe: recipe_file.Recipe, revision: str | None = None, trust_remote_code: bool = False
-) -> OpenedCheckpoint:
-    """The checkpoint that a recipe operates on: where its first step trims the vocabulary, with the rows that stay.
-
-    Raises:
-        SurgeryError: as `open_patient`, or the vocabulary cannot be trimmed as asked for.
-    """
-    parent = open_model(model, revision, trust_remote_code)
-    step = trims(recipe)
-    if step is None:
-        return parent
-    check_recipe(parent, recipe)
-    assert parent.checkpoint is not None
-    sources = [
-        Source(
-            documents(text=entry.text) if entry.text else None,
-            entry.min_count,
-            entry.tokens,
-            Path(entry.file) if entry.file else None,
-        )
-        for entry in step.entries
-    ]
-    return trimmed(parent, trim(parent.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of))
-
-
-def trims(recipe: recipe_file.Recipe) -> TrimVocab | None:
-    """The step that trims the vocabulary, None where there is none."""
-    return next((step for step in recipe.steps if isinstance(step, TrimVocab)), None)
-
-
-def trimmed(whole: OpenedCheckpoint, checkpoint: TrimmedCheckpoint) -> OpenedCheckpoint:
-    """`whole` with the rows of `checkpoint` alone."""
-    vocabulary = checkpoint.vocabulary
-    notes = [f"Vocabulary: {len(vocabulary.kept):,} of {vocabulary.size:,} rows stay."]
-    if checkpoint.left_out:
-        notes.append(f"Left out, since they hold the parent's vocabulary: {', '.join(checkpoint.left_out)}.")
-    made = opened_model(checkpoint)
-    return replace(made, whole=whole, notes=(*made.notes, *notes))
-
-
-def device_kind(device: str) -> str:
-    """cpu, cuda ...: what is computed is the same to the last bit on one of a kind only."""
-    return torch.device(device).type
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Texts:
@@ -142,8 +50,6 @@ class Texts:
         """Calibration tokens [S, T]."""
         if self._windows is None:
             check_text(self.parent, self.wanted)
-            checkpoint = self.parent.checkpoint
-            assert checkpoint is not None
             self._windows = calibration_tokens(
                 self.parent.name,
                 self.tokenizer(),
@@ -153,7 +59,7 @@ class Texts:
                 sequence_length=self.calibration.sequence_length,
                 seed=self.calibration.seed,
                 sentences=self.calibration.sentences,
-                model=lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device),
+                model=self._model,
                 fingerprint=self.parent_key,
             )
             setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
@@ -163,16 +69,13 @@ class Texts:
             self.options.say(self.description)
         return self._windows
 
-    def training(self, step: DistillStep, windows: Tensor) -> list[Rows]:
+    def training(self, step: Distill, windows: Tensor) -> list[Rows]:
         """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
         check_length(self.parent, step.sequence_length, "distill.sequence_length")
-        checkpoint = self.parent.checkpoint
-        assert checkpoint is not None
         tokenizer = self.tokenizer()
 
         def sample(tokens: int, length: int, seed: int) -> Tensor:
-            load = lambda: model_of(checkpoint, dtype=self.dtype, device=self.options.device)  # noqa: E731
-            return cached_self_text(load, tokenizer, self.parent_key, SelfText(tokens, length, seed))
+            return cached_self_text(self._model, tokenizer, self.parent_key, SelfText(tokens, length, seed))
 
         rows = training_rows(
             step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
@@ -189,14 +92,15 @@ class Texts:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The parent's tokenizer."""
-        checkpoint = self.parent.checkpoint
-        assert checkpoint is not None
-        return load_tokenizer(str(checkpoint.path), trust_remote_code=checkpoint.trust_remote_code)
+        return _tokenizer(self.parent)
+
+    def _model(self) -> PreTrainedModel:
+        """The parent in memory as a whole, to sample from."""
+        return model_of(self.parent.checkpoint, dtype=self.dtype, device=self.options.device)
 
     @property
     def parent_key(self) -> str:
         """Names the parent as it computes here: what it samples and says is kept under it."""
-        assert self.parent.checkpoint is not None
         libraries = [__version__, *(version(library) for library in ("torch", "transformers"))]
         how = [str(self.dtype), device_kind(self.options.device), *libraries]
         return sha256(json.dumps([self.parent.checkpoint.fingerprint, *how]).encode()).hexdigest()
@@ -211,11 +115,7 @@ class Texts:
         whole = self.parent.whole
         if whole is None or self.parent.family.encoder:
             return None
-        assert whole.checkpoint is not None
-        mine, theirs = (
-            self.tokenizer(),
-            load_tokenizer(str(whole.checkpoint.path), trust_remote_code=whole.checkpoint.trust_remote_code),
-        )
+        mine, theirs = self.tokenizer(), _tokenizer(whole)
         starts = window_start(mine), window_start(theirs)
         found = passages(texts_of(windows, mine), mine, theirs, *starts, self.parent.spec.max_positions)
         parent = LayerRunner(whole.config, whole.weights, self.dtype, self.options.device)
@@ -232,3 +132,8 @@ class Texts:
         """A model of this description on the calibration text, layer by layer."""
         padding = self.tokenizer().pad_token_id if self.calibration.sentences else None
         return LayerRunner(config, weights, self.dtype, self.options.device, padding)
+
+
+def _tokenizer(model: OpenedCheckpoint) -> PreTrainedTokenizerBase:
+    checkpoint = model.checkpoint
+    return load_tokenizer(str(checkpoint.path), trust_remote_code=checkpoint.trust_remote_code)

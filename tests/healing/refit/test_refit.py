@@ -373,7 +373,7 @@ def test_one_matrix_is_as_much_as_is_taken_beside_the_sums():
 
 
 def test_what_a_refit_takes_is_in_the_plan():
-    from llmsurgeon.planning.fit_memory import Text, refit_bytes, sums_bytes
+    from llmsurgeon.operations.fit_memory import Text, refit_bytes, sums_bytes
 
     subject, _, _ = subject_of(tiny_model("llama", intermediate_size=4096))
     student = subject

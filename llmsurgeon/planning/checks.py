@@ -1,0 +1,75 @@
+"""What can be refused before anything is planned or measured: order of steps, text, gate, what the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.gate import check_gate
+from llmsurgeon.operations import Step
+from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
+from llmsurgeon.recipe.recipe import Calibration, Recipe
+
+# The score that padded sentences are measured without their padding for.
+SENTENCE_SCORE = "fff"
+
+
+def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
+    """Raise SurgeryError for what needs no planning to be refused."""
+    check_gate(recipe.gate, parent.family)
+    check_order(recipe.steps)
+    for step in recipe.steps:
+        parent.subject({}).check(step.op)
+        if parent.tower and step.tower_refusal:
+            raise SurgeryError(f"{parent.name}: {step.tower_refusal.format(kind=parent.model_type)}")
+    if recipe.calibration.sentences:
+        others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
+        if not parent.family.encoder or others:
+            raise SurgeryError(
+                f"{parent.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"
+                + (f"; here {', '.join(sorted(others))} would be measured on padding, too" if others else "")
+            )
+    if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
+        check_text(parent, recipe.calibration)
+
+
+def check_order(steps: Sequence[Step]) -> None:
+    """Raise SurgeryError for steps that cannot follow one another; before anything is measured for them."""
+    for place, step in enumerate(steps):
+        before = steps[:place]
+        if before and before[-1].heals and not step.heals:
+            raise SurgeryError(f"step {step.op} comes after {before[-1].op}: cuts come first, healing last")
+        for earlier in before:
+            earlier.check_follower(step)
+        step.check_place(before)
+
+
+def within_positions(parent: DescribedModel, recipe: Recipe) -> Recipe:
+    """The recipe with a window's length that it leaves open lowered to what the model and the tokens hold.
+
+    A length that is given is held against the model where text is read.
+    """
+    wanted = recipe.calibration
+    if "sequence_length" in wanted.model_fields_set:
+        return recipe
+    length = min(wanted.sequence_length, parent.spec.max_positions or wanted.sequence_length, wanted.tokens)
+    if length == wanted.sequence_length:
+        return recipe
+    return recipe.model_copy(update={"calibration": wanted.model_copy(update={"sequence_length": length})})
+
+
+def check_text(parent: DescribedModel, wanted: Calibration) -> None:
+    """Raise SurgeryError where text is needed, none is given, and the model cannot sample any."""
+    if parent.family.encoder and not (wanted.text or wanted.dataset):
+        raise SurgeryError(
+            f"{parent.name}: {parent.family.model_type} is an encoder and cannot sample text from itself; "
+            "give --text FILE or --dataset NAME (in a recipe: under calibration). Only cuts by layer or by weights "
+            "need none, without refit (--no-refit) and gate"
+        )
+
+
+def check_weights(parent: OpenedCheckpoint, recipe: Recipe) -> None:
+    """Raise SurgeryError where the weights themselves are not such that a step can take them."""
+    subject = parent.subject({})
+    for step in recipe.steps:
+        step.check_weights(subject, parent.weights)

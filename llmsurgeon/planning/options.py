@@ -1,0 +1,47 @@
+"""Where and how to run: what every verb that writes is told beside the recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsurgeon.planning.plan import Planned
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where and how to run; nothing here changes what is computed but dtype and device.
+
+    overwrite: replace an OUT that this tool wrote.
+    discard_partial: delete what an unfinished run left in OUT.partial.
+    reads: files that were read already, as the recipe, and must survive.
+    planned: is told the plan before anything is healed or written.
+    trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype | None = None
+    overwrite: bool = False
+    max_shard_size: str = "5GB"
+    batch: int = 8
+    trust_remote_code: bool = False
+    say: Say = field(default=lambda line: None)
+    planned: Callable[[Planned], None] = field(default=lambda planned: None)
+    discard_partial: bool = False
+    reads: tuple[Path, ...] = ()
+
+    def staging(self, *sources: Path) -> dict[str, Any]:
+        """What Stage is to be told of OUT, where `sources` are read beside `reads`."""
+        reads = (*sources, *self.reads)
+        return {"overwrite": self.overwrite, "discard_partial": self.discard_partial, "sources": reads}
+
+
+def device_kind(device: str) -> str:
+    """cpu, cuda ...: what is computed is the same to the last bit on one of a kind only."""
+    return torch.device(device).type
