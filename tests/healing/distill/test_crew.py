@@ -117,6 +117,15 @@ def test_codes_and_a_failure_takes_the_others_along(tmp_path):
     assert not alive(pid)
 
 
+@pytest.fixture
+def interruptible():
+    """Whoever runs the tests may have had SIGINT ignored, as a shell's background jobs have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_without_processes_a_signal_does_what_it_always_does():
     with pytest.raises(KeyboardInterrupt), Crew() as crew:
         signal.raise_signal(signal.SIGINT)
