@@ -19,7 +19,7 @@ from llmsurgeon.formats.gguf.write import Exported, write_gguf
 from llmsurgeon.formats.models import expected_shapes, load_config, normalised, surgeon_classes
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import FFNSpec
+from llmsurgeon.model.parts import FFNSpec
 from llmsurgeon.planning.opened import open_model
 
 VOCAB = 320

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.spec import FFFSpec
+from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant

@@ -13,7 +13,7 @@ from llmsurgeon.analysis.fff import route_ffns
 from llmsurgeon.analysis.measure import ffn_dependency, measure
 from llmsurgeon.analysis.search import SEARCH_TOKENS, few, order_of, search_attentions, search_blocks
 from llmsurgeon.analysis.ternary import input_sizes, stored_bytes, ternary_costs
-from llmsurgeon.model.spec import MoESpec
+from llmsurgeon.model.parts import MoESpec
 from llmsurgeon.operations import Step, Subject
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.fuse_ffn import FuseFFN

@@ -8,7 +8,8 @@ from math import lcm
 from typing import Any
 
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, MoESpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec, MoESpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 
 def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import SURGEON_PREFIX, Family
-from llmsurgeon.model.spec import FFNSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"

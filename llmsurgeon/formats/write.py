@@ -30,8 +30,10 @@ from llmsurgeon.formats.gguf import model as gguf_model
 from llmsurgeon.formats.models import empty_model, expected_shapes, legacy, modeling_file, surgeon_classes
 from llmsurgeon.formats.padding import fitted
 from llmsurgeon.formats.spellings import old_spellings
+from llmsurgeon.model.block_transformer import to_block_transformer
 from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX, Family
-from llmsurgeon.model.spec import LayerSpec, ModelSpec, MoESpec, to_block_configs, to_block_transformer
+from llmsurgeon.model.parts import MoESpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec, to_block_configs
 
 if TYPE_CHECKING:
     from llmsurgeon.formats.towers import Tower

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
 
+from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, LayerSpec, MLGRUSpec, ModelSpec, MoESpec
+from llmsurgeon.model.parts import FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 # Learnt positions and token types: tables that are looked up, never multiplied.
 LOOKED_UP = ("wpe.weight", "embed_positions.weight", "position_embeddings.weight", "token_type_embeddings.weight")
@@ -40,97 +42,80 @@ def costs(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]
     """Costs of a model whose tensors have these canonical names and shapes."""
     parameters = sum(prod(shape) for shape in shapes.values())
     embeddings = {name: shape for name, shape in shapes.items() if name == f"{family.embedding}.weight"}
-    matrices = sum(prod(shape) for shape in shapes.values() if len(shape) == 2)
+    matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
     positions = sum(prod(shape) for name, shape in shapes.items() if name.endswith(LOOKED_UP))
-    # Of trees, a token multiplies what it visits, whatever is stored.
-    fast = {family.layer(i) + family.fast_ffn: b.ffn for i, b in enumerate(spec.layers) if isinstance(b.ffn, FFFSpec)}
-    matrices -= sum(
-        prod(shape) for name, shape in shapes.items() if len(shape) == 2 and name.rpartition(".")[0] in fast
-    )
-    matrices += sum(ffn.rows * spec.hidden for ffn in fast.values())
-    mixtures = [ffn for layer in spec.layers for ffn in _ffn_specs(layer) if isinstance(ffn, MoESpec)]
-    if mixtures:
-        # Of experts, too, a token multiplies those that are chosen for it.
-        idle = 1 - mixtures[0].per_token / mixtures[0].experts
-        matrices -= round(idle * sum(prod(shape) for name, shape in shapes.items() if ".experts." in name))
+    multiplied = sum(matrices.values()) - _idle(spec, family, matrices)
     if spec.block_transformer:
-        matrices = _block_matrices(spec, family, shapes, matrices)
+        multiplied = _in_block_transformer(spec.block_transformer, spec, family, matrices, multiplied)
     # A tied embedding multiplies once, as the head.
     lookup = 0 if spec.tied else sum(prod(shape) for shape in embeddings.values())
     return Costs(
         blocks=len(spec.layers),
-        attentions=sum(not isinstance(a, MLGRUSpec) for a in spec.attentions),
-        ffns=sum(_ffns(layer) for layer in spec.layers),
+        attentions=sum(a.looks_back for a in spec.attentions),
+        ffns=sum(len(layer.ffns) for layer in spec.layers),
         parameters=parameters,
-        flops_per_token=2 * (matrices - lookup - positions),
+        flops_per_token=2 * (multiplied - lookup - positions),
         kv_bytes_per_token=0 if family.encoder else spec.kv_numbers_per_token() * bytes_per_number,
         disk_bytes=parameters * bytes_per_number,
     )
 
 
-def _block_matrices(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]], all_of_them: int) -> int:
+def _idle(spec: ModelSpec, family: Family, matrices: Mapping[str, int]) -> int:
+    """How many of the matrices' numbers a token leaves out, as each FFN says of its own."""
+    ffns = {path: ffn for i, layer in enumerate(spec.layers) for path, ffn in _ffns(layer, family.layer(i), family)}
+    inside: dict[str, dict[str, int]] = {path: {} for path in ffns}
+    for name, numbers in matrices.items():
+        words = name.split(".")
+        for depth in range(1, len(words)):
+            if (path := ".".join(words[:depth])) in inside:
+                inside[path][".".join(words[depth:])] = numbers
+    return sum(ffn.idle(inside[path], spec.hidden) for path, ffn in ffns.items())
+
+
+def _ffns(layer: LayerSpec, prefix: str, family: Family) -> Iterator[tuple[str, FFNSpec]]:
+    """The path of each FFN's module, and the FFN."""
+    if layer.ffn:
+        yield prefix + family.fast_ffn, layer.ffn
+    for place, branch in enumerate(layer.branches):
+        yield from _ffns(branch, f"{prefix}branches.{place}.", family)
+
+
+def _in_block_transformer(
+    made: BlockTransformerSpec, spec: ModelSpec, family: Family, matrices: Mapping[str, int], all_of_them: int
+) -> int:
     """What a block transformer multiplies for each token, on average over a block, of `all_of_them`.
 
     Block decoder, embedder and expansion work once a block; the token decoder at each of its positions, of which there
     are more than tokens where the context is a prefix; the map of embeddings at those that are tokens; the block
     embedding is looked up.
     """
-    halves = spec.block_transformer
-    assert halves
     body = family.embedding.rpartition(".")[0]
-    within = tuple(family.layer(i) for i in range(halves.split, len(spec.layers)))
-    once = (*(family.layer(i) for i in range(halves.split)), f"{body}.block_embedder.projection", f"{body}.context_exp")
-    sizes = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
-    over_blocks = sum(size for name, size in sizes.items() if name.startswith(once))
-    in_block = sum(size for name, size in sizes.items() if name.startswith(within))
-    table = sizes[f"{body}.block_embedder.embed_tokens.weight"]
-    of_token = sizes.get(f"{body}.token_projection.weight", 0)
+    within = tuple(family.layer(i) for i in range(made.split, len(spec.layers)))
+    once = (*(family.layer(i) for i in range(made.split)), f"{body}.block_embedder.projection", f"{body}.context_exp")
+    over_blocks = sum(size for name, size in matrices.items() if name.startswith(once))
+    in_block = sum(size for name, size in matrices.items() if name.startswith(within))
+    table = matrices[f"{body}.block_embedder.embed_tokens.weight"]
+    of_token = matrices.get(f"{body}.token_projection.weight", 0)
     rest = all_of_them - over_blocks - in_block - table - of_token
-    in_block_work = in_block * halves.positions + of_token * halves.embedded
-    return rest + round((over_blocks + in_block_work) / halves.block_length)
-
-
-def _ffns(layer: LayerSpec) -> int:
-    return len(_ffn_specs(layer))
+    in_block_work = in_block * made.positions + of_token * made.embedded
+    return rest + round((over_blocks + in_block_work) / made.block_length)
 
 
 def layer_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """One row per block for `inspect`: attention (heads, KV heads, head width, window) or MLGRU, FFN, parameters."""
+    """One row per layer for `inspect`: what its attentions and FFNs say of themselves, and its parameters."""
     rows = []
     for index, layer in enumerate(spec.layers):
         prefix = family.layer(index)
         rows.append(
             {
                 "block": index,
-                "attention": [_attention_row(a) for a in layer.attentions],
-                "ffn": [_ffn_row(ffn) for ffn in _ffn_specs(layer)],
+                "attention": [attention.row() for attention in layer.attentions],
+                "ffn": [ffn.row() for ffn in layer.ffns],
                 "parallel": len(layer.branches) or None,
                 "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
             }
         )
     return rows
-
-
-def _ffn_specs(layer: LayerSpec) -> list[FFNSpec]:
-    own = [layer.ffn] if layer.ffn else []
-    return own + [ffn for branch in layer.branches for ffn in _ffn_specs(branch)]
-
-
-def _attention_row(attention: AttentionSpec) -> dict[str, Any]:
-    if isinstance(attention, MLGRUSpec):
-        return {"kind": "mlgru", "width": attention.width, "linears": "ternary" if attention.ternary else "float"}
-    return asdict(attention)
-
-
-def _ffn_row(ffn: FFNSpec) -> dict[str, Any]:
-    if isinstance(ffn, MoESpec):
-        return {"kind": "moe", "width": ffn.width, "experts": ffn.experts, "per_token": ffn.per_token}
-    if isinstance(ffn, FFFSpec):
-        names = ("leaf_width", "shared") if ffn.form == "leaf" else ("trees",)
-        shape = {name: getattr(ffn, name) for name in ("form", "depth", *names, "active")}
-        return {"kind": "fff", "width": ffn.width, **shape, "words": ffn.words}
-    kind = "bitlinear" if isinstance(ffn, BitFFNSpec) else "dense"
-    return {"kind": kind, "width": ffn.width, **({"sub_norm": True} if ffn.sub_norm else {})}
 
 
 def human(number: float, unit: str = "") -> str:

@@ -12,25 +12,9 @@ from torch import Tensor
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import BitFFNSpec, FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.parts import Touch
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations.fit_memory import Text
-
-# Operations that leave fast feedforward networks alone.
-AFTER_TREES = (
-    "trim_vocab",
-    "fff",
-    "matmulfree",
-    "prune_attention",
-    "prune_kv_heads",
-    "prune_blocks",
-    "refit",
-    "distill",
-)
-# Operations that know attentions by their heads or their masks, and operations that leave BitLinears alone.
-BEFORE_MIXERS = ("prune_kv_heads", "parallel_blocks", "block")
-# Operations that know nothing of, or do not touch, what a part computes inside.
-AFTER_SUB_NORMS = ("trim_vocab", "ternary", "prune_attention", "prune_ffn", "prune_blocks", "distill")
-AFTER_BIT_LINEARS = ("trim_vocab", "matmulfree", "prune_attention", "prune_ffn", "prune_blocks", "refit", "distill")
 
 
 @dataclass(frozen=True)
@@ -66,29 +50,14 @@ class Subject:
         prefix = self.family.layer(index)
         return {name.removeprefix(prefix): name for name in sorted(self.names) if name.startswith(prefix)}
 
-    def check(self, operation: str) -> None:
-        """Raise SurgeryError if the family declares that it cannot take `operation`."""
-        if reason := self.family.refusal(operation):
-            raise self.refuse(f"{operation}: {reason}")
-        if self.spec.block_transformer and operation not in ("refit", "distill"):
-            raise self.refuse(
-                f"{operation}: the model is a block transformer already, whose layers are not one stack; cut first, "
-                "block comes last, and refit and distill heal it"
-            )
+    def check(self, step: Step) -> None:
+        """Raise SurgeryError if the family declines `step`, or the model has what does not bear being touched so."""
+        whole = self.spec.block_transformer and self.spec.block_transformer.refusal(step.touches)
+        if reason := self.family.refusal(step.op) or whole:
+            raise self.refuse(f"{step.op}: {reason}")
         for layer in self.spec.layers:
-            mixer = isinstance(layer.attention, MLGRUSpec) and operation in BEFORE_MIXERS
-            if mixer or (isinstance(layer.ffn, BitFFNSpec) and operation not in AFTER_BIT_LINEARS):
-                what = layer.own_kind if mixer else "has BitLinears in its FFN"
-                raise self.refuse(f"{operation}: layer {layer.parents[0]} {what}; cut first, matmulfree comes last")
-            if layer.sub_normed and operation not in AFTER_SUB_NORMS:
-                raise self.refuse(
-                    f"{operation}: layer {layer.parents[0]} {layer.own_kind}, which it does not know; do it before "
-                    "ternary with sub_norm"
-                )
-            if isinstance(layer.ffn, FFFSpec) and operation not in AFTER_TREES:
-                raise self.refuse(
-                    f"{operation}: layer {layer.parents[0]} has a fast feedforward network; cut first, fff comes last"
-                )
+            if reason := layer.refusal(step.touches):
+                raise self.refuse(f"{step.op}: layer {layer.parents[0]} {reason}")
 
     def refuse(self, message: str) -> SurgeryError:
         """The error for a step that does not fit, with the family named."""
@@ -142,6 +111,7 @@ class NewLayer:
 class Step(BaseModel):
     """A step of a recipe: what the rest of the program asks of an operation, each with the answer of most.
 
+    touches: what it does to a model; everything, unless it says otherwise.
     heals: it makes up for cuts, on text, behind all of them.
     trains: it does so with gradients, as the verb `heal` does.
     libraries: those whose version its results depend on, beside the ones that every result depends on.
@@ -149,6 +119,7 @@ class Step(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    touches: ClassVar[frozenset[Touch]] = frozenset(Touch)
     heals: ClassVar[bool] = False
     trains: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()

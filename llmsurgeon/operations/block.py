@@ -14,6 +14,7 @@ V vocabulary, D model width, L tokens a block, P vectors of a block's context.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -21,7 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import WeightTransform, row_blocks
-from llmsurgeon.model.spec import BlockTransformerSpec, check_block_transformer
+from llmsurgeon.model.block_transformer import BlockTransformerSpec, check_block_transformer
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Plan, Step, Subject
 
 EMBEDDER = "block_embedder"
@@ -100,6 +102,7 @@ class Block(Step):
         "embeddings that no block of tokens holds"
     )
     op: Literal["block"] = "block"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.RECONNECTS_LAYERS})
     block_length: Literal[1, 2, 4, 8] = 4
     split: Annotated[int, Field(ge=0)] | None = None
     embedder: Literal["concat", "projected"] = "projected"
@@ -109,7 +112,7 @@ class Block(Step):
 
     def resolve(self, subject: Subject) -> Block:
         """The same step with the layer at which it splits."""
-        subject.check(self.op)
+        subject.check(self)
         if self.split is not None:
             return self
         layers = subject.spec.layers
@@ -119,7 +122,7 @@ class Block(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.split is None:
             return self.resolve(subject).plan(subject)
-        subject.check(self.op)
+        subject.check(self)
         self._check(subject)
         made = BlockTransformerSpec(
             self.block_length, self._position(subject), self.embedder, self.decoder, self.prefix_length, self.affine
@@ -129,7 +132,8 @@ class Block(Step):
         # A source that an edit reads would be gone unless something passes it on.
         sources = dict.fromkeys(source for t in transforms for source in t.sources)
         kept = [WeightTransform((source,), (source,)) for source in sources]
-        return Plan(subject.spec.with_halves(made), (*kept, *transforms), (f"{_capital(made.sentence())}.",))
+        spec = replace(subject.spec, block_transformer=made)
+        return Plan(spec, (*kept, *transforms), (f"{_capital(made.sentence())}.",))
 
     def _check(self, subject: Subject) -> None:
         for layer in subject.spec.layers:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
-from llmsurgeon.model.spec import FFFSpec
+from llmsurgeon.model.parts import FFFSpec, Touch
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.text.files import TextFile
 
@@ -121,6 +121,7 @@ class Distill(Step):
     """
 
     op: Literal["distill"] = "distill"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.TRAINS})
     heals: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     libraries: ClassVar[tuple[str, ...]] = ("accelerate", "peft")
@@ -213,7 +214,7 @@ class Distill(Step):
         return self.model_copy(update={k: v for k, v in defaults.items() if k not in self.model_fields_set})
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         if subject.family.encoder:
             self._check_encoder(subject)
         elif self.pooled:

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList, write_ranges
-from llmsurgeon.model.spec import FFFSpec, FFNSpec
+from llmsurgeon.model.parts import FFFSpec, FFNSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 
 SCORE = "fff"
@@ -87,6 +87,7 @@ class FFF(Step):
     """
 
     op: Literal["fff"] = "fff"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REPLACES_FFN})
     form: Literal["leaf", "node"] = "leaf"
     layers: LayerList | None = None
     depth: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -127,7 +128,7 @@ class FFF(Step):
         Raises:
             SurgeryError: a layer has no plain dense FFN, or a shape does not fit its width.
         """
-        subject.check(self.op)
+        subject.check(self)
         if self.shapes is not None:
             chosen = {layer: shape for shape in self.shapes for layer in shape.layers}
         else:

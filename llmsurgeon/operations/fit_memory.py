@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsurgeon.model.spec import AttentionSpec, FFFSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import AttentionSpec, FFFSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 FLOAT = 4
 BATCH = 8  # sequences that go through a layer together

@@ -10,7 +10,7 @@ FFN's input is then what the whole run reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, row_blocks
 from llmsurgeon.model.layers import RunList
-from llmsurgeon.model.spec import FFNSpec, LayerSpec
+from llmsurgeon.model.parts import FFNSpec, Touch
+from llmsurgeon.model.spec import LayerSpec
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 
@@ -115,6 +116,7 @@ class FuseFFN(Step):
     """
 
     op: Literal["fuse_ffn"] = "fuse_ffn"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_NEURONS})
     runs: RunList | Literal["auto"] = "auto"
     max_run: Annotated[int, Field(ge=2)] = 4
     max_dependency: Annotated[float, Field(gt=0)] | None = None
@@ -124,7 +126,7 @@ class FuseFFN(Step):
         return frozenset({"ffn_dependency"} if self.runs == "auto" else ())
 
     def resolve(self, subject: Subject) -> FuseFFN:
-        subject.check(self.op)
+        subject.check(self)
         if self.runs != "auto":
             return self
         dependency = subject.score("ffn_dependency", "fuse_ffn with runs: auto")
@@ -139,7 +141,7 @@ class FuseFFN(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.runs == "auto":
             return self.resolve(subject).plan(subject)
-        subject.check(self.op)
+        subject.check(self)
         positions = [self._positions(subject, run) for run in self.runs]
         seen: set[int] = set()
         for run, indices in zip(self.runs, positions, strict=True):

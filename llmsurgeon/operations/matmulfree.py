@@ -14,14 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, lowest
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
 
@@ -45,6 +45,7 @@ class MatMulFree(Step):
     """
 
     op: Literal["matmulfree"] = "matmulfree"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REPLACES_ATTENTION})
     layers: LayerList | None = None
     keep_attention: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
@@ -62,7 +63,7 @@ class MatMulFree(Step):
         return frozenset() if self.count is None else frozenset({f"attention_{SUBLAYER_SCORES[self.score][0]}"})
 
     def resolve(self, subject: Subject) -> Step:
-        subject.check(self.op)
+        subject.check(self)
         if self.layers is not None:
             return self
         if self.count is not None:
@@ -82,7 +83,7 @@ class MatMulFree(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.layers is None:
             return self.resolve(subject).plan(subject)
-        subject.check(self.op)
+        subject.check(self)
         layers = all_kept(subject)
         for layer in self.layers:
             attention = self._attention(subject, layer, "layer")

@@ -6,11 +6,12 @@ all read the window's input; their contributions add up.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from llmsurgeon.model.layers import RunList
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import LayerSpec
 from llmsurgeon.operations.base import NewLayer, Plan, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_windows
@@ -20,6 +21,7 @@ class ParallelBlocks(Step):
     """Parallelise `windows`; `auto` takes the `count` windows of `size` blocks that depend least on one another."""
 
     op: Literal["parallel_blocks"] = "parallel_blocks"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.RECONNECTS_LAYERS})
     windows: RunList | Literal["auto"] = "auto"
     size: Annotated[int, Field(ge=2)] = 4
     count: Annotated[int, Field(ge=1)] = 1
@@ -43,7 +45,7 @@ class ParallelBlocks(Step):
     def plan(self, subject: Subject) -> Plan:
         if self.windows == "auto":
             return self.resolve(subject).plan(subject)
-        subject.check(self.op)
+        subject.check(self)
         layers = all_kept(subject)
         merged: dict[int, NewLayer] = {}
         gone: set[int] = set()

@@ -7,11 +7,12 @@ LLM-Drop (arXiv 2406.15786) drops the attentions whose output changes the stream
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 # Score name and whether a high value means "can go".
@@ -38,6 +39,7 @@ class PruneAttention(Step):
     """
 
     op: Literal["prune_attention"] = "prune_attention"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_ATTENTION})
     layers: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
     score: Literal["joint", "kl", "similarity"] = "joint"
@@ -70,6 +72,7 @@ class PruneAttention(Step):
         return PruneAttention(layers=tuple(sorted(order[: self.count])))
 
     def plan(self, subject: Subject) -> Plan:
+        subject.check(self)
         return drop_part(subject, "attention", self.layers or ())
 
 
@@ -79,7 +82,6 @@ def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple
     Raises:
         SurgeryError: a layer does not exist or has no such part.
     """
-    subject.check(f"prune_{part}")
     family = subject.family
     belongs = family.is_attention if part == "attention" else family.is_ffn
     norm = f"{family.attention_norm if part == 'attention' else family.ffn_norm}."

@@ -5,11 +5,12 @@ Ineffectiveness of the Deeper Layers, arXiv 2403.17887).
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
 
 BLOCK_SCORES = {"rescored": "block_order", "influence": "block_influence", "kl": "block_kl"}
@@ -23,6 +24,7 @@ class PruneBlocks(Step):
     """
 
     op: Literal["prune_blocks"] = "prune_blocks"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_LAYERS})
     layers: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
     window: Annotated[int, Field(ge=1)] | None = None
@@ -63,6 +65,6 @@ class PruneBlocks(Step):
         return tuple(range(start, start + size))
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         gone = {subject.position(layer, "prune_blocks: layer") for layer in self.layers or ()}
         return assemble(subject, [block for index, block in enumerate(all_kept(subject)) if index not in gone])

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmsurgeon.model.spec import MoESpec
+from llmsurgeon.model.parts import MoESpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
 
 
@@ -26,6 +26,7 @@ class PruneExperts(Step):
     """
 
     op: Literal["prune_experts"] = "prune_experts"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_NEURONS})
     experts: Annotated[int, Field(ge=1)] | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     per_token: Annotated[int, Field(ge=1)] | None = None
@@ -45,7 +46,7 @@ class PruneExperts(Step):
         return {f"expert_{self.score}": {layer: torch.zeros(ffn.experts) for layer, ffn in mixtures.items()}}
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         layers = all_kept(subject)
         for index, layer in enumerate(layers):
             if layer.spec.branches:

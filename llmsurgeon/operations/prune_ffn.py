@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Plan, Step, Subject, exactly_one
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES, choose_sublayers, drop_part
 
@@ -15,6 +16,7 @@ class PruneFFN(Step):
     """Drop the FFN in `layers`, or in the `count` layers that matter least by `score`."""
 
     op: Literal["prune_ffn"] = "prune_ffn"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_FFN})
     layers: LayerList | None = None
     count: Annotated[int, Field(ge=1)] | None = None
     score: Literal["kl", "similarity"] = "kl"
@@ -33,4 +35,5 @@ class PruneFFN(Step):
         return PruneFFN(layers=choose_sublayers(subject, "ffn", self.count, self.score, "prune_ffn"))
 
     def plan(self, subject: Subject) -> Plan:
+        subject.check(self)
         return drop_part(subject, "ffn", self.layers or ())

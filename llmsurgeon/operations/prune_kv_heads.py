@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.model.spec import AttentionSpec
+from llmsurgeon.model.parts import AttentionSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
 
 
@@ -48,11 +48,12 @@ class PruneKVHeads(Step):
     """Merge the key/value heads of `layers` (all, when not given) down to `kv_heads`."""
 
     op: Literal["prune_kv_heads"] = "prune_kv_heads"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_HEADS})
     kv_heads: Annotated[int, Field(ge=1)]
     layers: LayerList | None = None
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         layers = all_kept(subject)
         if self.layers is None:
             indices = [i for i, block in enumerate(subject.spec.layers) if block.attention is not None]

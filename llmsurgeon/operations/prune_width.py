@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.model.spec import FFNSpec
+from llmsurgeon.model.parts import FFNSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
 
 
@@ -80,6 +80,7 @@ class PruneWidth(Step):
     """
 
     op: Literal["prune_width"] = "prune_width"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_NEURONS})
     width: Annotated[int, Field(ge=1)] | None = None
     keep: Annotated[float, Field(gt=0, le=1)] | None = None
     widths: tuple[Annotated[int, Field(ge=1)], ...] | None = None
@@ -128,7 +129,7 @@ class PruneWidth(Step):
         return PruneWidth(layers=tuple(widths), widths=tuple(widths.values()), multiple_of=self.multiple_of)
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         layers = all_kept(subject)
         widths = dict(zip(self.layers or (), self.widths or (), strict=False))
         for index in self.affected(subject):

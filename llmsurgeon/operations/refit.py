@@ -8,7 +8,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from llmsurgeon.boundary.limits import MOST_TOKENS
-from llmsurgeon.model.spec import BitFFNSpec, BlockTransformerSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.block_transformer import BlockTransformerSpec
+from llmsurgeon.model.parts import BitFFNSpec, MLGRUSpec, Touch
+from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.operations.fit_memory import Text, refit_bytes
 
@@ -26,6 +28,7 @@ class Refit(Step):
     """
 
     op: Literal["refit"] = "refit"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.FITS})
     heals: ClassVar[bool] = True
     tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     ridge: Annotated[float, Field(gt=0)] | tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
@@ -47,7 +50,7 @@ class Refit(Step):
         return refit_bytes(parent, student.spec, text)
 
     def plan(self, subject: Subject) -> Plan:
-        subject.check(self.op)
+        subject.check(self)
         if halves := subject.spec.block_transformer:
             self._check_halves(subject, halves)
         for layer in subject.spec.layers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -20,6 +20,7 @@ from torch import Tensor
 from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.layers import LayerList
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
@@ -48,6 +49,7 @@ class Ternary(Step):
     """
 
     op: Literal["ternary"] = "ternary"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_LINEARS})
     linears: Literal["ffn", "attention", "all"] = "all"
     layers: LayerList | None = None
     modules: dict[str, LayerList] | None = None
@@ -125,7 +127,7 @@ class Ternary(Step):
         Raises:
             SurgeryError: a block has no such linears.
         """
-        subject.check(self.op)
+        subject.check(self)
         if subject.spec.tied and (self.head or self.embeddings):
             raise subject.refuse(
                 "ternary: head and embedding are one tied tensor, and a ternary head costs more than all blocks; leave "

@@ -11,11 +11,12 @@ model that never had the others; so the step comes first.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.text.files import TextFile
 
@@ -53,6 +54,7 @@ class TrimVocab(Step):
     """
 
     op: Literal["trim_vocab"] = "trim_vocab"
+    touches: ClassVar[frozenset[Touch]] = frozenset({Touch.CUTS_VOCABULARY})
     keep: KeepTokens | tuple[KeepTokens, ...] = ()
     rows: Annotated[int, Field(ge=1)] | None = None
     multiple_of: Annotated[int, Field(ge=1)] = 64
@@ -80,5 +82,5 @@ class TrimVocab(Step):
 
     def plan(self, subject: Subject) -> Plan:
         """Nothing is left to do: the checkpoint was opened with these rows alone."""
-        subject.check(self.op)
+        subject.check(self)
         return Plan(subject.spec, ())

@@ -19,7 +19,7 @@ def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
     check_gate(recipe.gate, parent.family)
     check_order(recipe.steps)
     for step in recipe.steps:
-        parent.subject({}).check(step.op)
+        parent.subject({}).check(step)
         if parent.tower and step.tower_refusal:
             raise SurgeryError(f"{parent.name}: {step.tower_refusal.format(kind=parent.model_type)}")
     if recipe.calibration.sentences:

@@ -18,7 +18,8 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.padding import filled, padded, repeated
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 

@@ -22,7 +22,8 @@ from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.nemotron_nas import padded_width, read, waste, width_of
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.planning.opened import open_config
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import loads

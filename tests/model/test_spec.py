@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec, from_block_configs, to_block_configs
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec, from_block_configs, to_block_configs
 
 ATTENTION = AttentionSpec(heads=8, kv_heads=2, head_dim=16, window=None)
 FULL = LayerSpec(ATTENTION, FFNSpec(96), (0,))

@@ -13,9 +13,10 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.model.block_transformer import BlockTransformerSpec, from_block_transformer, to_block_transformer
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.model.families.base import BLOCK_FORMS
-from llmsurgeon.model.spec import BlockTransformerSpec, FFFSpec, from_block_transformer, to_block_transformer
+from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.operations.block import Block, main_directions
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fuse_ffn import FuseFFN

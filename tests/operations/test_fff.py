@@ -13,7 +13,8 @@ from llmsurgeon.analysis.fff import leaf_of, reach_nodes
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.model.costs import costs
-from llmsurgeon.model.spec import FFFSpec, FFNSpec, from_block_configs, to_block_configs
+from llmsurgeon.model.parts import FFFSpec, FFNSpec
+from llmsurgeon.model.spec import from_block_configs, to_block_configs
 from llmsurgeon.operations.fff import FFF, within_budget
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.recipe.recipe import dump, loads

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.costs import layer_rows
-from llmsurgeon.model.spec import AttentionSpec, BitFFNSpec, MLGRUSpec, from_block_configs, to_block_configs
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, MLGRUSpec
+from llmsurgeon.model.spec import from_block_configs, to_block_configs
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.matmulfree import MatMulFree, memory_bias, unit_rows

@@ -7,7 +7,8 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 
-from llmsurgeon.model.spec import AttentionSpec, FFNSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations.runs import choose_runs, choose_windows, run_cost
 
 

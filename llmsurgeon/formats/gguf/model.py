@@ -33,7 +33,8 @@ from llmsurgeon.checkpoint.transform import WeightTransform, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats import bitnet_model
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.spec import AttentionSpec, LayerSpec, ModelSpec
+from llmsurgeon.model.parts import AttentionSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 Config = Mapping[str, Any]
 # Why no GGUF is written of families that llama.cpp knows.

@@ -37,7 +37,8 @@ from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.healing.refit.fits import Fit, stored_fits, stored_names
 from llmsurgeon.healing.refit.output import Outlet
 from llmsurgeon.healing.refit.ridge import Moments, best_update, joint_update
-from llmsurgeon.model.spec import FFFSpec, LayerSpec, MLGRUSpec, ModelSpec
+from llmsurgeon.model.parts import FFFSpec, MLGRUSpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.model.ternary import is_ternary
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner

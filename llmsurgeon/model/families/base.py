@@ -10,15 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.spec import (
-    AttentionSpec,
-    FFNSpec,
-    LayerSpec,
-    ModelSpec,
-    MoESpec,
-    from_block_configs,
-    from_block_transformer,
-)
+from llmsurgeon.model.block_transformer import from_block_transformer
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec, MoESpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec, from_block_configs
 
 # Families with a modeling file of the block form, modeling_block_<model_type>.py.
 BLOCK_FORMS = ("llama", "mistral", "qwen2", "qwen3")

@@ -167,7 +167,7 @@ def test_what_a_family_declines_is_refused_with_the_reason(family_name, changes,
     message = re.escape(f"{family_name}: {operation}: {declared(family_name, changes).refusal(operation)}")
     model = tiny_model(family_name, **changes)
     with pytest.raises(SurgeryError, match=message):
-        subject_of(model)[0].check(operation)
+        subject_of(model)[0].check(OPERATIONS[operation].model_construct(op=operation))
     if operation in STEPS:
         with pytest.raises(SurgeryError, match=message):
             operate(model, STEPS[operation])

@@ -9,18 +9,8 @@ from typing import Any
 
 import pytest
 
-from llmsurgeon.model.spec import (
-    AttentionSpec,
-    BitFFNSpec,
-    FFFSpec,
-    FFNSpec,
-    LayerSpec,
-    MLGRUSpec,
-    ModelSpec,
-    MoESpec,
-    from_block_configs,
-    to_block_configs,
-)
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, MLGRUSpec, MoESpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec, from_block_configs, to_block_configs
 
 HIDDEN = 32
 SOFTMAX = AttentionSpec(heads=8, kv_heads=2, head_dim=16)

@@ -7,18 +7,10 @@ from dataclasses import replace
 import pytest
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.spec import (
-    AttentionSpec,
-    BitFFNSpec,
-    BlockTransformerSpec,
-    FFFSpec,
-    FFNSpec,
-    LayerSpec,
-    MLGRUSpec,
-    ModelSpec,
-    MoESpec,
-)
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, MLGRUSpec, MoESpec
+from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations import OPERATIONS, Subject
 
 SOFTMAX, DENSE = AttentionSpec(heads=4, kv_heads=2, head_dim=8), FFNSpec(96)
@@ -94,7 +86,7 @@ def refusal(operation: str, layer: LayerSpec, block_transformer: BlockTransforme
     layers = (LayerSpec(SOFTMAX, DENSE, (0,)), replace(layer, parents=(3,)))
     spec = ModelSpec(family.model_type, 32, 64, layers, tied=False, block_transformer=block_transformer)
     try:
-        Subject(spec, family, frozenset()).check(operation)
+        Subject(spec, family, frozenset()).check(OPERATIONS[operation].model_construct(op=operation))
     except SurgeryError as error:
         return str(error).removeprefix(f"{family.model_type}: {operation}: ")
     return None
