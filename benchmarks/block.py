@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from llmsurgeon.checkpoint.source import read_config  # noqa: E402
 from llmsurgeon.formats.caches import cached_call  # noqa: E402
-from llmsurgeon.formats.models import empty_model, expected_shapes, normalised  # noqa: E402
+from llmsurgeon.formats.configs import normalised  # noqa: E402
+from llmsurgeon.formats.models import empty_model, expected_shapes  # noqa: E402
 from llmsurgeon.formats.write import write_config  # noqa: E402
 from llmsurgeon.model.families import family_of  # noqa: E402
 from llmsurgeon.model.spec import ModelSpec  # noqa: E402

@@ -25,6 +25,7 @@ from llmsurgeon.evaluation.perplexity import token_losses  # noqa: E402
 from llmsurgeon.export import export_gguf  # noqa: E402
 from llmsurgeon.formats.bitnet import packing_of, ternary_linears  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
+from llmsurgeon.formats.models import empty_model  # noqa: E402
 from llmsurgeon.planning.opened import open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
@@ -82,7 +83,8 @@ steps:
         if "granularity" not in arguments.step:
             parent = open_model(out)
             meta = parent.meta()
-            packing = packing_of(parent.config, meta, ternary_linears(parent.weights, parent.config))
+            empty = empty_model(parent.config)
+            packing = packing_of(empty, meta, ternary_linears(parent.weights, empty))
             plain = sum(t.numel() * t.dtype.itemsize for t in meta.values())
             found |= {"plain_bytes": plain, "packed_bytes": plain - packing.saved(meta)}
         if arguments.gguf:

@@ -7,15 +7,17 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from llmsurgeon.boundary.places import everywhere, without_folders
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.formats.beside import write_beside
 from llmsurgeon.formats.bitnet import LinearClass
+from llmsurgeon.formats.forms import forms_of_towers
 from llmsurgeon.formats.gguf.write import Exported as GGUF
 from llmsurgeon.formats.gguf.write import write_gguf
-from llmsurgeon.formats.write import write_beside
+from llmsurgeon.formats.names import CheckpointName
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
@@ -25,15 +27,13 @@ from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.report.card import model_card
 from llmsurgeon.report.provenance import read_story
 
-CheckpointForm = Literal["native", "bitnet", "nemotron-nas", "surgeon"]
-
 
 @dataclass(frozen=True)
 class Exported:
     """What an export made: where, in which form, where that loads, the costs of both."""
 
     out: Path
-    format: CheckpointForm
+    format: CheckpointName
     loads: str
     before: Costs
     after: Costs
@@ -42,7 +42,7 @@ class Exported:
 def export(
     model: str,
     out: str,
-    to: CheckpointForm,
+    to: CheckpointName,
     options: Options | None = None,
     *,
     revision: str | None = None,
@@ -98,7 +98,7 @@ def export_gguf(
     if parent.tower:
         raise SurgeryError(
             f"{model}: format gguf holds text models alone, this one is vision-language ({parent.model_type}); "
-            "formats that can: native, surgeon"
+            f"formats that can: {', '.join(forms_of_towers())}"
         )
     inputs = Inputs.of("export", {"model": parent.checkpoint}, None, options)
     inputs.watch("tokenizer", parent.checkpoint.own_tokenizer_files())
@@ -151,4 +151,4 @@ def _write_records(stage: Stage, parent: OpenedCheckpoint, student: Student) -> 
     return before
 
 
-__all__ = ["CheckpointForm", "Exported", "export", "export_gguf"]
+__all__ = ["Exported", "export", "export_gguf"]

@@ -5,7 +5,7 @@ Started by `accelerate launch` there are several processes: all of them train, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,7 @@ from typing import Any
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.formats.models import is_surgeon, ships_code
-from llmsurgeon.formats.write import WrittenFormat
+from llmsurgeon.formats.forms import form_of
 from llmsurgeon.healing.distill.crew import stop_with_launcher
 from llmsurgeon.healing.distill.training import on_cpu, several
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
@@ -122,7 +121,7 @@ def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Re
     subject = replace(subject, spec=_with_parents(subject.spec, parent.spec, student))
     for step in recipe.steps:
         step.plan(replace(parent.subject({}), spec=subject.spec))
-    form = _form(student.checkpoint.config)
+    form = form_of(student.checkpoint.config).name
     return Planned(
         parent=parent,
         recipe=recipe,
@@ -130,12 +129,6 @@ def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Re
         notes=(f"Healed from `{Path(student.name).name}`.", *student.notes),
         before=parent.costs(parent.spec, shapes_of(parent.meta())),
     )
-
-
-def _form(config: Mapping[str, Any]) -> WrittenFormat:
-    if is_surgeon(config):
-        return "surgeon"
-    return "nemotron-nas" if ships_code(config) else "native"
 
 
 def _with_parents(spec: ModelSpec, parent: ModelSpec, student: OpenedCheckpoint) -> ModelSpec:

@@ -23,8 +23,9 @@ from llmsurgeon.evaluation.bits_per_byte import scored_by
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.gate import missed, prove, prove_whole, walked
-from llmsurgeon.formats.models import filled_model, normalised
-from llmsurgeon.formats.write import write_beside
+from llmsurgeon.formats.beside import write_beside
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.models import filled_model
 from llmsurgeon.healing.distill.distill import Case, Distilled, distill
 from llmsurgeon.healing.distill.training import several
 from llmsurgeon.healing.refit.block_transformer import BlockRefit

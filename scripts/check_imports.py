@@ -36,7 +36,7 @@ ARROWS: dict[str, set[str]] = {
     "text": FILES | {"formats"},
     # Operations name weight edits (checkpoint.transform) and know no files but those that a step names.
     "operations": {"errors", "boundary", "model", "checkpoint.transform", "text.files"},
-    "recipe": GROUND | {"operations", "text.files"},
+    "recipe": GROUND | {"operations", "text.files", "formats.names"},
     "evaluation": FILES | {"formats", "walk", "text", "recipe"},
     "analysis": FILES | {"formats", "walk", "text", "evaluation", "operations"},
     "report": FILES | {"formats", "healing", "evaluation"},
@@ -65,6 +65,7 @@ QUICK = set(sys.stdlib_module_names) | {
     f"{PACKAGE}.cli",
     f"{PACKAGE}.boundary",
     f"{PACKAGE}.errors",
+    f"{PACKAGE}.formats.names",
     f"{PACKAGE}.progress",
 }
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from generated_page import write_or_check
 
-from llmsurgeon.checkpoint.gguf import architectures as gguf_architectures
-from llmsurgeon.formats import nemotron_nas
-from llmsurgeon.formats.gguf import model as gguf_model
+from llmsurgeon.formats.form import Form
+from llmsurgeon.formats.forms import FORMATS
 from llmsurgeon.model.families import DECODERS, ENCODERS, MIXTURES, Family
 from llmsurgeon.model.families.vision_language import VISION_LANGUAGE
 from llmsurgeon.operations import OPERATIONS
@@ -97,28 +96,20 @@ def cell(found: tuple[str, bool] | None, notes: Notes) -> str:
     return str(number) if found[1] else f"({number})"
 
 
-def formats(family: Family, notes: Notes) -> list[str]:
-    """native, nemotron-nas, surgeon, gguf: as the formats themselves decide."""
-    plain = "its readers know Llama-shaped models alone"
-    nas = "yes" if family.model_type in nemotron_nas.FAMILIES else str(notes.number(f"nemotron-nas: {plain}"))
-    if why_not := gguf_model.why_not(family.model_type):
-        gguf = str(notes.number(f"gguf: {why_not}"))
-    elif family.model_type in gguf_architectures.UNEVEN_FAMILIES:
-        gguf = "yes"
-    else:
-        gguf = (
-            f"({notes.number('gguf: llama.cpp gives all blocks of this architecture one shape; others: native first')})"
-        )
-    return ["yes", nas, "yes", gguf]
+def limit(form: Form, family: Family) -> tuple[str, bool] | None:
+    """As `refused`, of a form."""
+    found = form.limit(family)
+    return found and (f"{form.name}: {found[0]}", found[1])
 
 
 def table(families: tuple[Family, ...], notes: Notes) -> str:
-    """Family x operation x format."""
-    heads = ["family", *(f"`{name}`" for name in OPERATIONS), "native", "nemotron-nas", "surgeon", "gguf"]
+    """Family x operation x form; one that packs another holds what that does."""
+    forms = [form for form in FORMATS.values() if form.plain is None]
+    heads = ["family", *(f"`{name}`" for name in OPERATIONS), *(form.name for form in forms)]
     rows = [heads, ["---"] * len(heads)]
     for family in families:
         cells = [cell(refused(family, operation), notes) for operation in OPERATIONS]
-        rows.append([f"`{family.model_type}`", *cells, *formats(family, notes)])
+        rows.append([f"`{family.model_type}`", *cells, *(cell(limit(form, family), notes) for form in forms)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

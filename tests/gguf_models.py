@@ -15,8 +15,10 @@ from safetensors.torch import save_file
 
 from llmsurgeon.checkpoint.gguf.architectures import file_name, tensor_map
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
+from llmsurgeon.formats.configs import load_config, normalised
 from llmsurgeon.formats.gguf.write import Exported, write_gguf
-from llmsurgeon.formats.models import expected_shapes, load_config, normalised, surgeon_classes
+from llmsurgeon.formats.models import expected_shapes
+from llmsurgeon.formats.surgeon import surgeon_classes
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.model.parts import FFNSpec

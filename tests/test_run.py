@@ -20,7 +20,7 @@ from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import CheckpointError, GateFailed, SurgeryError
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import canonical
+from llmsurgeon.formats.tensor_names import canonical
 from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import load, loads

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
@@ -11,16 +10,7 @@ import typer
 from llmsurgeon.cli import say, tell
 from llmsurgeon.cli.options import DISCARD, OVERWRITE, TrustRemoteCode, short_name
 from llmsurgeon.errors import SurgeryError
-
-
-class Form(StrEnum):
-    """What `--to` takes."""
-
-    NATIVE = "native"
-    BITNET = "bitnet"
-    NEMOTRON_NAS = "nemotron-nas"
-    SURGEON = "surgeon"
-    GGUF = "gguf"
+from llmsurgeon.formats.names import FormName
 
 
 def register(app: typer.Typer) -> None:
@@ -30,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def export_command(
     model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
-    to: Annotated[Form, typer.Option(help="Form to write.", show_default=False)],
+    to: Annotated[FormName, typer.Option(help="Form to write.", show_default=False)],
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder, or .gguf file, to write; default: MODEL-FORM.")
     ] = None,
@@ -60,8 +50,8 @@ def export_command(
     from llmsurgeon.export import export, export_gguf
     from llmsurgeon.run import Options
 
-    if linear_class and to is not Form.BITNET:
-        raise SurgeryError(f"--linear-class is for --to bitnet, not {to.value}")
+    if linear_class and to != "bitnet":
+        raise SurgeryError(f"--linear-class is for --to bitnet, not {to}")
     if linear_class not in (None, "autobitlinear", "bitlinear"):
         raise SurgeryError(f"--linear-class {linear_class}: expected autobitlinear or bitlinear")
     options = Options(
@@ -71,7 +61,7 @@ def export_command(
         trust_remote_code=trust_remote_code,
         say=say,
     )
-    if to is Form.GGUF:
+    if to == "gguf":
         kind = type or "F16"
         target = out or f"{short_name(model)}-{kind}.gguf"
         file = export_gguf(model, target, type=kind, float_type=float_type, pre=pre, options=options, revision=revision)
@@ -80,11 +70,10 @@ def export_command(
         lines = [f"wrote {file.path} ({file.architecture}, {file.type}, {file.size:,} bytes)", *file.notes]
     else:
         if type or float_type or pre:
-            raise SurgeryError(f"--type, --float-type and --pre are for --to gguf, not {to.value}")
-        form: Any = to.value
+            raise SurgeryError(f"--type, --float-type and --pre are for --to gguf, not {to}")
         reader: Any = linear_class
-        target = out or f"{short_name(model)}-{form}"
-        made = export(model, target, form, options, revision=revision, linear_class=reader)
+        target = out or f"{short_name(model)}-{to}"
+        made = export(model, target, to, options, revision=revision, linear_class=reader)
         report = {"out": str(made.out), "format": made.format, "loads": made.loads}
         report |= {"before": made.before.to_dict(), "after": made.after.to_dict()}
         lines = [f"wrote {made.out} ({made.format})", made.loads]

@@ -125,10 +125,10 @@ def verify_command(
 
 def _is_packed(folder: str) -> bool:
     from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.formats.loading import is_packed
+    from llmsurgeon.formats.forms import form_of
 
     try:
-        return is_packed(open_checkpoint(folder).config)
+        return form_of(open_checkpoint(folder).config).unread is not None
     except SurgeryError:
         return False  # what is wrong with it is said by what comes next
 

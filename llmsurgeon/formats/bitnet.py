@@ -12,21 +12,33 @@ first, code + 1. `X.weight_scale` [1] is the scale for `autobitlinear`, which mu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import empty_model
+from llmsurgeon.formats import native
+from llmsurgeon.formats.form import Body, CheckpointForm, Packs
+from llmsurgeon.formats.native import NATIVE
+from llmsurgeon.model.families import Family
+from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import grid_of, is_ternary, taken_apart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LinearClass = Literal["autobitlinear", "bitlinear"]
 ROWS = 4  # of one byte
+LOADS = (
+    "It is a {model_type} checkpoint whose ternary linears are packed, two bits a weight: stock transformers loads it "
+    "by its own bitnet quantizer (which needs accelerate). That rounds what these linears read to int8, so it "
+    "computes something slightly different from the same model in plain numbers."
+)
 
 
 @dataclass(frozen=True)
@@ -66,9 +78,11 @@ class Packing:
 
 
 def packing_of(
-    config: Mapping[str, Any], meta: Mapping[str, Tensor], names: Iterable[str], linear_class: LinearClass | None = None
+    model: PreTrainedModel, meta: Mapping[str, Tensor], names: Iterable[str], linear_class: LinearClass | None = None
 ) -> Packing:
     """How the ternary weights `names` of a plain checkpoint are packed; `meta` are its tensors, without data.
+
+    `model` is the empty model of its config.
 
     Without `linear_class` it is autobitlinear, or bitlinear where some linear has a bias.
 
@@ -76,14 +90,14 @@ def packing_of(
         SurgeryError: a weight does not belong to a Linear, its rows do not fill bytes, or has a bias that the class
             would scale.
     """
-    modules = {name: m for name, m in empty_model(config).named_modules() if isinstance(m, nn.Linear)}
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     linears = [name.removesuffix(".weight") for name in names]
     if not linears:
         raise SurgeryError("format bitnet packs ternary linears, and there are none; run `llmsurgeon ternary` first")
     for name in linears:
         if name not in modules:
             raise SurgeryError(
-                f"format bitnet: {name} is not a Linear of {config['model_type']}, and transformers packs no other; "
+                f"format bitnet: {name} is not a Linear of {model.config.model_type}, and transformers packs no other; "
                 "format native holds it as plain numbers"
             )
         rows = meta[f"{name}.weight"].shape[0]
@@ -131,15 +145,51 @@ def one_scale(name: str, found: str) -> SurgeryError:
     )
 
 
-def ternary_linears(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[str]:
-    """Names of the weights of the model's Linears that are ternary, by their values.
+def ternary_linears(weights: Mapping[str, Tensor], model: PreTrainedModel) -> list[str]:
+    """Names of the weights of the (empty) model's Linears that are ternary, by their values.
 
     Raises:
         SurgeryError: one of them has several scales.
     """
-    modules = [name for name, m in empty_model(config).named_modules() if isinstance(m, nn.Linear)]
+    modules = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     names = [name for m in modules if (name := f"{m}.weight") in weights and is_ternary(weights[name])]
     for name in names:
         if (found := grid_of(weights[name]).granularity) != "tensor":
             raise one_scale(name, f"a scale for each {found}")
     return names
+
+
+def is_packed(config: Mapping[str, Any]) -> bool:
+    """Whether the checkpoint of this config holds packed ternary linears."""
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitnet"
+
+
+def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body:
+    """The model in this form before its linears are packed; `config` is the (cut) source's.
+
+    Raises:
+        SurgeryError: its blocks differ, so that zeros would stand beside what is packed.
+    """
+    plain = native.describe(spec, family, config)
+    if plain.spec != spec:
+        raise SurgeryError(
+            f"format bitnet takes blocks of one shape: {native.odd(spec, family, config)}; native and surgeon hold it "
+            "unpacked"
+        )
+    loads = LOADS.format(model_type=family.model_type)
+    return replace(plain, loads=loads, why="ternary linears are packed as asked for")
+
+
+BITNET = CheckpointForm(
+    name="bitnet",
+    misfit=native.misfit,
+    describe=describe,
+    plain=NATIVE,
+    packs=Packs(ternary_linears, packing_of),
+    recognises=is_packed,
+    read=native.read,
+    unread=(
+        "holds packed ternary linears (bitnet), which transformers loads and this tool does not read back; take the "
+        "plain checkpoint that it was exported from"
+    ),
+)

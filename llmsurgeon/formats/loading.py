@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,12 @@ from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.formats.models import computed_in, fill, is_surgeon, load_config, ships_code
+from llmsurgeon.formats.configs import load_config
+from llmsurgeon.formats.dtypes import computed_in
+from llmsurgeon.formats.forms import form_of
+from llmsurgeon.formats.models import fill
 from llmsurgeon.formats.reading import read_model
+from llmsurgeon.formats.surgeon import is_surgeon
 from llmsurgeon.formats.towers import text_config
 from llmsurgeon.model.families.vision_language import vision_language_of
 from llmsurgeon.progress import remark
@@ -47,22 +50,14 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     Raises:
         CheckpointError: names or shapes differ from what the config promises.
     """
-    if is_packed(checkpoint.config):
-        raise CheckpointError(
-            f"{checkpoint.name}: holds packed ternary linears (bitnet), which transformers loads and this tool does "
-            "not read back; take the plain checkpoint that it was exported from"
-        )
+    if unread := form_of(checkpoint.config).unread:
+        raise CheckpointError(f"{checkpoint.name}: {unread}")
     made = read_model(checkpoint)
     for note in made.notes:
         remark(f"{checkpoint.name}: {note}")
     fill(made.empty, made.weights, computed_in(made.dtype, dtype, device), device)
     made.empty.name_or_path = checkpoint.name  # for messages; the config goes without
     return made.empty
-
-
-def is_packed(config: Mapping[str, Any]) -> bool:
-    """Whether the checkpoint of this config holds packed ternary linears, a form that is written and not read back."""
-    return (config.get("quantization_config") or {}).get("quant_method") == "bitnet"
 
 
 def check_device(name: str) -> None:
@@ -109,7 +104,7 @@ def load_tokenizer(
         raw = text_config(raw)
     # transformers asks for the config's class: it comes from this package or from transformers, not from code inside
     # the checkpoint.
-    config = load_config(raw) if ships_code(raw) or trust_remote_code else None
+    config = load_config(raw) if form_of(raw).ships_code or trust_remote_code else None
     with foreign(model, "its tokenizer cannot be loaded", _tokenizer_advice(path)):
         # Without a value transformers would ask on stdin, and take a `y` that is there for something else.
         return _quietly(AutoTokenizer.from_pretrained, str(place), config=config, trust_remote_code=trust_remote_code)

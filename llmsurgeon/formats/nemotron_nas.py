@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.form import Body, CheckpointForm, modeling_files
 from llmsurgeon.model.families import SURGEON_PREFIX, Family
 from llmsurgeon.model.parts import FFNSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
@@ -25,6 +26,12 @@ MODEL_TYPE = "nemotron-nas"
 ARCHITECTURE = "DeciLMForCausalLM"
 FAMILIES = ("llama", "mistral", "qwen2")
 STEP = 256
+CODE = ("configuration_decilm.py", "modeling_decilm.py", "surgeon_versions.py")
+LOADS = (
+    "It is a DeciLM (Nemotron-NAS) checkpoint: vLLM, SGLang, TensorRT-LLM, mlx-lm and llama.cpp's converter read that "
+    "form. For transformers its code ships in the checkpoint: read its .py files, then load with "
+    "trust_remote_code=True. vLLM needs no trust_remote_code where llmsurgeon is installed."
+)
 # More zeros than this share of the FFNs, and `auto` looks elsewhere.
 MOST_PADDING = 0.05
 
@@ -210,3 +217,26 @@ def _read_entry(entry: Mapping[str, Any], index: int, heads: int, hidden: int) -
         },
         "ffn": {"no_op": bool(ffn["no_op"]), "intermediate_size": width},
     }
+
+
+def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body:
+    """The model in this form; `config` is the (cut) source's."""
+    shaped = padded_spec(spec)
+    made = config_of(shaped, family, config)
+    return Body(made, shaped, " ".join([LOADS, *caveats(spec, made)]), modeling_files(CODE))
+
+
+def _limit(family: Family) -> tuple[str, bool] | None:
+    return None if family.model_type in FAMILIES else ("its readers know Llama-shaped models alone", True)
+
+
+NEMOTRON_NAS = CheckpointForm(
+    name="nemotron-nas",
+    misfit=misfit,
+    unwanted=lambda spec, family, config: misfit(spec, family, config) or waste(spec),
+    describe=describe,
+    limit=_limit,
+    recognises=is_nemotron_nas,
+    read=read,
+    ships_code=True,
+)

@@ -24,16 +24,10 @@ from llmsurgeon.checkpoint.transform import (
     row_blocks,
 )
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.formats.models import (
-    canonical,
-    check_shapes,
-    config_notes,
-    empty_model,
-    expected_shapes,
-    normalised,
-    plain_dtype,
-    stored_dtype,
-)
+from llmsurgeon.formats.configs import config_notes, normalised
+from llmsurgeon.formats.dtypes import plain_dtype, stored_dtype
+from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
+from llmsurgeon.formats.tensor_names import canonical
 from llmsurgeon.formats.towers import Tower, tower_of
 from llmsurgeon.model.families import Family, family_of
 

@@ -14,7 +14,10 @@ from torch import Tensor
 from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.formats.write import FormatName, Written, modeling_files, write_config
+from llmsurgeon.formats.form import Written, modeling_files
+from llmsurgeon.formats.forms import CHECKPOINTS, forms_of_towers
+from llmsurgeon.formats.names import WantedForm
+from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import SURGEON_PREFIX, Family
 from llmsurgeon.model.families.vision_language import VISION_LANGUAGE, VisionLanguage, vision_language_of
 from llmsurgeon.model.spec import ModelSpec
@@ -52,26 +55,26 @@ class Tower:
         found = {name: _swapped(name, back) for name in weights if name not in self.beside}
         return TransformedWeights(weights, [rename(name, target) for name, target in found.items() if name != target])
 
-    def write(self, spec: ModelSpec, family: Family, config: Mapping[str, Any], wanted: FormatName) -> Written:
+    def write(self, spec: ModelSpec, family: Family, config: Mapping[str, Any], wanted: WantedForm) -> Written:
         """The form of the whole model whose tower `spec` describes.
 
         Raises:
             SurgeryError: a form that text models alone have, or uneven blocks in a tower that no modeling file knows.
         """
-        if wanted in ("nemotron-nas", "bitnet"):
+        if wanted != "auto" and not CHECKPOINTS[wanted].towers:
             raise SurgeryError(
                 f"format {wanted} holds text models alone, this one is vision-language "
-                f"({self.declared.model_type}); formats that can: native, surgeon"
+                f"({self.declared.model_type}); formats that can: {', '.join(forms_of_towers())}"
             )
         made = write_config(spec, family, config, wanted)
-        if made.format == "nemotron-nas":
+        if not made.form.towers:
             made = write_config(spec, family, config, "surgeon")
-        if made.format == "surgeon" and family.model_type not in self.declared.uneven:
+        if made.form.ships_code and family.model_type not in self.declared.uneven:
             raise SurgeryError(
                 f"{self.declared.model_type} with a text tower of {family.model_type} has no form for blocks that "
                 f"differ ({made.why}); format: native fills what was cut with zeros"
             )
-        if made.format == "surgeon":
+        if made.form.ships_code:
             module = f"modeling_surgeon_{self.declared.model_type}.py"
             made = replace(made, code=(*made.code, *modeling_files((TOWER_FILE, module))))
         loads = made.loads.replace(f"plain `{family.model_type}`", f"plain `{self.declared.model_type}`")
@@ -90,7 +93,7 @@ class Tower:
         name = self.declared.model_type
         made |= {"text_config": text, "model_type": name, "architectures": [self.declared.model_class]}
         made["tie_word_embeddings"] = bool(written.config.get("tie_word_embeddings"))
-        if written.format == "surgeon":
+        if written.form.ships_code:
             module, title = (
                 f"modeling_surgeon_{name}",
                 self.declared.model_class.removesuffix("ForConditionalGeneration"),

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.families import SURGEON_PREFIX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -56,8 +55,6 @@ def refuse_unheeded(raw: Mapping[str, Any], config: PreTrainedConfig, layers: in
 def unheeded(raw: Mapping[str, Any], config: PreTrainedConfig) -> list[str]:
     """What is to be said of a config.json that asks for more than is done."""
     said: list[str] = []
-    if str(raw.get("model_type", "")).startswith((SURGEON_PREFIX, "nemotron")):
-        return said
     code = raw.get("auto_map")
     named = [str(value) for key, value in code.items() if "Model" in str(key)] if isinstance(code, Mapping) else []
     if named:

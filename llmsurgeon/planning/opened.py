@@ -15,18 +15,14 @@ from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import (
-    computed_in,
-    config_notes,
-    empty_model,
-    expected_shapes,
-    normalised,
-    plain_dtype,
-    stored_dtype,
-)
+from llmsurgeon.formats.configs import config_notes, normalised
+from llmsurgeon.formats.dtypes import computed_in, plain_dtype, stored_dtype
+from llmsurgeon.formats.form import Written
+from llmsurgeon.formats.models import empty_model, expected_shapes
+from llmsurgeon.formats.names import WantedForm
 from llmsurgeon.formats.reading import read_model, refuse_quantised, refuse_scoring_head
 from llmsurgeon.formats.towers import Tower, tower_of
-from llmsurgeon.formats.write import FormatName, Written, write_config
+from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.costs import Costs, costs
 from llmsurgeon.model.families import Family, family_of
 from llmsurgeon.model.spec import ModelSpec
@@ -65,7 +61,7 @@ class DescribedModel:
         """Names of the tensors that only go along with a text tower."""
         return self.tower.beside if self.tower else frozenset()
 
-    def form(self, spec: ModelSpec, wanted: FormatName) -> Written:
+    def form(self, spec: ModelSpec, wanted: WantedForm) -> Written:
         """The form in which a model of this description is written.
 
         Raises:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.formats.bitnet import Packing, one_scale, packing_of
-from llmsurgeon.formats.write import Written
+from llmsurgeon.formats.bitnet import one_scale
+from llmsurgeon.formats.form import Packing, Written
+from llmsurgeon.formats.write import packing_for
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.operations import Step
@@ -132,7 +133,7 @@ def _packing(student: Student, steps: Sequence[Step]) -> Packing:
     for granularity in names.values():
         if granularity != "tensor":
             raise one_scale("a linear", f"one for each {granularity}")
-    return packing_of(student.written.config, student.meta, names)
+    return packing_for(student.written, student.meta, names)
 
 
 def _group_bytes(meta: Mapping[str, Tensor], name: str) -> int:

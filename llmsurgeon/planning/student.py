@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.formats.bitnet import LinearClass, Packing, packing_of, ternary_linears
+from llmsurgeon.formats.bitnet import LinearClass
+from llmsurgeon.formats.form import Packing, Written
 from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
-from llmsurgeon.formats.write import FormatName, Written
+from llmsurgeon.formats.names import WantedForm
+from llmsurgeon.formats.write import packable, packing_for
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.operations import Subject
 from llmsurgeon.operations.base import all_kept, assemble
@@ -29,16 +31,15 @@ class Student:
 
 
 def packed_by_value(student: Student, linear_class: LinearClass | None = None) -> Packing:
-    """How the linears whose weights are ternary are packed in the form bitnet, for transformers' `linear_class`."""
-    config = student.written.config
-    return packing_of(config, student.meta, ternary_linears(student.weights, config), linear_class)
+    """How the weights that the form can pack as they are will be packed, for transformers' `linear_class`."""
+    return packing_for(student.written, student.meta, packable(student.written, student.weights), linear_class)
 
 
 def student_of(
     parent: DescribedModel,
     subject: Subject,
     weights: Mapping[str, Tensor],
-    form: FormatName,
+    form: WantedForm,
     packing: Callable[[Student], Packing] = packed_by_value,
     stored: DescribedModel | None = None,
 ) -> Student:
@@ -46,7 +47,7 @@ def student_of(
 
     Args:
         weights: made of those of `stored`, a student's own checkpoint; by default of `parent`'s.
-        packing: asked where the form is bitnet.
+        packing: asked where the form packs.
 
     Raises:
         SurgeryError: the form cannot express it, or it is not the model that its config builds.
@@ -58,7 +59,7 @@ def student_of(
     shapes = shapes_of(meta)
     check_shapes(shapes, expected_shapes(empty_model(written.config)), what, parent.family, parent.beside)
     student = Student(subject, weights, meta, written, source.costs(written.spec, shapes))
-    if written.format != "bitnet":
+    if written.form.packs is None:
         return student
     packed = packing(student)
     costs = replace(student.costs, disk_bytes=student.costs.disk_bytes - packed.saved(meta))

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
 from llmsurgeon.boundary.places import found, relative
 from llmsurgeon.errors import RecipeError
+from llmsurgeon.formats.names import WantedForm
 from llmsurgeon.operations import OPERATIONS
 from llmsurgeon.recipe.files import (
     Document,
@@ -103,9 +104,7 @@ class Recipe(_Part):
     calibration: Calibration = Field(default_factory=lambda: Calibration(), description="calibration text")
     steps: tuple[AnyStep, ...] = Field(min_length=1, description="operations in order")
     gate: Gate | None = Field(default=None, description="what the result must reach")
-    format: Literal["auto", "native", "bitnet", "nemotron-nas", "surgeon"] = Field(
-        default="auto", description="form of the written checkpoint"
-    )
+    format: WantedForm = Field(default="auto", description="form of the written checkpoint")
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -11,7 +11,7 @@ import yaml
 from llmsurgeon import __version__
 from llmsurgeon.boundary.foreign import printable
 from llmsurgeon.boundary.places import without_folders
-from llmsurgeon.formats.write import Written
+from llmsurgeon.formats.form import Written
 from llmsurgeon.model.costs import Costs, human
 from llmsurgeon.model.families import FAMILIES
 

@@ -25,7 +25,8 @@ from llmsurgeon.checkpoint.passing import passing_folder
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.tokenizer_json import tokens_of
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.models import empty_model, expected_shapes
 from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import tower_of
 from llmsurgeon.vocabulary.ids import moved_ids, named_ids

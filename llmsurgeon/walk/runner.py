@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from llmsurgeon.checkpoint.finite import is_finite, not_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.experts import class_form
-from llmsurgeon.formats.models import as_surgeon, empty_model
+from llmsurgeon.formats.models import empty_model
+from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.model.families import family_of
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]

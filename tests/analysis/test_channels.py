@@ -10,7 +10,7 @@ from walk.test_walk import runner_of
 
 from llmsurgeon.analysis.channels import Moments, eliminate_channels
 from llmsurgeon.analysis.fff import AT_ONCE, DAMPING
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import family_of
 
 FAMILIES = [case for case in taking("prune_width") if not declared(*case).encoder]

@@ -15,7 +15,7 @@ from llmsurgeon.analysis import measure as measure_module
 from llmsurgeon.analysis import similarity
 from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed, sequences_for
 from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import family_of
 
 SEQUENCES = 16

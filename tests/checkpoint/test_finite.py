@@ -20,8 +20,8 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.evaluation.decoders import evaluate
 from llmsurgeon.evaluation.encoders import evaluate_encoder
 from llmsurgeon.evaluation.latency import benchmark
+from llmsurgeon.formats.dtypes import computed_in
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import computed_in
 from llmsurgeon.planning.opened import open_model
 
 SHORT = ["--tokens", "64", "--seq-len", "16"]

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export
 from llmsurgeon.formats.bitnet import packed, packing_of
+from llmsurgeon.formats.models import empty_model
 from llmsurgeon.model.ternary import Grid, is_ternary, rounded
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.recipe.recipe import loads
@@ -184,4 +185,4 @@ def test_packing_a_conv_is_refused():
     config = tiny_model("gpt2").config.to_dict()
     meta = {"transformer.h.0.mlp.c_fc.weight": torch.empty(32, 128, device="meta")}
     with pytest.raises(SurgeryError, match=r"transformer\.h\.0\.mlp\.c_fc is not a Linear of gpt2"):
-        packing_of(config, meta, list(meta))
+        packing_of(empty_model(config), meta, list(meta))

@@ -9,7 +9,7 @@ from conftest import save_tiny
 from transformers import AutoModelForCausalLM
 
 from llmsurgeon.export import export
-from llmsurgeon.formats.write import generation_settings
+from llmsurgeon.formats.beside import generation_settings
 
 SETTINGS = {
     "do_sample": True,

@@ -10,18 +10,11 @@ from conftest import save_tiny, tiny_config, tiny_model
 from operations.helpers import logits, operate, some_tokens, subject_of
 
 from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import (
-    canonical,
-    check_shapes,
-    empty_model,
-    expected_shapes,
-    fill,
-    is_surgeon,
-    legacy,
-    normalised,
-    surgeon_classes,
-)
+from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, fill
+from llmsurgeon.formats.surgeon import is_surgeon, surgeon_classes
+from llmsurgeon.formats.tensor_names import canonical, legacy
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.operations.prune_attention import PruneAttention

@@ -13,8 +13,8 @@ from operations.helpers import logits, some_tokens
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.padding import filled, padded, repeated
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES

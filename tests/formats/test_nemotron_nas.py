@@ -17,8 +17,8 @@ from operations.helpers import logits, some_tokens, subject_of
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import normalised
 from llmsurgeon.formats.nemotron_nas import padded_width, read, waste, width_of
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import FAMILIES

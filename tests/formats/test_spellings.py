@@ -12,7 +12,7 @@ from formats.forms import LLAMA3, LONGROPE, PARTIAL_LINEAR, TWO_BASES, TWO_PLAIN
 from transformers import AutoConfig
 
 import llmsurgeon.modeling
-from llmsurgeon.formats.models import load_config, normalised
+from llmsurgeon.formats.configs import load_config, normalised
 from llmsurgeon.formats.spellings import full_every, old_spellings, scaling_of
 from llmsurgeon.model.families import FAMILIES
 

@@ -9,7 +9,7 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, LAYERS, TINY_MIXTURES, save_en
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.export import export
-from llmsurgeon.formats.models import config_notes, load_config
+from llmsurgeon.formats.configs import config_notes, load_config
 from llmsurgeon.planning.opened import open_model
 
 ANOTHER_MODEL = {

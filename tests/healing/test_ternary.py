@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import filled_model, normalised
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.models import filled_model
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.distill.latent import install
 from llmsurgeon.healing.refit.fits import overlay

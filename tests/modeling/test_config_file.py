@@ -11,7 +11,7 @@ from conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES
 from modeling.forms import built
 from transformers import AutoConfig, PreTrainedConfig
 
-from llmsurgeon.formats.models import surgeon_classes
+from llmsurgeon.formats.surgeon import surgeon_classes
 from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 
 NAMES = (*FAMILY_NAMES, *MIXTURE_NAMES, *ENCODER_NAMES)

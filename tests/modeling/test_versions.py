@@ -11,7 +11,8 @@ from operations.helpers import logits, some_tokens
 
 from llmsurgeon.errors import CheckpointError
 from llmsurgeon.formats.caches import cached_call
-from llmsurgeon.formats.models import as_surgeon, empty_model, fill, surgeon_module
+from llmsurgeon.formats.models import empty_model, fill
+from llmsurgeon.formats.surgeon import as_surgeon, surgeon_module
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.modeling import surgeon_versions as versions
 

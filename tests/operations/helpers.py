@@ -11,7 +11,9 @@ from conftest import FAMILY_NAMES, tiny_config
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.formats.models import canonical, check_shapes, empty_model, expected_shapes, fill, normalised
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes, fill
+from llmsurgeon.formats.tensor_names import canonical
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import Family, family_of
 from llmsurgeon.operations import Step, Subject

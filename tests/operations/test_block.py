@@ -11,7 +11,7 @@ from operations.helpers import operate, subject_of
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.block_transformer import BlockTransformerSpec, from_block_transformer, to_block_transformer
 from llmsurgeon.model.families import FAMILIES

@@ -20,7 +20,7 @@ from operations.helpers import (
 )
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import FAMILIES, family_of
 from llmsurgeon.operations.fuse_ffn import FuseFFN, fold_gain, fold_shift
 from llmsurgeon.operations.prune_attention import PruneAttention

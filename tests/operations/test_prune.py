@@ -8,7 +8,7 @@ from conftest import LAYERS, tiny_config, tiny_model
 from operations.helpers import VARIANTS, cut_plan, declared, logits, naive, operate, skip, some_tokens, subject_of
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN

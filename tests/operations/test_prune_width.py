@@ -10,7 +10,7 @@ from conftest import tiny_model
 from operations.helpers import declared, logits, operate, some_tokens, subject_of, taking
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import family_of
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention

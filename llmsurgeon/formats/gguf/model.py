@@ -5,35 +5,29 @@ A family is one row of `ARCHITECTURES`, which reading goes by, too.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.gguf.architectures import (
     ARCHITECTURES,
     BITNET,
-    LONG_FACTORS,
     NO_CAP,
-    ROPE_FACTORS,
-    SHORT_FACTORS,
     UNEVEN,
     UNEVEN_FAMILIES,
     Architecture,
     Key,
-    file_name,
-    order,
-    tensor_map,
 )
 from llmsurgeon.checkpoint.gguf.file import ARRAY, BOOL, FLOAT32, INT32, STRING, UINT32, Field
-from llmsurgeon.checkpoint.transform import WeightTransform, rename
+from llmsurgeon.checkpoint.transform import WeightTransform
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats import bitnet_model
+from llmsurgeon.formats.form import Form
+from llmsurgeon.formats.gguf.rope import any_attention, rope
+from llmsurgeon.formats.gguf.tensors import transforms_of
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.parts import AttentionSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 Config = Mapping[str, Any]
@@ -59,7 +53,7 @@ def lay_out(config: Config, family: Family, spec: ModelSpec, weights: Mapping[st
         SurgeryError: llama.cpp cannot run it; names the first block or setting that does not fit.
     """
     architecture, fields, factors, notes = _described(config, family, spec)
-    transforms = _transforms(architecture, config, family, spec, weights)
+    transforms = transforms_of(architecture, config, family, spec, weights)
     transforms += [_constant(name, values) for name, values in factors.items()]
     prefixed = tuple(_field(f"{architecture.name}.{key}", value) for key, value in fields.items())
     return Layout(architecture.name, prefixed, tuple(transforms), tuple(notes))
@@ -91,8 +85,8 @@ def _described(
     notes: list[str] = []
     fields = _sizes(architecture, spec, config)
     fields |= _windows(architecture, spec, notes)
-    rope, factors = _rope(architecture, config, spec, notes)
-    fields |= rope | {key.name: _value(key, config) for key in architecture.keys}
+    turns, factors = rope(architecture, config, spec, notes)
+    fields |= turns | {key.name: _value(key, config) for key in architecture.keys}
     return architecture, fields, factors, notes
 
 
@@ -178,10 +172,6 @@ def _not_deci(index: int, layer: LayerSpec) -> str | None:
     return None
 
 
-def _any_attention(spec: ModelSpec) -> AttentionSpec:
-    return next(layer.attention for layer in spec.layers if layer.attention)
-
-
 def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec) -> None:
     """Refuse settings under which llama.cpp would compute something else."""
     where = f"llama.cpp's {architecture.name}"
@@ -192,7 +182,7 @@ def _check_settings(architecture: Architecture, config: Config, spec: ModelSpec)
         if isinstance(config.get(key), str) and config[key] not in architecture.activations:
             known = " or ".join(architecture.activations)
             raise SurgeryError(f"{where} computes {known}, config.json says {key} {config[key]}")
-    attention = _any_attention(spec)
+    attention = any_attention(spec)
     if not architecture.free_heads and attention.heads * attention.head_dim != spec.hidden:
         raise SurgeryError(
             f"{where} wants heads that fill the model's width of {spec.hidden}, these are {attention.heads} of "
@@ -215,7 +205,7 @@ def _check_parts(architecture: Architecture, spec: ModelSpec) -> None:
 
 
 def _sizes(architecture: Architecture, spec: ModelSpec, config: Config) -> dict[str, Any]:
-    attention = _any_attention(spec)
+    attention = any_attention(spec)
     uneven = architecture is UNEVEN
     heads = [layer.attention.heads if layer.attention else 0 for layer in spec.layers]
     kv_heads = [layer.attention.kv_heads if layer.attention else 0 for layer in spec.layers]
@@ -259,143 +249,6 @@ def _windows(architecture: Architecture, spec: ModelSpec, notes: list[str]) -> d
     return {"context_length": min(found)}
 
 
-def _rope(
-    architecture: Architecture, config: Config, spec: ModelSpec, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Keys of the rotary positions, and tensors of factors on their frequencies."""
-    if architecture.rope == "none":
-        return {}, {}
-    parameters = config["rope_parameters"]
-    keys: dict[str, Any] = {}
-    if "full_attention" in parameters:  # Gemma 3: blocks that slide turn at a base of their own
-        local = parameters["sliding_attention"]
-        if local.get("rope_type", "default") != "default":
-            raise SurgeryError(f"llama.cpp has no RoPE scaling {local['rope_type']!r} in sliding blocks")
-        keys["rope.freq_base_swa"] = float(local["rope_theta"])
-        parameters = parameters["full_attention"]
-    dimensions = int(_any_attention(spec).head_dim * parameters.get("partial_rotary_factor", 1.0))
-    keys |= {"rope.freq_base": float(parameters["rope_theta"]), "rope.dimension_count": dimensions}
-    scaling = parameters.get("rope_type", "default")
-    if scaling == "default":
-        return keys, {}
-    if scaling == "llama3" and architecture.rope == "pairs":
-        return keys, {ROPE_FACTORS: llama3_factors(parameters, dimensions)}
-    if scaling == "linear":
-        return keys | {"rope.scaling.type": "linear", "rope.scaling.factor": float(parameters["factor"])}, {}
-    if scaling == "yarn":
-        return keys | _yarn(parameters, spec), {}
-    if scaling == "longrope" and architecture.name == "phi3":
-        return _longrope(keys, config, parameters, spec, notes)
-    raise SurgeryError(f"llama.cpp's {architecture.name} has no RoPE scaling {scaling!r}")
-
-
-def llama3_factors(parameters: Config, dimensions: int) -> Tensor:
-    """What divides each frequency in Llama 3.1's RoPE scaling (`_compute_llama3_parameters` of transformers)."""
-    low, high, factor = (parameters[k] for k in ("low_freq_factor", "high_freq_factor", "factor"))
-    original = parameters["original_max_position_embeddings"]
-    exponents = torch.arange(0, dimensions, 2, dtype=torch.float64) / dimensions
-    turns = original / (2 * math.pi * parameters["rope_theta"] ** exponents)
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
-
-
-def _yarn(parameters: Config, spec: ModelSpec) -> dict[str, Any]:
-    """YaRN (arXiv 2309.00071). llama.cpp multiplies its own 0.1 ln(factor) + 1 by `attn_factor`."""
-    # llama.cpp reads no betas from the file.
-    usual = {"mscale": None, "mscale_all_dim": None, "truncate": True, "beta_fast": 32, "beta_slow": 1}
-    for key, value in usual.items():
-        if parameters.get(key, value) not in (value, None):
-            raise SurgeryError(f"llama.cpp has no YaRN with {key} {parameters[key]}")
-    factor = float(parameters["factor"])
-    keys: dict[str, Any] = {
-        "rope.scaling.type": "yarn",
-        "rope.scaling.factor": factor,
-        "rope.scaling.original_context_length": int(
-            parameters.get("original_max_position_embeddings") or spec.max_positions or 2048
-        ),
-    }
-    if parameters.get("attention_factor") is not None:
-        keys["rope.scaling.attn_factor"] = parameters["attention_factor"] / (0.1 * math.log(factor) + 1)
-    return keys
-
-
-def _longrope(
-    keys: dict[str, Any], config: Config, parameters: Config, spec: ModelSpec, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """LongRoPE (arXiv 2402.13753): one set of factors up to the original context, another beyond."""
-    original = int(parameters.get("original_max_position_embeddings") or config["original_max_position_embeddings"])
-    ratio = (spec.max_positions or original) / original
-    attention = parameters.get("attention_factor") or (
-        math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
-    )
-    notes.append(
-        f"llama.cpp takes LongRoPE's long factors once its context (-c) is larger than {original} tokens, transformers "
-        "once the text is"
-    )
-    keys = keys | {
-        "rope.scaling.original_context_length": original,
-        "rope.scaling.attn_factor": float(attention),
-    }
-    factors = {LONG_FACTORS: parameters["long_factor"], SHORT_FACTORS: parameters["short_factor"]}
-    return keys, {name: torch.tensor(values, dtype=torch.float32) for name, values in factors.items()}
-
-
-def _transforms(
-    architecture: Architecture, config: Config, family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]
-) -> list[WeightTransform]:
-    names = tensor_map(architecture.name, len(spec.layers))
-    made: list[WeightTransform] = []
-    stacked: dict[str, dict[int, str]] = {}
-    for name in weights:
-        target, part = file_name(names, name)
-        if target is None:
-            raise SurgeryError(f"tensor {name} has no place in llama.cpp's {architecture.name}")
-        if part is not None:
-            stacked.setdefault(target, {})[part] = name
-            continue
-        made.append(_transform(architecture, config, spec, name, target))
-    for target, parts in stacked.items():
-        made.append(WeightTransform(tuple(parts[i] for i in sorted(parts)), (target,), _stack))
-    if architecture.own_head and f"{family.head}.weight" not in weights:
-        made.append(rename(f"{family.embedding}.weight", "output.weight"))
-    return made
-
-
-def _transform(architecture: Architecture, config: Config, spec: ModelSpec, name: str, target: str) -> WeightTransform:
-    """The edit that makes one tensor."""
-    part = target.split(".")[-2]
-    ratio = _query_ratio(architecture, config, spec) if part in ("attn_q", "attn_q_norm") else 1.0
-    if architecture.gains_from_one and part.endswith("norm"):
-        return WeightTransform((name,), (target,), _gain(ratio))
-    # Gemma 3 norms its queries, so there the gain of that norm has the ratio.
-    if ratio != 1.0 and architecture.name != "gemma3":
-        return WeightTransform((name,), (target,), _times(ratio))
-    attention = spec.layers[int(target.split(".")[1])].attention if target.startswith("blk.") else None
-    found = order(architecture, target, *(attention.shape if attention else (1, 1, 1)))
-    return WeightTransform((name,), (target,), found.there) if found else rename(name, target)
-
-
-def _query_ratio(architecture: Architecture, config: Config, spec: ModelSpec) -> float:
-    """What queries are multiplied by, so that the scale that llama.cpp uses comes out as the config's."""
-    if not architecture.wide_layers:
-        return 1.0
-    attention = _any_attention(spec)
-    width = architecture.query_width(len(spec.layers), spec.hidden, attention.heads, attention.head_dim)
-    return math.sqrt(width / config["query_pre_attn_scalar"])
-
-
-def _gain(ratio: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: (1 + weight.float()) * ratio
-
-
-def _times(ratio: float) -> Callable[[Tensor], Tensor]:
-    return lambda weight: weight.float() * ratio
-
-
-def _stack(*parts: Tensor) -> Tensor:
-    return torch.stack(parts)
-
-
 def _constant(name: str, values: Tensor) -> WeightTransform:
     return WeightTransform((), (name,), lambda: values)
 
@@ -409,3 +262,14 @@ def _field(key: str, value: Any) -> Field:
     if isinstance(value, str):
         return Field(key, value, STRING)
     return Field(key, value, FLOAT32 if isinstance(value, float) else UINT32)
+
+
+def _limit(family: Family) -> tuple[str, bool] | None:
+    if reason := why_not(family.model_type):
+        return reason, True
+    if family.model_type in UNEVEN_FAMILIES:
+        return None
+    return "llama.cpp gives all blocks of this architecture one shape; others: native first", False
+
+
+GGUF = Form(name="gguf", misfit=misfit, limit=_limit)

@@ -27,10 +27,10 @@ from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 from llmsurgeon.checkpoint.writer import FileStage
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.forms import forms_that_can
 from llmsurgeon.formats.gguf.model import Layout, lay_out, why_not
 from llmsurgeon.formats.gguf.ternary import exact_kind, ternary_q4_0
 from llmsurgeon.formats.gguf.tokenizer import tokenizer_fields
-from llmsurgeon.formats.write import formats_that_can
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.spec import ModelSpec
 
@@ -140,7 +140,7 @@ def _laid_out(config: Mapping[str, Any], family: Family, spec: ModelSpec, weight
     try:
         return lay_out(config, family, spec, weights)
     except SurgeryError as error:
-        others = formats_that_can(spec, family, config)
+        others = forms_that_can(spec, family, config)
         # What native fills up with zeros is of one shape.
         then = "native" in others and not spec.uniform and why_not(family.model_type) is None
         hint = " (a GGUF can be made of native, which fills up with zeros)" if then else ""

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.errors import Stopped, SurgeryError
-from llmsurgeon.formats.models import as_surgeon, empty_model
+from llmsurgeon.formats.models import empty_model
+from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.healing.distill.crew import STOPPED, Crew
 from llmsurgeon.healing.distill.data import Corpus, Rows, rows_of
 from llmsurgeon.healing.distill.distill import Case

@@ -15,11 +15,12 @@ from gguf_models import UNEVEN, export, largest_difference, save_uneven, save_un
 
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.gguf import write as writing
 from llmsurgeon.formats.gguf.model import ARCHITECTURES, lay_out, llama3_factors
 from llmsurgeon.formats.gguf.write import TYPES
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import empty_model, expected_shapes, normalised
+from llmsurgeon.formats.models import empty_model, expected_shapes
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.planning.opened import open_model
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.distill.data import rows_of
 from llmsurgeon.healing.distill.distill import Case, build_student, distill, wanted_of

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.distill.data import read_rows, rows_of
 from llmsurgeon.healing.distill.distill import Case, build_student, distill, wanted_of

@@ -8,7 +8,7 @@ from conftest import tiny_model
 from operations.helpers import operate, subject_of
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.healing.refit.block_transformer import BlockRefit, affine_map
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN

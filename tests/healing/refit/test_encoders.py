@@ -8,7 +8,8 @@ from conftest import ENCODER_NAMES, LAYERS, tiny_encoder
 from operations.helpers import subject_of
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
-from llmsurgeon.formats.models import as_surgeon, normalised
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.refit.fits import overlay
 from llmsurgeon.healing.refit.refit import Refit, RefitOptions

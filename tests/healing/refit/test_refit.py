@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.refit.fits import overlay
 from llmsurgeon.healing.refit.output import Outlet

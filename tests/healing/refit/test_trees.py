@@ -10,7 +10,7 @@ from operations.helpers import some_tokens, subject_of
 
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.refit.fits import overlay
 from llmsurgeon.healing.refit.refit import Refit, RefitOptions

@@ -15,8 +15,11 @@ from torch.nn.functional import pad
 
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import as_surgeon, canonical, empty_model, fill, normalised
+from llmsurgeon.formats.models import empty_model, fill
+from llmsurgeon.formats.surgeon import as_surgeon
+from llmsurgeon.formats.tensor_names import canonical
 from llmsurgeon.model.families import FAMILIES, family_of
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks

@@ -21,7 +21,7 @@ from operations.helpers import (
 )
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.models import normalised
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import FAMILIES, family_of
 from llmsurgeon.operations import OPERATIONS
 from llmsurgeon.operations.fuse_ffn import FuseFFN

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 from llmsurgeon.analysis.measure import measure
 from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes
 from llmsurgeon.formats.loading import load_model
-from llmsurgeon.formats.models import normalised
 from llmsurgeon.model.families import FAMILIES
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks

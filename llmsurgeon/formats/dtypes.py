@@ -1,0 +1,51 @@
+"""In which dtype a checkpoint's numbers are stored, and in which they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.errors import CheckpointError
+
+
+def stored_dtype(meta: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype most numbers are stored in."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in meta.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def plain_dtype(meta: Mapping[str, Tensor], config: Mapping[str, Any]) -> torch.dtype:
+    """What a model with these tensors is computed in, whatever the device: the dtype most of its numbers have.
+
+    Numbers of 8 bits without scales are computed in what the config says, as transformers does, or in bfloat16.
+
+    Raises:
+        CheckpointError: most of the numbers are whole ones.
+    """
+    stored = stored_dtype(meta)
+    if not stored.is_floating_point:
+        kind = str(stored).removeprefix("torch.")
+        raise CheckpointError(
+            f"most of its numbers are {kind}, packed by a quantiser that config.json does not name; "
+            "take the checkpoint that it was made from"
+        )
+    if stored.itemsize > 1:
+        return stored
+    said = getattr(torch, str(config.get("dtype") or "bfloat16").removeprefix("torch."), None)
+    if isinstance(said, torch.dtype) and said.is_floating_point and said.itemsize > 1:
+        return said
+    return torch.bfloat16
+
+
+def computed_in(plain: torch.dtype, asked: torch.dtype | None, device: str) -> torch.dtype:
+    """The dtype that every command computes in: the one asked for, else `plain_dtype`.
+
+    On a CPU float16 becomes bfloat16, which does not overflow and is several times as fast.
+    """
+    chosen = asked or plain
+    return torch.bfloat16 if asked is None and chosen == torch.float16 and device == "cpu" else chosen

@@ -1,0 +1,110 @@
+"""surgeon: any model, each block spelled out in block_configs, with the code that computes it in the checkpoint.
+
+A model_type of its own: stock transformers refuses such a config before a weight is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.form import Body, CheckpointForm, modeling_files
+from llmsurgeon.model.block_transformer import to_block_transformer
+from llmsurgeon.model.families import SURGEON_PREFIX, Family, family_of
+from llmsurgeon.model.spec import ModelSpec, to_block_configs
+
+LOADS = (
+    "Its code ships in the checkpoint: read its .py files, then load with trust_remote_code=True in transformers. A "
+    "load that does not run that code refuses."
+)
+# surgeon_blocks.py and what it imports.
+BLOCKS = (
+    *("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py"),
+    "surgeon_versions.py",
+)
+BLOCK_TRANSFORMER = ("surgeon_block_transformer.py",)
+
+
+def is_surgeon(config: Mapping[str, Any]) -> bool:
+    """True for the config of a checkpoint in the surgeon form."""
+    return str(config.get("model_type", "")).startswith(SURGEON_PREFIX)
+
+
+def as_surgeon(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The (normalised) config of the same model in the surgeon form, each block spelled out."""
+    if is_surgeon(config):
+        return dict(config)
+    family = family_of(config)
+    blocks = to_block_configs(family.describe(config))
+    return {**config, "model_type": SURGEON_PREFIX + family.model_type, "block_configs": blocks}
+
+
+def modeling_file(family: Family, block_transformer: bool = False) -> str:
+    """Name of the modeling file of `family`, or of its block transformers, that ships inside checkpoints."""
+    return f"modeling_{'block' if block_transformer else 'surgeon'}_{family.model_type}"
+
+
+def surgeon_module(family: Family, block_transformer: bool = False) -> Any:
+    """That file, imported from this package."""
+    return importlib.import_module(f"llmsurgeon.modeling.{modeling_file(family, block_transformer)}")
+
+
+def surgeon_classes(family: Family, block_transformer: bool = False) -> tuple[type, type]:
+    """(config class, model class) of the surgeon form for `family`, or for its block transformers."""
+    module = surgeon_module(family, block_transformer)
+    config_class = next(
+        c for c in vars(module).values() if isinstance(c, type) and getattr(c, "model_type", "").startswith("surgeon_")
+    )
+    if family.heads:
+        return config_class, getattr(module, f"Surgeon{family.model_class}")
+    model_class = next(c for c in vars(module).values() if getattr(c, "config_class", None) is config_class)
+    return config_class, model_class
+
+
+def classes_for(raw: Mapping[str, Any], family: Family) -> tuple[type, type]:
+    """(config class, model class) of a config.json in the surgeon form.
+
+    Raises:
+        SurgeryError: it is a block transformer, and its family has none.
+    """
+    if not raw.get("block_transformer"):
+        return surgeon_classes(family)
+    if reason := family.refusal("block"):
+        raise SurgeryError(f"config.json: block_transformer in a {family.model_type} model: {reason}")
+    return surgeon_classes(family, True)
+
+
+def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body:
+    """The model in this form; `config` is the (cut) source's."""
+    block_transformer = spec.block_transformer
+    config_class, model_class = surgeon_classes(family, block_transformer is not None)
+    module = modeling_file(family, block_transformer is not None)
+    made = {
+        **config,
+        "model_type": SURGEON_PREFIX + family.model_type,
+        "architectures": [model_class.__name__],
+        "auto_map": {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            # An encoder's body serves several tasks: each Auto class finds its own, as with the stock model.
+            **{auto: f"{module}.Surgeon{head}" for head, auto in family.heads},
+            family.auto_class: f"{module}.{model_class.__name__}",
+        },
+        "block_configs": to_block_configs(spec),
+        **({"block_transformer": to_block_transformer(block_transformer)} if block_transformer else {}),
+    }
+    made = config_class.spelled_for_file(made)  # type: ignore[attr-defined]
+    code = modeling_files((*BLOCKS, *(BLOCK_TRANSFORMER if block_transformer else ()), f"{module}.py"))
+    return Body(made, spec, LOADS, code, alone=True)
+
+
+SURGEON = CheckpointForm(
+    name="surgeon",
+    misfit=lambda spec, family, config: None,
+    unwanted=lambda spec, family, config: None,
+    describe=describe,
+    recognises=is_surgeon,
+    ships_code=True,
+    towers=True,
+)
