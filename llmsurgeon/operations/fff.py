@@ -132,7 +132,11 @@ class FFF(Step):
         if self.shapes is not None:
             chosen = {layer: shape for shape in self.shapes for layer in shape.layers}
         else:
-            dense = tuple(b.parents[0] for b in subject.spec.layers if type(b.ffn) is FFNSpec and len(b.parents) == 1)
+            dense = tuple(
+                b.parents[0]
+                for b in subject.spec.layers
+                if b.ffn and b.ffn.kind == FFNSpec.kind and len(b.parents) == 1
+            )
             if not (self.layers or dense):
                 raise subject.refuse("fff: no layer has a dense FFN as in the checkpoint")
             shape = Shape(
@@ -187,7 +191,7 @@ class FFF(Step):
         block = subject.spec.layers[subject.position(layer, "fff: layer")]
         if block.ffn is None or block.branches:
             raise subject.refuse(f"fff: layer {layer} has no FFN of its own")
-        if len(block.parents) > 1 or type(block.ffn) is not FFNSpec or block.ffn.own_norm or block.ffn.bias:
+        if len(block.parents) > 1 or not block.ffn.plain:
             raise subject.refuse(
                 f"fff: layer {layer} is not as in the checkpoint; write what earlier steps make, then run fff on that"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmsurgeon.model.parts import AttentionSpec, FFFSpec
+from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 FLOAT = 4
@@ -51,7 +51,7 @@ def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
 
 def _block_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:
     attention, ffn = layer.attention, layer.ffn
-    heads = attention.heads * attention.head_dim if isinstance(attention, AttentionSpec) else hidden
+    heads = attention.heads * attention.head_dim if attention is not None else hidden
     joined = heads + hidden * len(layer.parents) if attention is not None and ffn is not None else heads
     fits = [sums_bytes(joined, hidden)]
     width = 0

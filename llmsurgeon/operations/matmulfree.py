@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFNSpec, MLGRUSpec, Touch
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, MLGRUSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, lowest
 from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
 
@@ -89,11 +89,11 @@ class MatMulFree(Step):
             attention = self._attention(subject, layer, "layer")
             index = subject.position(layer)
             block = layers[index]
-            if not isinstance(attention, MLGRUSpec):
+            if attention.looks_back:
                 block = self._converted(subject, block, attention)
             layers[index] = _ternary(subject, block) if self.linears == "ternary" else block
         made = assemble(subject, layers)
-        left = sum(not isinstance(a, MLGRUSpec) for a in made.spec.attentions)
+        left = sum(a.looks_back for a in made.spec.attentions)
         note = (
             f"MatMul-free mixers: {len(self.layers)} attentions are MLGRUs, {left} are left. A sequence keeps "
             f"{made.spec.state_numbers():,} numbers of state (float32), however long it is."
@@ -112,7 +112,7 @@ class MatMulFree(Step):
         return block.attention
 
     def _changes(self, attention: AttentionSpec) -> bool:
-        return not isinstance(attention, MLGRUSpec) or (self.linears == "ternary" and not attention.ternary)
+        return attention.looks_back or (self.linears == "ternary" and not attention.bit_linears)
 
     def _open_to(self, subject: Subject) -> list[int]:
         """Parent layers with a mixer of their own that this step would change."""
@@ -208,7 +208,7 @@ def _ternary(subject: Subject, layer: NewLayer) -> NewLayer:
     groups: list[tuple[str, str, tuple[str, ...], str]] = [
         (family.attention_norm, family.attention, mixing, family.attention_out)
     ]
-    if type(ffn) is FFNSpec and not (ffn.own_norm or ffn.bias):
+    if ffn and ffn.plain:
         projections = tuple(family.ffn_module(name) for name in (*family.ffn_in, family.ffn_out))
         groups.append((family.ffn_norm, family.ffn, family.ffn_in, family.ffn_out))
         ffn = BitFFNSpec(ffn.width, projections=projections)

@@ -42,7 +42,7 @@ class PruneExperts(Step):
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Experts all alike: which of them are kept changes no shape."""
-        mixtures = {b.parents[0]: b.ffn for b in subject.spec.layers if isinstance(b.ffn, MoESpec)}
+        mixtures = {b.parents[0]: b.ffn for b in subject.spec.layers if b.ffn and b.ffn.experts}
         return {f"expert_{self.score}": {layer: torch.zeros(ffn.experts) for layer, ffn in mixtures.items()}}
 
     def plan(self, subject: Subject) -> Plan:

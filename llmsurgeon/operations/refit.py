@@ -9,7 +9,7 @@ from pydantic import Field
 
 from llmsurgeon.boundary.limits import MOST_TOKENS
 from llmsurgeon.model.block_transformer import BlockTransformerSpec
-from llmsurgeon.model.parts import BitFFNSpec, MLGRUSpec, Touch
+from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.operations.fit_memory import Text, refit_bytes
@@ -54,8 +54,7 @@ class Refit(Step):
         if halves := subject.spec.block_transformer:
             self._check_halves(subject, halves)
         for layer in subject.spec.layers:
-            mixer = layer.attention
-            if isinstance(layer.ffn, BitFFNSpec) or (isinstance(mixer, MLGRUSpec) and mixer.ternary):
+            if any(part.bit_linears for part in layer.parts):
                 raise subject.refuse(
                     f"refit: layer {layer.parents[0]} has BitLinears, whose output is not linear in their weights: "
                     "heal with distill, or refit with linears: float first and make the result ternary"

@@ -38,6 +38,16 @@ class FFNSpec(Part):
         """True for a dense FFN as its family's own class has it, but for the width and a norm inside."""
         return self.kind == FFNSpec.kind and not (self.own_norm or self.bias)
 
+    @property
+    def experts(self) -> int:
+        """Experts that a router chooses among."""
+        return 0
+
+    @property
+    def per_token(self) -> int:
+        """Experts, of these, that a token is sent to."""
+        return 0
+
     def idle(self, matrices: Mapping[str, int], hidden: int) -> int:
         """How many of its matrices' numbers a token leaves out; less than none where it multiplies other tensors, too.
 
