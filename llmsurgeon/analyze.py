@@ -19,6 +19,7 @@ from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, sear
 from llmsurgeon.boundary.places import relative, without_folders
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.report.analysis import html_report
 from llmsurgeon.walk.runner import LayerRunner
 
@@ -141,7 +142,7 @@ def analyze(
         raise SurgeryError(f"--drop {count}: expected 1 to {layers - 1}, the model has {layers} attentions")
     measurements = measure(runner, tokens, batch)
     sample = few(tokens, SEARCH_TOKENS)
-    fuses = runner.family.refusal("fuse_ffn") is None
+    fuses = FuseFFN.declined(runner.family) is None
     attention_kl = measurements.scores["attention_kl"].mean
     choices = search_attentions(runner, sample, count, max_run, fuse=fuses, batch=batch, attention_kl=attention_kl)
     if not choices:

@@ -71,8 +71,9 @@ class Notes:
 
 def refused(family: Family, operation: str) -> tuple[str, bool] | None:
     """(reason, whether all layouts refuse), None where none does."""
-    plain = family.refusal(operation)
-    layouts = [(settings, replace(family, **fields).refusal(operation)) for settings, fields in family.layouts]
+    step = OPERATIONS[operation]
+    plain = step.declined(family)
+    layouts = [(settings, step.declined(replace(family, **fields))) for settings, fields in family.layouts]
     if plain and all(reason for _, reason in layouts):
         return plain, True
     if plain:

@@ -71,7 +71,7 @@ def classes_for(raw: Mapping[str, Any], family: Family) -> tuple[type, type]:
     """
     if not raw.get("block_transformer"):
         return surgeon_classes(family)
-    if reason := family.refusal("block"):
+    if reason := family.no_block_form():
         raise SurgeryError(f"config.json: block_transformer in a {family.model_type} model: {reason}")
     return surgeon_classes(family, True)
 

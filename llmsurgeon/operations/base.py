@@ -53,7 +53,7 @@ class Subject:
     def check(self, step: Step) -> None:
         """Raise SurgeryError if the family declines `step`, or the model has what does not bear being touched so."""
         whole = self.spec.block_transformer and self.spec.block_transformer.refusal(step.touches)
-        if reason := self.family.refusal(step.op) or whole:
+        if reason := step.declined(self.family) or whole:
             raise self.refuse(f"{step.op}: {reason}")
         for layer in self.spec.layers:
             if reason := layer.refusal(step.touches):
@@ -145,6 +145,16 @@ class Step(BaseModel):
         return {}
 
     # What it refuses, before anything is measured.
+
+    @classmethod
+    def declined(cls, family: Family) -> str | None:
+        """Why it cannot be done on this family, None where it can."""
+        return dict(family.unsupported).get(cls.model_fields["op"].default) or cls.misfit(family)
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        """Why a family of this shape cannot take it, whether it says so itself or not; None where it can."""
+        return None
 
     def check_place(self, before: Sequence[Step]) -> None:
         """Raise SurgeryError where it cannot come behind these steps."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import WeightTransform, row_blocks
 from llmsurgeon.model.block_transformer import BlockTransformerSpec, check_block_transformer
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Plan, Step, Subject
 
@@ -118,6 +119,10 @@ class Block(Step):
         layers = subject.spec.layers
         half = len(layers) // 2
         return self.model_copy(update={"split": layers[half].parents[0] if half else 0})
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        return family.no_block_form()
 
     def plan(self, subject: Subject) -> Plan:
         if self.split is None:

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList, write_ranges
 from llmsurgeon.model.parts import FFFSpec, FFNSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
@@ -239,6 +240,12 @@ class FFF(Step):
             for spec, layers in groups.items()
         )
         return self.model_copy(update={"keep": None, "depth": None, "layers": None, "shapes": shapes})
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        if family.ffn_post_norm:
+            return "it norms what an FFN gives before adding it, which the fit of a tree does not know"
+        return None
 
     def plan(self, subject: Subject) -> Plan:
         routings = subject.score(SCORE, "fff")

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS, row_blocks
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import RunList
 from llmsurgeon.model.parts import FFNSpec, Touch
 from llmsurgeon.model.spec import LayerSpec
@@ -137,6 +138,12 @@ class FuseFFN(Step):
                 "put a prune_attention step before this one"
             )
         return self.model_copy(update={"runs": runs})
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        if family.ffn_post_norm:
+            return "it norms what an FFN gives before adding it, and a sum of normed outputs is not one normed output"
+        return None
 
     def plan(self, subject: Subject) -> Plan:
         if self.runs == "auto":

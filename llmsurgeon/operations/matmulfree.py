@@ -20,6 +20,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, MLGRUSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, lowest
@@ -79,6 +80,20 @@ class MatMulFree(Step):
         if not layers:
             raise subject.refuse("matmulfree: no layer is left that could become one: nothing to do")
         return self.model_copy(update={"layers": layers, "keep_attention": None, "count": None})
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        if family.encoder:
+            return "it is an encoder and reads in both directions, an MLGRU reads from left to right alone"
+        if family.experts:
+            return "its FFN is a mixture of experts, and an MLGRU's block is a Llama block"
+        apart = family.queries and family.kv
+        if family.norm != "rms" or not apart or family.attention_post_norm or not family.attention_norm:
+            return (
+                "an MLGRU takes the place of an attention that reads through an RMSNorm, has a projection each for "
+                "queries, keys and values, and adds what it gives as it is, as Llama's does"
+            )
+        return None
 
     def plan(self, subject: Subject) -> Plan:
         if self.layers is None:

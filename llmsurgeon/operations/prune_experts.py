@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.parts import MoESpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
 
@@ -44,6 +45,10 @@ class PruneExperts(Step):
         """Experts all alike: which of them are kept changes no shape."""
         mixtures = {b.parents[0]: b.ffn for b in subject.spec.layers if b.ffn and b.ffn.experts}
         return {f"expert_{self.score}": {layer: torch.zeros(ffn.experts) for layer, ffn in mixtures.items()}}
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        return None if family.experts else "its FFNs are dense, there are no experts to drop; prune_width cuts them"
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

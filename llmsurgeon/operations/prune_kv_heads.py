@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import AttentionSpec, Touch
 from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
@@ -51,6 +52,11 @@ class PruneKVHeads(Step):
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REWRITES_HEADS})
     kv_heads: Annotated[int, Field(ge=1)]
     layers: LayerList | None = None
+
+    @staticmethod
+    def misfit(family: Family) -> str | None:
+        has_heads = family.kv or family.fused_qkv
+        return None if has_heads else "its classes cannot hold another number of key/value heads"
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -159,7 +159,7 @@ class Form:
 
 
 def _steps(family: str, changes: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(step for step in STEPS if declared(family, changes).refusal(step.op) is None)
+    return tuple(step for step in STEPS if step.declined(declared(family, changes)) is None)
 
 
 def forms() -> dict[str, Form]:

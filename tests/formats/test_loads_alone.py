@@ -29,7 +29,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for name, (family, changes) in SURGEON.items():
         parent = save_tiny(base / f"parent-{name}", family, **changes)
-        steps = tuple(step for step in STEPS if declared(family, changes).refusal(step.op) is None)
+        steps = tuple(step for step in STEPS if step.declined(declared(family, changes)) is None)
         made[name] = run(Recipe(version=1, steps=steps), str(parent), str(base / name), Options()).out
     for name, (family, changes, steps) in MIXERS.items():
         parent = save_tiny(base / f"parent-{name}", family, **changes)

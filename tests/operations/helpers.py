@@ -16,7 +16,7 @@ from llmsurgeon.formats.models import check_shapes, empty_model, expected_shapes
 from llmsurgeon.formats.tensor_names import canonical
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.model.families import Family, family_of
-from llmsurgeon.operations import Step, Subject
+from llmsurgeon.operations import OPERATIONS, Step, Subject
 
 # Falcon 7B, Falcon RW and Falcon 2 11B; the tiny config is laid out as Falcon 40B.
 FALCON_7B = {"new_decoder_architecture": False, "num_kv_heads": None, "bias": False}
@@ -36,13 +36,14 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def taking(operation: str) -> tuple[tuple[str, dict[str, Any]], ...]:
     """The variants of VARIANTS whose family does not decline `operation`."""
-    return tuple((name, changes) for name, changes in VARIANTS if declared(name, changes).refusal(operation) is None)
+    step = OPERATIONS[operation]
+    return tuple((name, changes) for name, changes in VARIANTS if step.declined(declared(name, changes)) is None)
 
 
 def taken(model: Any, steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """The steps that the model's family does not decline."""
     family = family_of(normalised(model.config.to_dict()))
-    return tuple(step for step in steps if family.refusal(step.op) is None)
+    return tuple(step for step in steps if step.declined(family) is None)
 
 
 def declared(name: str, changes: dict[str, Any] | None = None) -> Family:

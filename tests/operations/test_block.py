@@ -162,7 +162,7 @@ def test_windows_are_refused_with_the_layer():
 def test_encoders_are_refused():
     encoder = tiny_encoder("bert")
     config = normalised({**encoder.config.to_dict(), "architectures": ["BertModel"]})
-    assert FAMILIES["bert"].refusal("block") == "it is an encoder: it predicts no next token, and so no next block"
+    assert Block.declined(FAMILIES["bert"]) == "it is an encoder: it predicts no next token, and so no next block"
     assert config["model_type"] == "bert"
 
 

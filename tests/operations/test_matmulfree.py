@@ -27,7 +27,7 @@ from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
 
-TAKING = tuple(name for name in FAMILY_NAMES if declared(name).refusal("matmulfree") is None)
+TAKING = tuple(name for name in FAMILY_NAMES if MatMulFree.declined(declared(name)) is None)
 ATTENTION = AttentionSpec(heads=6, kv_heads=2, head_dim=8)
 
 

@@ -178,37 +178,12 @@ class Family:
         """True where attention and FFN both read the block's input."""
         return bool(self.parallel_residual_key and config.get(self.parallel_residual_key, True))
 
-    def refusal(self, operation: str) -> str | None:
-        """Why `operation` cannot be done on this family, None where it can."""
-        if reason := dict(self.unsupported).get(operation):
-            return reason
-        if operation == "prune_experts" and not self.experts:
-            return "its FFNs are dense, there are no experts to drop; prune_width cuts them"
-        if operation == "block" and self.encoder:
-            return "it is an encoder: it predicts no next token, and so no next block"
-        if operation == "block" and self.model_type not in BLOCK_FORMS:
-            return f"its class has no block form; {', '.join(BLOCK_FORMS)} have one"
-        if operation == "prune_kv_heads" and not (self.kv or self.fused_qkv):
-            return "its classes cannot hold another number of key/value heads"
-        if operation == "fuse_ffn" and self.ffn_post_norm:
-            return "it norms what an FFN gives before adding it, and a sum of normed outputs is not one normed output"
-        if operation == "matmulfree" and (reason := self._no_mlgru()):
-            return reason
-        if operation == "fff" and self.ffn_post_norm:
-            return "it norms what an FFN gives before adding it, which the fit of a tree does not know"
-        return None
-
-    def _no_mlgru(self) -> str | None:
-        """Why an MLGRU cannot take attention's place, None where it can."""
+    def no_block_form(self) -> str | None:
+        """Why it cannot become a block transformer, None where it can."""
         if self.encoder:
-            return "it is an encoder and reads in both directions, an MLGRU reads from left to right alone"
-        if self.experts:
-            return "its FFN is a mixture of experts, and an MLGRU's block is a Llama block"
-        if self.norm != "rms" or not (self.queries and self.kv) or self.attention_post_norm or not self.attention_norm:
-            return (
-                "an MLGRU takes the place of an attention that reads through an RMSNorm, has a projection each for "
-                "queries, keys and values, and adds what it gives as it is, as Llama's does"
-            )
+            return "it is an encoder: it predicts no next token, and so no next block"
+        if self.model_type not in BLOCK_FORMS:
+            return f"its class has no block form; {', '.join(BLOCK_FORMS)} have one"
         return None
 
     def no_sub_norm(self) -> str | None:
@@ -273,21 +248,21 @@ class Family:
                     f"config.json: block_configs has {len(block_configs)} entries, "
                     f"{self.layers_key} says {layers}; they must agree"
                 )
-            blocks = from_block_configs(block_configs, head_dim, windows, ropes)
+            described = from_block_configs(block_configs, head_dim, windows, ropes)
         else:
-            blocks = tuple(
+            described = tuple(
                 LayerSpec(AttentionSpec(heads, kv_heads, head_dim, window, rope), self._ffn(config, width))
                 for window, rope in zip(windows, ropes, strict=True)
             )
-        halves = config.get("block_transformer")
+        parted = config.get("block_transformer")
         return ModelSpec(
             family=self.model_type,
             hidden=hidden,
             vocab=self._size(config, "vocab_size"),
-            layers=tuple(_with_parents(layer, (i,)) for i, layer in enumerate(blocks)),
+            layers=tuple(_with_parents(layer, (i,)) for i, layer in enumerate(described)),
             tied=bool(self.head and config.get("tie_word_embeddings", False)),
             max_positions=self._positions(config),
-            block_transformer=from_block_transformer(halves, layers, hidden) if halves else None,
+            block_transformer=from_block_transformer(parted, layers, hidden) if parted else None,
         )
 
     def _ffn(self, config: Mapping[str, Any], width: int) -> FFNSpec:

@@ -48,7 +48,7 @@ def cache(tmp_path, monkeypatch):
 
 def fitting(steps, subject):
     """A removed block where the family cannot fuse."""
-    return (PruneBlocks(layers=(2,)),) if steps == FUSED and subject.family.refusal("fuse_ffn") else steps
+    return (PruneBlocks(layers=(2,)),) if steps == FUSED and FuseFFN.declined(subject.family) else steps
 
 
 def case_of(folder, steps=FUSED, family="llama", dtype=torch.float32, **changes):

@@ -46,7 +46,7 @@ DECLINED = [
     (name, changes, operation)
     for name, changes in VARIANTS
     for operation in OPERATIONS
-    if declared(name, changes).refusal(operation)
+    if OPERATIONS[operation].declined(declared(name, changes))
 ]
 
 
@@ -164,7 +164,7 @@ def test_settings_that_cannot_be_operated_on_are_refused(key):
 
 @pytest.mark.parametrize(("family_name", "changes", "operation"), DECLINED)
 def test_what_a_family_declines_is_refused_with_the_reason(family_name, changes, operation):
-    message = re.escape(f"{family_name}: {operation}: {declared(family_name, changes).refusal(operation)}")
+    message = re.escape(f"{family_name}: {operation}: {OPERATIONS[operation].declined(declared(family_name, changes))}")
     model = tiny_model(family_name, **changes)
     with pytest.raises(SurgeryError, match=message):
         subject_of(model)[0].check(OPERATIONS[operation].model_construct(op=operation))
