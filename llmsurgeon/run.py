@@ -26,13 +26,17 @@ from llmsurgeon.evaluation.gate import missed, prove, prove_whole, walked
 from llmsurgeon.formats.beside import write_beside
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.models import filled_model
+from llmsurgeon.healing.batches import Batches
 from llmsurgeon.healing.distill.distill import Case, Distilled, distill
 from llmsurgeon.healing.distill.training import several
-from llmsurgeon.healing.refit.block_transformer import BlockRefit
-from llmsurgeon.healing.refit.fits import Fit, overlay
-from llmsurgeon.healing.refit.refit import Refit, RefitOptions
-from llmsurgeon.healing.ternary import Ternarise, Ternarised, TernaryOptions
-from llmsurgeon.healing.ternary import summary as ternary_summary
+from llmsurgeon.healing.refit.block_transformer import refit_block_transformer
+from llmsurgeon.healing.refit.context import Context, RefitOptions, Update
+from llmsurgeon.healing.refit.refit import refit
+from llmsurgeon.healing.store import LayerStore, overlay
+from llmsurgeon.healing.ternary.context import TernaryContext
+from llmsurgeon.healing.ternary.linears import TernaryLinear
+from llmsurgeon.healing.ternary.linears import summary as ternary_summary
+from llmsurgeon.healing.ternary.ternarise import ternarise
 from llmsurgeon.operations import Subject
 from llmsurgeon.operations.distill import Distill as DistillStep
 from llmsurgeon.operations.refit import Refit as RefitStep
@@ -56,7 +60,7 @@ class Outcome:
 
     out: Path
     planned: Planned
-    fits: tuple[Fit, ...]
+    updates: tuple[Update, ...]
     evaluation: Evaluation | EncoderEvaluation | None
     gate: tuple[str, ...]
     trainings: tuple[Distilled, ...] = ()
@@ -127,7 +131,7 @@ def finish(
     write_story(stage, planned, recipe, healed, texts, short, source)
     stage.confirm(inputs.check)
     stage.commit()
-    outcome = Outcome(Path(out), planned, healed.fits, healed.evaluation, tuple(short), healed.trainings)
+    outcome = Outcome(Path(out), planned, healed.updates, healed.evaluation, tuple(short), healed.trainings)
     if short:
         raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short), outcome)
     return outcome
@@ -143,10 +147,10 @@ class Healed:
     """The student after healing, what was done to it, and how good it is on held-out text."""
 
     weights: Mapping[str, Tensor]
-    fits: tuple[Fit, ...] = ()
+    updates: tuple[Update, ...] = ()
     trainings: tuple[Distilled, ...] = ()
     evaluation: Evaluation | EncoderEvaluation | None = None
-    ternary: tuple[Ternarised, ...] = ()
+    ternary: tuple[TernaryLinear, ...] = ()
 
 
 def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Path, logs: Path) -> Healed:
@@ -186,33 +190,36 @@ def heal_and_prove(planned: Planned, texts: Texts, options: Options, folder: Pat
 
 
 def _refitted(healed: Healed, step: RefitStep, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
-    specs = (planned.parent.spec, planned.spec)
-    fit: Refit | BlockRefit
+    student = normalised(planned.written.student)
+    batches = Batches.of(texts.windows, held_out, texts.options.batch, texts.runner.padding)
+    options = RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge)
+    shared = (planned.parent.spec, planned.spec, batches, options, LayerStore(store))
     if planned.spec.block_transformer:
-        whole = filled_model(planned.written.student, healed.weights, texts.dtype, texts.options.device)
+        whole = filled_model(student, healed.weights, texts.dtype, texts.options.device)
         for parameter in whole.parameters():
             # Tensors of a checkpoint are views of its files, and two modules may hold the same one.
             parameter.data = parameter.data.clone()
-        ridges, batch = step.ridges, texts.options.batch
-        fit = BlockRefit(texts.runner, whole, *specs, texts.windows, held_out, ridges, batch, store)
+        made = refit_block_transformer(Context(texts.runner, whole, *shared))
     else:
-        student = texts.walker(normalised(planned.written.student), healed.weights)
-        options = RefitOptions(
-            step.ridges, step.align, step.align_ridge, step.join, step.join_ridge, texts.options.batch
-        )
-        fit = Refit(texts.runner, student, *specs, texts.windows, held_out, options, store)
-    weights = overlay(healed.weights, fit.run())
-    return replace(healed, weights=weights, fits=(*healed.fits, *fit.fits))
+        made = refit(Context(texts.runner, texts.walker(student, healed.weights), *shared))
+    return replace(healed, weights=overlay(healed.weights, made.files), updates=(*healed.updates, *made.updates))
 
 
 def _ternarised(healed: Healed, step: Ternary, planned: Planned, texts: Texts, held_out: Tensor, store: Path) -> Healed:
     student = LayerRunner(normalised(planned.written.student), healed.weights, texts.dtype, texts.options.device)
     subject = Subject(planned.spec, planned.parent.family, frozenset(planned.weights))
-    options = TernaryOptions(step.grid, step.ridge if step.align else (), texts.options.batch)
-    normed = _new_norms(planned) if step.sub_norm else {}
-    work = Ternarise(student, step.chosen(subject), texts.windows, held_out, options, store, normed)
-    weights = overlay(healed.weights, work.run())
-    return replace(healed, weights=weights, ternary=(*healed.ternary, *work.made))
+    made = ternarise(
+        TernaryContext(
+            student,
+            step.chosen(subject),
+            Batches.of(texts.windows, held_out, texts.options.batch),
+            step.grid,
+            step.ridge if step.align else (),
+            LayerStore(store),
+            _new_norms(planned) if step.sub_norm else {},
+        )
+    )
+    return replace(healed, weights=overlay(healed.weights, made.files), ternary=(*healed.ternary, *made.linears))
 
 
 def _new_norms(planned: Planned) -> dict[int, list[str]]:
@@ -270,7 +277,7 @@ def write_story(
     write_beside(stage, planned.written, source)
     stage.write_file("recipe.yaml", recipe)
     measured = healed.evaluation.to_dict() if healed.evaluation else None
-    fits, trainings = list(healed.fits), list(healed.trainings)
+    updates, trainings = list(healed.updates), list(healed.trainings)
     surgery = {
         "llmsurgeon": __version__,
         "parent": planned.parent.name,
@@ -281,9 +288,9 @@ def write_story(
         "calibration": texts.description,
         "gate_missed": missed,
         **({"warning": warning} if (warning := collapse(measured)) else {}),
-        "refit": [vars(fit) for fit in fits],
+        "refit": [update.to_dict() for update in updates],
         "parents": [list(layer.parents) for layer in planned.spec.layers],
-        **({"ternary": [vars(entry) for entry in healed.ternary]} if healed.ternary else {}),
+        **({"ternary": [entry.to_dict() for entry in healed.ternary]} if healed.ternary else {}),
         **({"distill": [training.to_dict() for training in trainings]} if trainings else {}),
     }
     if trainings:
@@ -293,7 +300,12 @@ def write_story(
     surgery = everywhere(surgery, lambda text: without_folders(text, *known))
     stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
     ternary = [ternary_summary(healed.ternary)] if healed.ternary else []
-    notes = [*planned.notes, *ternary, *(_fit_note(fits) if fits else []), *(training.note for training in trainings)]
+    notes = [
+        *planned.notes,
+        *ternary,
+        *_refit_note(updates),
+        *(training.note for training in trainings),
+    ]
     card = model_card(
         planned.parent.name,
         planned.written,
@@ -309,8 +321,10 @@ def write_story(
     stage.write_file("README.md", card)
 
 
-def _fit_note(fits: list[Fit]) -> list[str]:
-    made = [fit for fit in fits if fit.accepted]
-    refused = len(fits) - len(made)
+def _refit_note(updates: list[Update]) -> list[str]:
+    if not updates:
+        return []
+    made = [update for update in updates if update.accepted]
+    refused = len(updates) - len(made)
     note = f"Refit: {len(made)} closed-form updates made"
     return [note + (f", {refused} refused because they did not lower the held-out error." if refused else ".")]

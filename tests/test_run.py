@@ -381,7 +381,7 @@ from llmsurgeon.recipe.recipe import load
 from llmsurgeon.run import Options, run
 
 place, after = sys.argv[5], int(sys.argv[6])
-owner, name = {"refit": (refit.Refit, "_fitted"), "shards": (writer.Stage, "_record")}[place]
+owner, name = {"refit": (refit, "fitted_layer"), "shards": (writer.Stage, "_record")}[place]
 real, calls = getattr(owner, name), []
 
 def counted(*arguments):

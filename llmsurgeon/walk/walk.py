@@ -30,6 +30,20 @@ class Parts:
     ffn: Tensor | None
     left: Tensor
 
+    @property
+    def attended(self) -> Tensor:
+        """The stream behind the layer's attention."""
+        return self.entered if self.attention is None else self.entered + self.attention
+
+
+def through(runner: LayerRunner, index: int, hidden: Tensor) -> Parts:
+    """What the loaded layer `index` does to a few sequences [s, T, D], part by part."""
+    attention = runner.attend(index, hidden)
+    attended = hidden if attention is None else hidden + attention
+    ffn_input = hidden if runner.parallel_residual else attended
+    ffn = runner.feed_forward(index, ffn_input)
+    return Parts(hidden, attention, ffn_input, ffn, attended if ffn is None else attended + ffn)
+
 
 Observer = Callable[[int, slice, int, Parts, Parts], None]
 

@@ -16,10 +16,15 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.batches import Batches
 from llmsurgeon.healing.distill.latent import install
-from llmsurgeon.healing.refit.fits import overlay
-from llmsurgeon.healing.refit.refit import Refit, RefitOptions
-from llmsurgeon.healing.ternary import Ternarise, TernaryOptions, summary, token_weights
+from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.refit.refit import refit
+from llmsurgeon.healing.store import LayerStore, overlay
+from llmsurgeon.healing.ternary.context import TernaryContext
+from llmsurgeon.healing.ternary.group import token_weights
+from llmsurgeon.healing.ternary.linears import summary
+from llmsurgeon.healing.ternary.ternarise import ternarise
 from llmsurgeon.model.ternary import Grid, compensated, grid_of, is_ternary
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.walk.runner import LayerRunner
@@ -31,12 +36,13 @@ HELD = torch.arange(48) % 8 == 7
 
 
 def made_of(folder, model, step, ridges=(0.03, 0.3), tokens=TOKENS):
-    """(weights of the ternary model, the work)."""
+    """(weights of the ternary model, what was made)."""
     folder.mkdir(exist_ok=True)
     subject, weights, config = subject_of(model)
     runner = LayerRunner(config, weights, model.dtype)
-    work = Ternarise(runner, step.chosen(subject), tokens, HELD, TernaryOptions(step.grid, ridges, 8), folder)
-    return overlay(weights, work.run()), work
+    text = Batches.of(tokens, HELD, 8)
+    made = ternarise(TernaryContext(runner, step.chosen(subject), text, step.grid, ridges, LayerStore(folder)))
+    return overlay(weights, made.files), made
 
 
 def distance(model, weights):
@@ -59,13 +65,13 @@ def test_it_errs_less_than_rounding(tmp_path, family):
     assert distance(model, weights) < 0.95 * distance(model, rounded_weights(model, step))
     subject = subject_of(model)[0]
     names = {subject.family.layer(i) + n for i, names in step.chosen(subject).items() for n in names}
-    assert len(work.made) == len(names) and all(entry.error <= entry.rounding for entry in work.made)
+    assert len(work.linears) == len(names) and all(entry.error <= entry.rounding for entry in work.linears)
     for name in weights:
         tensor = weights[name].T if subject.family.transposed and weights[name].dim() == 2 else weights[name]
         assert is_ternary(tensor) == (name in names), name
         if name in names:
             assert grid_of(tensor).granularity == "row"
-    assert summary(work.made).startswith(f"Ternarised {len(names)} linears")
+    assert summary(work.linears).startswith(f"Ternarised {len(names)} linears")
 
 
 def test_the_first_linear_is_the_plain_function_on_what_it_reads(tmp_path):
@@ -98,7 +104,7 @@ def test_what_stays_dense_makes_up_for_what_became_ternary(tmp_path):
     # What reads and what writes; where a move does not help on held-out tokens, none is made.
     assert {"model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.o_proj.weight"} <= moved
     assert not {n for n in moved if n.startswith("model.layers.0.self_attn") or "norm" in n or "embed" in n}
-    assert any(entry.moved < 1 for entry in work.made)
+    assert any(entry.moved < 1 for entry in work.linears)
 
 
 def test_a_large_token_counts_as_the_median():
@@ -129,7 +135,9 @@ def test_massive_first_tokens_do_not_decide_the_fit(tmp_path, monkeypatch):
         sizes = model.model(input_ids=tokens, output_hidden_states=True).hidden_states[2].norm(dim=-1)
     assert (sizes[:, 0] > 5 * sizes[:, 1:].median()).all()
     fitted = error("weighted")
-    monkeypatch.setattr("llmsurgeon.healing.ternary.token_weights", lambda stream: stream.new_ones(stream.shape[:2]))
+    monkeypatch.setattr(
+        "llmsurgeon.healing.ternary.group.token_weights", lambda stream: stream.new_ones(stream.shape[:2])
+    )
     assert fitted < 0.9 * error("alike")
 
 
@@ -145,7 +153,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
     model = tiny_model("llama")
     step = Ternary(layers=(1, 2, 4))
     whole, work = made_of(tmp_path / "whole", model, step)
-    files = sorted((tmp_path / "whole").glob("block-*.safetensors"))
+    files = sorted((tmp_path / "whole").glob("layer-*.safetensors"))
     assert [int(f.stem[-4:]) for f in files] == [1, 2, 3, 4, 5]
     for kept in (1, 3):
         folder = tmp_path / f"after-{kept}"
@@ -153,7 +161,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path):
         for file in files[:kept]:
             (folder / file.name).write_bytes(file.read_bytes())
         resumed, again = made_of(folder, model, step)
-        assert again.made == work.made
+        assert again.linears == work.linears
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         for file in files:
             with safe_open(file, "pt") as a, safe_open(folder / file.name, "pt") as b:
@@ -175,19 +183,22 @@ def test_refit_moves_what_is_dense_and_leaves_ternary_alone(tmp_path, family):
     weights = rounded_weights(model, step)
     subject, base, config = subject_of(model)
     parent, student = LayerRunner(config, base, model.dtype), LayerRunner(config, weights, model.dtype)
-    refit = Refit(parent, student, subject.spec, subject.spec, TOKENS, HELD, RefitOptions(), tmp_path)
-    healed = overlay(weights, refit.run())
+    specs, text = (subject.spec, subject.spec), Batches.of(TOKENS, HELD, 8)
+    made = refit(Context(parent, student, *specs, text, RefitOptions(), LayerStore(tmp_path)))
+    healed = overlay(weights, made.files)
     names = {subject.family.layer(i) + n for i, names in step.chosen(subject).items() for n in names}
     assert all(torch.equal(healed[name], weights[name]) for name in names)
     assert any(not torch.equal(healed[name], weights[name]) for name in weights)
     assert not any(
-        fit.projection == subject.family.ffn_module(subject.family.ffn_out) for fit in refit.fits if fit.block in (1, 2)
+        each.projection == subject.family.ffn_module(subject.family.ffn_out)
+        for each in made.updates
+        if each.layer in (1, 2)
     )
     assert distance(model, healed) < distance(model, weights)
 
 
 def with_norms(folder, model, step):
-    """(weights of the ternary model with norms and their config, the same by rounding, the work)."""
+    """(weights of the ternary model with norms and their config, the same by rounding, what was made)."""
     subject, weights, _ = subject_of(model)
     scores = scores_of(model, step)
     subject = replace(subject, scores=scores)
@@ -196,10 +207,10 @@ def with_norms(folder, model, step):
     dense = TransformedWeights(weights, plan.transforms)
     runner, after = LayerRunner(config, dense, model.dtype), subject.after(plan)
     normed = {index: step.normed(subject)[index] for index in step.normed(subject)}
-    options = TernaryOptions(step.grid, (0.03, 0.3), 8)
-    work = Ternarise(runner, step.chosen(after), TOKENS, HELD, options, folder, normed)
+    text, store = Batches.of(TOKENS, HELD, 8), LayerStore(folder)
+    made = ternarise(TernaryContext(runner, step.chosen(after), text, step.grid, (0.03, 0.3), store, normed))
     by_rounding = step.model_copy(update={"method": "round"}).plan(subject).transforms
-    return config, overlay(dense, work.run()), TransformedWeights(weights, by_rounding), work
+    return config, overlay(dense, made.files), TransformedWeights(weights, by_rounding), made
 
 
 def distance_to(model, config, weights):
@@ -218,16 +229,16 @@ def test_norms_before_output_projections_are_made_up_for(tmp_path, family):
     config, weights, by_rounding, work = with_norms(tmp_path, model, step)
     assert distance_to(model, config, weights) < 0.9 * distance_to(model, config, by_rounding)
     writers = {"self_attn.o_proj", "mlp.down_proj"}
-    names = {f"model.layers.{e.block}.{e.linear}.weight" for e in work.made}
+    names = {f"model.layers.{e.layer}.{e.linear}.weight" for e in work.linears}
     assert len(names) == 14 and all(is_ternary(weights[name]) for name in names)
-    assert any(entry.moved < 1 for entry in work.made if entry.block == 1 and entry.linear in writers)
+    assert any(entry.moved < 1 for entry in work.linears if entry.layer == 1 and entry.linear in writers)
     gains = [weights[name] for name in weights if "sub_norm" in name]
     assert len(gains) == 4 and all(gain.std() > 0 for gain in gains)
     # Nothing before the first norm knows of them: its errors are those without.
     (tmp_path / "without").mkdir()
     _, plain = made_of(tmp_path / "without", model, step.model_copy(update={"sub_norm": False}))
-    first = {e.linear: e.error for e in plain.made if e.block == 1 and e.linear in ("self_attn.q_proj",)}
-    assert {e.linear: e.error for e in work.made if e.block == 1 and e.linear in first} == first
+    first = {e.linear: e.error for e in plain.linears if e.layer == 1 and e.linear in ("self_attn.q_proj",)}
+    assert {e.linear: e.error for e in work.linears if e.layer == 1 and e.linear in first} == first
 
 
 def test_a_killed_run_with_norms_goes_on_bit_for_bit(tmp_path):
@@ -236,10 +247,10 @@ def test_a_killed_run_with_norms_goes_on_bit_for_bit(tmp_path):
     _, whole, _, work = with_norms(tmp_path / "whole", model, step)
     folder = tmp_path / "after"
     folder.mkdir()
-    for file in sorted((tmp_path / "whole").glob("block-*.safetensors"))[:2]:
+    for file in sorted((tmp_path / "whole").glob("layer-*.safetensors"))[:2]:
         (folder / file.name).write_bytes(file.read_bytes())
     _, resumed, _, again = with_norms(folder, model, step)
-    assert again.made == work.made and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert again.linears == work.linears and all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_distillation_keeps_the_norms_before_latent_weights(tmp_path):

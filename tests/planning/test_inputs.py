@@ -17,7 +17,7 @@ from llmsurgeon.checkpoint.staging import JOURNAL
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.heal import heal
-from llmsurgeon.healing.refit.refit import Refit
+from llmsurgeon.healing.refit import refit
 from llmsurgeon.planning import inputs as inputs_module
 from llmsurgeon.planning.inputs import Inputs, leaves
 from llmsurgeon.recipe.recipe import loads
@@ -141,7 +141,7 @@ def test_a_killed_run_with_another_input_is_another_run(parent, text, tmp_path, 
         patch.setattr("llmsurgeon.run.prove", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(wanted, str(parent), str(tmp_path / "out"), Options())
-    assert list((tmp_path / "out.partial").rglob("block-*.safetensors")), "there is something to go on from"
+    assert list((tmp_path / "out.partial").rglob("layer-*.safetensors")), "there is something to go on from"
     CHANGES[part](parent, text)
     with pytest.raises(SurgeryError, match=f"{part} changed.*--discard-partial"):
         run(wanted, str(parent), str(tmp_path / "out"), Options())
@@ -198,7 +198,7 @@ def test_a_source_that_changes_under_a_copy(parent, tmp_path, monkeypatch, chang
 @pytest.mark.parametrize("name", ["tokenizer.json", "text.txt", "config.json"])
 def test_other_files_that_change_during_a_run(parent, text, tmp_path, monkeypatch, name):
     path = text if name == "text.txt" else parent / name
-    swapped_by(lambda: path.write_text(path.read_text() + " "), monkeypatch, Refit, "run")
+    swapped_by(lambda: path.write_text(path.read_text() + " "), monkeypatch, refit, "fitted_layer")
     with pytest.raises(CheckpointError, match=f"{name}: the file changed while it was being read .*bytes and has"):
         run(recipe(text, *REFIT), str(parent), str(tmp_path / "out"), Options())
     assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ from llmsurgeon.healing.distill.targets import (
     distribution,
 )
 from llmsurgeon.healing.distill.training import LOG, Trainer, Training, engine
-from llmsurgeon.healing.refit.refit import changed, spans
+from llmsurgeon.healing.spans import changed, spans
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import is_ternary
 from llmsurgeon.walk.runner import LayerRunner

@@ -29,7 +29,7 @@ from llmsurgeon.healing.distill.latent import install, packed
 from llmsurgeon.healing.distill.losses import normalised_mse
 from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
 from llmsurgeon.healing.distill.training import RESULT, Trainer, Training, engine, trained
-from llmsurgeon.healing.refit.refit import spans
+from llmsurgeon.healing.spans import spans
 from llmsurgeon.model.families import family_of
 from llmsurgeon.progress import Progress, set_quiet
 from llmsurgeon.walk.runner import LayerRunner

@@ -22,28 +22,27 @@ decoder (1, or a row for each block), K places of a row.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from itertools import pairwise
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.refit.fits import Fit, stored_fits
-from llmsurgeon.healing.refit.output import Outlet
-from llmsurgeon.healing.refit.refit import changed, spans
+from llmsurgeon.healing.batches import embedded, passes
+from llmsurgeon.healing.refit.context import Context, Update
+from llmsurgeon.healing.refit.projection import OutputProjection, attention_out, ffn_out
+from llmsurgeon.healing.refit.refit import Refitted
 from llmsurgeon.healing.refit.ridge import Moments, best_update
-from llmsurgeon.model.spec import ModelSpec
+from llmsurgeon.healing.spans import changed, spans
+from llmsurgeon.healing.store import moved
+from llmsurgeon.model.spec import BlockTransformerSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.walk.runner import LayerRunner
 
 # Maps that begin as nothing worth keeping: a ridge need not hold on to it.
 MAP_RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 0.1)
-FILE = "block-transformer.safetensors"
+NAME = "block-transformer"
 
 
 def affine_map(
@@ -65,208 +64,219 @@ def affine_map(
     return weight, y_mean - weight @ x_mean, ridge, error
 
 
-class BlockRefit:
-    """Parent and block transformer side by side over one calibration batch.
+@dataclass
+class Reading:
+    """A block transformer and its parent over the same text, and how each of them reads it.
 
-    Args:
-        parent: runner over the parent's weights.
-        student: the block transformer, whole in memory; its parameters are moved in place.
-        spec: its description: decoder prefix, affine; its layers name those of the parent that they stand for.
-        tokens: [S, T]; `held_out` [S] marks the sequences that only judge.
-        ridges: candidates, as multiples of the mean diagonal of the Gram matrix.
-        store: folder in which what was found is kept: a killed run goes on behind the refit.
+    spec: block lengths and the like; blocks: how many blocks are closed. The first token is alone in its block, as the
+    model counts by default. p: the parent's stream [S, T, D], in front of the layers that are not fitted yet.
     """
 
-    def __init__(
-        self,
-        parent: LayerRunner,
-        student: Any,
-        parent_spec: ModelSpec,
-        spec: ModelSpec,
-        tokens: Tensor,
-        held_out: Tensor,
-        ridges: Sequence[float],
-        batch: int,
-        store: Path,
-    ) -> None:
-        assert spec.block_transformer is not None
-        self.parent, self.student, self.body = parent, student, student.model
-        self.parent_spec, self.spec = parent_spec, spec
-        self.halves, self.ridges, self.store, self.family = spec.block_transformer, ridges, store, parent.family
-        length = self.halves.block_length
-        # As the model counts by default: the first token is alone in its block.
-        self.blocks = (tokens.shape[1] + length - 1) // length
-        if self.blocks < 3:
+    context: Context[Any]
+    spec: BlockTransformerSpec
+    blocks: int
+    p: Tensor
+    updates: list[Update] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, context: Context[Any]) -> Reading:
+        """Of a student with decoder prefix that is affine.
+
+        Raises:
+            SurgeryError: sequences are too short.
+        """
+        spec, tokens = context.spec.block_transformer, context.batches.tokens.shape[1]
+        assert spec is not None
+        length = spec.block_length
+        blocks = (tokens + length - 1) // length
+        if blocks < 3:
             raise SurgeryError(
-                f"refit: sequences of {tokens.shape[1]} tokens hold fewer than the three blocks of {length} that the "
+                f"refit: sequences of {tokens} tokens hold fewer than the three blocks of {length} that the "
                 f"fit needs; raise calibration.sequence_length to {2 * length + 1} or more"
             )
-        # Batches hold either fitting or judging sequences, never both.
-        order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
-        self.tokens = tokens[order]
-        fitting = int((~held_out).sum())
-        edges = [*range(0, fitting, batch), *range(fitting, len(tokens), batch), len(tokens)]
-        self.parts = [(slice(a, b), a >= fitting) for a, b in pairwise(edges)]
-        self.held_out = torch.arange(len(tokens)) >= fitting
-        self.fits: list[Fit] = []
+        return cls(context, spec, blocks, torch.empty(0))
 
-    def run(self) -> dict[str, Path]:
-        """Fit both decoders and what lies between. Returns name -> safetensors file of every tensor that changed."""
-        from safetensors import safe_open
-        from safetensors.torch import save_file
-
-        file, split, drifted = self.store / FILE, self.halves.split, self.halves.block_length > 1
-        todo = spans(self.spec, len(self.parent_spec.layers))
-        if not kept(file):
-            before = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
-            with torch.no_grad(), Progress("refit", len(self.spec.layers), "layers") as progress:
-                self.p = torch.cat([self.parent.embed(self.tokens[part]).cpu() for part, _ in self.parts])
-                x = self._embed_blocks()
-                for index in range(split):
-                    # Blocks of one token are the parent's own tokens: nothing is amiss but what was cut.
-                    drifted = drifted or changed(self.spec.layers[index], todo[index], self.parent_spec)
-                    x = self._layer(index, todo[index], x, self._block_ends, slice(1, None), drifted)
-                    progress.advance()
-                x = self._between(x)
-                for index in range(split, len(self.spec.layers)):
-                    x = self._layer(index, todo[index], x, self._said, slice(self.halves.lead - 1, None), True)
-                    progress.advance()
-            after = self.student.state_dict()
-            moved = [name for name in before if not torch.equal(after[name], before[name])]
-            new = {name: after[name].cpu().contiguous() for name in moved}
-            fits = json.dumps([vars(fit) for fit in self.fits])
-            keep(file, lambda path: save_file(new, path, metadata={"fits": fits}))
-        self.fits = stored_fits(file)
-        with safe_open(file, framework="pt") as opened:
-            return dict.fromkeys(opened.keys(), file)
-
-    def _block_ends(self, stream: Tensor) -> Tensor:
+    def ends(self, stream: Tensor) -> Tensor:
         """The parent's stream [S, T, D] at the last token of each block but the first: [S, 1, n - 1, D]."""
-        length = self.halves.block_length
+        length = self.spec.block_length
         return stream[:, length : (self.blocks - 1) * length + 1 : length][:, None]
 
-    def _said(self, stream: Tensor) -> Tensor:
+    def said(self, stream: Tensor) -> Tensor:
         """The parent's stream at the tokens behind which the token decoder says something: [S, n - 2, L, D].
 
         Row j is of block j + 2, said from block j + 1: the first block is the text's first token, like no other.
         """
-        length = self.halves.block_length
+        length = self.spec.block_length
         return stream[:, length : (self.blocks - 1) * length].unflatten(1, (self.blocks - 2, length))
 
-    def _ids(self) -> Tensor:
+    def ids(self) -> Tensor:
         """Tokens of the closed blocks, [S, n, L]; what lies before the first token is 0."""
-        length = self.halves.block_length
-        padded = torch.cat([self.tokens.new_zeros(len(self.tokens), length - 1), self.tokens], 1)
+        length, tokens = self.spec.block_length, self.context.batches.tokens
+        padded = torch.cat([tokens.new_zeros(len(tokens), length - 1), tokens], 1)
         return padded[:, : self.blocks * length].unflatten(1, (self.blocks, length))
 
-    def _embed_blocks(self) -> Tensor:
-        """What enters the block decoder, [S, 1, n, D]."""
-        if self.halves.embedder == "projected":
-            weight = self.body.block_embedder.projection.weight
-            weight.zero_()[:, -len(weight) :] = torch.eye(len(weight))
-        ids = self._ids()
-        real = torch.ones_like(ids, dtype=torch.bool)
-        real[:, 0, :-1] = False
-        return torch.cat([self._computed(self.body.block_embedder, ids[p], real[p]) for p, _ in self.parts])[:, None]
-
-    def _computed(self, module: nn.Module, *inputs: Tensor) -> Tensor:
-        output: Tensor = module(*(tensor.to(self.student.device) for tensor in inputs))
+    def computed(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        """What a module of the student gives."""
+        output: Tensor = module(*(tensor.to(self.context.student.device) for tensor in inputs))
         return output.cpu()
 
-    def _between(self, contexts: Tensor) -> Tensor:
-        """Fit expansion and token map; what enters the token decoder, [S, n - 2, P + L - 1, D], from [S, 1, n, D]."""
-        count, hidden = self.halves.prefix_length, self.p.shape[-1]
-        c, wanted = contexts[:, 0, 1:-1], self._block_ends(self.p)[:, 0, :-1]
-        held = self.held_out[:, None].expand(c.shape[:2]).flatten()
-        weight, bias, ridge, error = affine_map(c.flatten(0, 1), wanted.flatten(0, 1), held)
-        self.fits.append(Fit(self.halves.split, (), "context_expansion", ridge, error))
-        if count > 1:
-            first = self.p[:, 0].float().mean(0)
-            weight = torch.cat([weight.new_zeros((count - 1) * hidden, hidden), weight])
-            bias = torch.cat([first.repeat(count - 1), bias])
-        _fill(self.body.context_expansion, weight, bias)
-        embedded = torch.cat([self._computed(self.body.embed_tokens, self.tokens[part]) for part, _ in self.parts])
-        held = self.held_out[:, None].expand(len(self.tokens), self.tokens.shape[1] - 1).flatten()
-        weight, bias, ridge, error = affine_map(embedded[:, 1:].flatten(0, 1), self.p[:, 1:].flatten(0, 1), held)
-        if self.halves.block_length > 1:
-            self.fits.append(Fit(self.halves.split, (), "token_projection", ridge, error))
-            _fill(self.body.token_projection, weight, bias)
-        mine = self._ids()[:, 2:, :-1]
-        entering = []
-        for part, _ in self.parts:
-            prefix = self._computed(self.body.context_expansion, c[part]).unflatten(-1, (count, hidden))
-            tokens = self._computed(self.body.token_projection, self._computed(self.body.embed_tokens, mine[part]))
-            entering.append(torch.cat([prefix, tokens], 2))
-        return torch.cat(entering)
 
-    def _walk_parent(self, span: Iterable[int], own: int) -> Tensor:
-        """Take the parent's stream over a span of layers. Returns it behind the attention of `own`, [S, T, D]."""
-        kept = self.p
-        for layer in span:
-            attended = torch.empty_like(self.p)
-            with self.parent.loaded(layer):
-                for part, _ in self.parts:
-                    entered = self.p[part].to(self.parent.device)
-                    attention = self.parent.attend(layer, entered)
-                    middle = entered if attention is None else entered + attention
-                    ffn = self.parent.feed_forward(layer, middle)
-                    attended[part] = middle.cpu()
-                    self.p[part] = (middle if ffn is None else middle + ffn).cpu()
-            kept = attended if layer == own else kept
-        return kept
+@dataclass(frozen=True)
+class Decoder:
+    """One of the two decoders: what the parent's stream has for the places of its rows that are fitted."""
 
-    def _layer(self, index: int, span: tuple[int, ...], x: Tensor, of_parent: Any, places: slice, fit: bool) -> Tensor:
-        """Take the parent's stream over a span and the student's, x [S, R, K, D], through the layer that stands for it,
-        which is fitted on the way."""
-        layer = self.spec.layers[index]
-        attended = self._walk_parent(span, layer.parents[0])
-        if layer.attention is not None:
-            wanted = attended if layer.ffn is not None else self.p
-            x = self._half(index, "attention", x, of_parent(wanted) if fit else None, places)
-        if layer.ffn is not None:
-            x = self._half(index, "ffn", x, of_parent(self.p) if fit else None, places)
-        return x
+    of_parent: Callable[[Tensor], Tensor]
+    places: slice
 
-    def _half(
-        self, index: int, which: Literal["attention", "ffn"], x: Tensor, wanted: Tensor | None, places: slice
-    ) -> Tensor:
-        """The stream behind a layer's attention or FFN, whose output projection is moved towards `wanted` first."""
-        layer, family = self.body.layers[index], self.family
-        attends = which == "attention"
-        name = f"{family.attention}.{family.attention_out}" if attends else family.ffn_module(family.ffn_out)
-        outlet = Outlet(layer, name, "", family.transposed)
-        call = self._call(x) if attends else {}
-        moments, kept = Moments(), []
-        for part, held in self.parts:
-            rows = x[part].flatten(0, 1).to(self.student.device)
+
+def refit_block_transformer(context: Context[Any]) -> Refitted:
+    """Fit both decoders and what lies between them; the student's parameters are moved in place.
+
+    What was found is kept in one file: a killed run goes on behind the refit, and leaves the student as it came.
+
+    Raises:
+        SurgeryError: sequences are too short, a hidden state is not finite, or the disk fails.
+    """
+    reading, student = Reading.of(context), context.student
+    stored = context.store.found(NAME)
+    if stored is None:
+        before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        fit_decoders(reading)
+        stored = context.store.keep(NAME, moved(student, before), reading.updates)
+    return Refitted(stored.files, tuple(Update.of_record(record) for record in stored.records))
+
+
+def fit_decoders(reading: Reading) -> None:
+    """Everything that is fitted, in the order in which the model computes."""
+    context, spec = reading.context, reading.spec
+    layers, parents = context.spec.layers, context.parent_spec
+    through = spans(context.spec, len(parents.layers))
+    over_blocks, within = Decoder(reading.ends, slice(1, None)), Decoder(reading.said, slice(spec.lead - 1, None))
+    # Blocks of one token are the parent's own tokens: nothing is amiss but what was cut.
+    drifted = spec.block_length > 1
+    with torch.no_grad(), Progress("refit", len(layers), "layers") as progress:
+        reading.p = embedded(context.parent, context.batches)
+        x = embed_blocks(reading)
+        for index in range(spec.split):
+            drifted = drifted or changed(layers[index], through[index], parents)
+            x = through_layer(reading, over_blocks, index, x, drifted)
+            progress.advance()
+        x = fit_between(reading, x)
+        for index in range(spec.split, len(layers)):
+            x = through_layer(reading, within, index, x, True)
+            progress.advance()
+
+
+def embed_blocks(reading: Reading) -> Tensor:
+    """What enters the block decoder, [S, 1, n, D]; a projected embedding becomes that of the block's last token."""
+    embedder, ids = reading.context.student.model.block_embedder, reading.ids()
+    if reading.spec.embedder == "projected":
+        weight = embedder.projection.weight
+        weight.zero_()[:, -len(weight) :] = torch.eye(len(weight))
+    real = torch.ones_like(ids, dtype=torch.bool)
+    real[:, 0, :-1] = False
+    parts = reading.context.batches.parts
+    return torch.cat([reading.computed(embedder, ids[part], real[part]) for part, _ in parts])[:, None]
+
+
+def fit_between(reading: Reading, contexts: Tensor) -> Tensor:
+    """Fit expansion and token map; what enters the token decoder, [S, n - 2, P + L - 1, D], from [S, 1, n, D]."""
+    spec, text, body = reading.spec, reading.context.batches, reading.context.student.model
+    count, hidden = spec.prefix_length, reading.p.shape[-1]
+    c, wanted = contexts[:, 0, 1:-1], reading.ends(reading.p)[:, 0, :-1]
+    held = text.held_out[:, None].expand(c.shape[:2]).flatten()
+    weight, bias, ridge, error = affine_map(c.flatten(0, 1), wanted.flatten(0, 1), held)
+    reading.updates.append(Update(spec.split, (), "context_expansion", ridge, error))
+    if count > 1:
+        first = reading.p[:, 0].float().mean(0)
+        weight = torch.cat([weight.new_zeros((count - 1) * hidden, hidden), weight])
+        bias = torch.cat([first.repeat(count - 1), bias])
+    _fill(body.context_expansion, weight, bias)
+    embeddings = torch.cat([reading.computed(body.embed_tokens, text.tokens[part]) for part, _ in text.parts])
+    held = text.held_out[:, None].expand(len(text.tokens), text.tokens.shape[1] - 1).flatten()
+    weight, bias, ridge, error = affine_map(embeddings[:, 1:].flatten(0, 1), reading.p[:, 1:].flatten(0, 1), held)
+    if spec.block_length > 1:
+        reading.updates.append(Update(spec.split, (), "token_projection", ridge, error))
+        _fill(body.token_projection, weight, bias)
+    mine = reading.ids()[:, 2:, :-1]
+    entering = []
+    for part, _ in text.parts:
+        prefix = reading.computed(body.context_expansion, c[part]).unflatten(-1, (count, hidden))
+        tokens = reading.computed(body.token_projection, reading.computed(body.embed_tokens, mine[part]))
+        entering.append(torch.cat([prefix, tokens], 2))
+    return torch.cat(entering)
+
+
+def through_layer(reading: Reading, decoder: Decoder, index: int, x: Tensor, fit: bool) -> Tensor:
+    """Take the parent's stream over a span and the student's, x [S, R, K, D], through the layer that stands for it,
+    which is fitted on the way."""
+    layer = reading.context.spec.layers[index]
+    attended = walk_span(reading, index)
+    if layer.attention is not None:
+        wanted = attended if layer.ffn is not None else reading.p
+        x = through_part(reading, decoder, (index, "attention"), x, decoder.of_parent(wanted) if fit else None)
+    if layer.ffn is not None:
+        x = through_part(reading, decoder, (index, "ffn"), x, decoder.of_parent(reading.p) if fit else None)
+    return x
+
+
+def walk_span(reading: Reading, index: int) -> Tensor:
+    """Take the parent's stream over the span of layer `index`. Returns it behind the attention of the layer that this
+    one was, [S, T, D]."""
+    context, behind = reading.context, reading.p
+    own = context.spec.layers[index].parents[0]
+    for number in spans(context.spec, len(context.parent_spec.layers))[index]:
+        attended = torch.empty_like(reading.p)
+        with context.parent.loaded(number):
+            for part, layer in passes(context.parent, context.batches, number, reading.p):
+                attended[part], reading.p[part] = layer.attended.cpu(), layer.left.cpu()
+        behind = attended if number == own else behind
+    return behind
+
+
+def through_part(
+    reading: Reading, decoder: Decoder, which: tuple[int, Literal["attention", "ffn"]], x: Tensor, wanted: Tensor | None
+) -> Tensor:
+    """The stream behind a layer's attention or FFN, whose output projection is moved towards `wanted` first."""
+    context, (index, part_name) = reading.context, which
+    layer, family, text = context.student.model.layers[index], context.family, context.batches
+    attends = part_name == "attention"
+    name = attention_out(family) if attends else ffn_out(family)
+    out, call = OutputProjection(layer, name, "", family.transposed), _call(reading, x) if attends else {}
+    moments, kept = Moments(), []
+    with out:
+        for part, held in text.parts:
+            rows = x[part].flatten(0, 1).to(context.student.device)
             contribution = layer.attend(rows, **call) if attends else layer.feed_forward(rows)
-            kept.append((outlet.read, contribution))
+            kept.append((out.read, contribution))
             if wanted is not None:
-                missing = wanted[part].flatten(0, 1).to(rows.device).float() - (rows + contribution)[:, places].float()
-                features = outlet.features().unflatten(0, rows.shape[:2])[:, places]
+                reached = (rows + contribution)[:, decoder.places].float()
+                missing = wanted[part].flatten(0, 1).to(rows.device).float() - reached
+                features = out.features().unflatten(0, rows.shape[:2])[:, decoder.places]
                 moments.add(features.flatten(0, 1), missing.flatten(0, 1), held)
-        outlet.close()
-        update = None
-        if wanted is not None:
-            update, ridge, error = best_update(moments.complete(), self.ridges)
-            self.fits.append(Fit(index, self.spec.layers[index].parents, name, ridge, error))
-            if update is not None:
-                outlet.move(update)
-        behind = []
-        for (part, _), (read, contribution) in zip(self.parts, kept, strict=True):
-            added = contribution if update is None else outlet.contribution(read)
-            behind.append(x[part] + added.unflatten(0, x[part].shape[:2]).cpu())
-        return torch.cat(behind)
+    update = None
+    if wanted is not None:
+        update, ridge, error = best_update(moments.complete(), context.options.ridges)
+        reading.updates.append(Update(index, context.spec.layers[index].parents, name, ridge, error))
+        if update is not None:
+            out.move(update)
+    behind = []
+    for (part, _), (read, contribution) in zip(text.parts, kept, strict=True):
+        added = contribution if update is None else out.contribution(read)
+        behind.append(x[part] + added.unflatten(0, x[part].shape[:2]).cpu())
+    return torch.cat(behind)
 
-    def _call(self, x: Tensor) -> dict[str, Any]:
-        """What attention is called with beside rows of K places: causal, positions from 0."""
-        from transformers.masking_utils import create_causal_mask
 
-        like = x[0, :1].to(self.student.device)
-        positions = torch.arange(like.shape[1], device=like.device)[None]
-        mask = create_causal_mask(self.student.config, like, None, None)
-        rotary = self.body.rotary_emb(like, position_ids=positions)
-        return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
+def _call(reading: Reading, x: Tensor) -> dict[str, Any]:
+    """What attention is called with beside rows of K places: causal, positions from 0."""
+    from transformers.masking_utils import create_causal_mask
+
+    student = reading.context.student
+    like = x[0, :1].to(student.device)
+    positions = torch.arange(like.shape[1], device=like.device)[None]
+    mask = create_causal_mask(student.config, like, None, None)
+    rotary = student.model.rotary_emb(like, position_ids=positions)
+    return {"attention_mask": mask, "position_embeddings": rotary, "position_ids": positions}
 
 
 def _fill(linear: Any, weight: Tensor, bias: Tensor) -> None:

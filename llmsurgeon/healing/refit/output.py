@@ -1,92 +1,65 @@
-"""A part's output projection, watched while a layer runs, and moved by an update of what the part adds to the stream.
+"""Output: a layer's last projection is moved so that the layer ends where the parent's span ended.
 
-Shapes: n tokens, F features (FFN width, or heads * head_dim), O outputs (the model width).
+With A what the projection W_o reads, X the student's stream behind the layer and P the parent's behind the span:
+
+    W_o <- W_o + dW,  dW = argmin ||A dW^T - (P - X)||^2 + ridge * mean(diag(A^T A)) ||dW||^2
+
+Shapes: n tokens, F features (FFN width, or heads * head_dim), D model width: A [n, F]; X, P [n, D]; W_o [D, F].
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.projection import attention_out, ffn_out, output_projection
+from llmsurgeon.healing.refit.ridge import best_update
 
 
-class Outlet:
-    """The way from a part's output projection into the stream, watched: contribution = m * post_norm(projection(read)).
+def can_move(here: LayerFit) -> bool:
+    """True where a changed layer ends in a projection that a linear fit can move, and that is not ternary.
 
-    Without a post-norm the contribution is linear in the projection. A post-norm g * z / rms(z) is taken as linear
-    with each token's rms as it is: good for small updates. So is a LayerNorm `outer` behind the residual sum, with each
-    token's deviation as it is.
+    Not so trees, a mixture of experts, and an attention without FFN whose output goes through two norms.
     """
+    family = here.family
+    if not here.changed or here.has_trees:
+        return False
+    if here.spec.ffn is None:
+        return not family.post_norm and not here.is_ternary(attention_out(family))
+    return family.experts is None and not here.is_ternary(ffn_out(family))
 
-    def __init__(self, layer: Any, name: str, post_norm: str, transposed: bool, outer: str = "") -> None:
-        self.name, self.transposed = name, transposed
-        self.layer, self.post_norm = layer, post_norm or None
-        self.projection: Any = layer.get_submodule(name)
-        self.read = self.output = torch.empty(0)
-        weight = self.weight
-        ones = weight.new_ones(weight.shape[0])
-        # A norm of ones is its gain.
-        self.gain = getattr(layer, post_norm)(ones).float() if post_norm else None
-        self.factor = float(layer.residual_multiplier)
-        self.hooks = [self.projection.register_forward_hook(self._see)]
-        self.outer = outer
-        if outer:
-            norm = layer.get_submodule(outer)
-            self.gain = norm.weight.data.float()
-            self.hooks.append(norm.register_forward_pre_hook(self._see_sum))
 
-    def _see(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        self.read, self.output = inputs[0], output
+def refit_output(here: LayerFit) -> None:
+    """Move the last projection, and take the update back where it does not do what it promised."""
+    device = here.student.device
+    compute: Any = here.student.attend if here.spec.ffn is None else here.student.feed_forward
+    out = output_projection(here, "attention" if here.spec.ffn is None else "ffn")
+    read, start = (
+        (here.entered, here.entered) if here.spec.ffn is None else (here.ffn_stream(), here.behind_attention())
+    )
 
-    def _see_sum(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.output = inputs[0]
+    def missing(part: slice) -> Tensor:
+        contribution = compute(here.index, read[part].to(device)).float()
+        reached = start[part].to(device).float() + contribution
+        return here.parent[part].to(device).float() - reached
 
-    def close(self) -> None:
-        """Stop watching."""
-        for hook in self.hooks:
-            hook.remove()
+    def batch(part: slice) -> tuple[Tensor, Tensor]:
+        what = missing(part)
+        return out.features(), what
 
-    @property
-    def weight(self) -> Tensor:
-        """The projection's weight as a view [O, F]."""
-        weight: Tensor = self.projection.weight.data
-        return weight.T if self.transposed else weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The projection's bias [O]."""
-        bias = getattr(self.projection, "bias", None)
-        return None if bias is None else bias.data
-
-    def tensors(self) -> list[Tensor]:
-        """What an update moves, as views."""
-        return [self.weight, *([] if self.bias is None else [self.bias])]
-
-    def features(self) -> Tensor:
-        """What an update multiplies to change the contribution, for the tokens seen last [n, F (+ 1 for the bias)]."""
-        features = self.read.float().flatten(0, -2)
-        if self.bias is not None:
-            features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
-        if self.gain is not None:
-            normed = self.output.float().flatten(0, -2)
-            if self.outer:
-                normed = normed - normed.mean(-1, keepdim=True)
-            features = features * normed.square().mean(-1, keepdim=True).rsqrt()
-        return features if self.factor == 1 else features * self.factor
-
-    def contribution(self, read: Tensor) -> Tensor:
-        """What the part adds to the stream when its projection reads this."""
-        added: Tensor = self.layer.added(self.post_norm, self.projection(read))
-        return added
-
-    def move(self, update: Tensor) -> None:
-        """Add an update [F, O] of the contribution to the projection; a last row beyond its inputs goes to its bias."""
-        if self.gain is not None:
-            # Channels that the norm all but closes cannot be reached.
-            open_enough = self.gain.abs() > 1e-3 * self.gain.abs().max()
-            update = torch.where(open_enough, update / self.gain, 0)
-        if (bias := self.bias) is not None:
-            bias.copy_((bias.float() + update[-1]).to(bias.dtype))
-            update = update[:-1]
-        self.weight.copy_((self.weight.float() + update.T).to(self.weight.dtype))
+    with out:
+        moments = here.moments(batch)
+        update, ridge, error = best_update(moments, here.options.ridges)
+        if update is not None:
+            before = out.copies()
+            out.move(update)
+            if out.gain is not None:
+                # Behind a post-norm the moments promise what holds for small updates: see what this one does.
+                judges = (part for part, held in here.context.batches.parts if held)
+                error = sum(missing(part).square().sum().item() for part in judges) / moments.square[1]
+                if not error < 1:
+                    out.restore(before)
+                    ridge, error = None, 1.0
+    here.note(out.name, ridge, error)

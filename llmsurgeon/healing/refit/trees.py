@@ -1,4 +1,4 @@
-"""Closed-form healing of fast feedforward networks: the rows that write are fitted on the tokens that meet them.
+"""Trees: of fast feedforward networks the rows that write are fitted on the tokens that meet them.
 
 The FFN's output is linear in them once decisions and activations are given. Node form: one ridge regression on all
 neurons, zero off the path. Leaf form: shared neurons see every token, a leaf's neurons and bias their own, so the
@@ -18,7 +18,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.healing.refit.align import align
+from llmsurgeon.healing.refit.context import LayerFit
 from llmsurgeon.healing.refit.ridge import Moments, best_update
+from llmsurgeon.model.parts import FFFSpec
+
+
+def has_trees(here: LayerFit) -> bool:
+    """True where the layer's FFN is a fast feedforward network."""
+    return here.has_trees
+
+
+def trees_drift(here: LayerFit) -> bool:
+    """True where trees read something new."""
+    return here.has_trees and here.options.align and here.drifted
+
+
+def align_trees(here: LayerFit) -> None:
+    """Align hyperplanes and neurons with what the FFN of the span's last layer read in the parent."""
+    rows = readers(here.module.get_submodule(here.family.fast_ffn))
+    streams = here.ffn_stream(), here.read[-1]
+    align(here, f"ffn input of layer {here.spec.parents[0]}", here.module.ffn_input, streams, rows)
+
+
+def fit_trees(here: LayerFit) -> None:
+    """Fit the rows that write to what the parent's sum of stream and FFN was, before any norm behind it."""
+    module, text, device = here.module.get_submodule(here.family.fast_ffn), here.context.batches, here.student.device
+    stream, behind = here.ffn_stream(), here.behind_attention()
+    summed = here.summed if here.family.post_norm else here.parent
+    read, missing, judges = [], [], []
+    for part, held in text.parts:
+        inputs = text.rows(part, here.module.ffn_input(stream[part].to(device)))
+        wanted = text.rows(part, summed[part].to(device)).float()
+        start = text.rows(part, behind[part].to(device)).float()
+        read.append(inputs)
+        missing.append((wanted - start) / here.module.residual_multiplier - module(inputs).float())
+        judges.append(torch.full((len(inputs),), held))
+    fit = fit_leaves if isinstance(here.spec.ffn, FFFSpec) and here.spec.ffn.form == "leaf" else fit_nodes
+    ridge, error = fit(module, torch.cat(read), torch.cat(missing), torch.cat(judges), here.options.ridges)
+    here.note(here.family.fast_ffn, ridge, error)
 
 
 @dataclass(frozen=True)
@@ -108,7 +146,7 @@ def _features(module: Any, read: Tensor, missing: Tensor, leaf: int) -> tuple[Te
 
 
 def fit_nodes(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges: Sequence[float]) -> tuple[Any, float]:
-    """The same for the node form."""
+    """`fit_leaves` for the node form: one ridge regression on all neurons."""
     moments = Moments()
     for judge in (False, True):
         rows = held == judge

@@ -26,7 +26,7 @@ from llmsurgeon.healing.distill.data import rows_of
 from llmsurgeon.healing.distill.distill import Case, build_student, distill, wanted_of
 from llmsurgeon.healing.distill.targets import StoredTargets, TappedModel, Wanted
 from llmsurgeon.healing.distill.training import Trainer, optimizer_of
-from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.distill import Distill, Lora
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks

@@ -16,7 +16,7 @@ from llmsurgeon.formats.models import filled_model
 from llmsurgeon.healing.distill.distill import Distiller, GlobalTask, build_student, distill
 from llmsurgeon.healing.distill.losses import NextTokens, kl_rows
 from llmsurgeon.healing.distill.targets import LiveTargets, TappedModel, Wanted
-from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention

@@ -22,7 +22,7 @@ from llmsurgeon.healing.distill.distill import Case, build_student, distill, wan
 from llmsurgeon.healing.distill.encoders import EncoderDistiller, EncoderTask
 from llmsurgeon.healing.distill.targets import LiveTargets, StoredTargets, TappedModel
 from llmsurgeon.healing.distill.training import Trainer
-from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.operations.prune_blocks import PruneBlocks

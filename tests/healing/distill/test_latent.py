@@ -14,7 +14,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.distill.distill import build_student, distill
 from llmsurgeon.healing.distill.latent import LatentLinear, packed, started, ternary_of
 from llmsurgeon.healing.distill.training import Trainer, coarse_share
-from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.store import overlay
 from llmsurgeon.model.ternary import Grid, grid_of, is_ternary, rounded, taken_apart
 from llmsurgeon.operations.distill import Distill, Lora
 from llmsurgeon.operations.fuse_ffn import FuseFFN

@@ -10,7 +10,8 @@ from healing.refit.test_refit import fresh, kl_to, prepared
 from operations.helpers import some_tokens
 
 from llmsurgeon.healing.distill.distill import distill
-from llmsurgeon.healing.refit.fits import overlay
+from llmsurgeon.healing.refit.refit import refit
+from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.matmulfree import MatMulFree
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.walk.runner import LayerRunner
@@ -36,23 +37,25 @@ def attention_error(model, config, weights, tokens, layer):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "granite"])
 def test_the_fit_brings_mixers_nearer_to_attention(family, tmp_path):
     model, tokens = tiny_model(family), some_tokens(batch=96, length=16)
-    refit, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
+    context, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
-    healed = overlay(weights, refit.run())
+    made = refit(context)
+    healed = overlay(weights, made.files)
     assert kl_to(model, config, healed, fresh(16)) < 0.95 * before
     errors = [attention_error(model, config, w, fresh(16), 1) for w in (weights, healed)]
     assert errors[1] < 0.95 * errors[0] and errors[1] < 1
-    fits = {fit.block: fit for fit in refit.fits if fit.projection == "self_attn.o_proj"}
-    assert set(fits) == {1, 3} and all(fit.accepted and fit.error_ratio < 1 for fit in fits.values())
+    updates = {each.layer: each for each in made.updates if each.projection == "self_attn.o_proj"}
+    assert set(updates) == {1, 3} and all(each.accepted and each.error_ratio < 1 for each in updates.values())
 
 
 def test_the_fit_is_least_squares(tmp_path):
     """On the first changed block the fitted projection is that of one ridge regression on what does not judge."""
     model, tokens = tiny_model("llama"), some_tokens(batch=96, length=16)
-    refit, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
+    context, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
     tokens = tokens[torch.arange(96) % 4 > 0]
-    healed = overlay(weights, refit.run())
-    ridge = next(fit.ridge for fit in refit.fits if fit.block == 1 and fit.projection == "self_attn.o_proj")
+    made = refit(context)
+    healed = overlay(weights, made.files)
+    ridge = next(each.ridge for each in made.updates if each.layer == 1 and each.projection == "self_attn.o_proj")
     student = LayerRunner(config, weights, torch.float32)
     with torch.no_grad():
         entered = model(input_ids=tokens, output_hidden_states=True).hidden_states[1]
@@ -75,19 +78,19 @@ def test_the_fit_is_least_squares(tmp_path):
 def test_a_removed_block_behind_a_mixer(tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=96, length=16)
     steps = (MatMulFree(layers=(1,), context=16), PruneBlocks(layers=(2,)))
-    refit, config, weights = prepared(model, *steps, tokens=tokens, store=tmp_path / "store")
+    context, config, weights = prepared(model, *steps, tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
-    assert kl_to(model, config, overlay(weights, refit.run()), fresh(16)) < before
+    assert kl_to(model, config, overlay(weights, refit(context).files), fresh(16)) < before
 
 
 def test_a_killed_fit_goes_on_where_it_was(tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16)
     store = tmp_path / "store"
-    first = prepared(model, HYBRID, tokens=tokens, store=store)[0].run()
+    first = refit(prepared(model, HYBRID, tokens=tokens, store=store)[0]).files
     kept = {name: overlay_file.read_bytes() for name, overlay_file in first.items()}
     for file in sorted(store.iterdir())[2:]:
         file.unlink()
-    again = prepared(model, HYBRID, tokens=tokens, store=store)[0].run()
+    again = refit(prepared(model, HYBRID, tokens=tokens, store=store)[0]).files
     assert {name: file.read_bytes() for name, file in again.items()} == kept
 
 

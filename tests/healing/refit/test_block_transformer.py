@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import tiny_model
@@ -9,7 +12,11 @@ from operations.helpers import operate, subject_of
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
-from llmsurgeon.healing.refit.block_transformer import BlockRefit, affine_map
+from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.refit import block_transformer
+from llmsurgeon.healing.refit.block_transformer import affine_map, refit_block_transformer
+from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.store import LayerStore
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
@@ -28,7 +35,7 @@ def ids(rows=40, length=26, seed=1):
 
 
 def fitted(store, parent, steps, tokens, ridges=(1e-4, 1e-2, 1.0), batch=7):
-    """(the student as it starts, the refit, the student behind it, names of what it changed)."""
+    """(the student as it starts, what the refit read and found, the student behind it, names of what it changed)."""
     steps = steps if isinstance(steps, tuple) else (steps,)
     start, *_ = operate(parent, *steps)
     student, _, spec = operate(parent, *steps)
@@ -37,8 +44,13 @@ def fitted(store, parent, steps, tokens, ridges=(1e-4, 1e-2, 1.0), batch=7):
     subject, weights, _ = subject_of(parent)
     runner = LayerRunner(normalised(parent.config.to_dict()), weights, torch.float32)
     held_out = torch.arange(len(tokens)) % 8 == 3
-    work = BlockRefit(runner, student, subject.spec, spec, tokens, held_out, ridges, batch, store)
-    return start, work, student, work.run()
+    text = Batches.of(tokens, held_out, batch)
+    context = Context(runner, student, subject.spec, spec, text, RefitOptions(ridges), LayerStore(store))
+    with patch.object(block_transformer, "fit_decoders", wraps=block_transformer.fit_decoders) as spy:
+        made = refit_block_transformer(context)
+    p = spy.call_args.args[0].p if spy.called else None
+    work = SimpleNamespace(tokens=text.tokens, held_out=text.held_out, p=p, updates=made.updates)
+    return start, work, student, made.files
 
 
 def states(parent, tokens):
@@ -85,9 +97,9 @@ def test_fitted_layers_come_nearer_to_the_parent(tmp_path, family, length):
     """Than the same student with the parent's own layers, on text that was not fitted to."""
     parent = tiny_model(family, **FAMILIES[family])
     start, work, student, changed = fitted(tmp_path, parent, Block(block_length=length), ids(64))
-    fits = {fit.projection for fit in work.fits}
+    projections = {update.projection for update in work.updates}
     between = {"context_expansion", "token_projection"} if length > 1 else {"context_expansion"}
-    assert fits == {"self_attn.o_proj", "mlp.down_proj"} | between
+    assert projections == {"self_attn.o_proj", "mlp.down_proj"} | between
     layers = {name for name in changed if ".layers." in name}
     assert {name.split(".", 3)[3] for name in layers} <= {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
     lower = {name for name in layers if int(name.split(".")[2]) < 3}
@@ -168,13 +180,13 @@ def test_projections_are_fitted_to_the_parent_s_stream(tmp_path, layer, part):
         target = target[:, 2:20].unflatten(1, (9, 2))
     read, stream, target = (x[~work.held_out].flatten(0, -2).double() for x in (read, stream, target))
     before = start.model.layers[layer].get_submodule(part).weight.double()
-    fit = next(f for f in work.fits if (f.block, f.projection) == (layer, part))
+    update = next(each for each in work.updates if (each.layer, each.projection) == (layer, part))
     expected = before
-    if fit.accepted:
+    if update.accepted:
         damping = (ridge * read.square().sum(0).mean()).sqrt() * torch.eye(read.shape[1], dtype=torch.float64)
         rows = torch.cat([target - stream - read @ before.T, torch.zeros(read.shape[1], 32, dtype=torch.float64)])
         expected = before + torch.linalg.lstsq(torch.cat([read, damping]), rows).solution.T
-        assert fit.error_ratio < 1
+        assert update.error_ratio < 1
     found = student.model.layers[layer].get_submodule(part).weight.double()
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 

@@ -11,8 +11,10 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit.fits import overlay
-from llmsurgeon.healing.refit.refit import Refit, RefitOptions
+from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.refit.refit import refit
+from llmsurgeon.healing.store import LayerStore, overlay
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
@@ -41,11 +43,12 @@ def cut(model, steps):
     return config, spec, parent, student, subject.spec, weights
 
 
-def refit(model, steps, store, **options):
+def refitted(model, steps, store, **options):
     config, spec, parent, student, cut_spec, weights = cut(model, steps)
     runners = LayerRunner(config, parent, torch.float32), LayerRunner(student, weights, torch.float32)
-    made = Refit(*runners, spec, cut_spec, TOKENS, HELD_OUT, RefitOptions(**options), store)
-    return made, student, overlay(weights, made.run())
+    text = Batches.of(TOKENS, HELD_OUT, 8)
+    made = refit(Context(*runners, spec, cut_spec, text, RefitOptions(**options), LayerStore(store)))
+    return made, student, overlay(weights, made.files)
 
 
 def error(config, weights, target):
@@ -60,15 +63,16 @@ def test_the_end_comes_nearer(tmp_path, name, what):
     model = tiny_encoder(name)
     config, _, parent, student, _, weights = cut(model, STEPS[what])
     target = walk(LayerRunner(config, parent, torch.float32), TOKENS[HELD_OUT], [Variant()])[0]
-    made, _, healed = refit(model, STEPS[what], tmp_path)
+    made, _, healed = refitted(model, STEPS[what], tmp_path)
     assert error(student, healed, target) < 0.9 * error(student, weights, target)
-    assert made.family.post_norm is (made.family.ffn_norm in {fit.projection for fit in made.fits})
+    family = subject_of(model)[0].family
+    assert family.post_norm is (family.ffn_norm in {update.projection for update in made.updates})
 
 
 def test_the_norm_fit_is_least_squares(tmp_path):
     """Alone, it gives each channel the gain and shift that regression on all fitting tokens gives."""
     model = tiny_encoder("bert")
-    made, _, healed = refit(model, STEPS["block"], tmp_path, align=False, ridges=(1e9,))
+    made, _, healed = refitted(model, STEPS["block"], tmp_path, align=False, ridges=(1e9,))
     config, _, parent, student, _, weights = cut(model, STEPS["block"])
     mine, theirs = LayerRunner(student, weights, torch.float32), LayerRunner(config, parent, torch.float32)
     fitting = TOKENS[~HELD_OUT]
@@ -90,20 +94,20 @@ def test_the_norm_fit_is_least_squares(tmp_path):
         solution = torch.linalg.lstsq(design, wanted[:, channel, None]).solution[:, 0]
         assert healed[norm + "weight"][channel].item() == pytest.approx(solution[0].item(), abs=1e-3)
         assert healed[norm + "bias"][channel].item() == pytest.approx(solution[1].item(), abs=1e-3)
-    assert next(fit.projection for fit in made.fits if fit.block == 1) == "output.LayerNorm"
+    assert next(update.projection for update in made.updates if update.layer == 1) == "output.LayerNorm"
 
 
 def test_what_is_unchanged_stays(tmp_path):
     """Nothing was cut before block 2, and the parent itself needs no fit at all."""
     model = tiny_encoder("bert")
-    _, _, healed = refit(model, STEPS["ffn"], tmp_path)
+    _, _, healed = refitted(model, STEPS["ffn"], tmp_path)
     _, _, parent, *_ = cut(model, STEPS["ffn"])
     for name in parent:
         if name.startswith(("encoder.layer.0.", "encoder.layer.1.", "embeddings.")):
             assert torch.equal(healed[name], parent[name]), name
     (tmp_path / "none").mkdir()
-    made, _, same = refit(model, (), tmp_path / "none")
-    assert made.fits == [] and all(torch.equal(same[name], parent[name]) for name in parent)
+    made, _, same = refitted(model, (), tmp_path / "none")
+    assert made.updates == () and all(torch.equal(same[name], parent[name]) for name in parent)
 
 
 def test_a_killed_refit_goes_on(tmp_path):
@@ -111,13 +115,13 @@ def test_a_killed_refit_goes_on(tmp_path):
     model = tiny_encoder("distilbert")
     (tmp_path / "whole").mkdir()
     (tmp_path / "resumed").mkdir()
-    _, _, whole = refit(model, STEPS["attention"], tmp_path / "whole")
+    _, _, whole = refitted(model, STEPS["attention"], tmp_path / "whole")
     for file in sorted((tmp_path / "whole").iterdir())[:2]:
         (tmp_path / "resumed" / file.name).write_bytes(file.read_bytes())
-    made, _, resumed = refit(model, STEPS["attention"], tmp_path / "resumed")
+    made, _, resumed = refitted(model, STEPS["attention"], tmp_path / "resumed")
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
-    assert {fit.block for fit in made.fits} == set(range(1, LAYERS))
+    assert {update.layer for update in made.updates} == set(range(1, LAYERS))
 
 
 def test_the_surgeon_form_of_a_stock_config_describes_every_block():

@@ -15,10 +15,13 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit.fits import overlay
-from llmsurgeon.healing.refit.output import Outlet
-from llmsurgeon.healing.refit.refit import Refit, RefitOptions, changed, spans
+from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.refit.projection import OutputProjection
+from llmsurgeon.healing.refit.refit import refit
 from llmsurgeon.healing.refit.ridge import Moments, best_update, ridge_solution
+from llmsurgeon.healing.spans import changed, spans
+from llmsurgeon.healing.store import LayerStore, overlay
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
@@ -122,8 +125,8 @@ def test_states_that_are_not_finite_are_refused():
         Moments().add(a, r, False)
 
 
-def prepared(model, *steps, tokens, store, held_out=4, scores=None, **options):
-    """A Refit of the model after the steps that its family takes, and the student's config and weights."""
+def prepared(model, *steps, tokens, store, held_out=4, batch=8, scores=None, **options):
+    """What a refit of the model is given after the steps that its family takes; the student's config and weights."""
     subject, base, config = subject_of(model, scores)
     steps = taken(model, steps)
     parent_spec, weights = subject.spec, base
@@ -131,20 +134,20 @@ def prepared(model, *steps, tokens, store, held_out=4, scores=None, **options):
         plan = step.plan(subject)
         weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)
     written = normalised(write_config(subject.spec, subject.family, config).config)
-    mask = torch.zeros(len(tokens), dtype=torch.bool)
-    mask[::held_out] = True
+    mask = held_out
+    if isinstance(held_out, int):
+        mask = torch.arange(len(tokens)) % held_out == 0
     store.mkdir(exist_ok=True)
-    refit = Refit(
+    context = Context(
         LayerRunner(config, base, model.dtype),
         LayerRunner(written, weights, model.dtype),
         parent_spec,
         subject.spec,
-        tokens,
-        mask,
+        Batches.of(tokens, mask, batch),
         RefitOptions(**options),
-        store,
+        LayerStore(store),
     )
-    return refit, written, weights
+    return context, written, weights
 
 
 def kl_to(model, config, weights, tokens):
@@ -182,36 +185,36 @@ MODELS = (
 @pytest.mark.parametrize(("family_name", "changes"), MODELS)
 def test_it_lowers_the_divergence_on_fresh_tokens(family_name, changes, what, tmp_path):
     model, tokens = tiny_model(family_name, **changes), some_tokens(batch=64, length=16)
-    refit, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
+    context, config, weights = prepared(model, *STEPS[what], tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
-    files = refit.run()
-    after = kl_to(model, config, overlay(weights, files), fresh(16))
+    made = refit(context)
+    after = kl_to(model, config, overlay(weights, made.files), fresh(16))
     assert after < 0.99 * before, (before, after)
-    assert any(fit.accepted for fit in refit.fits)
-    assert all(fit.error_ratio <= 1 for fit in refit.fits)
+    assert any(update.accepted for update in made.updates)
+    assert all(update.error_ratio <= 1 for update in made.updates)
 
 
 def test_merged_kv_heads_are_refitted_too(tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16)
-    refit, config, weights = prepared(model, PruneKVHeads(kv_heads=1), tokens=tokens, store=tmp_path / "store")
+    context, config, weights = prepared(model, PruneKVHeads(kv_heads=1), tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
-    assert kl_to(model, config, overlay(weights, refit.run()), fresh(16)) < before
+    assert kl_to(model, config, overlay(weights, refit(context).files), fresh(16)) < before
 
 
 def test_the_parent_is_left_as_it_was(tmp_path):
     model = tiny_model("llama")
     kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    refit, _, _ = prepared(model, DROP, FUSE, tokens=some_tokens(batch=8, length=8), store=tmp_path / "store")
-    refit.run()
+    context, _, _ = prepared(model, DROP, FUSE, tokens=some_tokens(batch=8, length=8), store=tmp_path / "store")
+    refit(context)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
 
 
 def test_only_changed_tensors_are_stored_and_layers_before_the_cut_stay(family_name, tmp_path):
     model, tokens = tiny_model(family_name), some_tokens(batch=16, length=16)
-    refit, _, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store")
-    files = refit.run()
+    context, _, weights = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store")
+    files = refit(context).files
     healed = overlay(weights, files)
-    family = refit.family
+    family = context.family
     assert files and not any(name.startswith(family.layer(0)) for name in files)
     for name in weights:
         assert torch.equal(healed[name], weights[name]) == (name not in files), name
@@ -225,16 +228,17 @@ def test_only_changed_tensors_are_stored_and_layers_before_the_cut_stay(family_n
 
 def test_nothing_is_fitted_where_nothing_changed(tmp_path):
     model = tiny_model("llama")
-    refit, _, _ = prepared(model, PruneBlocks(layers=(5,)), tokens=some_tokens(batch=8), store=tmp_path / "store")
-    assert {name.split(".")[2] for name in refit.run()} == {"4"}
-    assert {fit.block for fit in refit.fits} == {4}
+    context, _, _ = prepared(model, PruneBlocks(layers=(5,)), tokens=some_tokens(batch=8), store=tmp_path / "store")
+    made = refit(context)
+    assert {name.split(".")[2] for name in made.files} == {"4"}
+    assert {update.layer for update in made.updates} == {4}
 
 
 def test_without_align_and_join_only_the_changed_blocks_output_moves(tmp_path):
     model = tiny_model("llama")
     options = dict(tokens=some_tokens(batch=16), store=tmp_path / "store", align=False, join=False)
-    refit, _, _ = prepared(model, DROP, FUSE, **options)
-    assert set(refit.run()) == {"model.layers.1.mlp.down_proj.weight"}
+    context, _, _ = prepared(model, DROP, FUSE, **options)
+    assert set(refit(context).files) == {"model.layers.1.mlp.down_proj.weight"}
 
 
 @pytest.mark.parametrize("family_name", ["llama", "gpt_neox", "gemma2"])
@@ -245,45 +249,48 @@ def test_a_killed_refit_goes_on(family_name, steps, tmp_path):
     """Some blocks stored, the rest not: the outcome is bit for bit that of an uninterrupted one."""
     model, tokens = tiny_model(family_name), some_tokens(batch=16)
     whole, _, weights = prepared(model, *steps, tokens=tokens, store=tmp_path / "whole")
-    expected = overlay(weights, whole.run())
+    uninterrupted = refit(whole)
+    expected = overlay(weights, uninterrupted.files)
     for kept in (1, 2):
         store = tmp_path / f"kept-{kept}"
         store.mkdir()
         for file in sorted((tmp_path / "whole").iterdir())[:kept]:
             (store / file.name).write_bytes(file.read_bytes())
-        (store / "block-0004.partial").write_bytes(b"half")
+        (store / "layer-0004.partial").write_bytes(b"half")
         resumed, _, _ = prepared(model, *steps, tokens=tokens, store=store)
-        found = overlay(weights, resumed.run())
+        made = refit(resumed)
+        found = overlay(weights, made.files)
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert resumed.fits == whole.fits
+        assert made.updates == uninterrupted.updates
 
 
 def test_harmful_updates_are_refused(tmp_path):
     """One short sequence to fit on and many to judge, hardly damped: overfitting shows on the held-out ones."""
     model, tokens = tiny_model("llama"), some_tokens(batch=24, length=4)
-    options = dict(ridges=(1e-7,), align_ridge=1e-7, join_ridge=1e-7, held_out=1)
-    refit, _, _ = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
-    refit.parts = [(slice(0, 1), False), *((slice(i, i + 4), True) for i in range(1, 24, 4))]
-    files = refit.run()
-    refused = [fit for fit in refit.fits if not fit.accepted]
-    assert refused and all(fit.ridge is None and fit.error_ratio == 1 for fit in refused)
-    if len(refused) == len(refit.fits):
-        assert not files
+    options = dict(ridges=(1e-7,), align_ridge=1e-7, join_ridge=1e-7, held_out=torch.arange(24) > 0, batch=4)
+    context, _, _ = prepared(model, DROP, FUSE, tokens=tokens, store=tmp_path / "store", **options)
+    parts = [(slice(0, 1), False), *((slice(i, min(i + 4, 24)), True) for i in range(1, 24, 4))]
+    assert list(context.batches.parts) == parts
+    made = refit(context)
+    refused = [update for update in made.updates if not update.accepted]
+    assert refused and all(update.ridge is None and update.error_ratio == 1 for update in refused)
+    if len(refused) == len(made.updates):
+        assert not made.files
 
 
 def test_a_multiplier_is_part_of_the_linear_map():
     """What an update promises is what it does, where the family scales what its parts add."""
     layer = tiny_surgeon_layer("granite")
-    outlet = Outlet(layer, "mlp.down_proj", "", False)
+    projection = OutputProjection(layer, "mlp.down_proj", "", False)
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
     update = 0.1 * torch.randn(96, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = layer.feed_forward(x)
-        promised = outlet.features() @ update
-        outlet.move(update)
+        promised = projection.features() @ update
+        projection.move(update)
         torch.testing.assert_close(layer.feed_forward(x)[0] - before[0], promised, atol=1e-5, rtol=1e-5)
-    assert outlet.factor == pytest.approx(0.4)
+    assert projection.factor == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("family_name", ["gemma2", "olmo2"])
@@ -293,11 +300,12 @@ def test_behind_a_post_norm_an_update_is_kept_only_for_what_it_does(family_name,
     def huge(moments, ridges):
         return 100 * torch.ones_like(moments.cross[0]), ridges[0], 0.1
 
-    monkeypatch.setattr("llmsurgeon.healing.refit.refit.best_update", huge)
+    monkeypatch.setattr("llmsurgeon.healing.refit.output.best_update", huge)
     options = dict(tokens=some_tokens(batch=16, length=8), store=tmp_path / "store", align=False, join=False)
-    refit, _, _ = prepared(tiny_model(family_name), PruneBlocks(layers=(2,)), **options)
-    assert refit.run() == {}
-    assert [(fit.projection, fit.ridge, fit.error_ratio) for fit in refit.fits] == [("mlp.down_proj", None, 1.0)]
+    context, _, _ = prepared(tiny_model(family_name), PruneBlocks(layers=(2,)), **options)
+    made = refit(context)
+    assert made.files == {}
+    assert [(each.projection, each.ridge, each.error_ratio) for each in made.updates] == [("mlp.down_proj", None, 1.0)]
 
 
 def tiny_surgeon_layer(family_name):

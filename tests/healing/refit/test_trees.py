@@ -12,9 +12,11 @@ from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.refit.fits import overlay
-from llmsurgeon.healing.refit.refit import Refit, RefitOptions
+from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.refit.refit import refit
 from llmsurgeon.healing.refit.trees import LeafSums, fit_leaves, fit_nodes, leaf_updates
+from llmsurgeon.healing.store import LayerStore, overlay
 from llmsurgeon.modeling.surgeon_fff import LeafFeedForward, NodeFeedForward
 from llmsurgeon.operations.fff import FFF
 from llmsurgeon.walk.runner import LayerRunner
@@ -90,7 +92,7 @@ def test_an_update_that_does_not_help_unseen_tokens_is_not_made():
         assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
-def refitted(model, step, tokens, store, refit=True, damage=()):
+def refitted(model, step, tokens, store, fit=True, damage=()):
     """(config, weights) of the converted model, refitted or not; `damage` are edits of the student."""
     subject, base, config = subject_of(model)
     runner = LayerRunner(config, base, model.dtype)
@@ -100,13 +102,14 @@ def refitted(model, step, tokens, store, refit=True, damage=()):
     weights = TransformedWeights(TransformedWeights(base, plan.transforms), damage)
     after = subject.after(plan)
     written = normalised(write_config(after.spec, after.family, config).config)
-    if refit:
+    if fit:
         held = torch.arange(len(tokens)) % 4 == 0
         store.mkdir(exist_ok=True)
         parent, student = LayerRunner(config, base, model.dtype), LayerRunner(written, weights, model.dtype)
-        fit = Refit(parent, student, subject.spec, after.spec, tokens, held, RefitOptions(), store)
-        weights = overlay(weights, fit.run())
-        assert sum(f.accepted for f in fit.fits) >= len(after.spec.layers) // 2
+        specs, text = (subject.spec, after.spec), Batches.of(tokens, held, 8)
+        made = refit(Context(parent, student, *specs, text, RefitOptions(), LayerStore(store)))
+        weights = overlay(weights, made.files)
+        assert sum(update.accepted for update in made.updates) >= len(after.spec.layers) // 2
     return written, weights
 
 
@@ -120,7 +123,7 @@ def test_a_refit_brings_the_model_nearer_on_unseen_tokens(tmp_path, family, step
     model = tiny_model(family)
     tokens = some_tokens(64, 24)
     unseen = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(9))
-    raw = kl_to(model, *refitted(model, step, tokens, tmp_path, refit=False), unseen)
+    raw = kl_to(model, *refitted(model, step, tokens, tmp_path, fit=False), unseen)
     healed = kl_to(model, *refitted(model, step, tokens, tmp_path / "store"), unseen)
     assert healed < 0.9 * raw
 
@@ -146,8 +149,8 @@ def test_encoders_are_fitted_before_their_norm(tmp_path):
     _, base, config = subject_of(model)
     wanted = walk(LayerRunner(config, base, torch.float32), unseen, [Variant()])[0]
 
-    def error(refit):
-        written, weights = refitted(model, step, tokens, tmp_path / str(refit), refit=refit)
+    def error(fit):
+        written, weights = refitted(model, step, tokens, tmp_path / str(fit), fit=fit)
         return (walk(LayerRunner(written, weights, torch.float32), unseen, [Variant()])[0] - wanted).square().mean()
 
     assert error(True) < 0.8 * error(False)

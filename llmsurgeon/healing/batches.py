@@ -1,0 +1,90 @@
+"""Calibration windows in the batches in which layers see them, and a model's stream taken through a loaded layer.
+
+S sequences, T tokens each, D model width; a stream [S, T, D] is kept on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.walk import Parts, through
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Windows in the order in which they are walked: those that fit first, then those that judge.
+
+    tokens: [S, T]. parts: (sequences, True where they judge), never both kinds in one. padding: the token that fills
+    sequences up, None where all are of one length.
+    """
+
+    tokens: Tensor
+    parts: tuple[tuple[slice, bool], ...]
+    padding: int | None = None
+
+    @classmethod
+    def of(cls, windows: Tensor, held_out: Tensor, batch: int, padding: int | None = None) -> Batches:
+        """From windows [S, T] and the mask [S] of those that only judge; `batch` sequences go through together."""
+        order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
+        fitting = int((~held_out).sum())
+        edges = [*range(0, fitting, batch), *range(fitting, len(windows), batch), len(windows)]
+        parts = tuple((slice(a, b), a >= fitting) for a, b in pairwise(edges))
+        return cls(windows[order], parts, padding)
+
+    @property
+    def held_out(self) -> Tensor:
+        """The mask [S] of the sequences that judge, in the order of `tokens`."""
+        return torch.cat([torch.full((part.stop - part.start,), held) for part, held in self.parts])
+
+    def rows(self, part: slice, values: Tensor) -> Tensor:
+        """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""
+        rows = values.reshape(self.tokens[part].numel(), -1)
+        # Without padding nothing is picked out: the widest features of a batch are not copied.
+        if self.padding is None:
+            return rows
+        return rows[(self.tokens[part] != self.padding).flatten().to(values.device)]
+
+
+def embedded(runner: LayerRunner, batches: Batches) -> Tensor:
+    """What enters the first layer; the runner also learns how its layers are called."""
+    return torch.cat([runner.embed(batches.tokens[part]).cpu() for part, _ in batches.parts])
+
+
+def passes(runner: LayerRunner, batches: Batches, index: int, stream: Tensor) -> Iterator[tuple[slice, Parts]]:
+    """The loaded layer on a stream, part after part; a part may be overwritten once it was given."""
+    for part, _ in batches.parts:
+        yield part, through(runner, index, stream[part].to(runner.device))
+
+
+def attended(runner: LayerRunner, batches: Batches, index: int, stream: Tensor) -> Tensor:
+    """The stream behind the loaded layer's attention."""
+    behind = stream.clone()
+    for part, _ in batches.parts:
+        contribution = runner.attend(index, stream[part].to(runner.device))
+        if contribution is not None:
+            behind[part] += contribution.cpu()
+    return behind
+
+
+def left(
+    runner: LayerRunner, batches: Batches, index: int, stream: Tensor, behind: Tensor | None, into: Tensor
+) -> Tensor:
+    """The stream behind the loaded layer, written to `into`, which may be the stream itself.
+
+    behind: the stream behind the layer's attention; None runs the layer as the model itself does.
+    """
+    for part, _ in batches.parts:
+        hidden = stream[part].to(runner.device)
+        if behind is None:
+            into[part] = runner.whole(index, hidden).cpu()
+            continue
+        middle = behind[part].to(runner.device)
+        ffn = runner.feed_forward(index, hidden if runner.parallel_residual else middle)
+        into[part] = (middle if ffn is None else middle + ffn).cpu()
+    return into

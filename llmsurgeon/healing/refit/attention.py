@@ -1,0 +1,58 @@
+"""Attention: in front of trees, the stream behind an attention is brought back to what the parent's FFN read.
+
+A tree decides by what it reads, so its layer's attention may only bring that nearer to what the parent read. With A
+what its output projection W_o reads, X the student's stream behind the attention and P the parent's:
+
+    W_o <- W_o + dW,  dW = argmin ||A dW^T - (P - X)||^2 + ridge * mean(diag(A^T A)) ||dW||^2
+
+Shapes: n tokens, F = heads * head_dim, D model width: A [n, F]; X, P [n, D]; W_o [D, F].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.healing import batches
+from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.projection import output_projection
+from llmsurgeon.healing.refit.ridge import best_update
+
+
+def feeds_trees(here: LayerFit) -> bool:
+    """True where trees read behind an attention that itself reads something new."""
+    drifts = here.options.align and here.drifted and here.spec.attention is not None
+    return here.has_trees and drifts and not here.student.parallel_residual
+
+
+def refit_attention(here: LayerFit) -> None:
+    """Move the attention's output projection, where the stream behind it then is nearer to the parent's."""
+    text, wanted, reached = here.context.batches, here.read[-1], here.behind_attention()
+    out = output_projection(here, "attention")
+
+    def batch(part: slice) -> tuple[Tensor, Tensor]:
+        here.student.attend(here.index, here.entered[part].to(here.student.device))
+        missing = (wanted[part].float() - reached[part].float()).to(here.student.device)
+        return out.features(), missing
+
+    with out:
+        moments = here.moments(batch)
+    update, ridge, error = best_update(moments, here.options.ridges)
+    if update is not None:
+        before = out.copies()
+        out.move(update)
+        moved = batches.attended(here.student, text, here.index, here.entered)
+        # Behind a norm the moments promise what holds for small updates: see what this one does.
+        error = _distance(here, moved) / _distance(here, reached)
+        if error < 1:
+            here.attended = moved
+        else:
+            out.restore(before)
+            ridge, error = None, 1.0
+    here.note(out.name, ridge, error)
+
+
+def _distance(here: LayerFit, stream: Tensor) -> float:
+    """Squared distance of a stream from what the parent's FFN read, over the sequences that judge."""
+    judged = torch.nonzero(here.context.batches.held_out).flatten()
+    return (stream[judged].float() - here.read[-1][judged].float()).square().sum().item()
