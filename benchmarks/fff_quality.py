@@ -88,11 +88,11 @@ def grow_once() -> None:
     grown: dict[str, object] = {}
     compute = run.compute_scores
 
-    def once(needed, runner, tokens, recipe_steps, *rest):  # type: ignore[no-untyped-def]
+    def once(recipe_steps, *rest):  # type: ignore[no-untyped-def]
         step = recipe_steps[0]
         key = step.form if step.keep else str(step)
         if key not in grown:
-            grown[key] = compute(needed, runner, tokens, recipe_steps, *rest)
+            grown[key] = compute(recipe_steps, *rest)
         return grown[key]
 
     run.compute_scores = once

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -198,12 +199,13 @@ def qualities(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The parent, then each number of MLGRUs without and with the fit."""
     judge = Windows(arguments, arguments.judge_tokens)
     yield {"mlgrus": 0, **judge(arguments.model)}
-    scores.MEASURE_TOKENS = arguments.score_tokens
+    few = replace(scores.MEASURED, tokens=arguments.score_tokens)
+    scores.SCORES |= {name: few for name, score in scores.SCORES.items() if score is scores.MEASURED}
     compute, known = run.compute_scores, {}
 
-    def once(needed, *rest):  # type: ignore[no-untyped-def]
+    def once(*given):  # type: ignore[no-untyped-def]
         if not known:
-            known.update(compute(needed, *rest))
+            known.update(compute(*given))
         return known
 
     run.compute_scores = once

@@ -14,8 +14,11 @@ import yaml
 from torch import Tensor
 
 from llmsurgeon import __version__
-from llmsurgeon.analysis.measure import Measurements, ffn_dependency, measure
-from llmsurgeon.analysis.search import SEARCH_TOKENS, Choice, few, runs_of, search_attentions
+from llmsurgeon.analysis.attention_order import runs_of, search_attentions
+from llmsurgeon.analysis.ffn_dependency import ffn_dependency
+from llmsurgeon.analysis.greedy import SEARCH_TOKENS, Choice
+from llmsurgeon.analysis.measure import Measurements, measure
+from llmsurgeon.analysis.score import few
 from llmsurgeon.boundary.places import relative, without_folders
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,12 +91,9 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
     Stage.check(out, job=inputs.job(), **place)
     wanted = max(step.calibration_tokens() or 0 for step in recipe.steps)
     texts = Texts(parent, recipe.calibration, wanted or recipe.calibration.tokens, options)
-    needed = frozenset(name for step in recipe.steps for name in step.needs())
-    scores = (
-        compute_scores(needed, texts.runner, texts.windows, recipe.steps, parent.subject, options.batch)
-        if needed
-        else {}
-    )
+    scores: Mapping[str, Any] = {}
+    if any(step.needs() for step in recipe.steps):
+        scores = compute_scores(recipe.steps, texts.runner, texts.windows, parent.subject({}), options.batch)
     planned = plan(parent, recipe, scores)
     options.planned(planned)
     resolved = dump(planned.recipe.model_copy(update={"model": model}), Path(out))

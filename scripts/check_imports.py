@@ -42,7 +42,8 @@ ARROWS: dict[str, set[str]] = {
     "report": FILES | {"formats", "healing", "evaluation"},
     "healing": FILES | {"formats", "walk", "text", "evaluation", "operations"},
     "planning": FILES
-    | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "evaluation", "healing.distill.data"},
+    | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "analysis", "evaluation"}
+    | {"healing.distill.data"},
 }
 ROOMS = FILES | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "planning"}
 STORY = ROOMS | {"analysis", "healing", "evaluation", "report"}

@@ -1,4 +1,5 @@
 """Scores: what the steps of a recipe ask to know about a model, measured on calibration text.
 
-May import walk, text, evaluation's divergences, and the operations whose steps ask.
+Every name that a step can ask for stands in `scores.SCORES`; each way of measuring is one file, with a `Score` at its
+end. May import walk, text, evaluation's intervals, and the operations whose steps ask.
 """

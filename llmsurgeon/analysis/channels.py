@@ -9,18 +9,19 @@ Shapes: n tokens, D model width, H FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.fff import eliminate
-from llmsurgeon.progress import Progress
+from llmsurgeon.analysis.elimination import eliminate
+from llmsurgeon.analysis.score import Scene, Score
+from llmsurgeon.analysis.watch import watch
+from llmsurgeon.operations.prune_width import Channels
 from llmsurgeon.walk.runner import LayerRunner
-from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import Parts, walk
+from llmsurgeon.walk.walk import Parts
 
 
 @dataclass(frozen=True)
@@ -45,31 +46,16 @@ def eliminate_channels(
     Args:
         tokens: [S, T].
     """
-    with Progress("order FFN channels", len(layers), "layers") as progress:
-        watch = _Watch(runner, frozenset(layers), progress)
-        walk(runner, tokens, [Variant()], watch, batch=batch, enter=watch.enter)
-        watch.finish()
-    return watch.found
+    return watch(runner, tokens, lambda layer, module: _Channels(runner, module), layers, "order FFN channels", batch)
 
 
-class _Watch:
-    """Sums what enters each wanted FFN's output projection, and eliminates when the walk leaves the layer."""
+class _Channels:
+    """Sums what enters an FFN's output projection, and eliminates when the walk leaves the layer."""
 
-    def __init__(self, runner: LayerRunner, wanted: frozenset[int], progress: Progress) -> None:
-        self.runner, self.wanted, self.progress = runner, wanted, progress
-        self.found: dict[int, Elimination] = {}
-        self.layer: int | None = None
-        self.hook: Any = None
-
-    def enter(self, layer: int, module: nn.Module) -> None:
-        """The walk has loaded a layer."""
-        self.finish()
-        if layer not in self.wanted or not self.runner.feeds_forward(layer):
-            return
-        family = self.runner.family
+    def __init__(self, runner: LayerRunner, module: nn.Module) -> None:
+        self.runner, family = runner, runner.family
         out = module.get_submodule(family.ffn_module(family.ffn_out))
         weight: Any = out.weight
-        self.layer = layer
         self.down = (weight if family.transposed else weight.T).detach().float().cpu().clone()
         self.active: Tensor | None = None
         self.channels, self.stream = Moments(outer=True), Moments(outer=False)
@@ -78,24 +64,21 @@ class _Watch:
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         self.active = inputs[0].detach()
 
-    def __call__(self, layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
-        if layer != self.layer or self.active is None:
+    def see(self, part: slice, parts: Parts) -> None:
+        """Add the sums of some sequences."""
+        if self.active is None:
             return
-        real = self.runner.real(mine.entered).flatten()
+        real = self.runner.real(parts.entered).flatten()
         self.channels.add(self.active.flatten(0, -2)[real].float().cpu())
-        self.stream.add(mine.left.flatten(0, -2)[real].float().cpu())
+        self.stream.add(parts.left.flatten(0, -2)[real].float().cpu())
         self.active = None
 
-    def finish(self) -> None:
-        """The walk has left the layer."""
-        if self.hook is not None:
-            self.hook.remove()
-        if self.layer is not None:
-            order, lost = eliminate(self.channels.covariance(), self.down)
-            scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
-            self.found[self.layer] = Elimination(order, lost.flip(0) / scale)
-            self.progress.advance()
-        self.layer = self.hook = None
+    def found(self) -> Elimination:
+        """The order, and what is lost."""
+        self.hook.remove()
+        order, lost = eliminate(self.channels.covariance(), self.down)
+        scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
+        return Elimination(order, lost.flip(0) / scale)
 
 
 class Moments:
@@ -127,3 +110,15 @@ class Moments:
     def spread(self) -> float:
         """Mean squared distance from the mean."""
         return float(self.second / self.count - (self.first / self.count).square().sum())
+
+
+def _measured(scene: Scene, requests: Sequence[Channels]) -> Mapping[str, Any]:
+    layers = frozenset(layer for request in requests for layer in request.layers)
+    found = eliminate_channels(scene.runner, scene.tokens, layers, scene.batch)
+    return {
+        "ffn_elimination": {layer: each.order for layer, each in found.items()},
+        "ffn_elimination_loss": {layer: each.loss for layer, each in found.items()},
+    }
+
+
+ELIMINATION = Score(_measured, tokens=8192)

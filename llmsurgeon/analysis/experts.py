@@ -5,17 +5,18 @@ n tokens, D model width, E experts, k experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.progress import Progress
+from llmsurgeon.analysis.score import Scene, Score
+from llmsurgeon.analysis.watch import watch
+from llmsurgeon.operations.base import Request
 from llmsurgeon.walk.runner import LayerRunner
-from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import Parts, walk
+from llmsurgeon.walk.walk import Parts
 
 
 @dataclass(frozen=True)
@@ -39,40 +40,30 @@ def weigh_experts(
         tokens: [S, T].
         with_loss: also route each token anew without each of its experts, which costs k times a pass.
     """
-    with Progress("weigh experts", len(layers), "layers") as progress:
-        watch = _Watch(runner, frozenset(layers), with_loss, progress)
-        walk(runner, tokens, [Variant()], watch, batch=batch, enter=watch.enter)
-        watch.finish()
-    return watch.found
+    if runner.family.experts is None:
+        return {}
+    path = runner.family.experts.module
+    return watch(
+        runner, tokens, lambda layer, module: _Experts(runner, module, path, with_loss), layers, "weigh experts", batch
+    )
 
 
-class _Watch:
-    """Sees what each wanted mixture reads, and sums what its experts make of it."""
+class _Experts:
+    """Sees what a mixture reads, and sums what its experts make of it."""
 
-    def __init__(self, runner: LayerRunner, wanted: frozenset[int], with_loss: bool, progress: Progress) -> None:
-        self.runner, self.wanted, self.with_loss, self.progress = runner, wanted, with_loss, progress
-        self.found: dict[int, Worth] = {}
-        self.layer: int | None = None
-
-    def enter(self, layer: int, module: nn.Module) -> None:
-        """The walk has loaded a layer."""
-        self.finish()
-        experts = self.runner.family.experts
-        if layer not in self.wanted or experts is None or not self.runner.feeds_forward(layer):
-            return
-        self.layer, self.block = layer, module
-        mixture: Any = module.get_submodule(experts.module)
+    def __init__(self, runner: LayerRunner, layer: nn.Module, path: str, with_loss: bool) -> None:
+        self.runner, self.layer, self.with_loss = runner, layer, with_loss
+        mixture: Any = layer.get_submodule(path)
         self.mixture, count = mixture, len(mixture.gate.weight)
         self.size, self.sent, self.lost = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
         self.tokens = 0
 
-    def __call__(self, layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
-        if layer != self.layer:
-            return
-        block: Any = self.block
+    def see(self, part: slice, parts: Parts) -> None:
+        """Add what some sequences' tokens make the experts do."""
+        layer: Any = self.layer
         with torch.no_grad():
-            read = block.ffn_input(mine.ffn_input.to(self.runner.device))
-            self._add(read[self.runner.real(mine.entered)])
+            read = layer.ffn_input(parts.ffn_input.to(self.runner.device))
+            self._add(read[self.runner.real(parts.entered)])
 
     def _add(self, read: Tensor) -> None:
         """Tokens [n, D]."""
@@ -108,10 +99,20 @@ class _Watch:
         made: Tensor = experts(read, others[chosen], weights)
         return made.float()
 
-    def finish(self) -> None:
-        """The walk has left the layer."""
-        if self.layer is not None:
-            loss = (self.lost / self.tokens).float() if self.with_loss else None
-            self.found[self.layer] = Worth((self.size / self.sent.clamp_min(1)).float(), loss)
-            self.progress.advance()
-        self.layer = None
+    def found(self) -> Worth:
+        """What each expert is worth."""
+        loss = (self.lost / self.tokens).float() if self.with_loss else None
+        return Worth((self.size / self.sent.clamp_min(1)).float(), loss)
+
+
+def _measured(scene: Scene, requests: Sequence[Request]) -> Mapping[str, Any]:
+    layers = {layer.parents[0] for layer in scene.subject.spec.layers if layer.ffn and layer.ffn.experts}
+    with_loss = any(request.score == "expert_loss" for request in requests)
+    found = weigh_experts(scene.runner, scene.tokens, layers, with_loss, scene.batch)
+    scores: dict[str, Any] = {"expert_reap": {layer: worth.reap for layer, worth in found.items()}}
+    if with_loss:
+        scores["expert_loss"] = {layer: worth.loss for layer, worth in found.items()}
+    return scores
+
+
+EXPERTS = Score(_measured, tokens=8192)

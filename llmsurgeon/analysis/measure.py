@@ -5,30 +5,28 @@ Shapes: N layers, S sequences, T tokens, D model width, H FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine, cosine_distance
+from llmsurgeon.analysis.divergence import divergences
+from llmsurgeon.analysis.score import Scene, Score
+from llmsurgeon.analysis.similarity import angular_distance, cosine
 from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import Parts, walk
 
-# Logits are compared at every KL_STRIDE-th position: neighbours say much the same, and the head is dear.
-KL_STRIDE = 4
-# Rows of logits that are made at a time.
-HEAD_ROWS = 256
 # One sequence in so many is enough to remove single attentions and FFNs on; blocks are removed on BLOCK_TIMES as many.
 SUBLAYER_SHARE, BLOCK_TIMES = 8, 4
 
 
 @dataclass
-class Score:
+class LayerScore:
     """One number per layer with its 95 % interval over sequences (NaN where the layer has no such part)."""
 
     mean: list[float]
@@ -36,7 +34,7 @@ class Score:
     high: list[float]
 
     @classmethod
-    def of(cls, values_NS: Tensor) -> Score:
+    def of(cls, values_NS: Tensor) -> LayerScore:
         """From per-layer, per-sequence values."""
         mean = values_NS.double().mean(1).tolist()
         bounds = [mean_interval(row) or (float("nan"), float("nan")) for row in values_NS]
@@ -57,7 +55,7 @@ class Measurements:
         arXiv 2411.19146).
     """
 
-    scores: dict[str, Score] = field(default_factory=dict)
+    scores: dict[str, LayerScore] = field(default_factory=dict)
     arrays: dict[str, Tensor] = field(default_factory=dict)
 
     def for_recipes(self) -> dict[str, Any]:
@@ -93,7 +91,7 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
         variants += parts_removed(layers, part)
         rows += [count] * layers
     observer = _Observer(layers, tokens, runner)
-    work = _evaluations(layers, rows) * tokens.shape[1]
+    work = evaluations(layers, rows) * tokens.shape[1]
     with Progress("measure dependencies and scores", work, "token-layers") as progress:
         streams = walk(
             runner,
@@ -110,7 +108,7 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
     divergence = divergences(runner, streams, rows)
     for place, part in enumerate(groups):
         own = slice(1 + place * layers, 1 + (place + 1) * layers)
-        result.scores[f"{part}_kl"] = Score.of(torch.stack([row[: rows[own][0]] for row in divergence[own]]))
+        result.scores[f"{part}_kl"] = LayerScore.of(torch.stack([row[: rows[own][0]] for row in divergence[own]]))
     return result
 
 
@@ -126,71 +124,12 @@ def sequences_for(sequences: int, batch: int = 4) -> tuple[int, int]:
     return min(sequences, BLOCK_TIMES * few), few
 
 
-def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int], batch: int = 4) -> Tensor:
-    """M for FFNs alone, with the attentions of `dropped` already gone. [N, N], NaN outside j > i."""
-    layers = len(runner.layers)
-    base = Variant(no_attention=dropped)
-    variants = [base, *(Variant(no_attention=dropped, no_ffn=frozenset({layer})) for layer in range(layers))]
-    sums, counts = torch.zeros(layers, layers, dtype=torch.float64), torch.zeros(layers, layers)
-
-    def observe(layer: int, part: slice, variant: int, mine: Parts, parent: Parts) -> None:
-        if variant and variant - 1 < layer and mine.ffn is not None and parent.ffn is not None:
-            distance = 1 - cosine(mine.ffn, parent.ffn)
-            sums[variant - 1, layer] += distance.sum().item()
-            counts[variant - 1, layer] += distance.numel()
-
-    work = _evaluations(layers, [len(tokens)] * len(variants)) * tokens.shape[1]
-    with Progress("measure FFN dependencies", work, "token-layers") as progress:
-        walk(runner, tokens, variants, observe, batch=batch, progress=progress.advance)
-    return _mean_or_nan(sums, counts)
-
-
-def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], parent: Tensor | None = None) -> Tensor:
-    """KL(parent || variant) per sequence from what left the last layer, at every KL_STRIDE-th position.
-
-    For an encoder, whose hidden states are what it is for, 1 - cos(parent's last state, variant's) takes the place of
-    the KL.
-
-    Args:
-        streams: [variants, S, T, D]; `parent` [S, T, D] is streams[0] unless given.
-
-    Returns:
-        [variants, S] in nats (cosine distances for an encoder), NaN beyond a variant's rows.
-    """
-    output = runner.states if runner.family.encoder else runner.final
-    parent = streams[0] if parent is None else parent
-    # From the end: the first positions see next to no context.
-    positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
-    each, total = len(positions), streams.shape[1] * len(positions)
-    result = torch.full((len(streams), total), float("nan"))
-    with torch.no_grad(), Progress("compare outputs", float(sum(rows) * each), "positions") as progress:
-        for start in range(0, total, HEAD_ROWS):
-            taken = torch.arange(start, min(start + HEAD_ROWS, total))
-            sequence, position = taken // each, positions[taken % each]
-            distance = _distance_from(runner, output(parent[sequence, position].to(runner.device)))
-            for variant, count in enumerate(rows):
-                stop = min(start + HEAD_ROWS, count * each)
-                if start < stop:
-                    own = slice(0, stop - start)
-                    mine = output(streams[variant, sequence[own], position[own]].to(runner.device))
-                    result[variant, start:stop] = distance(mine).cpu()
-                    progress.advance(stop - start)
-    return result.view(len(streams), -1, each).mean(-1)
-
-
-def _distance_from(runner: LayerRunner, parent: Tensor) -> Callable[[Tensor], Tensor]:
-    """What measures rows of output against the parent's, or against as many of its first rows."""
-    if runner.family.encoder:
-        return lambda mine: cosine_distance(parent[: len(mine)], mine)
-    return KLFrom(parent)
-
-
-def _evaluations(layers: int, rows: Sequence[int]) -> int:
+def evaluations(layers: int, rows: Sequence[int]) -> int:
     """Sequence-layer evaluations of a walk that removes each layer in turn for every group of `layers` variants."""
     return rows[0] * layers + sum(count * (layers - place % layers) for place, count in enumerate(rows[1:]))
 
 
-def _mean_or_nan(sums: Tensor, counts: Tensor) -> Tensor:
+def mean_or_nan(sums: Tensor, counts: Tensor) -> Tensor:
     return torch.where(counts > 0, sums / counts.clamp_min(1), torch.nan).float()
 
 
@@ -261,12 +200,12 @@ class _Observer:
             self._activation = None
         self._expected = True
 
-    def scores(self) -> dict[str, Score]:
+    def scores(self) -> dict[str, LayerScore]:
         """Similarities and block influence."""
         return {
-            "attention_similarity": Score.of(self.attention),
-            "ffn_similarity": Score.of(self.ffn),
-            "block_influence": Score.of(self.influence),
+            "attention_similarity": LayerScore.of(self.attention),
+            "ffn_similarity": LayerScore.of(self.ffn),
+            "block_influence": LayerScore.of(self.influence),
         }
 
     def arrays(self) -> dict[str, Tensor]:
@@ -276,8 +215,15 @@ class _Observer:
         for size in range(1, layers + 1):
             for start in range(layers - size + 1):
                 distances[size - 1, start] = angular_distance(self.last[start], self.last[start + size]).mean()
-        arrays = {"block_dependency": _mean_or_nan(self.dependency, self.counts), "angular_distance": distances}
+        arrays = {"block_dependency": mean_or_nan(self.dependency, self.counts), "angular_distance": distances}
         widths = {len(channel) for channel in self.channels}
         if len(widths) == 1 and widths != {0}:
             arrays["ffn_channel"] = torch.stack(self.channels) / self._tokens
         return arrays
+
+
+def _measured(scene: Scene, requests: Sequence[Any]) -> Mapping[str, Any]:
+    return measure(scene.runner, scene.tokens, scene.batch).for_recipes()
+
+
+MEASURED = Score(_measured, tokens=8192)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsurgeon.analysis.score import Scene, Score, batches
 from llmsurgeon.model.ternary import Grid, rounded
+from llmsurgeon.operations.ternary import Linears
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 
@@ -27,7 +29,7 @@ def ternary_costs(
         tokens: [S, T].
         wanted: layer -> the weights to measure.
     """
-    parts = _parts(tokens, batch)
+    parts = batches(tokens, batch)
     stream = torch.cat([runner.embed(tokens[part]).cpu() for part in parts])
     found: dict[int, dict[str, Cost]] = {}
     with torch.no_grad(), Progress("measure ternary linears", len(runner.layers), "layers") as progress:
@@ -42,44 +44,6 @@ def ternary_costs(
                     found.setdefault(index, {})[name] = (error, stored.numel(), stored.dtype.itemsize)
             progress.advance()
     return found
-
-
-def input_sizes(
-    runner: LayerRunner, tokens: Tensor, wanted: Mapping[int, Sequence[str]], batch: int = 4
-) -> dict[int, dict[str, float]]:
-    """Layer -> path of a linear inside it -> geometric mean over tokens of the RMS of what it reads.
-
-    The geometric mean, as the few tokens that gather attention are larger by orders of magnitude.
-
-    Args:
-        tokens: [S, T].
-        wanted: layer -> paths of linears.
-    """
-    stream = torch.cat([runner.embed(tokens[part]).cpu() for part in _parts(tokens, batch)])
-    found: dict[int, dict[str, float]] = {}
-    with torch.no_grad(), Progress("measure what linears read", len(runner.layers), "layers") as progress:
-        for index in range(len(runner.layers)):
-            with runner.loaded(index) as layer:
-                logs: dict[str, list[Tensor]] = {path: [] for path in wanted.get(index, ())}
-
-                def keep(path: str, logs: Any = logs) -> Any:
-                    return lambda _, inputs: logs[path].append(
-                        inputs[0].float().square().mean(-1).clamp_min(1e-24).log().flatten() / 2
-                    )
-
-                hooks = [layer.get_submodule(path).register_forward_pre_hook(keep(path)) for path in logs]
-                for part in _parts(tokens, batch):
-                    stream[part] = runner.whole(index, stream[part].to(runner.device)).cpu()
-                for hook in hooks:
-                    hook.remove()
-                if logs:
-                    found[index] = {path: float(torch.cat(seen).mean().exp()) for path, seen in logs.items()}
-            progress.advance()
-    return found
-
-
-def _parts(tokens: Tensor, batch: int) -> list[slice]:
-    return [slice(start, start + batch) for start in range(0, len(tokens), batch)]
 
 
 def _error(
@@ -109,3 +73,15 @@ def _error(
 def stored_bytes(weights: Mapping[str, Tensor]) -> int:
     """Bytes of all tensors; read as views, so the disk is not touched."""
     return sum(tensor.numel() * tensor.dtype.itemsize for tensor in map(weights.__getitem__, weights))
+
+
+def _measured(scene: Scene, requests: Sequence[Linears]) -> Mapping[str, Any]:
+    found: dict[int, dict[str, Cost]] = {}
+    for request in requests:
+        costs = ternary_costs(scene.runner, scene.tokens, request.linears, request.grid, scene.batch)
+        for layer, each in costs.items():
+            found.setdefault(layer, {}).update(each)
+    return {"ternary": found, "ternary_bytes": stored_bytes(scene.runner.weights)}
+
+
+TERNARY = Score(_measured, tokens=2048)

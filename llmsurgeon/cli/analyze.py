@@ -63,7 +63,7 @@ def analyze_command(
     Layers are read one at a time, so the model may be larger than memory. Without --text or --dataset the
     calibration text is sampled from the model itself.
     """
-    from llmsurgeon.analysis.search import default_count
+    from llmsurgeon.analysis.attention_order import default_count
     from llmsurgeon.analyze import analyze, write_analysis
     from llmsurgeon.checkpoint.staging import existing
     from llmsurgeon.checkpoint.writer import Stage

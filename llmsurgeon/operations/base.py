@@ -108,6 +108,13 @@ class NewLayer:
     tensors: Mapping[str, str | Computed]
 
 
+@dataclass(frozen=True)
+class Request:
+    """What a step asks of the score `score`, or only tells it: with what settings it is to be measured."""
+
+    score: str
+
+
 class Step(BaseModel):
     """A step of a recipe: what the rest of the program asks of an operation, each with the answer of most.
 
@@ -139,6 +146,17 @@ class Step(BaseModel):
     def needs(self) -> frozenset[str]:
         """Names of the analysis scores without which the step cannot be resolved."""
         return frozenset()
+
+    def requests(self, subject: Subject) -> Sequence[Request]:
+        """What it says to the scores that it needs, and to others, which hear of it if they are measured.
+
+        Args:
+            subject: the parent as it came; no score is known yet.
+
+        Raises:
+            SurgeryError: the step does not fit the model, however the scores may be.
+        """
+        return [Request(name) for name in sorted(self.needs())]
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Stand-ins for scores that are not computed in a dry run, as far as shapes alone decide the plan."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList, write_ranges
 from llmsurgeon.model.parts import FFFSpec, FFNSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
 
 SCORE = "fff"
 # What the budget form chooses from: shares of the neurons, and depths as shares of the deepest.
@@ -70,6 +70,15 @@ class Shape(BaseModel):
     leaf_width: Positive | None = None
     shared: Count = 0
     trees: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Trees(Request):
+    """Parent layer -> the shapes that it may take; how neurons are assigned, and the fewest tokens of a leaf."""
+
+    wanted: Mapping[int, Sequence[FFFSpec]]
+    assign: Literal["least_squares", "activation"]
+    min_tokens: int
 
 
 class FFF(Step):
@@ -122,6 +131,9 @@ class FFF(Step):
 
     def needs(self) -> frozenset[str]:
         return frozenset({SCORE})
+
+    def requests(self, subject: Subject) -> tuple[Request, ...]:
+        return (Trees(SCORE, self.wanted(subject), self.assign, self.min_tokens),)
 
     def wanted(self, subject: Subject) -> dict[int, tuple[FFFSpec, ...]]:
         """Parent layer -> the shapes that it may take: one, or with `keep` those to choose from.

@@ -10,6 +10,7 @@ FFN's input is then what the whole run reads.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -21,7 +22,7 @@ from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import RunList
 from llmsurgeon.model.parts import FFNSpec, Touch
 from llmsurgeon.model.spec import LayerSpec
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.runs import choose_runs
 
 
@@ -109,6 +110,13 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
+@dataclass(frozen=True)
+class Fused(Request):
+    """FFNs without attention between them will be fused in runs of at most `max_run`."""
+
+    max_run: int
+
+
 class FuseFFN(Step):
     """Fuse the FFNs of `runs`; `auto` takes the runs that the analysis finds, of at most `max_run` blocks.
 
@@ -125,6 +133,9 @@ class FuseFFN(Step):
 
     def needs(self) -> frozenset[str]:
         return frozenset({"ffn_dependency"} if self.runs == "auto" else ())
+
+    def requests(self, subject: Subject) -> tuple[Request, ...]:
+        return (*super().requests(subject), Fused("attention_order", self.max_run))
 
     def resolve(self, subject: Subject) -> FuseFFN:
         subject.check(self)

@@ -23,8 +23,8 @@ from torch import Tensor
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, MLGRUSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, lowest
-from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.prune_attention import RANKINGS
 
 # Of models whose config names no length.
 CONTEXT = 2048
@@ -61,17 +61,14 @@ class MatMulFree(Step):
         return self
 
     def needs(self) -> frozenset[str]:
-        return frozenset() if self.count is None else frozenset({f"attention_{SUBLAYER_SCORES[self.score][0]}"})
+        return frozenset() if self.count is None else frozenset({RANKINGS[self.score].score})
 
     def resolve(self, subject: Subject) -> Step:
         subject.check(self)
         if self.layers is not None:
             return self
         if self.count is not None:
-            name, highest = SUBLAYER_SCORES[self.score]
-            values = [float(value) for value in subject.score(f"attention_{name}", self.op)]
-            values = [-value for value in values] if highest else values
-            layers = lowest(values, self._open_to(subject), self.count, self.op)
+            layers = RANKINGS[self.score].first(subject, self._open_to(subject), self.count, self.op)
         else:
             kept = self.keep_attention or ()
             for layer in kept:

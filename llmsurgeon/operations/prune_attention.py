@@ -6,32 +6,26 @@ LLM-Drop (arXiv 2406.15786) drops the attentions whose output changes the stream
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
+from llmsurgeon.operations.base import NewLayer, Plan, Request, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.ranked import Ranked, Ranking, with_part
 
-# Score name and whether a high value means "can go".
-SUBLAYER_SCORES = {"kl": ("kl", False), "similarity": ("similarity", True)}
-
-
-def choose_sublayers(subject: Subject, part: str, count: int, score: str, what: str) -> tuple[int, ...]:
-    """The `count` parent layers whose attention or FFN (`part`) can go first by `score`."""
-    name, highest = SUBLAYER_SCORES[score]
-    values = [float(v) for v in subject.score(f"{part}_{name}", what)]
-    return lowest([-v for v in values] if highest else values, with_part(subject, part), count, what)
-
-
-def with_part(subject: Subject, part: str) -> list[int]:
-    """Parent layers of the blocks that have attention or an FFN (`part`)."""
-    return [b.parents[0] for b in subject.spec.layers if getattr(b, part) is not None and not b.branches]
+RANKINGS = {
+    "joint": Ranking(
+        "attention_order",
+        order=("attentions", " with runs of this length; lower count or raise fuse_ffn's max_run"),
+    ),
+    "kl": Ranking("attention_kl"),
+    "similarity": Ranking("attention_similarity", highest=True),
+}
 
 
-class PruneAttention(Step):
+class PruneAttention(Ranked):
     """Drop attention in `layers`, or in the `count` layers that matter least by `score`.
 
     score: `joint` re-scores after each removal, with the runs that form fused; `kl` and `similarity` score single
@@ -40,8 +34,6 @@ class PruneAttention(Step):
 
     op: Literal["prune_attention"] = "prune_attention"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_ATTENTION})
-    layers: LayerList | None = None
-    count: Annotated[int, Field(ge=1)] | None = None
     score: Literal["joint", "kl", "similarity"] = "joint"
 
     @model_validator(mode="after")
@@ -49,31 +41,31 @@ class PruneAttention(Step):
         exactly_one("prune_attention", layers=self.layers, count=self.count)
         return self
 
-    def needs(self) -> frozenset[str]:
-        if self.layers is not None:
-            return frozenset()
-        return frozenset(
-            {"attention_order" if self.score == "joint" else f"attention_{SUBLAYER_SCORES[self.score][0]}"}
-        )
+    def ranking(self) -> Ranking:
+        return RANKINGS[self.score]
 
-    def resolve(self, subject: Subject) -> PruneAttention:
-        if self.count is None:
-            return self
-        if self.score != "joint":
-            layers = choose_sublayers(subject, "attention", self.count, self.score, "prune_attention")
-            return PruneAttention(layers=layers)
-        present = set(with_part(subject, "attention"))
-        order = [layer for layer in subject.score("attention_order", "prune_attention") if layer in present]
-        if len(order) < self.count:
-            raise subject.refuse(
-                f"prune_attention: {self.count} attentions asked for, only {len(order)} can go with runs of this "
-                "length; lower count or raise fuse_ffn's max_run"
-            )
-        return PruneAttention(layers=tuple(sorted(order[: self.count])))
+    def candidates(self, subject: Subject) -> list[int]:
+        return with_part(subject, "attention")
+
+    def requests(self, subject: Subject) -> tuple[Request, ...]:
+        return (*super().requests(subject), Dropped("ffn_dependency", self))
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)
         return drop_part(subject, "attention", self.layers or ())
+
+
+@dataclass(frozen=True)
+class Dropped(Request):
+    """Attentions will be gone; which ones, other scores may tell."""
+
+    step: PruneAttention
+
+    def layers(self, subject: Subject) -> tuple[int, ...]:
+        """Parent layers of these attentions, by the scores that `subject` knows."""
+        resolved = self.step.resolve(subject)
+        assert isinstance(resolved, PruneAttention)
+        return resolved.layers or ()
 
 
 def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple[int, ...]) -> Plan:

@@ -9,14 +9,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one, lowest
+from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.ranked import Ranked, Ranking
 
-BLOCK_SCORES = {"rescored": "block_order", "influence": "block_influence", "kl": "block_kl"}
+RANKINGS = {
+    "rescored": Ranking("block_order", order=("blocks", "")),
+    "influence": Ranking("block_influence"),
+    "kl": Ranking("block_kl"),
+}
 
 
-class PruneBlocks(Step):
+class PruneBlocks(Ranked):
     """Drop blocks `layers`, or the `count` of least `score`, or the contiguous `window` of least angular distance.
 
     score: `rescored` scores what is left after each removal; `kl` and `influence` score single removals on the intact
@@ -25,8 +29,6 @@ class PruneBlocks(Step):
 
     op: Literal["prune_blocks"] = "prune_blocks"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_LAYERS})
-    layers: LayerList | None = None
-    count: Annotated[int, Field(ge=1)] | None = None
     window: Annotated[int, Field(ge=1)] | None = None
     score: Literal["rescored", "influence", "kl"] = "influence"
 
@@ -35,24 +37,19 @@ class PruneBlocks(Step):
         exactly_one("prune_blocks", layers=self.layers, count=self.count, window=self.window)
         return self
 
-    def needs(self) -> frozenset[str]:
-        if self.layers is not None:
-            return frozenset()
-        return frozenset({"angular_distance" if self.window else BLOCK_SCORES[self.score]})
+    def ranking(self) -> Ranking:
+        return RANKINGS[self.score]
 
-    def resolve(self, subject: Subject) -> PruneBlocks:
-        if self.layers is not None:
-            return self
-        if self.window is not None:
-            return PruneBlocks(layers=self._nearest_window(subject, self.window))
-        present = [block.parents[0] for block in subject.spec.layers]
-        if self.score == "rescored":
-            order = [layer for layer in subject.score("block_order", "prune_blocks") if layer in present]
-            if len(order) < (self.count or 0):
-                raise subject.refuse(f"prune_blocks: {self.count} blocks asked for, only {len(order)} can go")
-            return PruneBlocks(layers=tuple(sorted(order[: self.count])))
-        scores = [float(v) for v in subject.score(BLOCK_SCORES[self.score], "prune_blocks")]
-        return PruneBlocks(layers=lowest(scores, present, self.count or 0, "prune_blocks"))
+    def candidates(self, subject: Subject) -> list[int]:
+        return [layer.parents[0] for layer in subject.spec.layers]
+
+    def needs(self) -> frozenset[str]:
+        return super().needs() if self.window is None else frozenset({"angular_distance"})
+
+    def resolve(self, subject: Subject) -> Step:
+        if self.window is None:
+            return super().resolve(subject)
+        return PruneBlocks(layers=self._nearest_window(subject, self.window))
 
     @staticmethod
     def _nearest_window(subject: Subject, size: int) -> tuple[int, ...]:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import Plan, Step, Subject, exactly_one
-from llmsurgeon.operations.prune_attention import SUBLAYER_SCORES, choose_sublayers, drop_part
+from llmsurgeon.operations.base import Plan, Subject, exactly_one
+from llmsurgeon.operations.prune_attention import drop_part
+from llmsurgeon.operations.ranked import Ranked, Ranking, with_part
+
+RANKINGS = {"kl": Ranking("ffn_kl"), "similarity": Ranking("ffn_similarity", highest=True)}
 
 
-class PruneFFN(Step):
+class PruneFFN(Ranked):
     """Drop the FFN in `layers`, or in the `count` layers that matter least by `score`."""
 
     op: Literal["prune_ffn"] = "prune_ffn"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REMOVES_FFN})
-    layers: LayerList | None = None
-    count: Annotated[int, Field(ge=1)] | None = None
     score: Literal["kl", "similarity"] = "kl"
 
     @model_validator(mode="after")
@@ -26,13 +26,11 @@ class PruneFFN(Step):
         exactly_one("prune_ffn", layers=self.layers, count=self.count)
         return self
 
-    def needs(self) -> frozenset[str]:
-        return frozenset() if self.layers is not None else frozenset({f"ffn_{SUBLAYER_SCORES[self.score][0]}"})
+    def ranking(self) -> Ranking:
+        return RANKINGS[self.score]
 
-    def resolve(self, subject: Subject) -> PruneFFN:
-        if self.count is None:
-            return self
-        return PruneFFN(layers=choose_sublayers(subject, "ffn", self.count, self.score, "prune_ffn"))
+    def candidates(self, subject: Subject) -> list[int]:
+        return with_part(subject, "ffn")
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -9,7 +9,7 @@ section 2.2), `magnitude` the product of a channel's weight norms, which needs n
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import FFNSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble, exactly_one
 
 
 def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Tensor:
@@ -72,6 +72,13 @@ def widths_by_loss(losses: Mapping[int, Tensor], keep: float, multiple_of: int) 
     return widths
 
 
+@dataclass(frozen=True)
+class Channels(Request):
+    """The channels of these parent layers' FFNs."""
+
+    layers: frozenset[int]
+
+
 class PruneWidth(Step):
     """Cut FFNs to `width` channels, or to the fraction `keep` rounded to `multiple_of`.
 
@@ -100,6 +107,13 @@ class PruneWidth(Step):
 
     def needs(self) -> frozenset[str]:
         return frozenset(SCORES[self.score])
+
+    def requests(self, subject: Subject) -> tuple[Request, ...]:
+        if self.score != "least_squares":
+            return (*super().requests(subject),)
+        spec = subject.spec
+        layers = frozenset(layer for index in self.affected(subject) for layer in spec.layers[index].parents)
+        return (Channels(SCORES[self.score][0], layers),)
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Channels all alike: which of them are kept changes no shape. For `spread: loss` all layers are alike, too."""

@@ -8,8 +8,8 @@ Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -23,11 +23,26 @@ from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.fit_memory import Text, ternary_bytes
 
 SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
 Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Linears(Request):
+    """Layer -> names inside it of the weights that may become ternary, and on which grid."""
+
+    linears: Mapping[int, Sequence[str]]
+    grid: Grid
+
+
+@dataclass(frozen=True)
+class Norms(Request):
+    """Layer -> paths inside it of the output projections that get a norm."""
+
+    writers: Mapping[int, Sequence[str]]
 
 
 class Ternary(Step):
@@ -92,6 +107,10 @@ class Ternary(Step):
     @property
     def _budget(self) -> bool:
         return bool(self.share or self.max_bytes)
+
+    def requests(self, subject: Subject) -> list[Request]:
+        linears = [Linears(SCORE, self.chosen(subject), self.grid)] if self._budget else []
+        return [*linears, *([Norms(SIZES, self.normed(subject))] if self.sub_norm else [])]
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Of norms that are to be, all but the size of their gains."""

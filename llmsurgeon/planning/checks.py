@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llmsurgeon.analysis.scores import unpadded
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.gate import check_gate
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
 from llmsurgeon.recipe.recipe import Calibration, Recipe
-
-# The score that padded sentences are measured without their padding for.
-SENTENCE_SCORE = "fff"
 
 
 def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
@@ -23,7 +21,7 @@ def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
         if parent.tower and step.tower_refusal:
             raise SurgeryError(f"{parent.name}: {step.tower_refusal.format(kind=parent.model_type)}")
     if recipe.calibration.sentences:
-        others = {name for step in recipe.steps for name in step.needs()} - {SENTENCE_SCORE}
+        others = {name for step in recipe.steps for name in step.needs()} - unpadded()
         if not parent.family.encoder or others:
             raise SurgeryError(
                 f"{parent.name}: calibration.sentences is for encoders, with fff, refit, distill and unscored steps"

@@ -9,7 +9,7 @@ from operations.helpers import declared, some_tokens, taking
 from walk.test_walk import runner_of
 
 from llmsurgeon.analysis.channels import Moments, eliminate_channels
-from llmsurgeon.analysis.fff import AT_ONCE, DAMPING
+from llmsurgeon.analysis.elimination import AT_ONCE, DAMPING
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import family_of
 

@@ -7,16 +7,9 @@ from itertools import combinations
 import pytest
 import torch
 
-from llmsurgeon.analysis.fff import (
-    DAMPING,
-    eliminate,
-    grow_tree,
-    leaf_of,
-    leaf_sums,
-    plant,
-    reach_nodes,
-    share_out,
-)
+from llmsurgeon.analysis.elimination import DAMPING, eliminate
+from llmsurgeon.analysis.fff_leaves import grow_tree, leaf_of, leaf_sums, share_out
+from llmsurgeon.analysis.fff_nodes import plant, reach_nodes
 
 
 def tokens(count=256, width=8, seed=0):
@@ -66,7 +59,7 @@ def error_without(gram, down, gone):
 
 
 def test_neurons_go_in_the_order_of_what_the_others_cannot_make_up_for(monkeypatch):
-    monkeypatch.setattr("llmsurgeon.analysis.fff.AT_ONCE", 1e-9)
+    monkeypatch.setattr("llmsurgeon.analysis.elimination.AT_ONCE", 1e-9)
     active = tokens(400, 7) @ tokens(7, 7, seed=1)
     gram, down = active.T @ active / 400, tokens(7, 5, seed=2)
     damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(7)

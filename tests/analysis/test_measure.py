@@ -11,9 +11,10 @@ from conftest import LAYERS, tiny_model
 from operations.helpers import VARIANTS, logits, naive, skip, some_tokens, stream_of
 from walk.test_walk import runner_of
 
-from llmsurgeon.analysis import measure as measure_module
-from llmsurgeon.analysis import similarity
-from llmsurgeon.analysis.measure import divergences, ffn_dependency, measure, parts_removed, sequences_for
+from llmsurgeon.analysis import divergence, similarity
+from llmsurgeon.analysis.divergence import divergences
+from llmsurgeon.analysis.ffn_dependency import ffn_dependency
+from llmsurgeon.analysis.measure import measure, parts_removed, sequences_for
 from llmsurgeon.analysis.similarity import KLFrom, angular_distance, cosine
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.model.families import family_of
@@ -217,7 +218,8 @@ def test_the_promised_evaluations_are_those_made(monkeypatch):
         def advance(self, amount=1.0):
             done.append((totals[-1][0], amount))
 
-    monkeypatch.setattr(measure_module, "Progress", Recorder)
+    for module in ("measure", "divergence", "ffn_dependency"):
+        monkeypatch.setattr(f"llmsurgeon.analysis.{module}.Progress", Recorder)
     tokens = some_tokens(batch=16, length=6)
     measure(runner_of(tiny_model("llama")), tokens, batch=4)
     ffn_dependency(runner_of(tiny_model("llama")), tokens, frozenset(), batch=4)
@@ -238,7 +240,7 @@ def test_parts_removed():
 @pytest.mark.parametrize(("rows", "head_rows"), [([5, 5, 5], 4), ([5, 2, 3], 7), ([5, 1, 5], 256)])
 def test_divergences_do_not_depend_on_how_rows_are_grouped(rows, head_rows, monkeypatch):
     """Against log-softmax in float64, one variant and one sequence at a time."""
-    monkeypatch.setattr(measure_module, "HEAD_ROWS", head_rows)
+    monkeypatch.setattr(divergence, "HEAD_ROWS", head_rows)
     runner = runner_of(tiny_model("llama"))
     torch.manual_seed(0)
     streams = torch.randn(3, 5, 10, 32)

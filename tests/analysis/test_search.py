@@ -9,16 +9,11 @@ from conftest import LAYERS, tiny_model
 from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
 from walk.test_walk import CountingReads, runner_of
 
+from llmsurgeon.analysis.attention_order import default_count, runs_of, search_attentions, variant_without
+from llmsurgeon.analysis.block_order import search_blocks
+from llmsurgeon.analysis.greedy import order_of
 from llmsurgeon.analysis.measure import measure
-from llmsurgeon.analysis.search import (
-    default_count,
-    few,
-    order_of,
-    runs_of,
-    search_attentions,
-    search_blocks,
-    variant_without,
-)
+from llmsurgeon.analysis.score import few
 from llmsurgeon.analyze import analyze
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention

@@ -9,7 +9,8 @@ import torch
 from conftest import ENCODER_NAMES, tiny_encoder, tiny_model
 from operations.helpers import layers_of, logits, operate, some_tokens, subject_of, taking
 
-from llmsurgeon.analysis.fff import leaf_of, reach_nodes
+from llmsurgeon.analysis.fff_leaves import leaf_of
+from llmsurgeon.analysis.fff_nodes import reach_nodes
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.model.costs import costs
@@ -24,9 +25,8 @@ TOKENS = some_tokens(24, 16)
 
 
 def scores_of(model, *steps, tokens=TOKENS):
-    _, weights, config = subject_of(model)
-    runner = LayerRunner(config, weights, model.dtype)
-    return compute_scores(frozenset({"fff"}), runner, tokens, steps, lambda s: subject_of(model, s)[0])
+    subject, weights, config = subject_of(model)
+    return compute_scores(steps, LayerRunner(config, weights, model.dtype), tokens, subject)
 
 
 def converted(model, step, tokens=TOKENS):

@@ -28,10 +28,8 @@ TOKENS = some_tokens(8, 16)
 
 
 def scores_of(model, *steps):
-    _, weights, config = subject_of(model)
-    runner = LayerRunner(config, weights, model.dtype)
-    needed = frozenset().union(*(step.needs() for step in steps))
-    return compute_scores(needed, runner, TOKENS, steps, lambda s: subject_of(model, s)[0])
+    subject, weights, config = subject_of(model)
+    return compute_scores(steps, LayerRunner(config, weights, model.dtype), TOKENS, subject)
 
 
 class Behind(nn.Module):

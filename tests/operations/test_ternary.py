@@ -81,9 +81,8 @@ def test_layers_modules_embedding_and_head():
 
 
 def scores_of(model, step):
-    _, weights, config = subject_of(model)
-    runner = LayerRunner(config, weights, model.dtype)
-    return compute_scores(step.needs(), runner, TOKENS, (step,), lambda s: subject_of(model, s)[0])
+    subject, weights, config = subject_of(model)
+    return compute_scores((step,), LayerRunner(config, weights, model.dtype), TOKENS, subject)
 
 
 def test_a_share_takes_the_cheapest_and_resolves_to_modules():

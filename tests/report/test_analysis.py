@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmsurgeon.analysis.measure import Measurements, Score
-from llmsurgeon.analysis.search import Choice
+from llmsurgeon.analysis.greedy import Choice
+from llmsurgeon.analysis.measure import LayerScore, Measurements
 from llmsurgeon.analyze import Analysis
 from llmsurgeon.report.analysis import MATRICES, SCORES, html_report
 from llmsurgeon.report.charts import Scale, ramp_css, ranges, shade
@@ -250,7 +250,7 @@ def test_the_report_of_an_analysis_can_be_shown():
     def nan(*shape):
         return torch.full(shape, float("nan"))
 
-    scores = {name: Score.of(torch.rand(4, 1 if name == "ffn_kl" else 3)) for name in SCORES}
+    scores = {name: LayerScore.of(torch.rand(4, 1 if name == "ffn_kl" else 3)) for name in SCORES}
     arrays = {"block_dependency": nan(4, 4), "angular_distance": nan(4, 4), "ffn_channel": torch.rand(4, 8)}
     analysis = Analysis(
         model="lab/model",

@@ -56,8 +56,8 @@ def case_of(folder, steps=NARROW, family="bert", padding=0, head=None):
     parent = LayerRunner(config, base, torch.float32, padding=padding)
     parent_spec, weights = subject.spec, base
     for step in steps:
-        if needs := step.needs():
-            scored = compute_scores(needs, parent, tokens, (step,), lambda s: subject_of(tiny_encoder(family), s)[0])
+        if step.needs():
+            scored = compute_scores((step,), parent, tokens, subject_of(tiny_encoder(family))[0])
             subject = replace(subject, scores=scored)
         plan = step.plan(subject)
         weights, subject = TransformedWeights(weights, plan.transforms), subject.after(plan)

@@ -96,7 +96,7 @@ def refitted(model, step, tokens, store, fit=True, damage=()):
     """(config, weights) of the converted model, refitted or not; `damage` are edits of the student."""
     subject, base, config = subject_of(model)
     runner = LayerRunner(config, base, model.dtype)
-    scores = compute_scores(step.needs(), runner, tokens, [step], lambda s: subject_of(model, s)[0])
+    scores = compute_scores([step], runner, tokens, subject)
     subject = subject_of(model, scores)[0]
     plan = step.resolve(subject).plan(subject)
     weights = TransformedWeights(TransformedWeights(base, plan.transforms), damage)

@@ -1,0 +1,60 @@
+"""How far a changed model's outputs are from the parent's.
+
+Shapes: S sequences, T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.analysis.similarity import KLFrom, cosine_distance
+from llmsurgeon.progress import Progress
+from llmsurgeon.walk.runner import LayerRunner
+
+# Logits are compared at every KL_STRIDE-th position: neighbours say much the same, and the head is dear.
+KL_STRIDE = 4
+# Rows of logits that are made at a time.
+HEAD_ROWS = 256
+
+
+def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], parent: Tensor | None = None) -> Tensor:
+    """KL(parent || variant) per sequence from what left the last layer, at every KL_STRIDE-th position.
+
+    For an encoder, whose hidden states are what it is for, 1 - cos(parent's last state, variant's) takes the place of
+    the KL.
+
+    Args:
+        streams: [variants, S, T, D]; `parent` [S, T, D] is streams[0] unless given.
+
+    Returns:
+        [variants, S] in nats (cosine distances for an encoder), NaN beyond a variant's rows.
+    """
+    output = runner.states if runner.family.encoder else runner.final
+    parent = streams[0] if parent is None else parent
+    # From the end: the first positions see next to no context.
+    positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
+    each, total = len(positions), streams.shape[1] * len(positions)
+    result = torch.full((len(streams), total), float("nan"))
+    with torch.no_grad(), Progress("compare outputs", float(sum(rows) * each), "positions") as progress:
+        for start in range(0, total, HEAD_ROWS):
+            taken = torch.arange(start, min(start + HEAD_ROWS, total))
+            sequence, position = taken // each, positions[taken % each]
+            distance = _distance_from(runner, output(parent[sequence, position].to(runner.device)))
+            for variant, count in enumerate(rows):
+                stop = min(start + HEAD_ROWS, count * each)
+                if start < stop:
+                    own = slice(0, stop - start)
+                    mine = output(streams[variant, sequence[own], position[own]].to(runner.device))
+                    result[variant, start:stop] = distance(mine).cpu()
+                    progress.advance(stop - start)
+    return result.view(len(streams), -1, each).mean(-1)
+
+
+def _distance_from(runner: LayerRunner, parent: Tensor) -> Callable[[Tensor], Tensor]:
+    """What measures rows of output against the parent's, or against as many of its first rows."""
+    if runner.family.encoder:
+        return lambda mine: cosine_distance(parent[: len(mine)], mine)
+    return KLFrom(parent)

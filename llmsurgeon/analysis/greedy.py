@@ -1,0 +1,78 @@
+"""One layer after the other goes, each time the one that costs the logits least (SLEB, arXiv 2402.09025).
+
+Single removals, scored on the intact model, say little about the eighth removal: every choice here is made by what
+dropping does to the logits, and scored anew after each step, with the replace-one score of Puzzle (arXiv 2411.19146).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmsurgeon.analysis.divergence import divergences
+from llmsurgeon.progress import Progress
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
+
+# Tokens that rank the candidates: layers differ far more than these few tokens' means are unsure.
+SEARCH_TOKENS = 1536
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One step of the search: the layer whose parts went, the KL afterwards, what the others would have cost."""
+
+    layer: int
+    kl: float
+    candidates: dict[int, float]
+
+
+def greedy(
+    runner: LayerRunner,
+    tokens: Tensor,
+    count: int,
+    increase: dict[int, float],
+    variant: Callable[[frozenset[int]], Variant],
+    allowed: Callable[[frozenset[int]], bool],
+    widths: tuple[int, int],
+    batch: int,
+    title: str,
+) -> list[Choice]:
+    """Remove the layer that raises the KL least, `count` times.
+
+    Args:
+        increase: by candidate, how much its removal is thought to raise the KL.
+        variant: the parent without these layers' parts; `allowed` tells whether they may go together.
+        widths: how many candidates are scored in the first step, and in later ones: those of least `increase`.
+    """
+    parent: Tensor | None = None
+    dropped: frozenset[int] = frozenset()
+    choices: list[Choice] = []
+    current = 0.0
+    with Progress(title, count, "steps") as progress:
+        for step in range(count):
+            ranked = sorted(increase, key=lambda c: (increase[c], c))
+            open_ = [layer for layer in ranked if layer not in dropped and allowed(dropped | {layer})]
+            candidates = sorted(open_[: widths[1] if step else widths[0]])
+            if not candidates:
+                break
+            variants = [variant(dropped), *(variant(dropped | {layer}) for layer in candidates)]
+            streams = walk(runner, tokens, variants, batch=batch)
+            parent = streams[0].clone() if parent is None else parent
+            kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()
+            scored = dict(zip(candidates, kl[1:], strict=True))
+            for layer, value in scored.items():
+                increase[layer] = value - current
+            best = min(scored, key=lambda layer: (scored[layer], layer))
+            dropped, current = dropped | {best}, scored[best]
+            choices.append(Choice(best, current, scored))
+            progress.advance()
+    return choices
+
+
+def order_of(choices: list[Choice]) -> list[int]:
+    """Layers in the order in which their parts go."""
+    return [choice.layer for choice in choices]

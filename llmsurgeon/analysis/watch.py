@@ -1,0 +1,64 @@
+"""Layers of the parent watched one at a time, while one walk over calibration text passes through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Protocol, TypeVar
+
+from torch import Tensor, nn
+
+from llmsurgeon.progress import Progress
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import Parts, walk
+
+Found = TypeVar("Found")
+Told = TypeVar("Told", covariant=True)
+
+
+class Watcher(Protocol[Told]):
+    """Watches one loaded layer."""
+
+    def see(self, part: slice, parts: Parts) -> None:
+        """Some sequences have gone through the layer."""
+
+    def found(self) -> Told:
+        """What came of it; the walk has left the layer."""
+
+
+def watch(
+    runner: LayerRunner,
+    tokens: Tensor,
+    watchers: Callable[[int, nn.Module], Watcher[Found]],
+    layers: Collection[int],
+    title: str,
+    batch: int = 4,
+) -> dict[int, Found]:
+    """Layer -> what its watcher found, of those of `layers` that have an FFN.
+
+    Args:
+        tokens: [S, T].
+        watchers: makes one for a layer whose weights are there: (layer, module).
+    """
+    found: dict[int, Found] = {}
+    current: dict[int, Watcher[Found]] = {}
+    with Progress(title, len(layers), "layers") as progress:
+
+        def leave() -> None:
+            while current:
+                layer, watcher = current.popitem()
+                found[layer] = watcher.found()
+                progress.advance()
+
+        def enter(layer: int, module: nn.Module) -> None:
+            leave()
+            if layer in layers and runner.feeds_forward(layer):
+                current[layer] = watchers(layer, module)
+
+        def observe(layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
+            if layer in current:
+                current[layer].see(part, mine)
+
+        walk(runner, tokens, [Variant()], observe, batch=batch, enter=enter)
+        leave()
+    return found
