@@ -12,8 +12,10 @@ import torch
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.formats.form import Written
+from llmsurgeon.formats.surgeon import registering
 from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 
+PARTS_FILE = "surgeon_blocks.py"
 GENERATION = "generation_config.json"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -29,7 +31,10 @@ def write_beside(stage: Stage, written: Written, checkpoint: Checkpoint) -> None
     if settings and GENERATION not in {companion.name for companion in companions}:
         stage.write_file(GENERATION, json.dumps(settings, indent=2) + "\n")
     for path in written.code:
-        stage.copy_file(path)
+        if path.name == PARTS_FILE and written.parts:
+            stage.write_file(path.name, path.read_text(encoding="utf-8") + registering(written.parts))
+        else:
+            stage.copy_file(path)
 
 
 def generation_settings(raw: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

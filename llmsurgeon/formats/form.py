@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,7 @@ class Body:
     spec: what it describes, padding included.
     loads: where such a checkpoint loads, in a sentence or two.
     code: files to ship beside it.
+    parts: kind -> file of those parts whose forward surgeon_blocks.py does not have.
     why: why it is described so, where that goes without the reason for choosing the form.
     alone: whether the student's own tensors run under `config`; else they run under the surgeon form's, and are padded
         to the shapes of `config`.
@@ -41,6 +42,7 @@ class Body:
     spec: ModelSpec
     loads: str
     code: tuple[Path, ...] = ()
+    parts: Mapping[str, Path] = field(default_factory=dict)
     why: str | None = None
     alone: bool = False
 
@@ -140,6 +142,7 @@ class Written:
 
     config: config.json, of a vision-language model the text tower's.
     code: files to ship beside it.
+    parts: kind -> file of those parts whose forward surgeon_blocks.py does not have.
     why: why this form and none that more engines read.
     loads: where a checkpoint in this form loads, in a sentence or two.
     spec: what the checkpoint describes; padding included.
@@ -157,6 +160,7 @@ class Written:
     spec: ModelSpec
     student: dict[str, Any]
     transforms: tuple[WeightTransform, ...] = ()
+    parts: Mapping[str, Path] = field(default_factory=dict)
     tower: Whole | None = None
     packing: Packing | None = None
 

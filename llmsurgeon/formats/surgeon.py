@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.form import Body, CheckpointForm, modeling_files
 from llmsurgeon.model.block_transformer import to_block_transformer
 from llmsurgeon.model.families import SURGEON_PREFIX, Family, family_of
+from llmsurgeon.model.parts import ATTENTIONS, FFNS, Part
 from llmsurgeon.model.spec import ModelSpec, to_block_configs
 
 LOADS = (
@@ -25,6 +29,10 @@ BLOCKS = (
     "surgeon_versions.py",
 )
 BLOCK_TRANSFORMER = ("surgeon_block_transformer.py",)
+
+
+# Its tables of parts, each with ours: what a `kind` is in the code and in the description.
+TABLES: tuple[tuple[str, Mapping[str, type[Part]]], ...] = (("ATTENTIONS", ATTENTIONS), ("FFNS", FFNS))
 
 
 def is_surgeon(config: Mapping[str, Any]) -> bool:
@@ -69,11 +77,43 @@ def classes_for(raw: Mapping[str, Any], family: Family) -> tuple[type, type]:
     Raises:
         SurgeryError: it is a block transformer, and its family has none.
     """
+    register_parts()
     if not raw.get("block_transformer"):
         return surgeon_classes(family)
     if reason := family.no_block_form():
         raise SurgeryError(f"config.json: block_transformer in a {family.model_type} model: {reason}")
     return surgeon_classes(family, True)
+
+
+def parts_with_code() -> dict[str, tuple[str, Path]]:
+    """kind -> (its table in surgeon_blocks.py, its file), of those parts that bring the code of their forward."""
+    return {kind: (name, part.code) for name, table in TABLES for kind, part in table.items() if part.code}
+
+
+def register_parts() -> None:
+    """Let this package's surgeon_blocks.py know the forward of parts that bring their own."""
+    blocks = importlib.import_module("llmsurgeon.modeling.surgeon_blocks")
+    for kind, (table, path) in parts_with_code().items():
+        if kind not in getattr(blocks, table):
+            getattr(blocks, table)[kind] = _loaded(path).install
+
+
+def _loaded(path: Path) -> ModuleType:
+    spec = spec_from_file_location(f"llmsurgeon.modeling.{path.stem}", path)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def registering(parts: Mapping[str, Path]) -> str:
+    """The lines at the end of a checkpoint's surgeon_blocks.py that let it know these parts, kind -> file."""
+    tables = {kind: table for kind, (table, _) in parts_with_code().items()}
+    rows = (
+        f"from .{path.stem} import install as _{kind}  # noqa: E402\n\n{tables[kind]}[{kind!r}] = _{kind}\n"
+        for kind, path in sorted(parts.items())
+    )
+    return "".join(f"\n{row}" for row in rows)
 
 
 def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body:
@@ -96,7 +136,8 @@ def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body
     }
     made = config_class.spelled_for_file(made)  # type: ignore[attr-defined]
     code = modeling_files((*BLOCKS, *(BLOCK_TRANSFORMER if block_transformer else ()), f"{module}.py"))
-    return Body(made, spec, LOADS, code, alone=True)
+    parts = {part.kind: part.code for layer in spec.layers for part in layer.all_parts if part.code}
+    return Body(made, spec, LOADS, (*code, *parts.values()), parts, alone=True)
 
 
 SURGEON = CheckpointForm(

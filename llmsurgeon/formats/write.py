@@ -34,7 +34,9 @@ def write_config(spec: ModelSpec, family: Family, source: Config, wanted: Wanted
         form, why = CHECKPOINTS[wanted], odd(spec, family, config) or "asked for"
         _refuse_misfit(form, spec, family, config)
     body = form.describe(spec, family, config)
-    made = Written(form, body.config, body.code, body.why or why, body.loads, body.spec, student=body.config)
+    made = Written(
+        form, body.config, body.code, body.why or why, body.loads, body.spec, student=body.config, parts=body.parts
+    )
     if body.alone:
         return made
     student = SURGEON.describe(spec, family, config).config

@@ -59,6 +59,11 @@ class LayerSpec:
         return own + tuple(ffn for branch in self.branches for ffn in branch.ffns)
 
     @property
+    def all_parts(self) -> tuple[Part, ...]:
+        """Its attention and FFN, and those of its branches."""
+        return self.parts + tuple(part for branch in self.branches for part in branch.all_parts)
+
+    @property
     def empty(self) -> bool:
         """True where the layer only passes its input on."""
         return self.attention is None and self.ffn is None and not self.branches

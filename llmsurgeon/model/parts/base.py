@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import ClassVar
 
 SUB_NORM = "has a norm before an output projection"
@@ -51,12 +52,15 @@ class Part:
     kind: its name in `block_configs`, and in the tables of this room.
     own_kind: what it has that no family's own class has, as a verb and its object; None without such a thing.
     forbids: what it does not bear being done to it; `in_order` then says how to go about it.
+    code: the file with its forward, where surgeon_blocks.py has none: a function `install(block, entry, config)` that
+        puts the part into a block of its family's own. It ships in checkpoints and imports nothing of ours.
     """
 
     kind: ClassVar[str]
     own_kind: ClassVar[str | None] = None
     forbids: ClassVar[frozenset[Touch]] = frozenset()
     in_order: ClassVar[str] = ""
+    code: ClassVar[Path | None] = None
 
     @property
     def normed(self) -> bool:
