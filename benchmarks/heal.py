@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from llmsurgeon.cli.evaluate import SEED
-from llmsurgeon.evaluation.decoders import evaluate
+from llmsurgeon.evaluate import SEED
+from llmsurgeon.evaluation.decoders import evaluate_decoder
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.heal import heal
 from llmsurgeon.recipe.recipe import load, loads
@@ -34,7 +34,7 @@ def quality(student: str, parent: str, texts: list[str], tokens: int, length: in
     found = {}
     for text in texts:
         windows = calibration_tokens(parent, tokenizer, text=text, tokens=tokens, sequence_length=length, seed=SEED)
-        measured = evaluate(models[0], windows, models[1])
+        measured = evaluate_decoder(models[0], windows, models[1])
         found[Path(text).name] = {
             "perplexity_ratio": measured.perplexity_ratio,
             "interval": measured.perplexity_ratio_interval,

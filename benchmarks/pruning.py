@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmsurgeon import run  # noqa: E402
-from llmsurgeon.evaluation.decoders import evaluate  # noqa: E402
+from llmsurgeon.evaluation.decoders import evaluate_decoder  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
@@ -68,7 +68,7 @@ def main() -> None:
             row: dict[str, Any] = {"cut": label, "seconds": round(seconds)}
             row["parameters"] = outcome.planned.after.parameters / outcome.planned.before.parameters
             for name, windows in texts.items():
-                found = evaluate(student, windows, parent)
+                found = evaluate_decoder(student, windows, parent)
                 row[name] = [found.perplexity_ratio, found.perplexity_ratio_interval]
         rows.append(row)
         print(json.dumps(row), flush=True)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from llmsurgeon.boundary.foreign import printable
 
 T = TypeVar("T")
+Say = Callable[[str], None]
 
 LINE_SECONDS = 10.0  # between two plain lines, where stderr is a file or a pipe
 _quiet = False
@@ -24,6 +25,10 @@ def set_quiet(quiet: bool) -> None:
     """Switch progress output off (or on again) for the whole process."""
     global _quiet
     _quiet = quiet
+
+
+def silent(line: str) -> None:
+    """What a verb says its remarks to where nobody listens."""
 
 
 def remark(line: str) -> None:

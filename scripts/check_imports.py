@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
     # Operations name weight edits (checkpoint.transform) and know no files but those that a step names.
     "operations": {"errors", "boundary", "model", "checkpoint.transform", "text.files"},
     "recipe": GROUND | {"operations", "text.files", "formats.names"},
-    "evaluation": FILES | {"formats", "walk", "text", "recipe"},
+    "evaluation": FILES | {"formats", "vocabulary", "walk", "text", "recipe"},
     "analysis": FILES | {"formats", "walk", "text", "evaluation", "operations"},
     "report": FILES | {"formats", "healing", "evaluation"},
     "healing": FILES | {"formats", "walk", "text", "evaluation", "operations"},
@@ -48,13 +48,15 @@ ARROWS: dict[str, set[str]] = {
 ROOMS = FILES | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "planning"}
 STORY = ROOMS | {"analysis", "healing", "evaluation", "report"}
 # The verbs: each tells its story by calling rooms; the command line calls verbs.
-VERBS = {"analyze", "run", "heal", "export"}
+VERBS = {"analyze", "run", "heal", "evaluate", "bench", "export", "inspect", "verify"}
 ARROWS |= {
     **dict.fromkeys(VERBS, STORY),
     "heal": STORY | {"run"},
+    "bench": STORY | {"export"},
     "cli": STORY | VERBS,
     "__main__": {"cli"},
-    "__init__": set(),
+    # Lazily: `from llmsurgeon import run` is the verb.
+    "__init__": VERBS,
 }
 
 # Other people's packages that a part must not know at all.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
+from llmsurgeon.errors import SurgeryError
+
 MOST_TOKENS = 1_000_000_000
 LONGEST_SEQUENCE = 1 << 20
 MOST_SEQUENCES = 1 << 16  # of a batch
@@ -15,3 +19,15 @@ LARGEST_SIZE = 1 << 24
 LONGEST_TOKEN = 4096  # characters of one token of a GGUF file's tokenizer
 MOST_FIELDS, MOST_TENSORS, MOST_VALUES = 1 << 16, 1 << 20, 1 << 24
 LARGEST_SEED = (1 << 32) - 1
+
+
+def check_threads(count: int | None) -> int | None:
+    """A number of threads, None for as many as there are CPUs.
+
+    Raises:
+        SurgeryError: more than there are, or none.
+    """
+    there = os.cpu_count() or 1
+    if count is not None and not 1 <= count <= there:
+        raise SurgeryError(f"--threads {count}: expected 1 to {there}, as many as this machine has")
+    return count

@@ -15,8 +15,8 @@ from llmsurgeon.cli.options import (
     Batch,
     Seed,
     TrustRemoteCode,
-    dtype_of,
     length_option,
+    short_name,
     text_file,
     tokens_option,
     usable_device,
@@ -24,9 +24,9 @@ from llmsurgeon.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from llmsurgeon.analyze import Analysis
+    from llmsurgeon.analysis.result import Analysis
 
-SEQUENCE_LENGTH = 256
+FILES = ("report.json", "scores.safetensors", "suggested.yaml", "report.html")
 
 
 def register(app: typer.Typer) -> None:
@@ -63,50 +63,35 @@ def analyze_command(
     Layers are read one at a time, so the model may be larger than memory. Without --text or --dataset the
     calibration text is sampled from the model itself.
     """
-    from llmsurgeon.analysis.attention_order import default_count
-    from llmsurgeon.analyze import analyze, write_analysis
-    from llmsurgeon.checkpoint.staging import existing
-    from llmsurgeon.checkpoint.writer import Stage
-    from llmsurgeon.planning.inputs import Inputs
-    from llmsurgeon.planning.opened import open_model
-    from llmsurgeon.planning.options import Options
-    from llmsurgeon.planning.texts import Texts
-    from llmsurgeon.recipe.recipe import Calibration
+    from llmsurgeon.analyze import analyze
 
-    parent = open_model(model, revision, trust_remote_code)
-    inputs = Inputs.of("analyze", {"model": parent.checkpoint}, None, Options())
-    if text:
-        inputs.watch_text("text", text)
-    if seq_len is None:
-        seq_len = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
-    source = Path(model)
-    folder = Path(out or f"{source.stem if source.suffix == '.gguf' else source.name}-analysis")
-    # The refit of the suggested recipe wants more text than the scores do.
-    fit_tokens = max(tokens, 65_536)
-    fit_on = {"text": text, "dataset": dataset, "tokens": fit_tokens, "sequence_length": seq_len}
-    # Opened before anything is measured: a folder that cannot be written is heard of at once.
-    with Stage.open(
+    folder = out or f"{short_name(model)}-analysis"
+    result = analyze(
+        model,
         folder,
-        job=inputs.job(),
+        text=text,
+        dataset=dataset,
+        tokens=tokens,
+        sequence_length=seq_len,
+        drop=drop,
+        max_run=max_run,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        revision=revision,
         overwrite=overwrite,
-        sources=(parent.checkpoint.path, *existing(text, dataset)),
-    ) as stage:
-        calibration = Calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=seq_len, seed=seed)
-        options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
-        texts = Texts(parent, calibration, tokens, options)
-        windows = texts.windows
-        count = default_count(len(parent.spec.layers)) if drop is None else drop
-        result = analyze(texts.runner, windows, model, texts.description, count, max_run, batch, say)
-        stage.confirm(inputs.check)
-        files = [folder / written.name for written in write_analysis(stage, result, fit_on)]
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
     if as_json:
         print(json.dumps(result.report(), allow_nan=False))
         return
-    print_analysis(result, files, fit_tokens)
+    print_analysis(result, Path(folder))
 
 
-def print_analysis(result: Analysis, files: list[Path], fit_tokens: int) -> None:
-    """The suggestion and the scores behind it; `fit_tokens` is what the suggested recipe is calibrated on."""
+def print_analysis(result: Analysis, folder: Path) -> None:
+    """The suggestion and the scores behind it, and what lies in the folder now."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -129,8 +114,7 @@ def print_analysis(result: Analysis, files: list[Path], fit_tokens: int) -> None
         names = ("attention_kl", "ffn_kl", "block_kl", "attention_similarity", "block_influence")
         table.add_row(str(layer), *(f"{scores[name].mean[layer]:.4f}" for name in names), ", ".join(notes))
     console().print(table)
-    for file in files:
-        tell(f"wrote {file}")
-    suggested = next(file for file in files if file.name == "suggested.yaml")
-    tell(f"next: llmsurgeon run {shlex.quote(str(suggested))} -o OUT")
-    tell(f"      (its refit takes {fit_tokens:,} tokens; --tokens N for fewer)")
+    for name in FILES:
+        tell(f"wrote {folder / name}")
+    tell(f"next: llmsurgeon run {shlex.quote(str(folder / 'suggested.yaml'))} -o OUT")
+    tell(f"      (its refit takes {result.refit_on['tokens']:,} tokens; --tokens N for fewer)")

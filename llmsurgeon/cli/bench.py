@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from enum import StrEnum
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES
+from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES, check_threads
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import Rounds, TrustRemoteCode, usable_device, usable_threads, whole
-from llmsurgeon.errors import SurgeryError
+from llmsurgeon.cli.options import Rounds, TrustRemoteCode, usable_device, whole
 
 if TYPE_CHECKING:
-    from llmsurgeon.evaluation.latency import Bench
+    from rich.table import Table
+
+    from llmsurgeon.evaluation.speed import Bench, Speedup, Spread
+
+
+PAIRED = (
+    "speedup: the parent's seconds / the model's in the same round, median [quartiles] of these ratios; on a machine "
+    "whose speed changes it need not be the ratio of the two medians beside it"
+)
 
 
 class Engine(StrEnum):
@@ -44,7 +50,7 @@ def bench_command(
     ] = None,
     rounds: Rounds = 5,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=usable_threads)
+        int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=check_threads)
     ] = None,
     device: Annotated[
         str, typer.Option(help="cpu, cuda, cuda:1 ...; cpu in llama.cpp.", callback=usable_device)
@@ -63,75 +69,88 @@ def bench_command(
 
     In llama.cpp, models that are no GGUF file are exported to a temporary one first.
     """
-    from llmsurgeon.evaluation.latency import bench_table
+    from llmsurgeon.bench import bench
 
-    sizes: dict[str, Any] = {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
-    if engine is Engine.LLAMA_CPP:
-        if batch != 1 or device != "cpu" or dtype:
-            raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
-        result = _in_llamacpp(model, against, type or "F16", revision, trust_remote_code, threads, sizes)
-    else:
-        if type:
-            raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
-        result = _in_transformers(model, against, dtype, device, revision, threads, {"batch": batch, **sizes})
+    result = bench(
+        model,
+        against,
+        engine=engine.value,
+        batch=batch,
+        prompt=prompt,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        type=type,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        say=say,
+    )
     if as_json:
         print(json.dumps({"name": model, "parent_name": against, **result.to_dict()}))
         return
-
     console().print(bench_table(result))
 
 
-def _in_transformers(
-    model: str,
-    against: str | None,
-    dtype: str | None,
-    device: str,
-    revision: str | None,
-    threads: int | None,
-    sizes: dict[str, Any],
-) -> Bench:
-    import torch
+def bench_table(bench: Bench) -> Table:
+    """The figures as a rich table: a row a quantity, medians with [quartiles]; under it what the speedup is of."""
+    from rich.table import Table
 
-    from llmsurgeon.cli.options import dtype_of
-    from llmsurgeon.evaluation.latency import benchmark
-    from llmsurgeon.formats.loading import load_model
+    decoded = f", {bench.new_tokens} new tokens" if bench.new_tokens else ""
+    title = f"batch {bench.batch}, prompt {bench.prompt}{decoded}, {bench.rounds} rounds"
+    table = Table(
+        title=f"{title}; {bench.engine}, {bench.device}, {bench.dtype}, {bench.threads} threads", title_justify="left"
+    )
+    table.add_column("")
+    for name in ("parent", "model", "speedup") if bench.parent else ("model",):
+        table.add_column(name, justify="right")
+    speeds = [bench.parent, bench.model] if bench.parent else [bench.model]
 
-    if threads:
-        torch.set_num_threads(threads)
-    student = load_model(model, dtype=dtype_of(dtype), device=device, revision=revision)
-    parent = load_model(against, dtype=dtype_of(dtype), device=device) if against else None
-    return benchmark(student, parent, **sizes)
+    def rates(name: str, field: str, speedup: Speedup | None) -> None:
+        if getattr(speeds[0], field) is None:
+            return
+        cells = [
+            _cell(getattr(speed, field), ",.0f" if getattr(speed, field).median >= 100 else ".3g") for speed in speeds
+        ]
+        table.add_row(name, *cells, *([_cell(speedup, ".2f") + " x"] if speedup else []))
+
+    def sizes(name: str, field: str, unit: float, form: str) -> None:
+        values = [getattr(speed, field) for speed in speeds]
+        if None not in values and (any(values) or not field.startswith("kv_")):
+            ratio = [f"{values[1] / values[0]:.2f} of parent"] if bench.parent and values[0] else []
+            table.add_row(name, *(format(value / unit, form) for value in values), *ratio)
+
+    once = "prefill" if bench.new_tokens else "forward"
+    rates(f"{once}, tokens/s", "prefill_tokens_per_second", bench.prefill_speedup)
+    rates("decode, tokens/s", "decode_tokens_per_second", bench.decode_speedup)
+    sizes("weights, MB", "parameter_bytes", 1e6, ",.1f")
+    sizes("KV cache, MB", "kv_cache_bytes", 1e6, ",.1f")
+    sizes("KV cache, bytes a token", "kv_bytes_per_token", 1, ",.0f")
+    if bench.new_tokens:
+        sizes("weights + KV cache, MB", "memory_bytes", 1e6, ",.1f")
+    sizes("CUDA peak, MB", "peak_memory_bytes", 1e6, ",.1f")
+    if bench.prefill_speedup:
+        found = ((once, bench.prefill_speedup), ("decode", bench.decode_speedup))
+        doubts = [_doubt(name, speedup, bench.rounds) for name, speedup in found if speedup and not speedup.clear]
+        table.caption = "\n".join([PAIRED, *doubts])
+        table.caption_justify = "left"
+    return table
 
 
-def _in_llamacpp(
-    model: str,
-    against: str | None,
-    type: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    threads: int | None,
-    sizes: dict[str, Any],
-) -> Bench:
-    from llmsurgeon.boundary.foreign import local_path
-    from llmsurgeon.checkpoint.passing import passing
-    from llmsurgeon.evaluation.latency import benchmark_llamacpp
-    from llmsurgeon.evaluation.llamacpp import require_xllamacpp
-    from llmsurgeon.export import export_gguf
-    from llmsurgeon.planning.options import Options
+def _doubt(name: str, speedup: Speedup, rounds: int) -> str:
+    """Why a speedup does not tell which model is faster."""
+    from llmsurgeon.evaluation.speed import FEWEST_ROUNDS
 
-    require_xllamacpp()  # before anything is exported
-    with passing() as folder:
+    low, high = (format(end, ".2f") for end in speedup.interval)
+    if rounds < FEWEST_ROUNDS:
+        return f"{name}: {rounds} rounds are too few to tell which is faster; take --rounds {FEWEST_ROUNDS} or more"
+    return (
+        f"{name}: too noisy to tell which is faster, the median ratio is between {low} and {high}; measure on an idle "
+        f"machine, or take more than --rounds {rounds}"
+    )
 
-        def as_gguf(name: str, place: str, revision: str | None) -> Path:
-            if name.endswith(".gguf") and local_path(name).is_file():
-                return local_path(name)
-            options = Options(trust_remote_code=trust_remote_code)
-            target = str(folder / f"{place}.gguf")
-            made = export_gguf(name, target, type=type, options=options, revision=revision)
-            for note in made.notes:
-                say(f"{name}: {note}")
-            return made.path
 
-        student = as_gguf(model, "model", revision)
-        parent = as_gguf(against, "parent", None) if against else None
-        return benchmark_llamacpp(student, parent, threads=threads, **sizes)
+def _cell(spread: Spread, form: str) -> str:
+    low, high = format(spread.lower_quartile, form), format(spread.upper_quartile, form)
+    return f"{format(spread.median, form)} [{low}-{high}]"

@@ -18,7 +18,6 @@ from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
     TrustRemoteCode,
-    dtype_of,
     length_option,
     recipe_paths,
     short_name,
@@ -262,7 +261,8 @@ def built(steps: list[dict[str, Any]], sets: list[str], text: str | None, datase
         recipe = loads(yaml.safe_dump({"version": 1, "steps": steps}), "flags", sets)
     except RecipeError as error:
         # Nobody has seen the file whose lines these are: say op.key, as --set would.
-        problems = [re.sub(r"^flags:\d+: steps\[(\d+)\]([.:])", named, problem) for problem in error.problems]
+        problems = [re.sub(r"^flags:\d+: ", "", problem) for problem in error.problems]
+        problems = [re.sub(r"^steps\[(\d+)\]([.:])", named, problem) for problem in problems]
         raise RecipeError(problems, "options") from None
     return with_text(recipe, text, dataset)
 
@@ -310,6 +310,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         planned = plan(parent, recipe, foreseen(parent, recipe))
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
+    from llmsurgeon.formats.loading import dtype_of
     from llmsurgeon.run import Options, run
 
     target = job.out or f"{short_name(name)}-{label}"

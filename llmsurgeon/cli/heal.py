@@ -14,7 +14,6 @@ from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
     TrustRemoteCode,
-    dtype_of,
     recipe_paths,
     short_name,
     text_file,
@@ -68,6 +67,7 @@ def heal_command(
     when the same command is given again.
     """
     from llmsurgeon.cli.convert import plan_report, print_plan, with_text
+    from llmsurgeon.formats.loading import dtype_of
     from llmsurgeon.heal import heal, prepare
     from llmsurgeon.recipe.recipe import load, loads
     from llmsurgeon.run import Options

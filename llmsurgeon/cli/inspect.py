@@ -1,24 +1,23 @@
-"""`llmsurgeon inspect` and `verify`: what is in a checkpoint, and is it whole?"""
+"""`llmsurgeon inspect`: what is in a model, layer by layer."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.cli import console, say, tell
-from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.cli import console, tell
 
 if TYPE_CHECKING:
-    from llmsurgeon.planning.opened import DescribedModel
+    from rich.table import Table
+
+    from llmsurgeon.inspect import Inspected
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
+    """Add the command to `app`."""
     app.command("inspect")(inspect_command)
-    app.command("verify")(verify_command)
 
 
 def inspect_command(
@@ -31,133 +30,58 @@ def inspect_command(
     Of a model on this disk its weights are looked at, too: which linears are ternary, and whether config.json is right
     about them.
     """
-    from llmsurgeon.model.costs import human, layer_rows
-    from llmsurgeon.planning.opened import shapes_of, ternary_by_layer
+    from llmsurgeon.inspect import inspect
 
-    parent, problems = _what_is_known(model, revision)
-    shapes = shapes_of(parent.meta())
-    total = parent.costs(parent.spec, shapes)
-    rows = layer_rows(parent.spec, parent.family, shapes)
-    ternary = ternary_by_layer(parent) or []
-    for row, linears in zip(rows, ternary, strict=False):
-        row["ternary"] = list(linears)
+    found = inspect(model, revision=revision)
     if as_json:
-        report: dict[str, Any] = {"model": model, "model_type": parent.model_type, **total.to_dict()}
-        halves = {"block_transformer": asdict(parent.spec.block_transformer)} if parent.spec.block_transformer else {}
-        print(json.dumps({**report, **halves, "problems": problems, "remarks": list(parent.notes), "layers": rows}))
+        print(json.dumps(found.to_dict()))
         return
-    from rich.table import Table
-
-    title = f"{model}: {parent.model_type}, {human(total.parameters)} parameters, " + (
-        f"{total.kv_bytes_per_token:,} KV bytes a token" if total.kv_bytes_per_token else "no KV cache"
-    )
-    if parent.spec.block_transformer:
-        title += f"\n{parent.spec.block_transformer.sentence()}"
-    table = Table(title=title, title_justify="left")
-    some = any(ternary)
-    for column in ("block", "attention", "FFN", "parameters", *(("ternary",) if some else ())):
-        table.add_column(column, justify="right" if column in ("block", "parameters") else "left")
-    for row in rows:
-        heads = [
-            f"MLGRU {a['width']}" + (", ternary" if a["linears"] == "ternary" else "")
-            if "kind" in a
-            else f"{a['heads']} heads, {a['kv_heads']} KV, width {a['head_dim']}"
-            + (f", window {a['window']}" if a["window"] else "")
-            + (", normed" if a["sub_norm"] else "")
-            for a in row["attention"]
-        ]
-        widths = [
-            f"{f['kind']} {f['width']}"
-            + (f" x {f['experts']}, {f['per_token']} a token" if "experts" in f else "")
-            + (f": {f['words']}; {f['active']} a token" if "words" in f else "")
-            + (", normed" if f.get("sub_norm") else "")
-            for f in row["ffn"]
-        ]
-        joined = " | ".join(heads) or "-", " | ".join(widths) or "-"
-        names = ", ".join(path.rpartition(".")[2] for path in row["ternary"]) if some else ""
-        table.add_row(str(row["block"]), *joined, human(row["parameters"]), *((names or "-",) if some else ()))
-    console().print(table)
-    for problem in problems:
+    console().print(_table(found))
+    for problem in found.problems:
         tell(f"not in order: {problem}")
 
 
-def _what_is_known(model: str, revision: str | None) -> tuple[DescribedModel, list[str]]:
-    """The model as far as it can be opened, and what keeps the rest of the commands from using it."""
-    from llmsurgeon.planning.opened import open_config, open_known
+def _table(found: Inspected) -> Table:
+    """A row a layer; the column of ternary linears is there where some are."""
+    from rich.table import Table
 
-    try:
-        return open_known(model, revision), []
-    except SurgeryError as error:
-        try:
-            return open_config(model, revision), [str(error)]
-        except SurgeryError:
-            raise error from None
+    from llmsurgeon.model.costs import human
 
-
-def verify_command(
-    folder: Annotated[str, typer.Argument(help="Folder of a checkpoint.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Check a checkpoint: hashes, index, names and shapes against the config, tied weights, one tiny forward pass."""
-    from llmsurgeon.boundary.foreign import local_path
-    from llmsurgeon.checkpoint.manifest import verify_files
-
-    place = local_path(folder)
-    if not place.is_dir():
-        what = "is a file" if place.exists() else "no such folder"
-        raise SurgeryError(f"{folder}: {what}; verify takes the folder of a checkpoint")
-    problems = verify_files(place)
-    remarks: list[str] = []
-    packed = not problems and _is_packed(folder)
-    if not problems and not packed:
-        problems, remarks = _model_problems(folder)
-    if as_json:
-        print(json.dumps({"folder": folder, "ok": not problems, "problems": problems, "remarks": remarks}))
-    for remark in remarks:
-        say(f"note: {remark}")
-    if problems:
-        raise CheckpointError(f"{folder}: " + "; ".join(p.removeprefix(f"{folder}: ") for p in problems))
-    if packed and not as_json:
-        tell(f"{folder}: files are in order; the packed form is for transformers to load, no forward pass was made")
-    elif not as_json:
-        tell(f"{folder}: files, tensors and a forward pass are in order")
+    table = Table(title=_title(found), title_justify="left")
+    some = any(row.ternary for row in found.layers)
+    for column in ("block", "attention", "FFN", "parameters", *(("ternary",) if some else ())):
+        table.add_column(column, justify="right" if column in ("block", "parameters") else "left")
+    for row in found.layers:
+        cells = [
+            str(row.number),
+            " | ".join(map(_attention, row.attention)) or "-",
+            " | ".join(map(_ffn, row.ffn)) or "-",
+            human(row.parameters),
+        ]
+        if some:
+            cells.append(", ".join(path.rpartition(".")[2] for path in row.ternary or ()) or "-")
+        table.add_row(*cells)
+    return table
 
 
-def _is_packed(folder: str) -> bool:
-    from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.formats.forms import form_of
+def _title(found: Inspected) -> str:
+    from llmsurgeon.model.costs import human
 
-    try:
-        return form_of(open_checkpoint(folder).config).unread is not None
-    except SurgeryError:
-        return False  # what is wrong with it is said by what comes next
+    cache = found.costs.kv_bytes_per_token
+    title = f"{found.model}: {found.model_type}, {human(found.costs.parameters)} parameters, "
+    title += f"{cache:,} KV bytes a token" if cache else "no KV cache"
+    return f"{title}\n{found.block_transformer.sentence()}" if found.block_transformer else title
 
 
-def _model_problems(folder: str) -> tuple[list[str], list[str]]:
-    """What is wrong with a checkpoint, and what is to be said of it."""
-    import torch
+def _attention(part: dict[str, Any]) -> str:
+    if "kind" in part:
+        return f"MLGRU {part['width']}" + (", ternary" if part["linears"] == "ternary" else "")
+    words = f"{part['heads']} heads, {part['kv_heads']} KV, width {part['head_dim']}"
+    return words + (f", window {part['window']}" if part["window"] else "") + (", normed" if part["sub_norm"] else "")
 
-    from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
-    from llmsurgeon.checkpoint.source import open_checkpoint
-    from llmsurgeon.formats.models import fill
-    from llmsurgeon.formats.reading import read_model
 
-    try:
-        checkpoint = open_checkpoint(folder)
-        damaged = [name for name in checkpoint if not is_finite(checkpoint[name])]
-        if damaged:
-            more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
-            return [f"tensor {damaged[0]}{more} holds NaN or infinity: the weights are damaged, get them anew"], []
-        made = read_model(checkpoint)
-        # As stored, float16 on a CPU, too: where that overflows, it does so elsewhere.
-        fill(made.empty, made.weights, made.dtype, "cpu")
-    except SurgeryError as error:
-        return [str(error)], []
-    problems, remarks = list(made.contradictions), list(made.remarks)
-    model = made.empty
-    ids = torch.arange(4)[None] % len(model.get_input_embeddings().weight)
-    if type(model).__name__.endswith("MultipleChoice"):
-        ids = ids[None]
-    if broken := first_not_finite(model, made.dtype, input_ids=ids):
-        problems.append(f"a forward pass breaks: {broken}")
-    return problems, remarks
+def _ffn(part: dict[str, Any]) -> str:
+    words = f"{part['kind']} {part['width']}"
+    words += f" x {part['experts']}, {part['per_token']} a token" if "experts" in part else ""
+    words += f": {part['words']}; {part['active']} a token" if "words" in part else ""
+    return words + (", normed" if part.get("sub_norm") else "")

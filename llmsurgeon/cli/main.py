@@ -26,6 +26,7 @@ from llmsurgeon.cli import (
     output,
     recipes,
     ternary,
+    verify,
 )
 from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, say
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
@@ -70,7 +71,9 @@ def _global_options(
     keep_freed_memory()
 
 
-for _module in (analyze, convert, heal, fff, ternary, matmulfree, block, evaluate, bench, export, inspect, recipes):
+# In the order in which --help lists their commands.
+MODULES = (analyze, convert, heal, fff, ternary, matmulfree, block, evaluate, bench, export, inspect, verify, recipes)
+for _module in MODULES:
     _module.register(app)
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
-from llmsurgeon.errors import SurgeryError
-
-if TYPE_CHECKING:
-    import torch
 
 TrustRemoteCode = Annotated[
     bool,
@@ -49,14 +44,6 @@ def usable_device(name: str) -> str:
     return name
 
 
-def usable_threads(count: int | None) -> int | None:
-    """What --threads asks for: at most as many as there are CPUs."""
-    there = os.cpu_count() or 1
-    if count is not None and not 1 <= count <= there:
-        raise SurgeryError(f"--threads {count}: expected 1 to {there}, as many as this machine has")
-    return count
-
-
 Seed = Annotated[int, whole("Seed of sampled calibration text.", 0, LARGEST_SEED)]
 Batch = Annotated[int, whole("Sequences that go through a layer together.", 1, MOST_SEQUENCES)]
 Rounds = Annotated[int, whole("Timed rounds, after one to warm up.", 1, MOST_ROUNDS)]
@@ -74,17 +61,6 @@ def text_file(name: str | None) -> str | None:
     if name is not None:
         check_text_file(name)
     return name
-
-
-def dtype_of(name: str | None) -> torch.dtype | None:
-    """The torch dtype that --dtype names; None keeps the checkpoint's own."""
-    from llmsurgeon.formats.loading import DTYPES
-
-    if name is None:
-        return None
-    if name not in DTYPES:
-        raise SurgeryError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def recipe_paths(recipe: str | None) -> tuple[Path, ...]:

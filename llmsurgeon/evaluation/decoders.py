@@ -6,7 +6,7 @@ S sequences, L tokens each, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ class Evaluation:
         )
 
 
-def evaluate(
+def evaluate_decoder(
     model: PreTrainedModel,
     tokens: Tensor,
     parent: PreTrainedModel | None = None,
@@ -125,13 +125,14 @@ def evaluate_across(
     """A model and a parent with another tokenizer, on the same text.
 
     Bits per byte come from each one's own tokens. Where the model's tokens are some of the parent's (`kept`, as in
-    `evaluate`), KL and the like are taken on the model's tokens, of passages cut to one length; else there are none.
+    `evaluate_decoder`), KL and the like are taken on the model's tokens, of passages cut to one length; else there are
+    none.
     """
     bits = bits_per_byte(found, scored_by(model), scored_by(parent))
     usual = sorted(len(each.mine) for each in found)[len(found) // 2]
     rows = [each.mine for each in found if len(each.mine) > 0.9 * usual]
     tokens = torch.tensor([row[: min(map(len, rows))] for row in rows])
-    made = evaluate(model, tokens) if kept is None else evaluate(model, tokens, parent, kept=kept)
+    made = evaluate_decoder(model, tokens, None if kept is None else parent, kept=kept)
     return replace(made, bits=bits)
 
 
@@ -142,7 +143,7 @@ def evaluate_hidden(
     *,
     chunk: int = CHUNK,
 ) -> Evaluation:
-    """The same from logits [L, V] of one sequence at a time: `model_logits(row)` for each row of `tokens`.
+    """As `evaluate_decoder`, from logits [L, V] of a sequence at a time: `model_logits(row)` for each row of `tokens`.
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
     """
@@ -260,5 +261,16 @@ def check_same_vocabulary(model: PreTrainedModel, parent: PreTrainedModel) -> No
     if size != parent_size:
         raise SurgeryError(
             f"the model has a vocabulary of {size} tokens and its parent one of {parent_size}: "
+            "KL and top-1 agreement need the same tokenizer; compare with the model it was cut from"
+        )
+
+
+def check_same_tokens(mine: Mapping[str, int], theirs: Mapping[str, int], model: str, against: str) -> None:
+    """Raise SurgeryError where two tokenizers (token -> id) have as many tokens, but others."""
+    alike = sum(mine.get(token) == number for token, number in theirs.items())
+    # A file converted from another format may name a few special tokens otherwise.
+    if alike < 0.9 * len(theirs):
+        raise SurgeryError(
+            f"{model}: {alike:,} of the {len(theirs):,} tokens of {against} have the same number in its tokenizer: "
             "KL and top-1 agreement need the same tokenizer; compare with the model it was cut from"
         )

@@ -6,7 +6,7 @@ S sequences, L tokens each, D model width, V vocabulary, M masked tokens of a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ class EncoderEvaluation:
     """What was measured. An `_interval` holds the 95 % confidence bounds over sequences.
 
     hidden_cosine: mean over tokens of cos(parent's last hidden state, the model's).
-    pooled_cosine: the same of the means over each sequence's tokens, which sentence embeddings are mostly made of.
+    pooled_cosine: cos of the means over each sequence's tokens, which sentence embeddings are mostly made of.
     masked_*: at the `masked_tokens` positions that were masked, None without a masked-LM head: KL(parent || model) in
         nats, share of equal most likely tokens, exp of the mean log loss (a perplexity of masked tokens, not of text).
     """
@@ -126,6 +126,25 @@ def positions_of(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
+def check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: Sequence[str]) -> None:
+    """Raise SurgeryError for what an encoder cannot be asked.
+
+    text: a file or a dataset, `tasks`: of the evaluation harness.
+    """
+    if not text:
+        raise SurgeryError(
+            f"{model}: {family.model_type} is an encoder and cannot sample text from itself; "
+            "give --text FILE or --dataset NAME"
+        )
+    if tasks:
+        raise SurgeryError(f"{model}: --tasks needs a model that predicts the next token, {family.model_type} does not")
+    if not against and not family.head:
+        raise SurgeryError(
+            f"{model}: {family.model_class} has no masked-LM head, so only its agreement with a parent can be "
+            "measured; give --against PARENT"
+        )
+
+
 def evaluate_encoder(
     model: PreTrainedModel, tokens: Tensor, parent: PreTrainedModel | None = None, masking: Masking | None = None
 ) -> EncoderEvaluation:
@@ -169,7 +188,7 @@ def evaluate_states(
     masking: Masking | None = None,
     logits: tuple[ByRow, ByRow | None] | None = None,
 ) -> EncoderEvaluation:
-    """The same from the model's and the parent's `states` on `tokens`, and their `logits` on the masked tokens.
+    """As `evaluate_encoder`, from the model's and the parent's `states` on `tokens` and their `logits` on masked ones.
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
     """

@@ -60,6 +60,19 @@ def model_of(checkpoint: Checkpoint, *, dtype: torch.dtype | None = None, device
     return made.empty
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The torch dtype of this name; None, which keeps the checkpoint's own, stays None.
+
+    Raises:
+        SurgeryError: it is none that models are computed in.
+    """
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise SurgeryError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def check_device(name: str) -> None:
     """Raise SurgeryError where `name` is no device, or one that this build of torch or this machine does not have."""
     try:

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 else:
     AnyStep = Annotated[Union[tuple(OPERATIONS.values())], Field(discriminator="op")]  # noqa: UP007 - built at run time
 
-__all__ = ["Calibration", "Gate", "Recipe", "builtin_recipes", "dump", "load", "loads", "recipes_dir"]
+__all__ = ["Calibration", "Gate", "Recipe", "builtin_recipes", "calibration", "dump", "load", "loads", "recipes_dir"]
 
 
 class _Part(BaseModel):
@@ -72,7 +72,10 @@ class Calibration(_Part):
         if self.text is not None and self.dataset is not None:
             raise ValueError("takes text or dataset, not both")
         if self.tokens < self.sequence_length and "sequence_length" in self.model_fields_set:
-            raise ValueError(f"tokens ({self.tokens}) must cover one sequence_length ({self.sequence_length})")
+            raise ValueError(
+                f"tokens ({self.tokens}) must cover one sequence_length ({self.sequence_length}); "
+                "raise --tokens, or lower --seq-len"
+            )
         return self
 
 
@@ -118,6 +121,25 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     # Of a recipe that was written into a folder, `./x` and `../x` mean what lies there from it.
     _each_path(document.data, lambda name: found(name, file.parent))
     return _build(document, overrides)
+
+
+def calibration(**given: Any) -> Calibration:
+    """The calibration of these values, by the keys that a recipe has for it.
+
+    Raises:
+        RecipeError: with every problem found.
+    """
+    try:
+        return Calibration(**given)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        data = {"calibration": given}
+        paths: list[KeyPath] = [("calibration", *detail["loc"]) for detail in found]
+        problems = [
+            f"{'.'.join(map(str, path))}: {_message(detail, path, data)}"
+            for path, detail in zip(paths, found, strict=True)
+        ]
+        raise RecipeError(problems, "options") from None
 
 
 def loads(text: str, name: str = "recipe", overrides: Iterable[str] = (), folder: Path | None = None) -> Recipe:

@@ -57,7 +57,7 @@ class Calibration:
         if self.tokens < self.sequence_length:
             raise SurgeryError(
                 f"calibration: {self.tokens} tokens are less than one sequence of {self.sequence_length}; "
-                "raise the number of tokens, or lower the sequence length"
+                "raise the number of tokens (--tokens), or lower the sequence length (--seq-len)"
             )
 
     def describe(self, windows_SL: Tensor, purpose: str = "calibration", sampled_from: str = "the model itself") -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAYERS, tiny_model
+from conftest import LAYERS, save_tiny, tiny_model
 from operations.helpers import VARIANTS, logits, operate, some_tokens, subject_of
 from walk.test_walk import CountingReads, runner_of
 
+from llmsurgeon import analyze
 from llmsurgeon.analysis.attention_order import default_count, runs_of, search_attentions, variant_without
 from llmsurgeon.analysis.block_order import search_blocks
 from llmsurgeon.analysis.greedy import order_of
 from llmsurgeon.analysis.measure import measure
 from llmsurgeon.analysis.score import few
-from llmsurgeon.analyze import analyze
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
-from llmsurgeon.recipe.recipe import loads
+from llmsurgeon.recipe.recipe import load
 from llmsurgeon.walk.runner import LayerRunner
 
 
@@ -161,7 +161,10 @@ def test_without_fusing_runs_may_be_of_any_length():
     assert len(choices) == 4
 
 
-def test_a_family_that_declines_fusing_is_offered_a_recipe_without_it():
-    found = analyze(runner_of(tiny_model("gemma2")), some_tokens(batch=4, length=8), "model", "text", 3, 2)
+def test_a_family_that_declines_fusing_is_offered_a_recipe_without_it(tmp_path):
+    model = save_tiny(tmp_path / "model", "gemma2", tokenizer=True)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    out = tmp_path / "out"
+    found = analyze(model, out, text=tmp_path / "text.txt", tokens=32, sequence_length=8, drop=3, max_run=2)
     assert len(found.dropped) == 3 and found.runs == ()
-    assert [step.op for step in loads(found.recipe({})).steps] == ["prune_attention", "refit"]
+    assert [step.op for step in load(out / "suggested.yaml").steps] == ["prune_attention", "refit"]

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite, not_finite
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import CheckpointError, SurgeryError
-from llmsurgeon.evaluation.decoders import evaluate
+from llmsurgeon.evaluation.decoders import evaluate_decoder
 from llmsurgeon.evaluation.encoders import evaluate_encoder
 from llmsurgeon.evaluation.latency import benchmark
 from llmsurgeon.formats.dtypes import computed_in
@@ -155,7 +155,7 @@ def test_a_long_sum_is_not_taken_for_infinity():
 def test_nothing_is_found_in_a_sound_model(tmp_path):
     model = load_model(str(save_tiny(tmp_path / "parent", "llama")))
     assert first_not_finite(model, torch.float32, input_ids=some_tokens()) is None
-    assert evaluate(model, some_tokens()).perplexity > 1
+    assert evaluate_decoder(model, some_tokens()).perplexity > 1
 
 
 def test_errors_name_the_folder_and_no_class(tmp_path):
@@ -163,11 +163,15 @@ def test_errors_name_the_folder_and_no_class(tmp_path):
     folder = str(save_tiny(tmp_path / "parent", "llama"))
     model = load_model(folder)
     ids = torch.zeros(1, 129, dtype=torch.long)
-    for work in (lambda: evaluate(model, ids), lambda: benchmark(model, prompt=129), lambda: evaluate(model, ids + 64)):
+    for work in (
+        lambda: evaluate_decoder(model, ids),
+        lambda: benchmark(model, prompt=129),
+        lambda: evaluate_decoder(model, ids + 64),
+    ):
         with pytest.raises(SurgeryError, match=f"^{re.escape(folder)}: "):
             work()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(SurgeryError, match=f"^{re.escape(folder)}: lm_head: tensor lm_head.weight holds NaN"):
-        evaluate(model, ids[:, :8])
+        evaluate_decoder(model, ids[:, :8])
     assert folder not in json.dumps(model.config.to_dict(), default=str)

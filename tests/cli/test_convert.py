@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_the_plan_is_shown_before_the_work(run, folder, monkeypatch):
     def fail(*arguments):
         raise SurgeryError("healing began")
 
-    monkeypatch.setattr("llmsurgeon.run.heal_and_prove", fail)
+    monkeypatch.setattr(import_module("llmsurgeon.run"), "heal_and_prove", fail)
     code, out, err = run("prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", *SMALL)
     assert code == 2 and "healing began" in err
     assert "Plan for parent" in out and "prune_attention: layers=[2]" in out
@@ -227,7 +228,7 @@ def test_an_analysis_replaces_nothing_that_it_did_not_write(run, folder):
 
 
 def test_a_folder_that_cannot_be_written_is_heard_of_before_measuring(run, folder, monkeypatch):
-    monkeypatch.setattr("llmsurgeon.analyze.measure", lambda *arguments: pytest.fail("it measured"))
+    monkeypatch.setattr(import_module("llmsurgeon.analyze"), "measure", lambda *arguments: pytest.fail("it measured"))
     (folder / "file").write_text("mine")
     code, _, err = run("analyze", "parent", "-o", "file/report", "--text", "text.txt", "--tokens", "256")
     assert code == 2 and "file is a file" in err

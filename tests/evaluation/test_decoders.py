@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
-from llmsurgeon.evaluation.decoders import evaluate, evaluate_hidden
+from llmsurgeon.evaluation.decoders import evaluate_decoder, evaluate_hidden
 from llmsurgeon.evaluation.perplexity import mean_interval, perplexity, t_quantile, token_losses
 
 FAMILIES = ("llama", "gpt2")
@@ -50,7 +50,7 @@ def naive(model, parent, tokens):
 
 
 def test_equals_the_naive_computation(pair, tokens):
-    result = evaluate(pair[0], tokens, pair[1]).to_dict()
+    result = evaluate_decoder(pair[0], tokens, pair[1]).to_dict()
     for name, value in naive(*pair, tokens).items():
         assert result[name] == pytest.approx(value, rel=1e-5), name
     assert result["tokens"] == 7 * 23
@@ -59,19 +59,19 @@ def test_equals_the_naive_computation(pair, tokens):
 
 @pytest.mark.parametrize("chunk", [1, 5, 23, 1000])
 def test_chunk_size_changes_nothing(pair, tokens, chunk):
-    result, other = (evaluate(pair[0], tokens, pair[1], chunk=c).to_dict() for c in (chunk, 256))
+    result, other = (evaluate_decoder(pair[0], tokens, pair[1], chunk=c).to_dict() for c in (chunk, 256))
     for name in ("perplexity", "kl", "top1_agreement", "perplexity_ratio"):
         assert result[name] == pytest.approx(other[name], rel=1e-6), name
 
 
 def test_batch_size_changes_nothing(pair, tokens, monkeypatch):
-    whole = evaluate(pair[0], tokens, pair[1])
+    whole = evaluate_decoder(pair[0], tokens, pair[1])
     monkeypatch.setattr("llmsurgeon.evaluation.decoders.LOGIT_BYTES", 3 * 24 * 64 * 4)
-    assert evaluate(pair[0], tokens, pair[1]).kl == pytest.approx(whole.kl, rel=1e-5)
+    assert evaluate_decoder(pair[0], tokens, pair[1]).kl == pytest.approx(whole.kl, rel=1e-5)
 
 
 def test_from_logits_a_sequence_at_a_time(pair, tokens):
-    expected = evaluate(pair[0], tokens, pair[1]).to_dict()
+    expected = evaluate_decoder(pair[0], tokens, pair[1]).to_dict()
 
     def logits_of(model):
         with torch.no_grad():
@@ -87,7 +87,7 @@ def test_from_logits_a_sequence_at_a_time(pair, tokens):
 
 def test_a_model_against_itself(tokens):
     model = tiny_model("llama")
-    result = evaluate(model, tokens, copy.deepcopy(model))
+    result = evaluate_decoder(model, tokens, copy.deepcopy(model))
     assert result.kl == pytest.approx(0, abs=1e-6)
     assert (result.top1_agreement, result.perplexity_ratio) == (1.0, 1.0)
     assert result.perplexity_ratio_interval == (1.0, 1.0)
@@ -106,14 +106,14 @@ def test_two_windows_bound_kl_and_agreement_by_what_they_can_be():
 
 
 def test_every_figure_lies_in_its_interval(pair, tokens):
-    result = evaluate(pair[0], tokens, pair[1]).to_dict()
+    result = evaluate_decoder(pair[0], tokens, pair[1]).to_dict()
     for name in ("perplexity", "parent_perplexity", "perplexity_ratio", "kl", "top1_agreement"):
         low, high = result[f"{name}_interval"]
         assert low < result[name] < high, name
 
 
 def test_without_parent_and_with_one_sequence(tokens):
-    result = evaluate(tiny_model("llama"), tokens[:1]).to_dict()
+    result = evaluate_decoder(tiny_model("llama"), tokens[:1]).to_dict()
     assert result["perplexity"] > 1
     for name in ("perplexity_interval", "parent_perplexity", "kl", "kl_interval", "top1_agreement"):
         assert result[name] is None, name
@@ -152,16 +152,16 @@ def test_nan_logits_are_an_error(tokens):
     with torch.no_grad():
         model.lm_head.weight[5, 0] = float("nan")
     with pytest.raises(SurgeryError, match=r"^lm_head: tensor lm_head.weight holds NaN or infinity"):
-        evaluate(model, tokens)
+        evaluate_decoder(model, tokens)
 
 
 def test_models_and_tokens_that_do_not_fit(tokens):
     model = tiny_model("llama")
     with pytest.raises(SurgeryError, match=r"vocabulary of 64 tokens and its parent one of 70"):
-        evaluate(model, tokens, tiny_model("llama", vocab_size=70))
+        evaluate_decoder(model, tokens, tiny_model("llama", vocab_size=70))
     with pytest.raises(SurgeryError, match=r"token ids from 0 to 64, its vocabulary has 64"):
-        evaluate(model, torch.tensor([[0, 64]]))
+        evaluate_decoder(model, torch.tensor([[0, 64]]))
     with pytest.raises(SurgeryError, match=r"sequences of 129 tokens, its limit is 128; lower --seq-len"):
-        evaluate(tiny_model("gpt2"), torch.zeros(1, 129, dtype=torch.long))
+        evaluate_decoder(tiny_model("gpt2"), torch.zeros(1, 129, dtype=torch.long))
     with pytest.raises(SurgeryError, match=r"at least 1 by 2"):
-        evaluate(model, torch.zeros(3, 1, dtype=torch.long))
+        evaluate_decoder(model, torch.zeros(3, 1, dtype=torch.long))

@@ -12,9 +12,11 @@ from conftest import tiny_model
 from generation import generate
 from rich.console import Console
 
+from llmsurgeon.cli.bench import bench_table
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation import latency
-from llmsurgeon.evaluation.latency import Spread, bench_table, benchmark, cache_bytes, parameter_bytes
+from llmsurgeon.evaluation.latency import benchmark, cache_bytes, parameter_bytes
+from llmsurgeon.evaluation.speed import Round, Speedup, Spread, bench_of, speed_of
 from llmsurgeon.formats.caches import cached_call
 
 
@@ -43,7 +45,7 @@ def test_rounds_alternate_and_speedups_are_paired(monkeypatch):
         name = "parent" if each is parent else "model"
         order.append(name)
         seconds = next(times[name])
-        return latency._Round(seconds, seconds * 2, 64, 64, None)
+        return Round(seconds, seconds * 2, 64, 64, None)
 
     monkeypatch.setattr(latency, "_run", run)
     bench = benchmark(model, parent, prompt=4, new_tokens=2, rounds=3)
@@ -91,10 +93,10 @@ def text_of(bench):
 
 def made_of(parents, models):
     """The bench of two models whose rounds took these seconds."""
-    timed = [[latency._Round(each, each, 64, 64, None) for each in seconds] for seconds in (parents, models)]
-    speeds = [latency._speed(1, rounds, 10, 1, 10) for rounds in timed]
+    timed = [[Round(each, each, 64, 64, None) for each in seconds] for seconds in (parents, models)]
+    speeds = [speed_of(1, rounds, 10, 1, 10) for rounds in timed]
     how = dict(batch=1, prompt=10, new_tokens=10, rounds=len(parents), device="cpu", dtype="float32", threads=1)
-    return latency._bench(speeds, timed, **how)
+    return bench_of(speeds, timed, **how)
 
 
 def test_a_busy_machine_says_that_it_cannot_tell():
@@ -119,7 +121,7 @@ def test_a_clear_speedup_says_no_more_than_what_it_is_of():
 def test_the_interval_is_that_of_order_statistics(count, left_out):
     """Of n values the r-th smallest to the r-th largest hold the median with 95 %: the sign test's table."""
     values = [1 + i / 100 for i in range(count)]
-    assert latency.Speedup.of(values).interval == (values[left_out], values[-1 - left_out])
+    assert Speedup.of(values).interval == (values[left_out], values[-1 - left_out])
     chance = 2 * sum(math.comb(count, i) for i in range(left_out + 1)) / 2**count
     assert chance <= 0.05 or count < 6
     assert chance + 2 * math.comb(count, left_out + 1) / 2**count > 0.05

@@ -18,8 +18,7 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli import bench, evaluate
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.latency import benchmark_llamacpp
-from llmsurgeon.evaluation.llamacpp import LlamaCpp
+from llmsurgeon.evaluation.llamacpp import LlamaCpp, benchmark_llamacpp
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 
 needs_engine = pytest.mark.skipif(

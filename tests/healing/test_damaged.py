@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -106,7 +107,7 @@ def test_fitted_blocks(tmp_path, monkeypatch, capsys, steps, damage):
     whole = run(wanted, str(parent), str(tmp_path / "whole"), Options()).out
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         for proof in ("prove", "prove_whole"):
-            patch.setattr(f"llmsurgeon.run.{proof}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(import_module("llmsurgeon.run"), proof, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         run(wanted, str(parent), str(tmp_path / "out"), Options())
     files = sorted((tmp_path / "out.partial").rglob("block-*.safetensors"))
     DAMAGES[damage](files[len(files) // 2])

@@ -17,7 +17,7 @@ import torch
 
 from llmsurgeon.analysis.greedy import Choice
 from llmsurgeon.analysis.measure import LayerScore, Measurements
-from llmsurgeon.analyze import Analysis
+from llmsurgeon.analysis.result import Analysis
 from llmsurgeon.report.analysis import MATRICES, SCORES, html_report
 from llmsurgeon.report.charts import Scale, ramp_css, ranges, shade
 
@@ -264,9 +264,10 @@ def test_the_report_of_an_analysis_can_be_shown():
         dropped=(2,),
         runs=((1, 2),),
         ffn_dependency=torch.rand(4, 4).triu(1),
+        refit_on={"tokens": 64},
     )
     report = analysis.report()
-    page = Page(html_report(report, analysis.recipe({"tokens": 64})))
+    page = Page(html_report(report, analysis.recipe()))
     assert page.count("path", "whisker") == 4 * (len(SCORES) - 1)
     assert page.count("path", "none") == 6 + 10
     assert keys_of(report) == keys_of(fake_report(4))

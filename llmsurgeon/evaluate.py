@@ -1,0 +1,102 @@
+"""`evaluate`: is a model still good? Its figures on text, beside its parent's where one is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmsurgeon.evaluation.decoders import Evaluation
+from llmsurgeon.evaluation.encoders import EncoderEvaluation, check_encoder
+from llmsurgeon.evaluation.pair import Pair
+from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
+from llmsurgeon.formats.loading import check_device, dtype_of
+from llmsurgeon.progress import Say, silent
+from llmsurgeon.text.calibration import Calibration
+from llmsurgeon.text.files import check_text_file
+
+# Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
+SEED = 1
+SEQUENCE_LENGTH = 512
+# Metric -> value, of a task of the evaluation harness.
+Metrics = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What `evaluate` measured.
+
+    text: how many tokens there were, and where they come from.
+    evaluation: perplexity and, against a parent, KL, agreement and ratios; of an encoder cosines and masked tokens.
+    tasks, parent_tasks: metrics of the evaluation harness, by task; None where none was asked for.
+    """
+
+    model: str
+    parent: str | None
+    text: str
+    evaluation: Evaluation | EncoderEvaluation
+    tasks: Metrics | None = None
+    parent_tasks: Metrics | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `eval --json` prints."""
+        tasks = {} if self.tasks is None else {"tasks": self.tasks, "parent_tasks": self.parent_tasks}
+        return {"model": self.model, "parent": self.parent, "text": self.text, **self.evaluation.to_dict(), **tasks}
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    dataset: str | None = None,
+    tokens: int = 32_768,
+    sequence_length: int | None = None,
+    tasks: Sequence[str] = (),
+    device: str = "cpu",
+    dtype: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    say: Say = silent,
+) -> Evaluated:
+    """Measure `model` (hub id, folder or GGUF file) on text, and against its parent where `against` names one.
+
+    Without `text` (a .txt, .jsonl or .parquet file) and `dataset` (NAME[:CONFIG][:SPLIT] on the hub) the text is
+    sampled from the parent, or from the model where there is none. Intervals are of 95 % confidence, over windows.
+
+    Args:
+        tokens: how many to measure on, in windows of `sequence_length`: 512, or as many as the models have positions.
+        tasks: names of tasks of lm-eval, the evaluation harness, which the extra `eval` installs.
+        device: "cpu", "cuda" ...
+        dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
+        revision: of `model`, on the hub.
+        trust_remote_code: let code that a tokenizer brings along run.
+        say: is told what is measured on, and what cannot be.
+
+    Raises:
+        SurgeryError: a model, a text or a size that cannot be; two models that cannot be compared.
+    """
+    model, against = os.fspath(model), None if against is None else os.fspath(against)
+    text = None if text is None else os.fspath(text)
+    if text is not None:
+        check_text_file(text)
+    check_device(device)
+    pair = Pair(model, against, dtype_of(dtype), device, revision, trust_remote_code)
+    if tasks:
+        check_tasks_available()
+    if sequence_length is not None:
+        Calibration(text, dataset, tokens, sequence_length)  # what cannot be is said before a model is loaded
+    if pair.encoder:
+        check_encoder(pair.encoder, model, against, text or dataset, tasks)
+    length = min([SEQUENCE_LENGTH, *pair.positions]) if sequence_length is None else sequence_length
+    source = Calibration(text, dataset, tokens, length, seed=SEED)
+    windows = pair.windows(source)
+    described = source.describe(windows, "text", "the parent" if against else "the model itself")
+    say(described)
+    evaluation = pair.judge(windows, say)
+    made = Evaluated(model, against, described.removeprefix("text: "), evaluation)
+    if not tasks:
+        return made
+    theirs = run_tasks(pair.parent, pair.tokenizer, tasks) if pair.parent is not None else None
+    return replace(made, tasks=run_tasks(pair.student, pair.tokenizer, tasks), parent_tasks=theirs)

@@ -1,0 +1,134 @@
+"""A model and the parent that it is compared with: both loaded, read through the right tokenizer, and judged."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.evaluation.bits_per_byte import passages, texts_of
+from llmsurgeon.evaluation.decoders import Evaluation, check_same_tokens, evaluate_across, evaluate_decoder
+from llmsurgeon.evaluation.encoders import (
+    EncoderEvaluation,
+    encoder_family,
+    evaluate_encoder,
+    masking_of,
+    positions_of,
+)
+from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
+from llmsurgeon.model.families import Family
+from llmsurgeon.progress import Say
+from llmsurgeon.text.calibration import Calibration, calibration_tokens, window_start
+from llmsurgeon.vocabulary.keep import same_tokens
+from llmsurgeon.vocabulary.trimmed import trimmed_like
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class Pair:
+    """A model and its parent, if one is named, each loaded when it is first asked for.
+
+    revision: of the model, on the hub. trust_remote_code: for tokenizers.
+    """
+
+    model: str
+    against: str | None
+    dtype: torch.dtype | None = None
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def student(self) -> PreTrainedModel:
+        """The model itself."""
+        return load_model(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
+
+    @cached_property
+    def encoder(self) -> Family | None:
+        """The family of an encoder, None of a decoder."""
+        return encoder_family(self.student)
+
+    @property
+    def parent(self) -> PreTrainedModel | None:
+        """The parent; of an encoder whose vocabulary was trimmed with the student's tokens alone."""
+        return self._parent_and_tokenizer[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What reads text for both: the parent's tokenizer, where there is one and it has the student's tokens."""
+        return self._parent_and_tokenizer[1]
+
+    @cached_property
+    def own_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer."""
+        return load_tokenizer(self.model, self.revision, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def _parent_and_tokenizer(self) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
+        if self.against is None:
+            return None, self.own_tokenizer
+        parent = load_model(self.against, dtype=self.dtype, device=self.device)
+        tokenizer = load_tokenizer(self.against, trust_remote_code=self.trust_remote_code)
+        if not self._differ(parent):
+            self._check_tokens(tokenizer)
+        elif self.encoder:
+            alike = trimmed_like(open_checkpoint(self.model, revision=self.revision), open_checkpoint(self.against))
+            return model_of(alike, dtype=self.dtype, device=self.device), self.own_tokenizer
+        return parent, tokenizer
+
+    def _differ(self, parent: PreTrainedModel) -> bool:
+        """Whether the two have vocabularies of different sizes."""
+        return bool(parent.config.vocab_size != self.student.config.vocab_size)
+
+    def _check_tokens(self, theirs: PreTrainedTokenizerBase) -> None:
+        try:
+            mine = self.own_tokenizer.get_vocab()
+        except CheckpointError:  # the model came without a tokenizer; the parent's reads the text anyway
+            return
+        check_same_tokens(mine, theirs.get_vocab(), self.model, str(self.against))
+
+    @property
+    def positions(self) -> list[int]:
+        """How long a sequence each of them takes, where it sets a limit."""
+        models = [self.student, *([self.parent] if self.parent is not None else [])]
+        return [limit for each in models if (limit := positions_of(each))]
+
+    def windows(self, source: Calibration) -> Tensor:
+        """Tokens [S, L] to judge on; with neither text nor dataset sampled from the parent, or from the model."""
+        sampled = self.student if self.parent is None else self.parent
+        return calibration_tokens(self.against or self.model, self.tokenizer, **asdict(source), model=sampled)
+
+    def judge(self, windows: Tensor, say: Say) -> Evaluation | EncoderEvaluation:
+        """Figures of the model on `windows` [S, L], beside the parent's; `say` is told what cannot be measured.
+
+        Raises:
+            SurgeryError: the two cannot be compared, or values that are not finite.
+        """
+        if self.encoder:
+            masking = masking_of(self.tokenizer, windows, self.student, self.parent)
+            return evaluate_encoder(self.student, windows, self.parent, masking)
+        if self.parent is not None and self._differ(self.parent):
+            return self._across(self.parent, windows, say)
+        return evaluate_decoder(self.student, windows, self.parent)
+
+    def _across(self, parent: PreTrainedModel, windows: Tensor, say: Say) -> Evaluation:
+        """Different tokenizers, on what the parent's `windows` say: bits per byte, and figures of tokens where the
+        model's tokens are some of the parent's."""
+        mine, theirs = self.own_tokenizer, self.tokenizer
+        limits = [getattr(each.config, "max_position_embeddings", None) for each in (self.student, parent)]
+        limit = min((each for each in limits if each), default=None)
+        found = passages(texts_of(windows, theirs), mine, theirs, window_start(mine), window_start(theirs), limit)
+        kept = None
+        try:
+            rows = same_tokens(mine.get_vocab(), theirs.get_vocab(), self.student.config.vocab_size, "other tokens")
+            kept = torch.tensor(rows)
+        except SurgeryError as error:
+            say(f"only bits per byte are measured: {error}")
+        return evaluate_across(self.student, parent, found, kept)
