@@ -13,7 +13,7 @@ from generated_page import write_or_check
 
 from llmsurgeon.formats.form import Form
 from llmsurgeon.formats.forms import FORMATS
-from llmsurgeon.model.families import DECODERS, ENCODERS, MIXTURES, Family
+from llmsurgeon.model.families import DECODERS, ENCODERS, Family
 from llmsurgeon.model.families.vision_language import VISION_LANGUAGE
 from llmsurgeon.operations import OPERATIONS
 
@@ -133,8 +133,8 @@ def page() -> str:
     notes = Notes()
     parts = [HEAD]
     for title, text, families in (
-        ("Decoders", "", DECODERS),
-        ("Mixtures of experts", MIXTURES_TEXT, MIXTURES),
+        ("Decoders", "", tuple(family for family in DECODERS if not family.experts)),
+        ("Mixtures of experts", MIXTURES_TEXT, tuple(family for family in DECODERS if family.experts)),
         ("Encoders", ENCODERS_TEXT, ENCODERS),
     ):
         parts.append(f"## {title}\n\n" + (f"{text}\n" if text else "") + table(families, notes) + "\n")
@@ -148,7 +148,7 @@ def page() -> str:
     vision = ["| model | towers with blocks that differ | examples |", "| --- | --- | --- |", *rows, ""]
     parts.append(f"## Vision-language\n\n{VISION_TEXT}\n" + "\n".join(vision))
     parts.append("## Reasons\n\n" + "\n".join(notes.lines()) + "\n")
-    everything = (*DECODERS, *MIXTURES, *ENCODERS)
+    everything = (*DECODERS, *ENCODERS)
     parts.append("## Settings that are refused\n\n" + "\n".join(limits(everything)) + "\n")
     rows = [f"| `{f.model_type}` | {', '.join(f.examples)} |" for f in everything]
     parts.append("## Examples\n\n" + "\n".join(["| family | checkpoints |", "| --- | --- |", *rows, ""]))

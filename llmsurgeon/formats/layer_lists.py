@@ -9,7 +9,6 @@ from llmsurgeon.checkpoint.companions import without_code
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.spellings import old_spellings
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.parts import MoESpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 
@@ -23,7 +22,7 @@ def cut_config(spec: ModelSpec, family: Family, source: Mapping[str, Any]) -> di
     config = {k: v for k, v in without_code(dict(source)).items() if k not in left_out}
     _cut_layer_lists(config, spec, family)
     config[family.layers_key] = len(spec.layers)
-    mixtures = [layer.ffn for layer in spec.layers if isinstance(layer.ffn, MoESpec)]
+    mixtures = [layer.ffn for layer in spec.layers if layer.ffn and layer.ffn.experts]
     if family.experts and mixtures:
         config[family.experts.count_key] = mixtures[0].experts
         config[family.experts.per_token_key] = mixtures[0].per_token

@@ -13,7 +13,7 @@ from typing import Any
 from llmsurgeon.formats import bitnet_model
 from llmsurgeon.formats.form import Body, CheckpointForm
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.parts import AttentionSpec, FFNSpec, MoESpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 LOADS = (
@@ -43,8 +43,6 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
             return f"block {index} runs {len(layer.branches)} blocks in parallel"
         if layer.own_kind:
             return f"block {index} {layer.own_kind}"
-        if layer.ffn and type(layer.ffn) not in (FFNSpec, MoESpec):
-            return f"block {index} has an FFN that is not dense"
         if layer.ffn and (layer.ffn.own_norm or layer.ffn.bias):
             return f"block {index} has a fused FFN with a norm or biases that {family.model_class} does not have"
         if layer.attention and len(kv_heads) > 1 and not family.kv and layer.attention != spec.attentions[0]:

@@ -81,7 +81,7 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
             return f"block {index} has neither attention nor FFN"
         if layer.own_kind:
             return f"block {index} {layer.own_kind}"
-        if layer.ffn and type(layer.ffn) is not FFNSpec:
+        if layer.ffn and layer.ffn.kind != FFNSpec.kind:
             return f"block {index} has an FFN that is not dense"
         attention = layer.attention
         if attention is None:
@@ -148,7 +148,7 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
         "num_key_value_heads": None,
         "head_dim": spec.hidden // config[family.heads_key],
         # Qwen2 has biases on q, k and v and none on o; readers have one switch for all four.
-        "attention_bias": bool(config.get("attention_bias")) or family.model_type == "qwen2",
+        "attention_bias": bool(config.get("attention_bias")) or family.biased_qkv,
         "mlp_bias": False,
         "tie_word_embeddings": spec.tied,
     }

@@ -33,7 +33,7 @@ def old_spellings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         if value is not None:
             made[key] = value
     scaling = scaling_of(rope["full_attention"] if nested(rope) else rope)
-    if family.model_type == "phi3" and scaling and set(scaling) <= {*LONGROPE, "rope_type", PRETRAINED}:
+    if family.bare_longrope and scaling and set(scaling) <= {*LONGROPE, "rope_type", PRETRAINED}:
         # What it was pretrained with stands beside it in Phi-3's configs.
         scaling = {"type": scaling["rope_type"], **{key: scaling[key] for key in LONGROPE if key in scaling}}
     return {**made, "rope_scaling": scaling}

@@ -47,10 +47,11 @@ DECODERS = (
     FALCON,
     BLOOM,
     OPT,
+    MIXTRAL,
+    QWEN3_MOE,
 )
-MIXTURES = (MIXTRAL, QWEN3_MOE)
 ENCODERS = (BERT, ROBERTA, DISTILBERT, MODERNBERT)
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (*DECODERS, *MIXTURES, *ENCODERS)}
+FAMILIES: dict[str, Family] = {f.model_type: f for f in (*DECODERS, *ENCODERS)}
 
 SURGEON_PREFIX = "surgeon_"
 

@@ -63,6 +63,8 @@ class Family:
     # In place of `kv`: one projection, and how its rows lie: all queries, all keys, all values; or per key/value
     # head its queries, its key, its value.
     fused_qkv: tuple[str, Literal["by kind", "by head"]] | None = None
+    # Queries, keys and values have biases whatever the config says, and attention's output projection has none.
+    biased_qkv: bool = False
     # Each of `ffn_in` stacks so many projections of one width along its rows (gate over up: 2).
     ffn_stacked: int = 1
     # Norms on what attention and FFN give, before it is added to the stream.
@@ -96,6 +98,8 @@ class Family:
         ("rope_theta", "rope_theta"),
         ("partial_rotary_factor", "partial_rotary_factor"),
     )
+    # Configs before transformers 5 have LongRoPE's factors by themselves in `rope_scaling`, under the key `type`.
+    bare_longrope: bool = False
     # Key of config.json before transformers 5 in the place of layer_types: n where layers 0, n, 2n ... attend fully.
     full_every_key: str = ""
     # Buffers that old checkpoints carry and today's classes do not have.

@@ -13,5 +13,6 @@ PHI3 = replace(
     fused_qkv=("qkv_proj", "by kind"),
     ffn_in=("gate_up_proj",),
     ffn_stacked=2,
+    bare_longrope=True,
     examples=("microsoft/Phi-4-mini-instruct", "microsoft/phi-4"),
 )

@@ -8,5 +8,6 @@ QWEN2 = replace(
     LLAMA,
     model_type="qwen2",
     model_class="Qwen2ForCausalLM",
+    biased_qkv=True,
     examples=("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-72B-Instruct"),
 )
