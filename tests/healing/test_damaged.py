@@ -109,7 +109,8 @@ def test_fitted_blocks(tmp_path, monkeypatch, capsys, steps, damage):
         for proof in ("prove", "prove_whole"):
             patch.setattr(import_module("llmsurgeon.run"), proof, lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         run(wanted, str(parent), str(tmp_path / "out"), Options())
-    files = sorted((tmp_path / "out.partial").rglob("block-*.safetensors"))
+    kept = (tmp_path / "out.partial").rglob("*.safetensors")
+    files = sorted(file for file in kept if file.name.startswith(("layer-", "block-transformer")))
     DAMAGES[damage](files[len(files) // 2])
     capsys.readouterr()
     out = run(wanted, str(parent), str(tmp_path / "out"), Options()).out
