@@ -1,7 +1,7 @@
 """Ternary linears: weights become -1, 0, 1 times a scale of the tensor, of each row, or of each group of a row.
 
 `round` needs no text and is an edit like any other: it streams. `compensated` chooses codes by what each layer reads,
-the ternary layers before it included, on a walk over calibration text; that is healing/ternary.py. Which linears: all
+the ternary layers before it included, on a walk over calibration text; that is healing/ternary/. Which linears: all
 of the blocks' or a part of them, or those that cost least (`share`, `max_bytes`), by a score of analysis/ternary.py.
 Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04711), GPTQ (arXiv 2210.17323).
 """
