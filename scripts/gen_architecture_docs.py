@@ -15,7 +15,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 MARKERS = ("<!-- written by scripts/gen_architecture_docs.py -->\n", "<!-- end -->\n")
 # Folders and names of which one line stands for all.
 ALIKE = {"model/families": "<model_type>.py", "modeling": "modeling_surgeon_<model_type>.py"}
-APART = {"base.py", "vision_language.py"}
+APART = {"base.py", "config.py", "modules.py", "vision_language.py"}
 
 
 def said(path: Path) -> str:

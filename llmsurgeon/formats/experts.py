@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, rename
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.families.base import Experts
+from llmsurgeon.model.families.modules import Experts
 
 Shape = tuple[int, ...]
 

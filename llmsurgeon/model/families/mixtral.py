@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from llmsurgeon.model.families.base import Experts
 from llmsurgeon.model.families.llama import LLAMA
+from llmsurgeon.model.families.modules import Experts
 
 # Refusals of every family whose FFN is a mixture of experts.
 MIXTURE = (

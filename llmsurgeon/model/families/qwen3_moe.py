@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from llmsurgeon.model.families.base import Experts
 from llmsurgeon.model.families.mixtral import MIXTURE
+from llmsurgeon.model.families.modules import Experts
 from llmsurgeon.model.families.qwen3 import QWEN3
 
 DENSE_LAYERS = "which layers have a dense FFN depends on their number, and numbers change when blocks go"
