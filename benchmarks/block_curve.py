@@ -19,7 +19,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon.report.analysis import Scale  # noqa: E402
+from llmsurgeon.report.charts import Scale  # noqa: E402
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 420, 300, 44, 34, 40
 # Told apart by people who see colours differently, on white and on black (Okabe and Ito).

@@ -25,7 +25,7 @@ from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.student import Student, packed_by_value, student_of, without_empty_layers
 from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.report.card import model_card
-from llmsurgeon.report.provenance import read_story
+from llmsurgeon.report.provenance import read_records
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _write_records(stage: Stage, parent: OpenedCheckpoint, student: Student) -> 
     before = parent.costs(parent.spec, shapes_of(parent.meta()))
     surgery: dict[str, Any] = {}
     recipe = None
-    if records := read_story(checkpoint.path):
+    if records := read_records(checkpoint.path):
         surgery, recipe, before = everywhere(records.surgery, without_folders), records.recipe, records.before
         with suppress(RecipeError):  # of another version: it goes along as it is
             recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)

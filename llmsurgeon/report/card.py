@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
-from llmsurgeon import __version__
 from llmsurgeon.boundary.foreign import printable
-from llmsurgeon.boundary.places import without_folders
 from llmsurgeon.formats.form import Written
 from llmsurgeon.model.costs import Costs, human
 from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.report.pages import Markdown, fenced, markdown_page
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -24,7 +22,7 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForImageTextToText": "image-text-to-text",
 }
-
+KEYS = ("library_name", "pipeline_tag", "base_model", "tags")  # of the metadata, in order
 
 # Perplexity of a model beside its parent's, or cosine of an encoder's sentence states, at which a model is of no use.
 COLLAPSED_RATIO, COLLAPSED_COSINE = 3.0, 0.5
@@ -62,88 +60,36 @@ def model_card(
 ) -> str:
     """README.md of a checkpoint, with the metadata block that the hub reads.
 
-    Without a `recipe` it is the same model in another form. `own_code` names the parent's
-    own code that came along.
+    Without a `recipe` it is the same model in another form. `own_code` names the parent's own code that came along.
     """
     auto = _auto_class(written)
-    meta: dict[str, Any] = {"library_name": "transformers"}
-    if auto in PIPELINES:
-        meta["pipeline_tag"] = PIPELINES[auto]
     # A path on somebody's disk means nothing to a reader, and the hub refuses it as base_model.
-    if base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf"):
-        meta["base_model"] = base_model
-    meta["tags"] = ["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or own_code else [])]
-    name = prose(base_model.rstrip("/").rpartition("/")[2])
-    title = f"{name}, operated on" if recipe else f"{name} as {written.format}"
-    lines = ["---", yaml.safe_dump(meta, sort_keys=False).strip(), "---", "", f"# {title}", ""]
-    if warning := collapse(evaluation):
-        lines += [f"> **{warning}**", ""]
-    if gate:
-        lines += ["> **The quality gate of the recipe failed:** " + prose("; ".join(gate)), ""]
-    lines += [
-        f"Made from {name} by llmsurgeon {__version__} "
-        + ("with the recipe below." if recipe else "without a change to what it computes."),
-        "",
-        "| | parent | this model |",
-        "|---|---:|---:|",
-        f"| blocks | {before.blocks} | {after.blocks} |",
-        f"| attentions | {before.attentions} | {after.attentions} |",
-        f"| parameters | {human(before.parameters)} | {human(after.parameters)} |",
-        f"| FLOPs a token (weights) | {human(before.flops_per_token)} | {human(after.flops_per_token)} |",
-    ]
-    if before.kv_bytes_per_token:
-        lines.append(f"| KV cache bytes a token | {before.kv_bytes_per_token:,} | {after.kv_bytes_per_token:,} |")
-    if evaluation:
-        lines += [
-            *_quality(evaluation),
-            "",
-            f"Measured on {evaluation['tokens']:,} tokens held out from the calibration text ({prose(text or '')}). "
-            "Other text can fare worse.",
-        ]
-    elif recipe:
-        lines += ["", "Its quality has not been measured: `llmsurgeon eval THIS --against PARENT`."]
-    trust = ", trust_remote_code=True" if written.code else ""
-    tokenizer_trust = ", trust_remote_code=True" if written.code or own_code else ""
-    lines += [
-        "",
-        "## Loading",
-        "",
-        prose(written.loads),
-        "",
-        "```python",
-        f"from transformers import {auto}, AutoTokenizer",
-        "",
-        f'model = {auto}.from_pretrained("PATH"{trust})',
-        f'tokenizer = AutoTokenizer.from_pretrained("PATH"{tokenizer_trust})',
-        "```",
-        "",
-        f"Format: {written.format} ({prose(written.why)}).",
-    ]
-    if notes:
-        lines += ["", "## What was done", "", *(f"- {prose(note)}" for note in notes)]
-    if recipe:
-        lines += ["", "## Recipe", "", *fenced(printable(recipe.strip()), "yaml")]
-    return "\n".join([*lines, ""])
-
-
-def prose(text: str) -> str:
-    """A text of one line as Markdown that shows it: no HTML, no link, no fence; code spans stay.
-
-    Names of models and tensors, gates and texts are a stranger's; absolute paths are cut to their last part.
-    """
-    line = re.sub("`{2,}", "'", " ".join(printable(without_folders(text)).split()))
-    spans = re.split("(`[^`]*`)", line)
-    return "".join(span if odd % 2 else re.sub(r"[`\\[\]<>&|]", _escaped, span) for odd, span in enumerate(spans))
-
-
-def _escaped(found: re.Match[str]) -> str:
-    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(found[0], "\\" + found[0])
-
-
-def fenced(text: str, language: str) -> list[str]:
-    """Lines of a code block that nothing in `text` ends."""
-    fence = "`" * max(3, *(len(run) + 1 for run in re.findall("`+", text) or [""]))
-    return [f"{fence}{language}", text, fence]
+    on_hub = base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf")
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto),
+        base_model=base_model if on_hub else None,
+        tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or own_code else [])],
+    )
+    return markdown_page(
+        "card.md.j2",
+        metadata=Markdown(metadata.to_yaml(original_order=list(KEYS))),
+        name=base_model.rstrip("/").rpartition("/")[2],
+        written=written,
+        auto=auto,
+        trust=lambda code: Markdown(", trust_remote_code=True" if code else ""),
+        warning=collapse(evaluation),
+        gate="; ".join(gate),
+        before=before,
+        after=after,
+        human=human,
+        quality=_quality(evaluation) if evaluation else [],
+        tokens=(evaluation or {}).get("tokens"),
+        text=text or "",
+        own_code=own_code,
+        notes=notes,
+        recipe=fenced(printable(recipe.strip()), "yaml") if recipe else "",
+    )
 
 
 def _auto_class(written: Written) -> str:
@@ -154,33 +100,34 @@ def _auto_class(written: Written) -> str:
     return next((dict(f.heads)[name] for f in FAMILIES.values() if name in dict(f.heads)), "AutoModelForCausalLM")
 
 
-def _bits(bits: dict[str, Any] | None) -> list[str]:
+def _quality(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Rows of the table: what was measured, the parent's figure and the model's."""
+    found = evaluation
+    if "hidden_cosine" not in found:
+        return [
+            ("perplexity", f"{found['parent_perplexity']:.2f}", f"{found['perplexity']:.2f}"),
+            ("KL to the parent, nats a token", "0", f"{found['kl']:.3f}"),
+            ("top-1 agreement", "100 %", f"{100 * found['top1_agreement']:.1f} %"),
+            *_bits(found.get("bits")),
+        ]
+    rows = [
+        ("cosine of the last hidden states to the parent's", "1", f"{found['hidden_cosine']:.4f}"),
+        ("cosine of the mean-pooled states to the parent's", "1", f"{found['pooled_cosine']:.4f}"),
+    ]
+    if found["masked_kl"] is not None:
+        rows += [
+            ("KL to the parent at masked tokens, nats", "0", f"{found['masked_kl']:.3f}"),
+            ("top-1 agreement at masked tokens", "100 %", f"{100 * found['masked_top1_agreement']:.1f} %"),
+        ]
+    return rows
+
+
+def _bits(bits: dict[str, Any] | None) -> list[tuple[str, str, str]]:
     """Rows that compare models with different tokenizers; the others are on tokens that both have."""
     if not bits:
         return []
     return [
-        f"| bits per byte | {bits['parent_bits_per_byte']:.4f} | {bits['bits_per_byte']:.4f} |",
-        f"| perplexity per word | {bits['parent_word_perplexity']:.1f} | {bits['word_perplexity']:.1f} |",
-        f"| tokens of the same text | 100 % | {100 + 100 * bits['more_tokens']:.1f} % |",
+        ("bits per byte", f"{bits['parent_bits_per_byte']:.4f}", f"{bits['bits_per_byte']:.4f}"),
+        ("perplexity per word", f"{bits['parent_word_perplexity']:.1f}", f"{bits['word_perplexity']:.1f}"),
+        ("tokens of the same text", "100 %", f"{100 + 100 * bits['more_tokens']:.1f} %"),
     ]
-
-
-def _quality(evaluation: dict[str, Any]) -> list[str]:
-    """Rows of the table: the parent's figure and the model's."""
-    if "hidden_cosine" not in evaluation:
-        return [
-            f"| perplexity | {evaluation['parent_perplexity']:.2f} | {evaluation['perplexity']:.2f} |",
-            f"| KL to the parent, nats a token | 0 | {evaluation['kl']:.3f} |",
-            f"| top-1 agreement | 100 % | {100 * evaluation['top1_agreement']:.1f} % |",
-            *_bits(evaluation.get("bits")),
-        ]
-    rows = [
-        f"| cosine of the last hidden states to the parent's | 1 | {evaluation['hidden_cosine']:.4f} |",
-        f"| cosine of the mean-pooled states to the parent's | 1 | {evaluation['pooled_cosine']:.4f} |",
-    ]
-    if evaluation["masked_kl"] is not None:
-        rows += [
-            f"| KL to the parent at masked tokens, nats | 0 | {evaluation['masked_kl']:.3f} |",
-            f"| top-1 agreement at masked tokens | 100 % | {100 * evaluation['masked_top1_agreement']:.1f} % |",
-        ]
-    return rows

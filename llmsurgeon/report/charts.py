@@ -1,6 +1,6 @@
-"""What an HTML report is drawn with: scales, heat maps and labels as inline SVG, numbers as words, one style sheet.
+"""What an HTML report is drawn with: scales, heat maps and labels as inline SVG, numbers as words.
 
-Colours are CSS classes, so that the reader's light or dark theme decides them.
+Colours are CSS classes of templates/style.css.j2, so that the reader's light or dark theme decides them.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TypeGuard
+
+from markupsafe import Markup, escape
 
 from llmsurgeon.model.layers import write_ranges
 
@@ -91,7 +92,7 @@ def heat_map(
     outlined: list[list[int]],
     title: str,
     room: int = 520,
-) -> str:
+) -> Markup:
     """A heat map of (row, column, value, tooltip) with its legend.
 
     Colours run from 0 to the maximum, or to the 90th percentile where the rest stand far above it: what the first
@@ -126,7 +127,7 @@ def heat_map(
     return svg(width, height, title, parts) + _legend(top, clipped=bool(known) and top < known[-1])
 
 
-def _legend(top: float, clipped: bool) -> str:
+def _legend(top: float, clipped: bool) -> Markup:
     bar = [f'<rect class="c{k}" x="{40 + k * 4}" y="0" width="4.5" height="10"/>' for k in range(LEVELS)]
     for share in (0, 0.5, 1):
         sign = "≥ " if clipped and share == 1 else ""
@@ -139,22 +140,15 @@ def shade(value: float, top: float) -> int:
     return min(LEVELS - 1, max(0, int(value / top * LEVELS))) if top > 0 else 0
 
 
-def svg(width: float, height: float, alternative: str, parts: Iterable[str]) -> str:
-    """A drawing of that size in px; `alternative` is read out where it cannot be seen."""
+def svg(width: float, height: float, alternative: str, parts: Iterable[str]) -> Markup:
+    """A drawing of that size in px, of `parts` that are SVG; `alternative` is read out where it cannot be seen."""
     size = f'width="{width:g}" height="{height:g}" viewBox="0 0 {width:g} {height:g}"'
-    return f'<svg role="img" aria-label="{escape(alternative)}" {size}>{"".join(parts)}</svg>'
+    return Markup(f'<svg role="img" aria-label="{escape(alternative)}" {size}>{"".join(parts)}</svg>')
 
 
 def label(x: float, y: float, text: object, kind: str) -> str:
     """A text of an SVG at (x, y); `kind` is its CSS class."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{text}</text>'
-
-
-def figure(title: str, caption: str, content: str) -> str:
-    """A drawing under its title and caption."""
-    return (
-        f'<figure><figcaption><b>{title}</b> {escape(caption)}</figcaption><div class="scroll">{content}</div></figure>'
-    )
 
 
 def label_step(count: int, slot: float, wanted: float) -> int:
@@ -208,7 +202,7 @@ def _oklch_hex(lightness: float, chroma: float, hue: float) -> str:
     return "#" + "".join(f"{round(255 * c):02x}" for c in srgb)
 
 
-def ramp_css() -> str:
+def ramp_css() -> Markup:
     """Classes c0 to c47: pale yellow to deep blue on light paper, deep blue to pale yellow on dark."""
     light, dark = [], []
     for k in range(LEVELS):
@@ -217,83 +211,4 @@ def ramp_css() -> str:
         # The chroma stays inside sRGB all along: clipping would make the steps uneven.
         light.append(f".c{k}{{fill:{_oklch_hex(0.965 - 0.665 * t, 0.04 + 0.042 * bulge + 0.02 * t, 100 + 165 * t)}}}")
         dark.append(f".c{k}{{fill:{_oklch_hex(0.27 + 0.65 * t, 0.045 + 0.025 * bulge + 0.04 * t, 265 - 165 * t)}}}")
-    return "".join(light) + "@media screen and (prefers-color-scheme:dark){" + "".join(dark) + "}"
-
-
-CSS = """
-:root{--paper:#fdfdfc;--ink:#1c2024;--soft:#646b73;--rule:#e4e6e9;--panel:#f5f6f6;--attention:#5c6b7f;--ffn:#b4bfcc;
---fused:#1f6feb;--cut:#c2500c;--bar:#93a1b3;--on:#fff}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#14171b;--ink:#e4e7ea;--soft:#98a1ab;--rule:#2b3037;
---panel:#1c2025;--attention:#8c9db3;--ffn:#4a5666;--fused:#4c8df5;--cut:#f0883e;--bar:#64748a;--on:#fff}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--paper);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;
-print-color-adjust:exact;-webkit-print-color-adjust:exact}
-main{max-width:1208px;margin:0 auto;padding:44px 24px 72px}
-section{margin-top:52px}
-h1{font-size:30px;line-height:1.2;font-weight:620;letter-spacing:-.015em;margin:2px 0 20px;overflow-wrap:anywhere}
-h2{font-size:19px;font-weight:620;letter-spacing:-.005em;margin:0 0 6px;padding-top:14px;
-border-top:1px solid var(--rule)}
-section>p{margin:0 0 18px;max-width:82ch;color:var(--soft)}
-section>p.lead{font-size:20px;line-height:1.45;color:var(--ink);max-width:66ch;margin-bottom:24px;text-wrap:pretty}
-section>p.long{font-size:16px;max-width:98ch}
-.whole{white-space:nowrap}
-.eyebrow{margin:0;color:var(--soft);font-size:13px}
-dl{margin:0;display:flex;flex-wrap:wrap;gap:12px 40px}
-dt{color:var(--soft);font-size:13px}
-dd{margin:0;overflow-wrap:anywhere}
-.figures{gap:12px 56px;margin-bottom:28px}
-.figures dd{font-size:26px;line-height:1.3;font-weight:560;letter-spacing:-.01em}
-.figures small{font-size:14px;font-weight:400;letter-spacing:0}
-small,.note{color:var(--soft);font-size:12px}
-.note{margin:0 0 0 46px}
-b{font-weight:620}
-b.cut,td.cut{color:var(--cut);font-weight:620}
-.two{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:32px}
-figure{margin:0;break-inside:avoid}
-figcaption{font-size:13px;color:var(--soft);margin-bottom:10px;min-height:64px;text-wrap:pretty}
-figcaption b{display:block;color:var(--ink);font-size:15px}
-.scroll{overflow-x:auto}
-svg{display:block;max-width:100%;height:auto}
-svg text{fill:var(--soft);font-size:12px}
-svg .mid{text-anchor:middle}svg .end{text-anchor:end}svg .strong{fill:var(--ink);font-weight:620;font-size:13px}
-svg text.on{fill:var(--on)}
-.attention{fill:var(--attention);background:var(--attention)}
-.ffn{fill:var(--ffn);background:var(--ffn)}
-.fused{fill:var(--fused);background:var(--fused)}
-.gone{fill:none;stroke:var(--cut);stroke-width:1.2}
-.legend{display:flex;flex-wrap:wrap;gap:4px 24px;font-size:13px;margin-top:10px}
-.legend i{display:inline-block;width:14px;height:12px;border-radius:2px;margin-right:7px;vertical-align:-1px}
-.legend i.gone{border:1.2px solid var(--cut)}.legend i.fused{width:30px}
-.grid{stroke:var(--rule);fill:none}
-.bar{fill:var(--bar);stroke:var(--bar)}.bar rect,.bar circle{stroke:none}
-.bar.cut{fill:var(--cut);stroke:var(--cut)}
-.stem{fill:none;stroke-width:1.2;opacity:.35}
-.whisker{fill:none;stroke:var(--ink);opacity:.75}
-.dot .whisker{stroke:inherit;stroke-width:1.2;opacity:1}
-.other{fill:var(--paper);stroke:var(--bar)}circle.cut{fill:var(--cut)}
-.none{fill:var(--rule)}
-.outline{fill:none;stroke:var(--cut);stroke-width:2}
-table{border-collapse:collapse;font-size:13px}
-th{font-weight:400;color:var(--soft);text-align:left;vertical-align:bottom;border-bottom:1px solid var(--rule)}
-th,td{padding:3px 14px 3px 0;white-space:nowrap}
-td{border-bottom:1px solid var(--rule)}
-.n{text-align:right;padding:3px 18px 3px 0}
-.every,.steps{width:100%}
-.plot{padding:0;width:420px}
-tr{break-inside:avoid}
-pre{margin:0;padding:14px 16px;background:var(--panel);border:1px solid var(--rule);border-radius:4px;overflow-x:auto;
-font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace}
-pre.command{margin-bottom:12px;font-weight:600}
-.reading{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:16px 32px}
-.reading dt{color:var(--ink);font-weight:620;font-size:14px}
-.reading dd{font-size:13px;color:var(--soft)}
-cite{display:block;font-style:italic}
-@media screen and (max-width:860px){.two,.reading{grid-template-columns:minmax(0,1fr)}h1{font-size:24px}
-section>p.lead{font-size:18px}
-.scroll>svg{max-width:none}}
-@page{margin:12mm}
-@media print{main{padding:0;max-width:none}.scroll{overflow:visible}section{margin-top:32px}h2{break-after:avoid}
-section>p.lead{font-size:16px}table{font-size:9.5px}table small{font-size:8.5px}th,td,.n{padding:2px 6px 2px 0}
-th{white-space:normal}.plot,.plot svg{width:290px}pre{white-space:pre-wrap}.note{margin-left:26px}}
-"""
+    return Markup("".join(light) + "@media screen and (prefers-color-scheme:dark){" + "".join(dark) + "}")

@@ -55,7 +55,7 @@ class Surgery(_Part):
 
 
 @dataclass(frozen=True)
-class Story:
+class Records:
     """surgery: surgery.json as it is; recipe: the text of recipe.yaml; before: the parent's costs."""
 
     surgery: dict[str, Any]
@@ -87,9 +87,9 @@ def read_recipe(folder: Path) -> str | None:
         return None
 
 
-def read_story(folder: Path) -> Story | None:
+def read_records(folder: Path) -> Records | None:
     """How a checkpoint was made, None where it does not say, or not in a form that is known."""
     surgery, recipe = read_surgery(folder), read_recipe(folder)
     if surgery is None or recipe is None:
         return None
-    return Story(surgery.model_dump(mode="json"), recipe, surgery.before)
+    return Records(surgery.model_dump(mode="json"), recipe, surgery.before)

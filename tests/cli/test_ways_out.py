@@ -12,7 +12,7 @@ from conftest import SMALL, TEXT, save_tiny
 from llmsurgeon.boundary.places import found, relative, without_folders
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.recipe.recipe import load
-from llmsurgeon.report.card import fenced, prose
+from llmsurgeon.report.pages import fenced, prose
 
 ODD = "m[/x]\x1b[31m[bold]:smile:"
 
@@ -49,8 +49,8 @@ def test_prose(text, shown):
 
 
 def test_a_fence_is_longer_than_all_that_it_holds():
-    assert fenced("a", "yaml") == ["```yaml", "a", "```"]
-    assert fenced("x: '````'", "yaml")[0] == "`````yaml"
+    assert fenced("a", "yaml").split("\n") == ["```yaml", "a", "```"]
+    assert fenced("x: '````'", "yaml").split("\n")[0] == "`````yaml"
 
 
 def test_the_card_of_a_name_with_markup(run, folder):
@@ -111,7 +111,7 @@ def test_an_export_names_its_parent_as_it_lies_from_there(run, folder):
     assert run("recipes", "check", "deep/er/made/recipe.yaml")[0] == 0
 
 
-def test_a_story_that_is_a_link_is_not_carried_on(run, folder):
+def test_a_record_that_is_a_link_is_not_carried_on(run, folder):
     assert run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out")[0] == 0
     (folder / "id_rsa").write_text("private: key")
     (folder / "out/recipe.yaml").unlink()

@@ -18,7 +18,8 @@ import torch
 from llmsurgeon.analysis.greedy import Choice
 from llmsurgeon.analysis.measure import LayerScore, Measurements
 from llmsurgeon.analysis.result import Analysis
-from llmsurgeon.report.analysis import MATRICES, SCORES, html_report
+from llmsurgeon.report.abouts import MATRICES, SCORES
+from llmsurgeon.report.analysis import html_report
 from llmsurgeon.report.charts import Scale, ramp_css, ranges, shade
 
 DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text()

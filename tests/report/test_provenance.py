@@ -7,7 +7,7 @@ import json
 import pytest
 from conftest import SMALL
 
-from llmsurgeon.report.provenance import read_story, read_surgery
+from llmsurgeon.report.provenance import read_records, read_surgery
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def student(folder, run):
 
 
 def test_what_run_writes_is_read(student):
-    story = read_story(student)
+    records = read_records(student)
     surgery = json.loads((student / "surgery.json").read_text())
-    assert story is not None and story.surgery == surgery and story.before.blocks == 6
-    assert story.recipe == (student / "recipe.yaml").read_text()
+    assert records is not None and records.surgery == surgery and records.before.blocks == 6
+    assert records.recipe == (student / "recipe.yaml").read_text()
     read = read_surgery(student)
     assert read is not None and read.parents == [[0], [1], [3], [4], [5]]
 
@@ -35,14 +35,14 @@ def test_what_is_not_of_our_form_is_left_out_and_said(student, run, change):
     (student / "checksums.sha256").unlink()
     surgery = json.loads((student / "surgery.json").read_text())
     (student / "surgery.json").write_text(json.dumps({**surgery, **change}))
-    assert read_story(student) is None
+    assert read_records(student) is None
     code, _, err = run("export", "student", "--to", "surgeon", "-o", "OUT")
     assert code == 0 and f"surgery.json: not as llmsurgeon writes it ({next(iter(change))}" in err
     assert run("verify", "OUT")[0] == 0 and not (student.parent / "OUT/surgery.json").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"a": ' + b"1" * 5000 + b"}"])
-def test_heal_and_export_of_a_student_whose_story_is_damaged(student, run, content):
+def test_heal_and_export_of_a_student_whose_records_is_damaged(student, run, content):
     (student / "checksums.sha256").unlink()
     for name in ("surgery.json", "recipe.yaml"):
         (student / name).write_bytes(content)
