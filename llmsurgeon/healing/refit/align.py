@@ -35,7 +35,8 @@ def align_attention(here: LayerFit) -> None:
 
 def ffn_drifts(here: LayerFit) -> bool:
     """True where a dense FFN may be aligned, fused ones by the rows of each parent."""
-    return here.options.align and here.spec.ffn is not None and not here.family.experts and not here.has_trees
+    ffn = here.spec.ffn
+    return here.options.align and ffn is not None and ffn.as_family and not here.family.experts
 
 
 def align_ffn(here: LayerFit) -> None:

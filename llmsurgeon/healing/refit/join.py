@@ -28,9 +28,9 @@ def can_take_over(here: LayerFit) -> bool:
 
     Not before trees: their decisions move with what they read, which attention may only bring nearer to the parent's.
     """
-    if not here.options.join or not here.changed or here.family.post_norm or here.has_trees or is_new_mixer(here):
+    if not here.options.join or not here.changed or here.family.post_norm or is_new_mixer(here):
         return False
-    both = here.spec.attention is not None and here.spec.ffn is not None
+    both = here.spec.attention is not None and here.spec.ffn is not None and here.spec.ffn.as_family
     return both and not here.is_ternary(attention_out(here.family))
 
 

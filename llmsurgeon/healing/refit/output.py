@@ -24,7 +24,7 @@ def can_move(here: LayerFit) -> bool:
     Not so trees, a mixture of experts, and an attention without FFN whose output goes through two norms.
     """
     family = here.family
-    if not here.changed or here.has_trees:
+    if not here.changed or not (here.spec.ffn is None or here.spec.ffn.as_family):
         return False
     if here.spec.ffn is None:
         return not family.post_norm and not here.is_ternary(attention_out(family))

@@ -28,6 +28,8 @@ class FFNSpec(Part):
     sub_norm: bool = False
 
     kind: ClassVar[str] = "dense"
+    # Whether its linears lie where the family's own FFN has them, so that closed forms may move them.
+    as_family: ClassVar[bool] = True
 
     @property
     def normed(self) -> bool:

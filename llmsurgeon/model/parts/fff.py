@@ -28,6 +28,7 @@ class FFFSpec(FFNSpec):
     in_bias: bool = False
 
     kind: ClassVar[str] = "fff"
+    as_family: ClassVar[bool] = False
     own_kind: ClassVar[str | None] = "has a fast feedforward network"
     # Its neurons lie in groups that a tree chooses from, under names of its own.
     forbids: ClassVar[frozenset[Touch]] = frozenset(
