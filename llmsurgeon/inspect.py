@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.costs import Costs, layer_rows
+from llmsurgeon.model.costs import Costs, layer_parameters
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
 from llmsurgeon.model.spec import BlockTransformerSpec
 from llmsurgeon.planning.opened import DescribedModel, open_config, open_known, shapes_of, ternary_by_layer
 
@@ -17,25 +18,24 @@ from llmsurgeon.planning.opened import DescribedModel, open_config, open_known, 
 class LayerRow:
     """One layer of a model.
 
-    attention, ffn: the sizes of each part that the layer has, by name ("heads", "width" ...); where there is more than
-        one kind of part, "kind" says which. Layers of parallel branches have several.
+    attention, ffn: the parts that the layer has; layers of parallel branches have several.
     parallel: how many branches there are, None in a plain layer.
     parameters: numbers in the layer's tensors.
     ternary: paths in the layer of the linears whose weights are ternary; None where no weights were looked at.
     """
 
     number: int
-    attention: tuple[dict[str, Any], ...]
-    ffn: tuple[dict[str, Any], ...]
+    attention: tuple[AttentionSpec, ...]
+    ffn: tuple[FFNSpec, ...]
     parallel: int | None
     parameters: int
     ternary: tuple[str, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as `inspect --json` has it."""
-        row = {"block": self.number, "attention": list(self.attention), "ffn": list(self.ffn)}
+        parts = {"attention": [part.row() for part in self.attention], "ffn": [part.row() for part in self.ffn]}
         looked = {} if self.ternary is None else {"ternary": list(self.ternary)}
-        return {**row, "parallel": self.parallel, "parameters": self.parameters, **looked}
+        return {"block": self.number, **parts, "parallel": self.parallel, "parameters": self.parameters, **looked}
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,21 @@ def inspect(model: str | os.PathLike[str], *, revision: str | None = None) -> In
     name = os.fspath(model)
     parent, problems = _known(name, revision)
     shapes = shapes_of(parent.meta())
-    rows = layer_rows(parent.spec, parent.family, shapes)
-    ternary: Sequence[tuple[str, ...] | None] = ternary_by_layer(parent) or [None] * len(rows)
+    numbers = layer_parameters(parent.spec, parent.family, shapes)
+    ternary: Sequence[tuple[str, ...] | None] = ternary_by_layer(parent) or [None] * len(numbers)
+    layers = zip(parent.spec.layers, numbers, ternary, strict=True)
     return Inspected(
         name,
         parent.model_type,
         parent.costs(parent.spec, shapes),
-        tuple(_row(row, linears) for row, linears in zip(rows, ternary, strict=True)),
+        tuple(
+            LayerRow(index, layer.attentions, layer.ffns, len(layer.branches) or None, parameters, linears)
+            for index, (layer, parameters, linears) in enumerate(layers)
+        ),
         parent.spec.block_transformer,
         tuple(problems),
         parent.notes,
     )
-
-
-def _row(row: dict[str, Any], ternary: tuple[str, ...] | None) -> LayerRow:
-    parts = tuple(row["attention"]), tuple(row["ffn"])
-    return LayerRow(row["block"], *parts, row["parallel"], row["parameters"], ternary)
 
 
 def _known(model: str, revision: str | None) -> tuple[DescribedModel, list[str]]:

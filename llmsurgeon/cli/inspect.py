@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -54,8 +54,8 @@ def _table(found: Inspected) -> Table:
     for row in found.layers:
         cells = [
             str(row.number),
-            " | ".join(map(_attention, row.attention)) or "-",
-            " | ".join(map(_ffn, row.ffn)) or "-",
+            " | ".join(part.label for part in row.attention) or "-",
+            " | ".join(part.label for part in row.ffn) or "-",
             human(row.parameters),
         ]
         if some:
@@ -71,17 +71,3 @@ def _title(found: Inspected) -> str:
     title = f"{found.model}: {found.model_type}, {human(found.costs.parameters)} parameters, "
     title += f"{cache:,} KV bytes a token" if cache else "no KV cache"
     return f"{title}\n{found.block_transformer.sentence()}" if found.block_transformer else title
-
-
-def _attention(part: dict[str, Any]) -> str:
-    if "kind" in part:
-        return f"MLGRU {part['width']}" + (", ternary" if part["linears"] == "ternary" else "")
-    words = f"{part['heads']} heads, {part['kv_heads']} KV, width {part['head_dim']}"
-    return words + (f", window {part['window']}" if part["window"] else "") + (", normed" if part["sub_norm"] else "")
-
-
-def _ffn(part: dict[str, Any]) -> str:
-    words = f"{part['kind']} {part['width']}"
-    words += f" x {part['experts']}, {part['per_token']} a token" if "experts" in part else ""
-    words += f": {part['words']}; {part['active']} a token" if "words" in part else ""
-    return words + (", normed" if part.get("sub_norm") else "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
-from typing import Any
 
 from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.families import Family
@@ -101,21 +100,10 @@ def _in_block_transformer(
     return rest + round((over_blocks + in_block_work) / made.block_length)
 
 
-def layer_rows(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
-    """One row per layer for `inspect`: what its attentions and FFNs say of themselves, and its parameters."""
-    rows = []
-    for index, layer in enumerate(spec.layers):
-        prefix = family.layer(index)
-        rows.append(
-            {
-                "block": index,
-                "attention": [attention.row() for attention in layer.attentions],
-                "ffn": [ffn.row() for ffn in layer.ffns],
-                "parallel": len(layer.branches) or None,
-                "parameters": sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)),
-            }
-        )
-    return rows
+def layer_parameters(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:
+    """Numbers in each layer's tensors."""
+    prefixes = [family.layer(index) for index in range(len(spec.layers))]
+    return [sum(prod(shape) for name, shape in shapes.items() if name.startswith(prefix)) for prefix in prefixes]
 
 
 def human(number: float, unit: str = "") -> str:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.costs import layer_rows
+from llmsurgeon.inspect import LayerRow
 from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, MLGRUSpec
 from llmsurgeon.model.spec import from_block_configs, to_block_configs
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
@@ -162,7 +162,7 @@ def test_the_description_survives_json():
     configs = json.loads(json.dumps(to_block_configs(spec)))
     windows = [layer.attention.window for layer in spec.layers]
     assert from_block_configs(configs, 8, windows) == spec.layers
-    rows = layer_rows(spec, declared("qwen2"), {})
+    rows = [LayerRow(i, b.attentions, b.ffns, None, parameters=0).to_dict() for i, b in enumerate(spec.layers)]
     assert rows[1]["attention"] == [{"kind": "mlgru", "width": 32, "linears": "float"}]
     assert rows[4]["attention"][0]["linears"] == "ternary" and rows[4]["ffn"][0]["kind"] == "bitlinear"
 

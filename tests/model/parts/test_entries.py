@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model import parts
 from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, MLGRUSpec, MoESpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec, from_block_configs, to_block_configs
 
@@ -139,3 +141,59 @@ def test_any_layer_comes_back_from_json(seed):
             )
             assert read == alone
             assert to_block_configs(model(read)) == [own]
+
+
+# What `inspect --json` says of a part, and what it says to people.
+SHOWN: tuple[tuple[Any, dict[str, Any], str], ...] = (
+    (
+        replace(SOFTMAX, window=24, sub_norm=True),
+        {"heads": 8, "kv_heads": 2, "head_dim": 16, "window": 24, "rope": True, "sub_norm": True},
+        "8 heads, 2 KV, width 16, window 24, normed",
+    ),
+    (ATTENTIONS["mlgru"][0], {"kind": "mlgru", "width": 128, "linears": "ternary"}, "MLGRU 128, ternary"),
+    (FFNSpec(96), {"kind": "dense", "width": 96}, "dense 96"),
+    (FFNSpec(96, sub_norm=True), {"kind": "dense", "width": 96, "sub_norm": True}, "dense 96, normed"),
+    (FFNS["moe"][0], {"kind": "moe", "width": 96, "experts": 8, "per_token": 2}, "moe 96 x 8, 2 a token"),
+    (
+        FFNS["leaves"][0],
+        {
+            "kind": "fff",
+            "width": 36,
+            "form": "leaf",
+            "depth": 2,
+            "leaf_width": 8,
+            "shared": 4,
+            "active": 12,
+            "words": "depth 2, 4 leaves of 8 neurons, 4 shared",
+        },
+        "fff 36: depth 2, 4 leaves of 8 neurons, 4 shared; 12 a token",
+    ),
+    (
+        FFNS["nodes"][0],
+        {
+            "kind": "fff",
+            "width": 21,
+            "form": "node",
+            "depth": 2,
+            "trees": 3,
+            "active": 9,
+            "words": "3 trees of depth 2",
+        },
+        "fff 21: 3 trees of depth 2; 9 a token",
+    ),
+    (FFNS["bitlinear"][0], {"kind": "bitlinear", "width": 96}, "bitlinear 96"),
+)
+
+
+@pytest.mark.parametrize(("part", "row", "label"), SHOWN)
+def test_what_inspect_shows(part, row, label):
+    assert json.dumps(part.row()) == json.dumps(row)
+    assert part.label == label
+
+
+def test_tables_name_each_part_as_its_entry_does():
+    for table in (parts.ATTENTIONS, parts.FFNS):
+        assert table == {part.kind: part for part in table.values()}
+    with pytest.raises(SurgeryError, match="part of kind 'linear', known here are dense, moe, fff, bitlinear"):
+        (entry,) = to_block_configs(model(LayerSpec(None, FFNSpec(96))))
+        from_block_configs([{**entry, "ffn": {**entry["ffn"], "kind": "linear"}}], head_dim=1, windows=[None])
