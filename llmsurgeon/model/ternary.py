@@ -49,10 +49,10 @@ class Grid:
             return inputs
         size = self.group_size or 0
         if size <= 0 or inputs % size:
-            fits = [n for n in (1024, 512, 256, 128, 64, 32) if inputs % n == 0]
+            possible = [n for n in (1024, 512, 256, 128, 64, 32) if inputs % n == 0]
             raise SurgeryError(
                 f"ternary: rows of {inputs} numbers are not whole groups of {size}; group_size may be "
-                + (", ".join(map(str, fits)) if fits else "none here: take granularity row")
+                + (", ".join(map(str, possible)) if possible else "none here: take granularity row")
             )
         return size
 
