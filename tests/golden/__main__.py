@@ -59,14 +59,15 @@ def prepare() -> None:
             importlib.import_module(found.name)
 
 
-def done(task: tuple[str, Path | None]) -> tuple[str, int, float, list[str]]:
-    """Run one unit and write it down, into a folder or as its expected file: name, cases, seconds, what went wrong."""
-    from tests.golden import expected
+def done(task: tuple[str, Path | None]) -> tuple[str, list[Made], float, list[str]]:
+    """Run one unit and write it down if there is a folder for it: name, cases, seconds, what went wrong."""
     from tests.golden.parents import units
     from tests.golden.record import recorded
 
     name, folder = task
-    began, cases, wrong = time.monotonic(), [], []
+    began = time.monotonic()
+    cases: list[Made] = []
+    wrong: list[str] = []
     try:
         for made in recorded(units()[name]):
             cases.append(made)
@@ -74,11 +75,9 @@ def done(task: tuple[str, Path | None]) -> tuple[str, int, float, list[str]]:
                 put(made, folder / name / made.name)
             if made.crashed:
                 wrong.append(f"{name}/{made.name}: {made.said.strip().splitlines()[-1]}")
-        if not folder and not wrong:
-            expected.write(name, cases)
     except Exception:
         wrong.append(f"{name}: {traceback.format_exc()}")
-    return name, len(cases), time.monotonic() - began, wrong
+    return name, cases, time.monotonic() - began, wrong
 
 
 def put(made: Made, place: Path) -> None:
@@ -90,10 +89,10 @@ def put(made: Made, place: Path) -> None:
 
 def record(given: argparse.Namespace) -> int:
     """All units, each in a process of its own, so that none depends on what ran before it."""
-    from tests.golden import expected
+    from tests.golden import facts
     from tests.golden.parents import units
 
-    known = [name for name in units() if given.verb == "dump" or name not in expected.LEFT_OUT]
+    known = [name for name in units() if given.verb == "dump" or name not in facts.LEFT_OUT]
     names = given.families.split(",") if given.families else known
     if unknown := set(names) - set(known):
         sys.exit(f"no such family: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
@@ -101,15 +100,19 @@ def record(given: argparse.Namespace) -> int:
     if folder and folder.exists() and any(folder.iterdir()):
         sys.exit(f"{folder} is not empty: give a new folder")
     wrong: list[str] = []
-    began, total = time.monotonic(), 0
+    renewed: dict[str, list[Made]] = {}
+    began = time.monotonic()
     with multiprocessing.get_context("fork").Pool(given.jobs, maxtasksperchild=1) as pool:
         for name, cases, seconds, found in pool.imap_unordered(done, [(name, folder) for name in names], chunksize=1):
-            print(f"{name:24} {cases:5} cases {seconds:7.1f} s", flush=True)
-            total += cases
+            print(f"{name:24} {len(cases):5} cases {seconds:7.1f} s", flush=True)
+            renewed[name] = cases
             wrong += found
+    total = sum(map(len, renewed.values()))
     print(f"{'all':24} {total:5} cases {time.monotonic() - began:7.1f} s")
     for line in wrong:
         print(f"wrong: {line}", file=sys.stderr)
+    if not folder and not wrong:
+        facts.write(renewed)
     return int(bool(wrong))
 
 

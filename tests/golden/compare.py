@@ -24,6 +24,7 @@ KINDS = {
     "files.txt": "files",
     "tensors.txt": "tensors",
     "hashes.txt": "hashes",
+    "code.txt": "code",
 }
 ALL_KINDS = tuple(dict.fromkeys((*KINDS.values(), "other")))
 ABSENT = "(absent)"
@@ -54,7 +55,7 @@ def _in_file(file: Path, first: str, second: str) -> Iterator[str]:
         if found:
             yield from found
             return
-    if file.name in ("tensors.txt", "hashes.txt", "files.txt"):
+    if file.name in ("tensors.txt", "hashes.txt", "code.txt", "files.txt"):
         one, two = (set(content.splitlines()) for content in (first, second))
         yield from (f"- {_short(line)}" for line in sorted(one - two))
         yield from (f"+ {_short(line)}" for line in sorted(two - one))

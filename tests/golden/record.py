@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import os
+import pkgutil
 import re
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.golden.cases import Case
-from tests.golden.parents import ROOT, Unit, text
+from tests.golden.parents import Unit, text
 
 # Files of an output that are written down as they are; of all others a hash is.
 AS_THEY_ARE = (".json", ".yaml", ".md", ".html", ".jsonl")
@@ -148,11 +149,15 @@ def _run(case: Case) -> tuple[int, str, str]:
 
 
 def resolved(name: str) -> str:
-    """A recipe that comes along with every default written out, by the module that README names as the library's."""
-    found = re.search(r"^from (\S+) import load$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert found, "README names no module that loads recipes"
-    recipes = importlib.import_module(found[1])
-    return str(recipes.dump(recipes.load(name)))
+    """A recipe that comes along with every default written out, which no command prints."""
+    import llmsurgeon
+
+    for found in pkgutil.walk_packages(llmsurgeon.__path__, "llmsurgeon."):
+        if found.name.rpartition(".")[2] == "recipe":
+            recipes = importlib.import_module(found.name)
+            if hasattr(recipes, "load") and hasattr(recipes, "dump"):
+                return str(recipes.dump(recipes.load(name)))
+    raise LookupError("no module named recipe loads and dumps recipes")
 
 
 def written_down(out: Path, folder: Path) -> dict[str, str]:
@@ -161,7 +166,10 @@ def written_down(out: Path, folder: Path) -> dict[str, str]:
         return {}
     paths = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
     base = out.parent if out.is_file() else out
-    files, tensors, hashes = {}, [], []
+    files: dict[str, str] = {}
+    tensors: list[str] = []
+    hashes: list[str] = []
+    code: list[str] = []
     for path in paths:
         name = path.relative_to(base).as_posix()
         if path.suffix in AS_THEY_ARE and path.name not in HASHED:
@@ -171,9 +179,10 @@ def written_down(out: Path, folder: Path) -> dict[str, str]:
         elif path.suffix == ".gguf":
             tensors += [f"{name} {line}" for line in _gguf(path)]
         elif path.name != "checksums.sha256":
-            hashes.append(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
+            (code if path.suffix == ".py" else hashes).append(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
     files["files.txt"] = "".join(f"{path.relative_to(base).as_posix()}\n" for path in paths)
     files["tensors.txt"] = "".join(f"{line}\n" for line in tensors)
+    files["code.txt"] = "".join(f"{line}\n" for line in code)
     files["hashes.txt"] = "".join(f"{line}\n" for line in hashes)
     return {name: content for name, content in files.items() if content}
 
