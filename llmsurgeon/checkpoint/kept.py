@@ -7,7 +7,6 @@ half of one is gone.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -17,11 +16,12 @@ from glob import escape
 from pathlib import Path
 
 from llmsurgeon.checkpoint.files import content_sum
+from llmsurgeon.checkpoint.lock import hold
 from llmsurgeon.checkpoint.staging import disk_trouble
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.progress import remark
 
-SUM = ".sum"
+SUM, LOCK = ".sum", ".lock"
 # What torch and safetensors raise when a disk is full names the system's error at most in words.
 OS_ERROR = re.compile(r"os error (\d+)")
 
@@ -45,34 +45,35 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 def unfinished(path: Path) -> Iterator[Path]:
     """A file beside `path`, of this process alone, to be renamed to it once it is whole.
 
-    It is locked for as long as it is written, so that the next one that writes `path` can tell what killed processes
-    have left there, and remove it.
+    A lock beside it is held for as long as it is written, so that the next one that writes `path` can tell what killed
+    processes have left there, and remove it.
     """
     for left in path.parent.glob(f"{escape(path.name)}.*"):
-        if re.fullmatch(r"\.\d+", left.name.removeprefix(path.name)):
-            _sweep(left)
+        if re.fullmatch(r"\.\d+", left.name.removeprefix(path.name).removesuffix(LOCK)):
+            _sweep(left.with_name(left.name.removesuffix(LOCK)))
     partial = path.with_name(f"{path.name}.{os.getpid()}")
-    fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    lock = hold(partial.with_name(partial.name + LOCK))
     try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666))
         yield partial
     finally:
-        for rest in (partial, partial.with_name(partial.name + SUM)):
-            with suppress(OSError):
-                rest.unlink()
-        os.close(fd)
+        _remove_unfinished(partial)
+        if lock:
+            lock.end()
 
 
 def _sweep(left: Path) -> None:
     with suppress(OSError):
-        fd = os.open(left, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.with_name(left.name + SUM).unlink(missing_ok=True)
-            left.unlink()
-        finally:
-            os.close(fd)
+        lock = hold(left.with_name(left.name + LOCK))
+        if lock:
+            _remove_unfinished(left)
+            lock.end()
+
+
+def _remove_unfinished(partial: Path) -> None:
+    for rest in (partial, partial.with_name(partial.name + SUM)):
+        with suppress(OSError):
+            rest.unlink()
 
 
 def kept(path: Path) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -10,6 +9,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from llmsurgeon.checkpoint.lock import Hold, hold
 
 PREFIX = "llmsurgeon-passing-"
 MARK, FILES = "in-use", "files"  # the first is locked for as long as it is true
@@ -36,40 +37,25 @@ def passing_folder(owner: object) -> Path:
 
 
 def _made(owner: object) -> tuple[Path, Callable[[], object]]:
-    place = Path(tempfile.gettempdir())
-    with _alone(place):
-        _sweep(place)
+    _sweep(Path(tempfile.gettempdir()))
+    while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        fd = os.open(folder / MARK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        with suppress(OSError):  # a file system without locks: nothing is swept there
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    (folder / FILES).mkdir()
-    return folder / FILES, weakref.finalize(owner, _remove, folder, fd)
+        with suppress(FileNotFoundError):  # another process swept it away before it had its mark
+            mark = hold(folder / MARK)
+            if mark is not None:
+                (folder / FILES).mkdir()
+                return folder / FILES, weakref.finalize(owner, _remove, folder, mark)
 
 
-def _remove(folder: Path, fd: int) -> None:
+def _remove(folder: Path, mark: Hold) -> None:
     with suppress(OSError):
-        _remove_marked(folder)
-    os.close(fd)
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Of processes like this one, only one makes or removes folders here at a time."""
-    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(fd)
+        _remove_marked(folder, mark)
+    mark.release()
 
 
 def sweep() -> None:
     """Remove what killed processes have left."""
-    place = Path(tempfile.gettempdir())
-    with suppress(OSError), _alone(place):
-        _sweep(place)
+    _sweep(Path(tempfile.gettempdir()))
 
 
 def _sweep(place: Path) -> None:
@@ -81,17 +67,16 @@ def _sweep(place: Path) -> None:
             if not any(folder.iterdir()):
                 folder.rmdir()
                 continue
-            fd = os.open(folder / MARK, os.O_RDWR | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove_marked(folder)
-            finally:
-                os.close(fd)
+            if (folder / MARK).is_symlink() or not (folder / MARK).is_file():
+                continue
+            mark = hold(folder / MARK)
+            if mark is not None:
+                _remove_marked(folder, mark)
 
 
-def _remove_marked(folder: Path) -> None:
+def _remove_marked(folder: Path, mark: Hold) -> None:
     """The mark goes last: a kill meanwhile leaves what can be swept again."""
     if (folder / FILES).exists():
         shutil.rmtree(folder / FILES)
-    (folder / MARK).unlink()
+    mark.end()
     folder.rmdir()

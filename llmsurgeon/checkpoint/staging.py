@@ -1,5 +1,6 @@
 """OUT.partial: where an output is prepared, marked as this tool's, locked while in use, gone on with after a kill.
 
+    lock       held for as long as a run writes here
     job.json   the mark: whose work this is, since when, and which of its files are finished
     scratch/   intermediate results, which may be hours of training
     result     what becomes OUT by one rename: a folder, or a file where OUT is one
@@ -12,7 +13,6 @@ at any moment leaves OUT as it was or whole; what is left in OUT.partial is put 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -28,11 +28,19 @@ from uuid import uuid4
 from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.atomic import exchange, fsync, move
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
+from llmsurgeon.checkpoint.lock import Hold, hold
 from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
 from llmsurgeon.errors import SurgeryError
 
-JOURNAL, JOURNAL_NEW, SCRATCH, RESULT, REPLACED = "job.json", "job.json.new", "scratch", "result", "replaced"
-KINDS = {JOURNAL: stat.S_ISREG, JOURNAL_NEW: stat.S_ISREG, SCRATCH: stat.S_ISDIR, REPLACED: stat.S_ISDIR}
+JOURNAL, JOURNAL_NEW, LOCK = "job.json", "job.json.new", "lock"
+SCRATCH, RESULT, REPLACED = "scratch", "result", "replaced"
+KINDS = {
+    LOCK: stat.S_ISREG,
+    JOURNAL: stat.S_ISREG,
+    JOURNAL_NEW: stat.S_ISREG,
+    SCRATCH: stat.S_ISDIR,
+    REPLACED: stat.S_ISDIR,
+}
 MARK = "llmsurgeon staging"  # a key of job.json
 HOW_FAR = "how-far.txt"  # what a job may write into its scratch, for people: a line
 LONGEST_INSIDE = "x" * 80  # names of files inside
@@ -47,11 +55,11 @@ class Staging:
     # Whether OUT is one file, of which nothing is kept that is not whole.
     single_file: ClassVar[bool] = False
 
-    def __init__(self, target: Path, lock: int, overwrite: bool) -> None:
+    def __init__(self, target: Path, lock: Hold, overwrite: bool) -> None:
         self.out, self.folder = target, partial_of(target)
         self.path = self.folder / RESULT
         self.committed = False
-        self._lock: int | None = lock
+        self._lock: Hold | None = lock
         self._overwrite = overwrite
         self._journal: dict[str, Any] = {}
         self._finished_before = False
@@ -90,7 +98,7 @@ class Staging:
             target.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 folder.mkdir()
-            stage = cls(target, _lock_folder(folder, target), overwrite)
+            stage = cls(target, cls._locked(folder, target), overwrite)
             try:
                 stage._look()
                 stage._check_existing()
@@ -124,7 +132,7 @@ class Staging:
             _check_existing(target, overwrite, cls.single_file)
             return
         with explained(folder, then=ELSEWHERE):
-            stage = cls(target, _lock_folder(folder, target), overwrite)
+            stage = cls(target, cls._locked(folder, target), overwrite)
             try:
                 stage._look()
                 stage._check_existing()
@@ -146,6 +154,34 @@ class Staging:
         _check_sources(target, sources, cls.single_file)
         return target
 
+    @classmethod
+    def _locked(cls, folder: Path, target: Path) -> Hold:
+        """Lock the staging folder, for as long as this process lives at most."""
+        while True:
+            cls._refuse_strangers(folder)  # into whose folder goes no lock of ours
+            try:
+                lock = hold(folder / LOCK)
+            except FileNotFoundError:
+                folder.mkdir(exist_ok=True)  # removed meanwhile, by a run that just ended
+                continue
+            if lock is None:
+                raise SurgeryError(f"{target}: another run is writing it now; wait for it or stop it")
+            return lock
+
+    @classmethod
+    def _refuse_strangers(cls, folder: Path) -> None:
+        """Raise SurgeryError for what is in a staging folder and not ours."""
+        kinds = {**KINDS, RESULT: stat.S_ISREG if cls.single_file else stat.S_ISDIR}
+        for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+            if path.name not in kinds:
+                raise SurgeryError(
+                    f"{folder}: holds {path.name}, which llmsurgeon did not put there; move it away or choose another "
+                    "output"
+                )
+            with suppress(FileNotFoundError):  # of a run that is just ending
+                if not kinds[path.name](path.lstat().st_mode):
+                    raise SurgeryError(f"{path}: is not what llmsurgeon put there; move {folder} away")
+
     def __enter__(self) -> Self:
         return self
 
@@ -162,9 +198,22 @@ class Staging:
         with suppress(OSError):
             if not self.committed and self._ours() and not self._worth():
                 self._clear()
-                self.folder.rmdir()
-        os.close(self._lock)
-        self._lock = None
+                self._leave()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock:
+            lock.end()
+
+    def _leave(self) -> None:
+        """Let go of a folder in which nothing is left, and remove it."""
+        self._let_go()
+        try:
+            self.folder.rmdir()
+        except OSError as error:  # another run may have begun there since
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                raise
 
     @property
     def scratch(self) -> Path:
@@ -178,23 +227,15 @@ class Staging:
 
     def _ours(self) -> bool:
         """True for a folder that is marked, or that has nothing in it yet."""
-        return MARK in self._journal or set(os.listdir(self.folder)) <= {JOURNAL_NEW}
+        return MARK in self._journal or set(os.listdir(self.folder)) <= {JOURNAL_NEW, LOCK}
 
     def _look(self) -> None:
         """Read the journal, refuse what is not ours, finish a commit that a kill interrupted."""
         names = set(os.listdir(self.folder))
-        kinds = {**KINDS, RESULT: stat.S_ISREG if self.single_file else stat.S_ISDIR}
-        for name in sorted(names):
-            if name not in kinds:
-                raise SurgeryError(
-                    f"{self.folder}: holds {name}, which llmsurgeon did not put there; move it away or choose another "
-                    "output"
-                )
-            if not kinds[name](os.lstat(self.folder / name).st_mode):
-                raise SurgeryError(f"{self.folder / name}: is not what llmsurgeon put there; move {self.folder} away")
+        self._refuse_strangers(self.folder)
         if JOURNAL in names:
             self._journal = _read_journal(self.folder / JOURNAL)
-        elif names - {JOURNAL_NEW}:
+        elif names - {JOURNAL_NEW, LOCK}:
             raise SurgeryError(f"{self.folder}: exists and was not written by this tool; move it away or delete it")
         if "committing" in self._journal:
             self._finish_commit()
@@ -312,7 +353,7 @@ class Staging:
         self.committed = True
         try:
             kept = self._tidy()
-            self.folder.rmdir()
+            self._leave()
         except OSError as error:
             raise SurgeryError(
                 f"{self.out} is written, and whole. What it makes superfluous could not be removed: "
@@ -516,27 +557,6 @@ def _check_existing_file(target: Path, overwrite: bool) -> None:
         raise SurgeryError(f"{target}: exists already; choose another name or pass --overwrite")
     if not target.is_symlink() and not stat.S_ISREG(os.lstat(target).st_mode):
         raise SurgeryError(f"{target}: is not a file that can be replaced; choose another name")
-
-
-def _lock_folder(folder: Path, target: Path) -> int:
-    """Lock the staging folder itself, so that no lock file is left behind; returns the descriptor that holds it."""
-    while True:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.lstat(folder)):
-                return fd
-        except FileNotFoundError:
-            folder.mkdir(exist_ok=True)  # removed between open and lock, by a run that just ended
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                os.close(fd)
-                raise SurgeryError(f"{target}: another run is writing it now; wait for it or stop it") from error
-            if error.errno in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                return fd  # a network file system without locks on folders
-            os.close(fd)
-            raise
-        os.close(fd)
 
 
 def remove(path: Path) -> None:

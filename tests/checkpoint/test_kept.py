@@ -121,9 +121,10 @@ def test_what_a_killed_process_left_unfinished_is_removed_and_nothing_else(tmp_p
 
     status, _ = helpers.in_child(lambda: keep(path, killed))
     assert os.WTERMSIG(status) == signal.SIGKILL
-    (left,) = set(tmp_path.iterdir()) - set(others)
+    left = set(tmp_path.iterdir()) - set(others)
+    assert sorted(file.read_bytes() for file in left) == [b"", b"half"]  # the lock, and what was written
     with unfinished(path) as mine:
-        assert not left.exists() and mine.exists()
+        assert not any(file.exists() for file in left) and mine.exists()
         mine.write_bytes(b"being written")
         status, said = helpers.in_child(lambda: keep(path, lambda partial: partial.write_bytes(b"whole")))
         assert status == 0, said

@@ -88,7 +88,7 @@ def test_what_cannot_be_gone_on_with_needs_no_flag(tmp_path):
     with Stage.open(tmp_path / "out", job=JOB) as stage:
         (stage.scratch / "distill-0").mkdir()
         stage.write_file("config.json", "{}")
-        os.close(stage._lock)  # as a kill would leave it
+        stage._lock.release()  # as a kill would leave it
         stage._lock = None
     assert (tmp_path / "out.partial").exists()
     with Stage.open(tmp_path / "out", job=OTHER) as stage:
@@ -119,7 +119,7 @@ def test_a_kill_while_discarding_does_not_mix_two_jobs(tmp_path, monkeypatch, pl
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stage, "_clear", killed)
-    monkeypatch.setattr(Stage, "close", lambda stage: os.close(stage._lock))
+    monkeypatch.setattr(Stage, "close", lambda stage: stage._lock.release())
     with pytest.raises(KeyboardInterrupt):
         Stage.open(tmp_path / "out", job=OTHER, discard_partial=True)
     monkeypatch.undo()
@@ -413,7 +413,7 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 def test_a_killed_file_leaves_nothing_that_needs_a_flag(tmp_path):
     stage = FileStage.open(tmp_path / "m.gguf", job=JOB)
     stage.path.write_text("half")
-    os.close(stage._lock)
+    stage._lock.release()
     with FileStage.open(tmp_path / "m.gguf", job=OTHER) as stage:
         assert not stage.path.exists()
         stage.path.write_text("whole")

@@ -272,7 +272,8 @@ def test_not_enough_space(folder, tmp_path, monkeypatch):
     with Stage.open(tmp_path / "out", job={"all": "x"}) as stage:
         with pytest.raises(SurgeryError, match="bytes are needed and 100 are free"):
             stage.write_weights(open_checkpoint(folder))
-        assert not list(stage.path.iterdir()) and {p.name for p in stage.folder.iterdir()} == {"job.json", "result"}
+        assert not list(stage.path.iterdir())
+        assert {p.name for p in stage.folder.iterdir()} == {"job.json", "lock", "result"}
     assert not (tmp_path / "out.partial").exists()
 
 
