@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from llmsurgeon.boundary.foreign import read_json, shortened
 from llmsurgeon.boundary.limits import LARGEST_SIZE
@@ -65,7 +65,7 @@ def changed(path: Path, how: str) -> CheckpointError:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A regular file, open for reading. A pipe or a device, which would be waited for without end, is refused.
 
     Raises:
@@ -116,12 +116,8 @@ def content_sum(path: Path) -> tuple[str, Stamp]:
         stamp = Stamp.of(path, file.fileno())
         if stamp in _sums:
             return _sums[stamp], stamp
-        digest = sha256()
-        buffer = memoryview(bytearray(1 << 20))
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
+        found = file_digest(file, "sha256").hexdigest()
         stamp.check()
-    found = digest.hexdigest()
     # Clocks of file systems tick every few milliseconds: a younger file may yet change under the same stamp.
     if time.time_ns() - stamp.changed_ns > SETTLED_NS:
         _sums[stamp] = found

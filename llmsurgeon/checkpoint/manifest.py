@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 from llmsurgeon.checkpoint.files import opened
@@ -28,12 +28,8 @@ SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    digest = sha256()
-    buffer = memoryview(bytearray(1 << 20))
     with opened(path) as file:
-        while count := file.readinto(buffer):  # type: ignore[attr-defined]
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 @cache

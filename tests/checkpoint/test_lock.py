@@ -40,18 +40,21 @@ def test_a_file_that_is_there_keeps_what_is_in_it_and_is_no_lock_by_itself(tmp_p
     assert (tmp_path / "lock").exists()
 
 
-# A run that forks a worker, says its number, and is killed.
+# A run that forks a worker, which says its number, and is killed.
 RUN = """
 import os, signal, sys, time
 from pathlib import Path
 from llmsurgeon.checkpoint.lock import hold
 mine = hold(Path(sys.argv[1]))
 assert mine is not None
-worker = os.fork()
+number, worker = Path(sys.argv[2]), os.fork()
 if worker == 0:
+    number.with_suffix(".new").write_text(str(os.getpid()))
+    number.with_suffix(".new").rename(number)
     time.sleep(60)
     os._exit(0)
-Path(sys.argv[2]).write_text(str(worker))
+while not number.exists():
+    time.sleep(0.01)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
