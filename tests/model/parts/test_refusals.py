@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, MLGRUSpec, MoESpec
+from llmsurgeon.model.parts import AttentionSpec, BitFFNSpec, FFFSpec, FFNSpec, MLGRUSpec, MoESpec, Touch
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
-from llmsurgeon.operations import OPERATIONS, Subject
+from llmsurgeon.operations import OPERATIONS, Step, Subject
 
 SOFTMAX, DENSE = AttentionSpec(heads=4, kv_heads=2, head_dim=8), FFNSpec(96)
 MLGRU = MLGRUSpec.instead_of(SOFTMAX)
@@ -106,3 +108,25 @@ def test_every_operation_on_a_block_transformer(operation):
     heals = operation in ("refit", "distill")
     said = refusal(operation, LayerSpec(SOFTMAX, DENSE), BlockTransformerSpec(2, 1))
     assert said == (None if heals else IS_BLOCKS)
+
+
+class Unsaid(Step):
+    """A step that does not say what it does."""
+
+    op: Literal["unsaid"] = "unsaid"
+
+
+@pytest.mark.parametrize("has", REFUSED)
+def test_a_step_that_does_not_say_what_it_does_is_taken_to_do_everything(has):
+    layer, refused = REFUSED[has]
+    spec = ModelSpec("llama", 32, 64, (replace(layer, parents=(3,)),), tied=False)
+    subject = Subject(spec, FAMILIES["llama"], frozenset())
+    if not refused:
+        subject.check(Unsaid())
+        return
+    with pytest.raises(SurgeryError, match=re.escape(f"llama: unsaid: {next(iter(refused))}")):
+        subject.check(Unsaid())
+
+
+def test_every_operation_says_what_it_does():
+    assert all("touches" in vars(step) and step.touches < frozenset(Touch) for step in OPERATIONS.values())
