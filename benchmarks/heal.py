@@ -61,16 +61,17 @@ def healed(arguments: argparse.Namespace, mode: str, out: Path) -> dict[str, Any
     options = Options(say=lambda line: print(line, file=sys.stderr, flush=True))
     outcome = heal(arguments.student, arguments.parent, recipe.model_copy(update={"gate": None}), str(out), options)
     assert outcome is not None
+    (made,) = outcome.results["distill"].trainings
     phases: dict[str, float] = {}
-    for _, training in outcome.trainings[0].trainings:
+    for _, training in made.trainings:
         for name, seconds in training.phases.items():
             phases[name] = round(phases.get(name, 0.0) + seconds, 1)
-    tokens = sum(training.tokens for _, training in outcome.trainings[0].trainings)
+    tokens = sum(training.tokens for _, training in made.trainings)
     return {
         "quality": quality(str(out), arguments.parent, *judged_by(arguments)),
-        "seconds": round(outcome.trainings[0].seconds, 1),
+        "seconds": round(made.seconds, 1),
         "tokens": tokens,
-        "tokens_per_second": round(tokens / outcome.trainings[0].seconds, 1),
+        "tokens_per_second": round(tokens / made.seconds, 1),
         "phases": phases,
     }
 

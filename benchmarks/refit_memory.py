@@ -67,7 +67,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     outcome = run(recipe, str(folder), str(folder / "out"), Options(planned=planned))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    errors = [update.error_ratio for update in outcome.updates]
+    errors = [update.error_ratio for update in outcome.results["refit"].updates]
     print(
         json.dumps({**said, "measured": peak - said["baseline"], "seconds": time.monotonic() - start, "fits": errors})
     )

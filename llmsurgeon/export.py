@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from llmsurgeon.boundary.places import everywhere, without_folders
 from llmsurgeon.checkpoint.writer import Stage
-from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.formats.beside import write_beside
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass
 from llmsurgeon.formats.forms import forms_of_towers
 from llmsurgeon.formats.gguf.write import Exported as GGUF
@@ -20,12 +15,10 @@ from llmsurgeon.formats.gguf.write import write_gguf
 from llmsurgeon.formats.names import CheckpointName
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
-from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
+from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.options import Options
-from llmsurgeon.planning.student import Student, packed_by_value, student_of, without_empty_layers
-from llmsurgeon.recipe.recipe import dump, loads
-from llmsurgeon.report.card import model_card
-from llmsurgeon.report.provenance import read_records
+from llmsurgeon.planning.records import write_export_records
+from llmsurgeon.planning.student import packed_by_value, student_of, without_empty_layers
 
 
 @dataclass(frozen=True)
@@ -72,8 +65,7 @@ def export(
     ) as stage:
         weights = student.written.published(student.weights, parent.family)
         stage.write_weights(weights, max_shard_size=options.max_shard_size)
-        write_beside(stage, student.written, checkpoint)
-        before = _write_records(stage, parent, student)
+        before = write_export_records(stage, parent, student)
         stage.confirm(inputs.check)
         return Exported(stage.commit(), to, student.written.loads, before, student.costs)
 
@@ -119,36 +111,6 @@ def export_gguf(
         check=inputs.check,
         trust_remote_code=options.trust_remote_code,
     )
-
-
-def _write_records(stage: Stage, parent: OpenedCheckpoint, student: Student) -> Costs:
-    """Card, and what the source says of its own making where this tool made it. Returns the parent's costs."""
-    checkpoint, written, after = parent.checkpoint, student.written, student.costs
-    before = parent.costs(parent.spec, shapes_of(parent.meta()))
-    surgery: dict[str, Any] = {}
-    recipe = None
-    if records := read_records(checkpoint.path):
-        surgery, recipe, before = everywhere(records.surgery, without_folders), records.recipe, records.before
-        with suppress(RecipeError):  # of another version: it goes along as it is
-            recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)
-    card = model_card(
-        surgery.get("parent", parent.name),
-        written,
-        before,
-        after,
-        recipe,
-        surgery.get("evaluation"),
-        surgery.get("calibration"),
-        [*([f"Exported to {written.format} from `{Path(parent.name).name}`."] if recipe else []), *parent.notes],
-        surgery.get("gate_missed", []),
-        checkpoint.companions.code,
-    )
-    stage.write_file("README.md", card)
-    if recipe:
-        stage.write_file("recipe.yaml", recipe)
-        surgery = {**surgery, "format": written.format, "after": after.to_dict()}
-        stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
-    return before
 
 
 __all__ = ["Exported", "export", "export_gguf"]

@@ -5,9 +5,7 @@ Started by `accelerate launch` there are several processes: all of them train, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +13,22 @@ from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.forms import form_of
-from llmsurgeon.healing.distill.crew import stop_with_launcher
-from llmsurgeon.healing.distill.training import on_cpu, several
+from llmsurgeon.healing.processes import World
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.planning.checks import check_recipe, within_positions
+from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model, shapes_of
 from llmsurgeon.planning.opening import files_of
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.plan import Planned
+from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.student import student_of, without_empty_layers
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.planning.trimming import trimmed
-from llmsurgeon.progress import set_quiet
 from llmsurgeon.recipe.recipe import Recipe, dump, loads
 from llmsurgeon.report.provenance import read_recipe, read_surgery
-from llmsurgeon.run import Outcome, finish, heal_and_prove, logs_of
+from llmsurgeon.run import Outcome, finish, logs_of
 from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 
@@ -73,11 +71,12 @@ def heal(
     ) as (stage, scratch):
         with world.main_first():
             _ = texts.windows
-        healed = heal_and_prove(planned, texts, options, scratch, logs_of(out))
+        healed = heal_and_judge(planned, texts, scratch, logs_of(out))
         if stage is None:
             return None
-        records = dump(_whole_recipe(cut, recipe).model_copy(update={"model": parent}), Path(out))
-        return finish(stage, out, planned, records, healed, texts, cut.checkpoint, inputs)
+        resolved = dump(_whole_recipe(cut, recipe).model_copy(update={"model": parent}), Path(out))
+        records = RunRecords(planned, healed, resolved, texts.description, cut.checkpoint)
+        return finish(stage, out, records, options, inputs)
 
 
 def prepare(
@@ -179,67 +178,3 @@ def _whole_recipe(student: OpenedCheckpoint, recipe: Recipe) -> Recipe:
     if before is None:
         return recipe
     return recipe.model_copy(update={"steps": (*before.steps, *recipe.steps)})
-
-
-@dataclass
-class World:
-    """The processes of this run; one, unless `accelerate launch` started more."""
-
-    main: bool = True
-    state: Any = None
-
-    def __post_init__(self) -> None:
-        if several():
-            from accelerate import PartialState
-
-            self.state = PartialState(cpu=on_cpu())
-            self.main = bool(self.state.is_main_process)
-            stop_with_launcher()
-            if not self.main:
-                set_quiet(True)
-
-    @contextmanager
-    def stage(self, out: str, **options: Any) -> Iterator[tuple[Stage | None, Path]]:
-        """(the stage in the main process, the scratch folder in all). What refuses in one refuses in all."""
-        if self.state is None:
-            with Stage.open(out, **options) as stage:
-                yield stage, stage.scratch
-            return
-        opened: list[Stage] = []
-
-        def open_it() -> str:
-            opened.append(Stage.open(out, **options))
-            return str(opened[0].scratch)
-
-        try:
-            scratch = Path(self.main_alone(open_it))
-            yield (opened[0] if opened else None), scratch
-        finally:
-            for stage in opened:
-                stage.close()
-
-    def main_alone(self, work: Callable[[], Any]) -> Any:
-        """What `work` gives in the main process, in all of them. A SurgeryError there is one everywhere."""
-        if self.state is None:
-            return work()
-        from accelerate.utils import broadcast_object_list
-
-        told: list[Any] = [None, None]
-        if self.main:
-            try:
-                told[0] = work()
-            except SurgeryError as error:
-                told[1] = str(error)
-        broadcast_object_list(told)
-        if told[1] is not None:
-            raise SurgeryError(told[1])
-        return told[0]
-
-    @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The main process does this before the others do."""
-        if self.state is None:
-            yield
-        else:
-            with self.state.main_process_first():
-                yield

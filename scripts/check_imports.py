@@ -39,11 +39,11 @@ ARROWS: dict[str, set[str]] = {
     "recipe": GROUND | {"operations", "text.files", "formats.names"},
     "evaluation": FILES | {"formats", "vocabulary", "walk", "text", "recipe"},
     "analysis": FILES | {"formats", "walk", "text", "evaluation", "operations"},
-    "report": FILES | {"formats", "healing", "evaluation"},
-    "healing": FILES | {"formats", "walk", "text", "evaluation", "operations"},
+    "report": FILES | {"formats", "evaluation"},
+    "healing": FILES | {"formats", "walk", "text", "evaluation", "operations", "report"},
     "planning": FILES
-    | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "analysis", "evaluation"}
-    | {"healing.distill.data"},
+    | {"formats", "vocabulary", "walk", "text", "operations", "recipe"}
+    | {"analysis", "evaluation", "healing", "report"},
 }
 ROOMS = FILES | {"formats", "vocabulary", "walk", "text", "operations", "recipe", "planning"}
 STORY = ROOMS | {"analysis", "healing", "evaluation", "report"}

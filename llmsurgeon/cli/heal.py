@@ -102,7 +102,7 @@ def heal_report(outcome: Outcome) -> dict[str, Any]:
         "out": str(outcome.out),
         "parent": outcome.planned.parent.name,
         "format": outcome.planned.written.format,
-        "distill": [training.to_dict() for training in outcome.trainings],
+        **{op: result.record() for op, result in outcome.results.items()},
         "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
         "gate_missed": list(outcome.gate),
         "warning": warning(outcome),
@@ -112,14 +112,8 @@ def heal_report(outcome: Outcome) -> dict[str, Any]:
 def print_healed(outcome: Outcome) -> None:
     """What was made, in a few lines."""
     out = console()
-    for training in outcome.trainings:
-        out.print(training.note, highlight=False, soft_wrap=True)
-        for block, made in training.trainings:
-            measure = "KL" if all("kl" in judged for judged in made.judged) else "1 - cos"
-            name = f"held-out {measure}" if block is None else f"block {block}, held-out loss"
-            values = [judged["value"] for judged in made.judged]
-            change = f"{name} {values[0]:.4f} -> {min(values):.4f}, " if values else ""
-            out.print(f"  {change}{made.tokens_per_second:,.0f} tokens/s", highlight=False, soft_wrap=True)
+    for line in (line for result in outcome.results.values() for line in result.lines()):
+        out.print(line, highlight=False, soft_wrap=True)
     if outcome.evaluation:
         out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False, soft_wrap=True)
     if collapsed := warning(outcome):

@@ -108,6 +108,10 @@ class NewLayer:
     tensors: Mapping[str, str | Computed]
 
 
+# The share of the calibration sequences that judges what nothing was fitted to, where no step says another.
+HELD_OUT = 0.125
+
+
 @dataclass(frozen=True)
 class Request:
     """What a step asks of the score `score`, or only tells it: with what settings it is to be measured."""
@@ -138,6 +142,10 @@ class Step(BaseModel):
     def reads(self) -> tuple[str | None, ...]:
         """Files, folders and data sets that it names."""
         return ()
+
+    def withholds(self) -> float | None:
+        """The share of the calibration sequences that chooses and judges in its fit and fits nothing, if it has one."""
+        return None
 
     def calibration_tokens(self) -> int | None:
         """How many tokens of calibration text it wants, where that is not the recipe's number."""

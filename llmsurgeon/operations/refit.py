@@ -11,7 +11,7 @@ from llmsurgeon.boundary.limits import MOST_TOKENS
 from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.base import HELD_OUT, Plan, Step, Subject
 from llmsurgeon.operations.fit_memory import Text, refit_bytes
 
 
@@ -36,12 +36,15 @@ class Refit(Step):
     align_ridge: Annotated[float, Field(gt=0)] = 0.03
     join: bool = True
     join_ridge: Annotated[float, Field(gt=0)] = 0.3
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    held_out: Annotated[float, Field(gt=0, lt=1)] = HELD_OUT
 
     @property
     def ridges(self) -> tuple[float, ...]:
         """The candidates as a tuple."""
         return self.ridge if isinstance(self.ridge, tuple) else (self.ridge,)
+
+    def withholds(self) -> float | None:
+        return self.held_out
 
     def calibration_tokens(self) -> int | None:
         return self.tokens

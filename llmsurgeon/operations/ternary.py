@@ -23,7 +23,7 @@ from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import HELD_OUT, Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.fit_memory import Text, ternary_bytes
 
 SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
@@ -79,7 +79,7 @@ class Ternary(Step):
     sub_norm: bool = False
     align: bool = True
     ridge: tuple[Annotated[float, Field(gt=0)], ...] = (0.03, 0.1, 0.3, 1.0)
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    held_out: Annotated[float, Field(gt=0, lt=1)] = HELD_OUT
 
     @model_validator(mode="after")
     def _consistent(self) -> Ternary:
@@ -100,6 +100,9 @@ class Ternary(Step):
     def grid(self) -> Grid:
         """What shares a scale, and by which rule it is chosen."""
         return Grid(self.scale, self.granularity, self.group_size)
+
+    def withholds(self) -> float | None:
+        return self.held_out if self.heals else None
 
     def needs(self) -> frozenset[str]:
         return frozenset(({SCORE} if self._budget else set()) | ({SIZES} if self.sub_norm else set()))

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from markupsafe import Markup
 
 from llmsurgeon.report.charts import Scale, svg
 from llmsurgeon.report.pages import html_page
 
-if TYPE_CHECKING:
-    from llmsurgeon.healing.distill.distill import Distilled
+
+class Trained(Protocol):
+    """What is drawn of a training."""
+
+    @property
+    def trainings(self) -> tuple[tuple[int | None, Any], ...]:
+        """(block, what its training came to); None is the whole student."""
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The losses step by step, and what was measured on held-out text."""
+
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1160, 320, 60, 28, 14
 POINTS = 1000  # of one curve
@@ -42,13 +52,13 @@ class Curve:
     drawing: Markup
 
 
-def html_curves(name: str, trainings: Sequence[Distilled]) -> str:
+def html_curves(name: str, trainings: Sequence[Trained]) -> str:
     """The page for what was trained on the way to the model `name`."""
     sections = [section for made in trainings for section in _sections(made)]
     return html_page("curves.html.j2", name=name, trainings=sections)
 
 
-def _sections(made: Distilled) -> list[dict[str, Any]]:
+def _sections(made: Trained) -> list[dict[str, Any]]:
     """What the page shows of each block that trained on its own."""
     found = []
     for block, training in made.trainings:

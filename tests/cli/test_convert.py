@@ -40,7 +40,7 @@ def test_the_plan_is_shown_before_the_work(run, folder, monkeypatch):
     def fail(*arguments):
         raise SurgeryError("healing began")
 
-    monkeypatch.setattr(import_module("llmsurgeon.run"), "heal_and_prove", fail)
+    monkeypatch.setattr(import_module("llmsurgeon.run"), "heal_and_judge", fail)
     code, out, err = run("prune", "parent", "-o", "out", "--attention", "2", "--text", "text.txt", *SMALL)
     assert code == 2 and "healing began" in err
     assert "Plan for parent" in out and "prune_attention: layers=[2]" in out

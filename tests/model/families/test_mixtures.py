@@ -211,7 +211,7 @@ def test_refit_moves_attention_alone(name, tmp_path):
     before, after = open_checkpoint(str(cut.out)), open_checkpoint(str(healed.out))
     moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved and all(".self_attn." in n for n in moved)
-    assert {update.projection for update in healed.updates} <= {"attention input", "self_attn.o_proj"}
+    assert {update.projection for update in healed.results["refit"].updates} <= {"attention input", "self_attn.o_proj"}
 
 
 def test_costs_count_the_experts_of_a_token(tmp_path):

@@ -1,0 +1,136 @@
+"""The planned student healed, step after step, and judged on text that fitted nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.checkpoint.kept import writing
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.bits_per_byte import scored_by
+from llmsurgeon.evaluation.decoders import Evaluation
+from llmsurgeon.evaluation.encoders import EncoderEvaluation
+from llmsurgeon.evaluation.gate import prove, prove_whole, walked
+from llmsurgeon.formats.configs import normalised
+from llmsurgeon.formats.models import filled_model
+from llmsurgeon.healing.healers import HEALERS, HealingContext, Result
+from llmsurgeon.healing.store import overlay
+from llmsurgeon.operations import Step
+from llmsurgeon.operations.base import HELD_OUT
+from llmsurgeon.planning.plan import Planned
+from llmsurgeon.planning.texts import Texts
+from llmsurgeon.text.calibration import split
+from llmsurgeon.walk.runner import LayerRunner
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The student after healing, what each healing operation made of it, and how good it is on held-out text."""
+
+    weights: Mapping[str, Tensor]
+    results: Mapping[str, Result] = field(default_factory=dict)
+    evaluation: Evaluation | EncoderEvaluation | None = None
+
+
+def heal_and_judge(planned: Planned, texts: Texts, folder: Path, logs: Path) -> Healed:
+    """Do the healing steps, and judge on held-out text where something needs text or one is given.
+
+    Each step fits nothing to what judges in the end, nor to the share of the sequences that it holds out itself.
+    `folder` keeps what is done through a kill; trackers write to `logs`.
+    """
+    # Whoever gives text should hear what the cut did to it.
+    given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
+    if not planned.heals and planned.recipe.gate is None and not given:
+        return Healed(planned.weights)
+    judges = held_out(texts.windows, judging_share(planned.heals))
+    weights, results = planned.weights, dict[str, Result]()
+    for place, step in enumerate(planned.heals):
+        store = folder / f"{step.op}-{place}"
+        with writing(store):
+            store.mkdir(exist_ok=True)
+        windows, held = set_aside(texts.windows, judges, step)
+        made = HEALERS[step.op](_context(planned, texts, weights, windows, held, store, logs), step)
+        weights = overlay(weights, made.files)
+        results[step.op] = made.behind(results[step.op]) if step.op in results else made
+    healed = Healed(weights, {op: results[op] for op in HEALERS if op in results})
+    return replace(healed, evaluation=_judged(planned, texts, weights, texts.windows[judges]))
+
+
+def held_out(windows: Tensor, share: float) -> Tensor:
+    """Mask [S] of about `share` of the sequences, spread evenly over the text."""
+    rows = torch.arange(len(windows))[:, None]
+    _, held = split(rows, share)
+    mask = torch.zeros(len(windows), dtype=torch.bool)
+    mask[held.flatten()] = True
+    return mask
+
+
+def judging_share(steps: Sequence[Step]) -> float:
+    """The share of the sequences that judges the result: the largest that a step holds out."""
+    return max((share for step in steps if (share := step.withholds()) is not None), default=HELD_OUT)
+
+
+def set_aside(windows: Tensor, judges: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    """(the sequences that a step works with, the mask of those that choose and judge there and fit nothing).
+
+    The second are the share that the step holds out. Of those that judge the result, mask `judges` [S], it sees no
+    others. A step without a share of its own goes by `judges`.
+
+    Raises:
+        SurgeryError: nothing would be left to fit to.
+    """
+    share = step.withholds()
+    if share is None:
+        return windows, judges
+    own = held_out(windows, share)
+    seen = own | ~judges
+    if own[seen].all():
+        raise SurgeryError(
+            f"{step.op}: {len(windows)} calibration sequences leave none to fit to, with held_out {share} of its own "
+            "and another step's beside it; raise calibration tokens, or give both steps the same held_out"
+        )
+    return windows[seen], own[seen]
+
+
+def _context(
+    planned: Planned, texts: Texts, weights: Mapping[str, Tensor], windows: Tensor, held: Tensor, *folders: Path
+) -> HealingContext:
+    store, logs = folders
+    return HealingContext(
+        parent=texts.runner,
+        parent_config=planned.parent.config,
+        parent_spec=planned.parent.spec,
+        fingerprint=texts.parent_key,
+        config=normalised(planned.written.student),
+        spec=planned.spec,
+        weights=weights,
+        windows=windows,
+        held_out=held,
+        training=texts.training,
+        folder=store,
+        logs=logs,
+        device=texts.options.device,
+        batch=texts.options.batch,
+        say=texts.options.say,
+    )
+
+
+def _judged(
+    planned: Planned, texts: Texts, weights: Mapping[str, Tensor], windows: Tensor
+) -> Evaluation | EncoderEvaluation:
+    """The student beside its parent on `windows` [S, T]."""
+    batch = texts.options.batch
+    if planned.spec.block_transformer:
+        whole = filled_model(planned.written.student, weights, texts.dtype, texts.options.device)
+        found = prove_whole(whole, texts.runner, windows, batch)
+        return replace(found, bits=texts.bits(scored_by(whole), windows))
+    config = normalised(planned.written.student)
+    student = LayerRunner(config, weights, texts.dtype, texts.options.device, texts.runner.padding)
+    judged = prove(student, texts.runner, windows, texts.tokenizer, batch)
+    if isinstance(judged, Evaluation):
+        return replace(judged, bits=texts.bits(walked(student, batch), windows))
+    return judged
