@@ -36,17 +36,17 @@ class Subject:
         Raises:
             SurgeryError: the parent has no such layer, or an earlier step removed it.
         """
-        for index, block in enumerate(self.spec.layers):
-            if layer in block.parents:
+        for index, there in enumerate(self.spec.layers):
+            if layer in there.parents:
                 return index
-        parents = sorted(p for block in self.spec.layers for p in block.parents)
+        parents = sorted(parent for there in self.spec.layers for parent in there.parents)
         raise SurgeryError(
             f"{what} {layer} is not in the model: it has layers {_span(parents)}; "
             "layers are numbered as in the parent, `llmsurgeon inspect MODEL` lists them"
         )
 
     def tensors(self, index: int) -> dict[str, str]:
-        """Tensors of block `index`: name inside the block -> full name, in checkpoint order of names."""
+        """Tensors of layer `index`: name inside the layer -> full name, in checkpoint order of names."""
         prefix = self.family.layer(index)
         return {name.removeprefix(prefix): name for name in sorted(self.names) if name.startswith(prefix)}
 
@@ -102,7 +102,7 @@ class Computed:
 
 @dataclass(frozen=True)
 class NewLayer:
-    """A block of the new model: name inside the block -> full name of the old tensor, or how to compute it."""
+    """A layer of the new model: name inside the layer -> full name of the old tensor, or how to compute it."""
 
     spec: LayerSpec
     tensors: Mapping[str, str | Computed]
@@ -221,27 +221,27 @@ class Step(BaseModel):
 
 
 def kept(subject: Subject, index: int) -> NewLayer:
-    """Block `index` as it is."""
+    """Layer `index` as it is."""
     return NewLayer(subject.spec.layers[index], subject.tensors(index))
 
 
 def all_kept(subject: Subject) -> list[NewLayer]:
-    """Every block as it is."""
+    """Every layer as it is."""
     return [kept(subject, index) for index in range(len(subject.spec.layers))]
 
 
 def assemble(subject: Subject, layers: Sequence[NewLayer], notes: Sequence[str] = ()) -> Plan:
-    """The plan that turns the subject's blocks into `blocks`. Empty blocks vanish; the rest are renumbered.
+    """The plan that turns the subject's layers into `layers`. Empty ones vanish; the rest are renumbered.
 
     Raises:
         SurgeryError: nothing, or no attention at all, would be left.
     """
-    halves = subject.spec.block_transformer
-    if halves:
-        # Only empty blocks go after the step that parted the layers: the second half begins where it began.
-        halves = replace(halves, split=sum(not layer.spec.empty for layer in layers[: halves.split]))
+    parted = subject.spec.block_transformer
+    if parted:
+        # Only empty layers go after the step that parted them: the token decoder begins where it began.
+        parted = replace(parted, split=sum(not layer.spec.empty for layer in layers[: parted.split]))
     layers = [layer for layer in layers if not layer.spec.empty]
-    spec = replace(subject.spec.with_layers([layer.spec for layer in layers]), block_transformer=halves)
+    spec = replace(subject.spec.with_layers([layer.spec for layer in layers]), block_transformer=parted)
     if subject.family.first_stays and (
         not layers or layers[0].spec.branches or layers[0].spec.parents[:1] != subject.spec.layers[0].parents[:1]
     ):

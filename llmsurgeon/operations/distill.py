@@ -223,8 +223,8 @@ class Distill(Step):
             )
         if self.trees and not any(isinstance(layer.ffn, FFFSpec) for layer in subject.spec.layers):
             raise subject.refuse("distill: trees is for fast feedforward networks, and no layer has one; leave it out")
-        if halves := subject.spec.block_transformer:
-            self._check_halves(subject, halves.block_length)
+        if block_transformer := subject.spec.block_transformer:
+            self._check_block_transformer(subject, block_transformer.block_length)
         return Plan(subject.spec, ())
 
     def _check_encoder(self, subject: Subject) -> None:
@@ -243,7 +243,7 @@ class Distill(Step):
         if any(source.sampled is not None for source in self.sources):
             raise subject.refuse("distill: an encoder cannot sample text from itself; name a text or a dataset")
 
-    def _check_halves(self, subject: Subject, block_length: int) -> None:
+    def _check_block_transformer(self, subject: Subject, block_length: int) -> None:
         """Raise SurgeryError for what a block transformer cannot be trained with."""
         if self.mode == "local":
             raise subject.refuse("distill: mode local trains single layers on the parent's inputs, which blocks lack")

@@ -54,8 +54,8 @@ class Refit(Step):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)
-        if halves := subject.spec.block_transformer:
-            self._check_halves(subject, halves)
+        if block_transformer := subject.spec.block_transformer:
+            self._check_block_transformer(subject, block_transformer)
         for layer in subject.spec.layers:
             if any(part.bit_linears for part in layer.parts):
                 raise subject.refuse(
@@ -65,10 +65,10 @@ class Refit(Step):
         return Plan(subject.spec, ())
 
     @staticmethod
-    def _check_halves(subject: Subject, halves: BlockTransformerSpec) -> None:
+    def _check_block_transformer(subject: Subject, spec: BlockTransformerSpec) -> None:
         """Raise SurgeryError for block transformers that have no such fit."""
-        if not halves.affine or halves.decoder != "prefix":
-            has = f"decoder {halves.decoder}" if halves.affine else "affine: false"
+        if not spec.affine or spec.decoder != "prefix":
+            has = f"decoder {spec.decoder}" if spec.affine else "affine: false"
             raise subject.refuse(
                 "refit: of block transformers it fits those with decoder prefix and affine: true, this one has "
                 f"{has}; leave refit out (--no-refit), and train it with distill"
