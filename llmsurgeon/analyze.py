@@ -86,8 +86,8 @@ def analyze(
     layers = len(parent.spec.layers)
     longest = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
     length = longest if sequence_length is None else sequence_length
-    source = {"text": text, "dataset": dataset, "sequence_length": length}
-    wanted = calibration(**source, tokens=tokens, seed=seed)
+    wanted = calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=length, seed=seed)
+    refit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, REFIT_TOKENS), "sequence_length": length}
     inputs = Inputs.of("analyze", {"model": parent.checkpoint}, None, Options())
     if text:
         inputs.watch_text("text", text)
@@ -96,7 +96,7 @@ def analyze(
     with Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read) as stage:
         texts = Texts(parent, wanted, tokens, options)
         count = default_count(layers) if drop is None else drop
-        found = suggest(texts, count, max_run, {**source, "tokens": max(tokens, REFIT_TOKENS)})
+        found = suggest(texts, count, max_run, refit_on)
         stage.confirm(inputs.check)
         write(stage, found)
     return found

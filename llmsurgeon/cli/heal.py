@@ -23,8 +23,6 @@ from llmsurgeon.cli.options import (
 if TYPE_CHECKING:
     from llmsurgeon.run import Outcome
 
-DEFAULT = "version: 1\nsteps: [{op: distill}]\n"
-
 
 def register(app: typer.Typer) -> None:
     """Add the command to `app`."""
@@ -66,14 +64,14 @@ def heal_command(
     Without --text or --dataset it trains on text sampled from the parent. A run that was killed or stopped goes on
     when the same command is given again.
     """
-    from llmsurgeon.cli.convert import plan_report, print_plan, with_text
+    from llmsurgeon.cli.convert import built, load, plan_report, print_plan
     from llmsurgeon.formats.loading import dtype_of
     from llmsurgeon.heal import heal, prepare
-    from llmsurgeon.recipe.recipe import load, loads
     from llmsurgeon.run import Options
 
     changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
-    wanted = with_text(load(recipe, changes) if recipe else loads(DEFAULT, "defaults", changes), text, dataset)
+    given = (changes, text, dataset)
+    wanted = load(recipe, *given) if recipe else built([{"op": "distill"}], *given)
     if dry_run:
         _, _, planned = prepare(student, parent, wanted, revision, trust_remote_code)
         print(json.dumps(plan_report(planned))) if as_json else print_plan(planned, notes=True)

@@ -74,7 +74,7 @@ class Calibration(_Part):
         if self.tokens < self.sequence_length and "sequence_length" in self.model_fields_set:
             raise ValueError(
                 f"tokens ({self.tokens}) must cover one sequence_length ({self.sequence_length}); "
-                "raise --tokens, or lower --seq-len"
+                "raise calibration.tokens (--tokens), or lower calibration.sequence_length (--seq-len)"
             )
         return self
 

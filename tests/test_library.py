@@ -1,0 +1,40 @@
+"""The page on the library says what the library does: its Python blocks run, one after the other, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import save_tiny
+
+import llmsurgeon
+
+PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
+
+
+def test_every_verb_has_a_part_of_the_page_with_an_example():
+    parts = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+    assert set(parts) == set(llmsurgeon.__all__)
+    for verb, part in parts.items():
+        assert any(f"{verb}(" in block for block in re.findall(r"```python\n(.*?)```", part, re.DOTALL)), verb
+
+
+@pytest.mark.slow
+def test_the_examples_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
+    save_tiny(tmp_path / "MODEL", "llama", tokenizer=True, max_position_embeddings=256)
+    (tmp_path / "my.txt").write_text(
+        "".join(f"In year {year} the river rose {year % 97} feet. " for year in range(999))
+    )
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(compile(block, "docs/library.md", "exec"), names)
+    assert names["outcome"].out == Path("student") and names["healed"].trainings
+    assert names["outcome"].planned.after.parameters < names["outcome"].planned.before.parameters
+    assert names["judged"].evaluation.perplexity_ratio > 0 and names["timed"].decode_speedup.median > 0
+    assert len(names["known"].layers) == names["outcome"].planned.after.blocks
+    assert names["checked"].ok and not names["known"].problems
+    assert all((tmp_path / name).is_dir() for name in ("analysis", "student", "healed", "student-surgeon"))
+    assert "calibration: 4,096 tokens of my.txt" in capsys.readouterr().out
