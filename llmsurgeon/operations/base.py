@@ -30,18 +30,18 @@ class Subject:
     names: frozenset[str]
     scores: Mapping[str, Any] = field(default_factory=dict)
 
-    def position(self, layer: int, what: str = "layer") -> int:
-        """Where parent layer `layer` is now.
+    def position(self, number: int, what: str = "layer") -> int:
+        """Where the parent's layer `number` is now.
 
         Raises:
             SurgeryError: the parent has no such layer, or an earlier step removed it.
         """
-        for index, there in enumerate(self.spec.layers):
-            if layer in there.parents:
+        for index, layer in enumerate(self.spec.layers):
+            if number in layer.parents:
                 return index
-        parents = sorted(parent for there in self.spec.layers for parent in there.parents)
+        parents = sorted(p for layer in self.spec.layers for p in layer.parents)
         raise SurgeryError(
-            f"{what} {layer} is not in the model: it has layers {_span(parents)}; "
+            f"{what} {number} is not in the model: it has layers {_span(parents)}; "
             "layers are numbered as in the parent, `llmsurgeon inspect MODEL` lists them"
         )
 

@@ -199,16 +199,16 @@ class FFF(Step):
             )
         return FFFSpec.of_leaves(shape.depth, shape.leaf_width, shape.shared, **neurons)
 
-    def _dense(self, subject: Subject, layer: int) -> int:
+    def _dense(self, subject: Subject, number: int) -> int:
         """Width of a layer's FFN, which must be the parent's own."""
-        block = subject.spec.layers[subject.position(layer, "fff: layer")]
-        if block.ffn is None or block.branches:
-            raise subject.refuse(f"fff: layer {layer} has no FFN of its own")
-        if len(block.parents) > 1 or not block.ffn.plain:
+        layer = subject.spec.layers[subject.position(number, "fff: layer")]
+        if layer.ffn is None or layer.branches:
+            raise subject.refuse(f"fff: layer {number} has no FFN of its own")
+        if len(layer.parents) > 1 or not layer.ffn.plain:
             raise subject.refuse(
-                f"fff: layer {layer} is not as in the checkpoint; write what earlier steps make, then run fff on that"
+                f"fff: layer {number} is not as in the checkpoint; write what earlier steps make, then run fff on that"
             )
-        return block.ffn.width
+        return layer.ffn.width
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Of one shape, that shape; of a budget, the widest shape within its share, the same for every layer."""
@@ -261,30 +261,30 @@ class FFF(Step):
 
     def plan(self, subject: Subject) -> Plan:
         routings = subject.score(SCORE, "fff")
-        blocks = all_kept(subject)
+        layers = all_kept(subject)
         alike: dict[str, list[int]] = {}
         before = after = 0
-        for layer, specs in self.wanted(subject).items():
-            index = subject.position(layer)
+        for number, specs in self.wanted(subject).items():
+            index = subject.position(number)
             # Resolved, a step wants one shape; foreseen, one stands for those to choose from.
-            routing = next(r for r in routings[layer] if r.spec in specs)
+            routing = next(r for r in routings[number] if r.spec in specs)
             spec = routing.spec
-            dense = blocks[index].spec.ffn
+            dense = layers[index].spec.ffn
             assert dense
             whole = dense.width * (3 if spec.gated else 2)
             before += whole
             after += spec.rows
-            blocks[index] = _converted(subject, blocks[index], routing)
+            layers[index] = _converted(subject, layers[index], routing)
             said = f"{spec.words}, {100 * spec.rows / whole:.1f} % of the FFN's multiplications{_measured(routing)}"
-            alike.setdefault(said, []).append(layer)
+            alike.setdefault(said, []).append(number)
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
         if self.keep is not None:
             total += f" Shapes within the share of {self.keep} are chosen by measured error in the run itself; counted "
             total += "here are the same ones for every layer."
         notes = [
-            f"layer{'s' if len(layers) > 1 else ''} {write_ranges(layers)}: {said}" for said, layers in alike.items()
+            f"layer{'s' if len(numbers) > 1 else ''} {write_ranges(numbers)}: {said}" for said, numbers in alike.items()
         ]
-        return assemble(subject, blocks, [total, *notes])
+        return assemble(subject, layers, [total, *notes])
 
 
 def within_budget(

@@ -36,38 +36,38 @@ def sums_bytes(features: int, outputs: int) -> int:
 
 
 def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
-    """About the most that a refit of the blocks that differ from the parent's takes beside the process itself."""
+    """About the most that a refit of the layers that differ from the parent's takes beside the process itself."""
     starts = [min(layer.parents) for layer in student.layers]
     ends = [*starts[1:], len(parent.layers)]
     found = 0
     for layer, start, end in zip(student.layers, [0, *starts[1:]], ends, strict=True):
         before = parent.layers[min(layer.parents)]
         if end - start != 1 or layer.branches or (layer.attention, layer.ffn) != (before.attention, before.ffn):
-            # Parent and student, what is between a block's attention and FFN, and what each layer of the span read.
+            # Parent and student, what is between a layer's attention and FFN, and what each layer of the span read.
             streams = (4 + end - start) * text.tokens * student.hidden * text.itemsize
-            found = max(found, streams + _block_bytes(layer, student.hidden, text))
+            found = max(found, streams + _layer_bytes(layer, student.hidden, text))
     return found
 
 
-def _block_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:
+def _layer_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:
     attention, ffn = layer.attention, layer.ffn
     heads = attention.heads * attention.head_dim if attention is not None else hidden
     joined = heads + hidden * len(layer.parents) if attention is not None and ffn is not None else heads
-    fits = [sums_bytes(joined, hidden)]
+    sums = [sums_bytes(joined, hidden)]
     width = 0
     if isinstance(ffn, FFFSpec):
         # What its neurons read and what is missing, of all tokens, gathered and joined; sums of every leaf.
         width, leaves = ffn.active, 2**ffn.depth
         each = ffn.shared**2 + ffn.shared * ffn.leaf_width + ffn.leaf_width**2 + ffn.active * hidden
-        sums = FLOAT * leaves * each if ffn.form == "leaf" else sums_bytes(ffn.width, hidden)
-        fits.append(2 * text.tokens * hidden * (FLOAT + text.itemsize) + sums)
+        of_leaves = FLOAT * leaves * each if ffn.form == "leaf" else sums_bytes(ffn.width, hidden)
+        sums.append(2 * text.tokens * hidden * (FLOAT + text.itemsize) + of_leaves)
     elif ffn is not None:
         width = ffn.width
-        fits.append(sums_bytes(ffn.width, hidden))
+        sums.append(sums_bytes(ffn.width, hidden))
     # Weights as they are loaded and as they are moved; what a batch is inside the FFN, in float32 where it is summed.
     weights = 2 * 3 * width * hidden * text.itemsize
     inside = text.batch * width * (3 * text.itemsize + FLOAT)
-    return max(fits) + weights + inside
+    return max(sums) + weights + inside
 
 
 def ternary_bytes(inputs: int, outputs: int, text: Text, hidden: int) -> int:

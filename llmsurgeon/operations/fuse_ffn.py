@@ -172,19 +172,19 @@ class FuseFFN(Step):
         return assemble(subject, [fused.get(i, layer) for i, layer in enumerate(layers) if i not in gone])
 
     def _positions(self, subject: Subject, run: tuple[int, ...]) -> list[int]:
-        indices = list(dict.fromkeys(subject.position(layer, f"fuse_ffn: run {_name(run)}: layer") for layer in run))
+        indices = list(dict.fromkeys(subject.position(number, f"fuse_ffn: run {_name(run)}: layer") for number in run))
         if len(indices) < 2:
             raise subject.refuse(f"fuse_ffn: run {_name(run)} names one block; a run needs at least two")
         if indices != list(range(indices[0], indices[-1] + 1)):
             raise subject.refuse(f"fuse_ffn: run {_name(run)} is not contiguous")
         for place, index in enumerate(indices):
-            block = subject.spec.layers[index]
-            if block.ffn is None or block.branches:
-                raise subject.refuse(f"fuse_ffn: run {_name(run)}: layer {block.parents[0]} has no dense FFN")
-            if place and block.attention is not None:
+            layer = subject.spec.layers[index]
+            if layer.ffn is None or layer.branches:
+                raise subject.refuse(f"fuse_ffn: run {_name(run)}: layer {layer.parents[0]} has no dense FFN")
+            if place and layer.attention is not None:
                 raise subject.refuse(
-                    f"fuse_ffn: run {_name(run)} goes across the attention of layer {block.parents[0]}; "
-                    f"drop it first (prune_attention) or end the run at layer {block.parents[0] - 1}"
+                    f"fuse_ffn: run {_name(run)} goes across the attention of layer {layer.parents[0]}; "
+                    f"drop it first (prune_attention) or end the run at layer {layer.parents[0] - 1}"
                 )
         return indices
 

@@ -97,13 +97,13 @@ class MatMulFree(Step):
             return self.resolve(subject).plan(subject)
         subject.check(self)
         layers = all_kept(subject)
-        for layer in self.layers:
-            attention = self._attention(subject, layer, "layer")
-            index = subject.position(layer)
-            block = layers[index]
+        for number in self.layers:
+            attention = self._attention(subject, number, "layer")
+            index = subject.position(number)
+            layer = layers[index]
             if attention.looks_back:
-                block = self._converted(subject, block, attention)
-            layers[index] = _ternary(subject, block) if self.linears == "ternary" else block
+                layer = self._converted(subject, layer, attention)
+            layers[index] = _ternary(subject, layer) if self.linears == "ternary" else layer
         made = assemble(subject, layers)
         left = sum(a.looks_back for a in made.spec.attentions)
         note = (
@@ -112,16 +112,16 @@ class MatMulFree(Step):
         )
         return replace(made, notes=(note,))
 
-    def _attention(self, subject: Subject, layer: int, what: str) -> AttentionSpec:
+    def _attention(self, subject: Subject, number: int, what: str) -> AttentionSpec:
         """The attention of a layer, which must be softmax attention on its own."""
-        block = subject.spec.layers[subject.position(layer, f"matmulfree: {what}")]
-        if block.branches:
-            raise subject.refuse(f"matmulfree: layer {layer} runs in parallel with others; make MLGRUs first")
-        if block.attention is None:
-            raise subject.refuse(f"matmulfree: layer {layer} has no attention")
-        if not self._changes(block.attention):
-            raise subject.refuse(f"matmulfree: layer {layer} has an MLGRU already")
-        return block.attention
+        layer = subject.spec.layers[subject.position(number, f"matmulfree: {what}")]
+        if layer.branches:
+            raise subject.refuse(f"matmulfree: layer {number} runs in parallel with others; make MLGRUs first")
+        if layer.attention is None:
+            raise subject.refuse(f"matmulfree: layer {number} has no attention")
+        if not self._changes(layer.attention):
+            raise subject.refuse(f"matmulfree: layer {number} has an MLGRU already")
+        return layer.attention
 
     def _changes(self, attention: AttentionSpec) -> bool:
         return attention.looks_back or (self.linears == "ternary" and not attention.bit_linears)

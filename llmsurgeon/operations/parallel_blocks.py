@@ -50,14 +50,14 @@ class ParallelBlocks(Step):
         merged: dict[int, NewLayer] = {}
         gone: set[int] = set()
         for window in self.windows:
-            indices = [subject.position(layer, "parallel_blocks: layer") for layer in window]
+            indices = [subject.position(number, "parallel_blocks: layer") for number in window]
             if len(indices) < 2 or indices != list(range(indices[0], indices[-1] + 1)):
                 raise subject.refuse(f"parallel_blocks: {list(window)} is not a window of neighbouring blocks")
             if gone & set(indices) or merged.keys() & set(indices):
                 raise subject.refuse(f"parallel_blocks: {list(window)} overlaps another window")
             merged[indices[0]] = self._window(subject, [layers[i] for i in indices])
             gone.update(indices[1:])
-        return assemble(subject, [merged.get(i, block) for i, block in enumerate(layers) if i not in gone])
+        return assemble(subject, [merged.get(i, layer) for i, layer in enumerate(layers) if i not in gone])
 
     @staticmethod
     def _window(subject: Subject, layers: list[NewLayer]) -> NewLayer:

@@ -68,8 +68,8 @@ class Dropped(Request):
         return resolved.layers or ()
 
 
-def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple[int, ...]) -> Plan:
-    """Remove attention or FFN from the blocks of parent layers `layers`.
+def drop_part(subject: Subject, part: Literal["attention", "ffn"], numbers: tuple[int, ...]) -> Plan:
+    """Remove attention or FFN from the layers that have these numbers in the parent.
 
     Raises:
         SurgeryError: a layer does not exist or has no such part.
@@ -77,20 +77,20 @@ def drop_part(subject: Subject, part: Literal["attention", "ffn"], layers: tuple
     family = subject.family
     belongs = family.is_attention if part == "attention" else family.is_ffn
     norm = f"{family.attention_norm if part == 'attention' else family.ffn_norm}."
-    blocks = all_kept(subject)
-    for layer in layers:
-        index = subject.position(layer, f"prune_{part}: layer")
-        block = blocks[index]
-        if getattr(block.spec, part) is None:
-            raise subject.refuse(f"prune_{part}: layer {layer} has no {part} to drop")
+    layers = all_kept(subject)
+    for number in numbers:
+        index = subject.position(number, f"prune_{part}: layer")
+        layer = layers[index]
+        if getattr(layer.spec, part) is None:
+            raise subject.refuse(f"prune_{part}: layer {number} has no {part} to drop")
         # A norm behind the residual sum stays, and one that the FFN reads, too.
-        shared = family.shares_norm and part == "attention" and block.spec.ffn and not block.spec.ffn.own_norm
+        shared = family.shares_norm and part == "attention" and layer.spec.ffn and not layer.spec.ffn.own_norm
         stays = norm if family.post_norm or shared else None
         tensors = {
             suffix: name
-            for suffix, name in block.tensors.items()
+            for suffix, name in layer.tensors.items()
             if not belongs(suffix) or (stays and suffix.startswith(stays))
         }
-        spec = replace(block.spec, attention=None) if part == "attention" else replace(block.spec, ffn=None)
-        blocks[index] = NewLayer(spec, tensors)
-    return assemble(subject, blocks)
+        spec = replace(layer.spec, attention=None) if part == "attention" else replace(layer.spec, ffn=None)
+        layers[index] = NewLayer(spec, tensors)
+    return assemble(subject, layers)

@@ -63,5 +63,5 @@ class PruneBlocks(Ranked):
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)
-        gone = {subject.position(layer, "prune_blocks: layer") for layer in self.layers or ()}
-        return assemble(subject, [block for index, block in enumerate(all_kept(subject)) if index not in gone])
+        gone = {subject.position(number, "prune_blocks: layer") for number in self.layers or ()}
+        return assemble(subject, [layer for index, layer in enumerate(all_kept(subject)) if index not in gone])

@@ -60,23 +60,23 @@ class PruneExperts(Step):
                 layers[index] = self._fewer(subject, layer, layer.spec.ffn)
         return assemble(subject, layers)
 
-    def _fewer(self, subject: Subject, block: NewLayer, ffn: MoESpec) -> NewLayer:
-        family, layer = subject.family, block.spec.parents[0]
+    def _fewer(self, subject: Subject, layer: NewLayer, ffn: MoESpec) -> NewLayer:
+        family, number = subject.family, layer.spec.parents[0]
         count = self.experts if self.experts is not None else max(1, round(ffn.experts * (self.keep or 1)))
         if count > ffn.experts:
-            raise subject.refuse(f"prune_experts: layer {layer} has {ffn.experts} experts, {count} asked for")
+            raise subject.refuse(f"prune_experts: layer {number} has {ffn.experts} experts, {count} asked for")
         per_token = self.per_token or ffn.per_token
         if per_token > count:
             raise subject.refuse(
                 f"prune_experts: a token is sent to {per_token} experts, and {count} would stay; keep at least "
                 f"{per_token}, or lower per_token"
             )
-        scores = torch.as_tensor(subject.score(f"expert_{self.score}", "prune_experts")[layer])
+        scores = torch.as_tensor(subject.score(f"expert_{self.score}", "prune_experts")[number])
         kept = scores.sort(descending=True, stable=True).indices[:count].sort().values
         place = {int(old): new for new, old in enumerate(kept)}
         prefix = f"{family.ffn}.experts."
         tensors: dict[str, str | Computed] = {}
-        for suffix, name in block.tensors.items():
+        for suffix, name in layer.tensors.items():
             if suffix == f"{family.ffn}.gate.weight":
                 tensors[suffix] = Computed((str(name),), _rows(kept))
             elif not suffix.startswith(prefix):
@@ -85,7 +85,7 @@ class PruneExperts(Step):
                 expert, _, rest = suffix.removeprefix(prefix).partition(".")
                 if int(expert) in place:
                     tensors[f"{prefix}{place[int(expert)]}.{rest}"] = name
-        return NewLayer(replace(block.spec, ffn=replace(ffn, experts=count, per_token=per_token)), tensors)
+        return NewLayer(replace(layer.spec, ffn=replace(ffn, experts=count, per_token=per_token)), tensors)
 
 
 def _rows(kept: Tensor) -> Callable[[Tensor], Tensor]:

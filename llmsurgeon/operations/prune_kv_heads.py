@@ -62,20 +62,20 @@ class PruneKVHeads(Step):
         subject.check(self)
         layers = all_kept(subject)
         if self.layers is None:
-            indices = [i for i, block in enumerate(subject.spec.layers) if block.attention is not None]
+            indices = [i for i, layer in enumerate(subject.spec.layers) if layer.attention is not None]
         else:
-            indices = [subject.position(layer, "prune_kv_heads: layer") for layer in self.layers]
+            indices = [subject.position(number, "prune_kv_heads: layer") for number in self.layers]
         for index in indices:
             layers[index] = self._merged(subject, layers[index])
         return assemble(subject, layers)
 
-    def _merged(self, subject: Subject, block: NewLayer) -> NewLayer:
-        family, attention, layer = subject.family, block.spec.attention, block.spec.parents[0]
+    def _merged(self, subject: Subject, layer: NewLayer) -> NewLayer:
+        family, attention, number = subject.family, layer.spec.attention, layer.spec.parents[0]
         if attention is None:
-            raise subject.refuse(f"prune_kv_heads: layer {layer} has no attention")
+            raise subject.refuse(f"prune_kv_heads: layer {number} has no attention")
         if attention.kv_heads % self.kv_heads:
             raise subject.refuse(
-                f"prune_kv_heads: layer {layer} has {attention.kv_heads} key/value heads, "
+                f"prune_kv_heads: layer {number} has {attention.kv_heads} key/value heads, "
                 f"which {self.kv_heads} does not divide"
             )
 
@@ -88,6 +88,6 @@ class PruneKVHeads(Step):
         merged = tuple(f"{family.attention}.{name}." for name in modules)
         tensors = {
             suffix: Computed((str(name),), merge) if suffix.startswith(merged) else name
-            for suffix, name in block.tensors.items()
+            for suffix, name in layer.tensors.items()
         }
-        return NewLayer(replace(block.spec, attention=replace(attention, kv_heads=self.kv_heads)), tensors)
+        return NewLayer(replace(layer.spec, attention=replace(attention, kv_heads=self.kv_heads)), tensors)

@@ -117,9 +117,9 @@ class PruneWidth(Step):
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Channels all alike: which of them are kept changes no shape. For `spread: loss` all layers are alike, too."""
-        ffns = {block.parents[0]: block.ffn for block in subject.spec.layers if block.ffn is not None}
-        flat = {layer: torch.zeros(ffn.width) for layer, ffn in ffns.items()}
-        curves = {layer: torch.linspace(1, 0, ffn.width + 1).square() for layer, ffn in ffns.items()}
+        ffns = {layer.parents[0]: layer.ffn for layer in subject.spec.layers if layer.ffn is not None}
+        flat = {number: torch.zeros(ffn.width) for number, ffn in ffns.items()}
+        curves = {number: torch.linspace(1, 0, ffn.width + 1).square() for number, ffn in ffns.items()}
         alike = {"ffn_channel": flat, "ffn_elimination": flat, "ffn_elimination_loss": curves}
         return {name: alike[name] for name in self.needs()}
 
@@ -130,8 +130,8 @@ class PruneWidth(Step):
             SurgeryError: a layer does not exist.
         """
         if self.layers is None:
-            return [i for i, block in enumerate(subject.spec.layers) if block.ffn is not None]
-        return [subject.position(layer, "prune_width: layer") for layer in self.layers]
+            return [i for i, layer in enumerate(subject.spec.layers) if layer.ffn is not None]
+        return [subject.position(number, "prune_width: layer") for number in self.layers]
 
     def resolve(self, subject: Subject) -> PruneWidth:
         if self.spread != "loss":
@@ -156,22 +156,22 @@ class PruneWidth(Step):
         rounded = round(ffn.width * (self.keep or 1) / self.multiple_of) * self.multiple_of
         return min(ffn.width, max(self.multiple_of, rounded))
 
-    def _narrowed(self, subject: Subject, block: NewLayer, widths: Mapping[int, int]) -> NewLayer:
-        family, ffn, layer = subject.family, block.spec.ffn, block.spec.parents[0]
+    def _narrowed(self, subject: Subject, layer: NewLayer, widths: Mapping[int, int]) -> NewLayer:
+        family, ffn, number = subject.family, layer.spec.ffn, layer.spec.parents[0]
         if ffn is None:
-            raise subject.refuse(f"prune_width: layer {layer} has no FFN")
-        width = self._target(ffn, layer, widths)
+            raise subject.refuse(f"prune_width: layer {number} has no FFN")
+        width = self._target(ffn, number, widths)
         if width > ffn.width:
-            raise subject.refuse(f"prune_width: layer {layer} has {ffn.width} channels, {width} asked for")
-        names = {suffix: str(name) for suffix, name in block.tensors.items()}
+            raise subject.refuse(f"prune_width: layer {number} has {ffn.width} channels, {width} asked for")
+        names = {suffix: str(name) for suffix, name in layer.tensors.items()}
         in_weights = tuple(names[family.ffn_tensor(p)] for p in family.ffn_in)
         out_weight = names[family.ffn_tensor(family.ffn_out)]
         score_sources: tuple[str, ...]
         if self.score != "magnitude":
-            if len(block.spec.parents) > 1:
+            if len(layer.spec.parents) > 1:
                 raise subject.refuse("prune_width: cut widths before fusing, scores exist for the parent's layers only")
             scores = subject.score(SCORES[self.score][0], "prune_width")
-            chosen = top_channels(torch.as_tensor(scores[layer]), width)
+            chosen = top_channels(torch.as_tensor(scores[number]), width)
             score_sources, choose = (), _constant(chosen)
         else:
             score_sources = (*in_weights, out_weight)
@@ -186,14 +186,14 @@ class PruneWidth(Step):
             return selected
 
         channel_dim = 1 if family.transposed else 0
-        tensors: dict[str, str | Computed] = dict(block.tensors)
+        tensors: dict[str, str | Computed] = dict(layer.tensors)
         for projection in family.ffn_in:
             for kind, dim in (("weight", channel_dim), ("bias", 0)):
                 suffix = family.ffn_tensor(projection, kind)
                 if suffix in names:
                     tensors[suffix] = Computed((names[suffix], *score_sources), select(dim, family.ffn_stacked))
         tensors[family.ffn_tensor(family.ffn_out)] = Computed((out_weight, *score_sources), select(1 - channel_dim))
-        return NewLayer(replace(block.spec, ffn=replace(ffn, width=width)), tensors)
+        return NewLayer(replace(layer.spec, ffn=replace(ffn, width=width)), tensors)
 
 
 def _constant(indices: Tensor) -> Callable[..., Tensor]:

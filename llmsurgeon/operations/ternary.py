@@ -158,13 +158,13 @@ class Ternary(Step):
         if self.modules is not None:
             return self._by_module(subject, self.modules)
         found: dict[int, tuple[str, ...]] = {}
-        for index, block in enumerate(subject.spec.layers):
-            if self.layers is not None and not set(self.layers) & set(block.parents):
+        for index, layer in enumerate(subject.spec.layers):
+            if self.layers is not None and not set(self.layers) & set(layer.parents):
                 continue
             found[index] = self._linears(subject, index)
-        for layer in self.layers or ():
-            if not found[subject.position(layer, "ternary: layer")]:
-                raise subject.refuse(f"ternary: layer {layer} has no linears of {self.linears}")
+        for number in self.layers or ():
+            if not found[subject.position(number, "ternary: layer")]:
+                raise subject.refuse(f"ternary: layer {number} has no linears of {self.linears}")
         return {index: names for index, names in found.items() if names}
 
     def _by_module(self, subject: Subject, modules: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[str, ...]]:
@@ -312,16 +312,16 @@ def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
     return (*attention, *(name for name in ffn if name in there))
 
 
-def _with_norms(subject: Subject, block: NewLayer, paths: tuple[str, ...]) -> NewLayer:
+def _with_norms(subject: Subject, layer: NewLayer, paths: tuple[str, ...]) -> NewLayer:
     """The block with an RMSNorm before the projections at `paths`, whose gain is the size of what they read."""
-    sizes, layer = subject.score(SIZES, "ternary: sub_norm"), block.spec.parents[0]
-    spec, tensors = block.spec, dict(block.tensors)
+    sizes, number = subject.score(SIZES, "ternary: sub_norm"), layer.spec.parents[0]
+    spec, tensors = layer.spec, dict(layer.tensors)
     for path in paths:
         part, norm = subject.family.sub_norms[path]
         own = {part: replace(getattr(spec, part), sub_norm=True)}
         spec = replace(spec, **own)
-        weight = subject.tensors(subject.position(layer))[f"{path}.weight"]
-        tensors[f"{norm}.weight"] = Computed((weight,), partial(_gain, sizes[layer][path]))
+        weight = subject.tensors(subject.position(number))[f"{path}.weight"]
+        tensors[f"{norm}.weight"] = Computed((weight,), partial(_gain, sizes[number][path]))
     return NewLayer(spec, tensors)
 
 
