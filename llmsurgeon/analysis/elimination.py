@@ -51,3 +51,35 @@ def eliminate(gram: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
         inverse[:, least] = 0
         inverse[least, least] = 1
     return order, lost
+
+
+def eliminate_groups(gram: Tensor, out: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """(when each group of `size` neighbours goes [G], what is lost [G + 1] once so many are gone), float32.
+
+    As `eliminate`, with whole groups: removing group g and moving the others' output rows to make up for it costs
+    tr(V_g^T (C^-1_gg)^-1 V_g). One goes at a time.
+
+    Args:
+        gram: covariance C of what the output projection reads [G * size, G * size]; out: its rows [G * size, D].
+    """
+    count = len(gram) // size
+    damped = gram.clone()
+    damped.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-12))
+    inverse, rows = torch.cholesky_inverse(torch.linalg.cholesky(damped)), out.clone()
+    left = list(range(count))
+    order, lost = torch.zeros(count), torch.zeros(count + 1)
+    for place in range(count):
+        costs = torch.stack([_cost(inverse, rows, group, size) for group in left])
+        at = int(costs.argmin())
+        group = left.pop(at)
+        order[group], lost[place + 1] = place, lost[place] + costs[at].clamp_min(0)
+        own = slice(group * size, (group + 1) * size)
+        touched = inverse[:, own].clone()
+        rows -= touched @ torch.linalg.solve(touched[own], rows[own])
+        inverse -= touched @ torch.linalg.solve(touched[own], inverse[own])
+    return order, lost
+
+
+def _cost(inverse: Tensor, rows: Tensor, group: int, size: int) -> Tensor:
+    own = slice(group * size, (group + 1) * size)
+    return (rows[own] * torch.linalg.solve(inverse[own, own], rows[own])).sum()

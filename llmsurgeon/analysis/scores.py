@@ -14,6 +14,7 @@ from llmsurgeon.analysis.channels import ELIMINATION
 from llmsurgeon.analysis.experts import EXPERTS
 from llmsurgeon.analysis.fff import ROUTINGS
 from llmsurgeon.analysis.ffn_dependency import FFN_DEPENDENCY
+from llmsurgeon.analysis.heads import HEADS
 from llmsurgeon.analysis.measure import MEASURED
 from llmsurgeon.analysis.score import Scene, Score, few
 from llmsurgeon.analysis.ternary import TERNARY
@@ -37,6 +38,10 @@ SCORES: dict[str, Score] = {
     "ffn_dependency": FFN_DEPENDENCY,
     "ffn_elimination": ELIMINATION,
     "ffn_elimination_loss": ELIMINATION,
+    "group_elimination": HEADS,
+    "group_elimination_loss": HEADS,
+    "head_elimination": HEADS,
+    "head_elimination_loss": HEADS,
     "expert_reap": EXPERTS,
     "expert_loss": EXPERTS,
     "fff": ROUTINGS,

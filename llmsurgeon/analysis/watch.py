@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -33,8 +33,9 @@ def watch(
     layers: Collection[int],
     title: str,
     batch: int = 4,
+    part: Literal["attention", "ffn"] = "ffn",
 ) -> dict[int, Found]:
-    """Layer -> what its watcher found, of those of `layers` that have an FFN.
+    """Layer -> what its watcher found, of those of `layers` that have a `part` of their own.
 
     Args:
         tokens: [S, T].
@@ -42,6 +43,7 @@ def watch(
     """
     found: dict[int, Found] = {}
     current: dict[int, Watcher[Found]] = {}
+    has = runner.feeds_forward if part == "ffn" else runner.attends
     with Progress(title, len(layers), "layers") as progress:
 
         def leave() -> None:
@@ -52,12 +54,12 @@ def watch(
 
         def enter(layer: int, module: nn.Module) -> None:
             leave()
-            if layer in layers and runner.feeds_forward(layer):
+            if layer in layers and has(layer):
                 current[layer] = watchers(layer, module)
 
-        def observe(layer: int, part: slice, variant: int, mine: Parts, base: Parts) -> None:
+        def observe(layer: int, rows: slice, variant: int, mine: Parts, base: Parts) -> None:
             if layer in current:
-                current[layer].see(part, mine)
+                current[layer].see(rows, mine)
 
         walk(runner, tokens, [Variant()], observe, batch=batch, enter=enter)
         leave()

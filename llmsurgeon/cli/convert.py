@@ -59,6 +59,7 @@ PRUNE_OPS = {
     "prune_ffn",
     "prune_blocks",
     "prune_kv_heads",
+    "prune_heads",
     "prune_width",
 }
 
@@ -201,6 +202,7 @@ def prune_steps(
     blocks: Annotated[str | None, typer.Option(help="Blocks that go, e.g. 20-24.")] = None,
     block_count: Annotated[int | None, typer.Option(help="How many blocks go, scored anew after each.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads to cut to, key/value groups with theirs.")] = None,
     width: Annotated[int | None, typer.Option(help="FFN width to cut to, by least squares.")] = None,
     vocab: Annotated[
         int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
@@ -208,7 +210,7 @@ def prune_steps(
     vocab_text: Annotated[str | None, typer.Option(help="Text whose tokens stay.", callback=text_file)] = None,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
 ) -> list[dict[str, Any]]:
-    """Remove attentions, FFNs, blocks, key/value heads, FFN channels or tokens, by a recipe that prunes or by flags."""
+    """Remove attentions, FFNs, blocks, heads, FFN channels or tokens, by a recipe that prunes or by flags."""
     steps: list[dict[str, Any]] = []
     trim: list[dict[str, Any]] = []
     if vocab_text or vocab is not None:
@@ -223,12 +225,14 @@ def prune_steps(
         steps.append({"op": "prune_blocks", "count": block_count, "score": "rescored"})
     if kv_heads is not None:
         steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
+    if heads is not None:
+        steps.append({"op": "prune_heads", "heads": heads})
     if width is not None:
         steps.append({"op": "prune_width", "width": width})
     if not steps and not trim:
         raise SurgeryError(
-            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads, --width, "
-            "--vocab or --vocab-text"
+            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads, --heads, "
+            "--width, --vocab or --vocab-text"
         )
     # Fewer tokens leave nothing to make up for.
     if refit and steps:

@@ -36,6 +36,8 @@ def misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | 
         return None
     if spec.block_transformer:
         return f"it is a {spec.block_transformer.sentence()}"
+    if reason := _heads_misfit(spec, family, config):
+        return reason
     kv_heads = {a.kv_heads for a in spec.attentions}
     widths = {ffn.width for ffn in _ffns(spec)}
     for index, layer in enumerate(spec.layers):
@@ -81,7 +83,24 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
         made[family.width_key] = block.ffn.width
     if family.kv_heads_key:
         made[family.kv_heads_key] = block.attention.kv_heads
+    if block.attention.heads != made[family.heads_key]:
+        made[family.heads_key], made["head_dim"] = block.attention.heads, block.attention.head_dim
     return made
+
+
+def _heads_misfit(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
+    """What keeps the attentions' query heads from the family's own form, None where nothing does."""
+    first = spec.attentions[0].heads
+    for index, layer in enumerate(spec.layers):
+        if layer.attention and layer.attention.heads != first:
+            return f"block {index} has {layer.attention.heads} heads, another has {first}"
+    if first == config[family.heads_key]:
+        return None
+    if family.own_head_dim != "declared":
+        return f"its {first} heads do not fill the model's width, and {family.model_type}'s config has no head_dim"
+    if spec.hidden % first:
+        return f"it has {first} heads, and {family.model_class} wants a number that divides its width of {spec.hidden}"
+    return None
 
 
 def mixed_windows(config: Mapping[str, Any]) -> str | None:
@@ -95,7 +114,7 @@ def mixed_windows(config: Mapping[str, Any]) -> str | None:
 
 def odd(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> str | None:
     """What keeps the model from the family's own shape, None where it has it."""
-    return _first_odd(spec, family) or mixed_windows(config)
+    return _first_odd(spec, family) or _heads_misfit(spec, family, config) or mixed_windows(config)
 
 
 def _first_odd(spec: ModelSpec, family: Family) -> str | None:

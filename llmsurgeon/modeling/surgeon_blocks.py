@@ -453,6 +453,10 @@ def shaped(config, entry, width_key="intermediate_size", kv_heads_key="num_key_v
     shape = copy.copy(config)
     shape.block_configs = None
     if not attention["no_op"]:
+        heads = config.num_attention_heads
+        if attention["num_attention_heads"] != heads:
+            # Heads are as wide as they were, however many there are.
+            shape.head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         shape.num_attention_heads = attention["num_attention_heads"]
         if hasattr(shape, kv_heads_key):
             setattr(shape, kv_heads_key, attention["num_key_value_heads"])

@@ -11,6 +11,7 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_experts import PruneExperts
 from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_heads import PruneHeads
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.refit import Refit
@@ -22,6 +23,7 @@ OPERATIONS: dict[str, type[Step]] = {
     "prune_ffn": PruneFFN,
     "prune_blocks": PruneBlocks,
     "prune_kv_heads": PruneKVHeads,
+    "prune_heads": PruneHeads,
     "prune_width": PruneWidth,
     "prune_experts": PruneExperts,
     "trim_vocab": TrimVocab,

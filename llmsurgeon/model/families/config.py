@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.block_transformer import from_block_transformer
@@ -42,6 +42,9 @@ class ConfigKeys(Modules):
         ("rope_theta", "rope_theta"),
         ("partial_rotary_factor", "partial_rotary_factor"),
     )
+    # Whether its class takes heads of another width than hidden size / heads, by `head_dim`: a field of its config
+    # ("declared"), or read where a config has it ("read"); "" where it does not.
+    own_head_dim: Literal["", "declared", "read"] = ""
     # Configs before transformers 5 have LongRoPE's factors by themselves in `rope_scaling`, under the key `type`.
     bare_longrope: bool = False
     # Key of config.json before transformers 5 in the place of layer_types: n where layers 0, n, 2n ... attend fully.

@@ -6,6 +6,7 @@ from llmsurgeon.model.families.llama import LLAMA
 
 GRANITE = replace(
     LLAMA,
+    own_head_dim="read",
     model_type="granite",
     model_class="GraniteForCausalLM",
     residual_multiplier_key="residual_multiplier",

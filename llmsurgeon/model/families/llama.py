@@ -17,5 +17,6 @@ LLAMA = Family(
     ffn_norm="post_attention_layernorm",
     ffn_in=("gate_proj", "up_proj"),
     ffn_out="down_proj",
+    own_head_dim="declared",
     examples=("HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-405B-Instruct"),
 )

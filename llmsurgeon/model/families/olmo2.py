@@ -6,6 +6,8 @@ from llmsurgeon.model.families.llama import LLAMA
 
 OLMO2 = replace(
     LLAMA,
+    # Norms of queries and keys reach over all heads.
+    own_head_dim="",
     model_type="olmo2",
     model_class="Olmo2ForCausalLM",
     attention_norm="",

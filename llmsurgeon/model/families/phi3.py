@@ -6,6 +6,8 @@ from llmsurgeon.model.families.llama import LLAMA
 
 PHI3 = replace(
     LLAMA,
+    # Its attention counts its query heads by the model's config, whatever a layer has.
+    own_head_dim="",
     model_type="phi3",
     model_class="Phi3ForCausalLM",
     kv=(),

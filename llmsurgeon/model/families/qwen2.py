@@ -6,6 +6,7 @@ from llmsurgeon.model.families.llama import LLAMA
 
 QWEN2 = replace(
     LLAMA,
+    own_head_dim="read",
     model_type="qwen2",
     model_class="Qwen2ForCausalLM",
     biased_qkv=True,

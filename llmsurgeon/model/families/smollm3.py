@@ -6,6 +6,7 @@ from llmsurgeon.model.families.llama import LLAMA
 
 SMOLLM3 = replace(
     LLAMA,
+    own_head_dim="read",
     model_type="smollm3",
     model_class="SmolLM3ForCausalLM",
     per_layer_lists=("layer_types", "no_rope_layers"),

@@ -6,6 +6,7 @@ from llmsurgeon.model.families.llama import LLAMA
 
 STABLELM = replace(
     LLAMA,
+    own_head_dim="",
     model_type="stablelm",
     model_class="StableLmForCausalLM",
     norm="layer",
