@@ -14,7 +14,7 @@ from llmsurgeon.errors import GateFailed, SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.gate import missed
-from llmsurgeon.healing.distill.training import several
+from llmsurgeon.healing.distill.engine import several
 from llmsurgeon.healing.healers import Result
 from llmsurgeon.planning.checks import check_recipe, check_weights, within_positions
 from llmsurgeon.planning.healed import heal_and_judge

@@ -11,7 +11,7 @@ from typing import Any
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.distill.crew import stop_with_launcher
-from llmsurgeon.healing.distill.training import on_cpu, several
+from llmsurgeon.healing.distill.engine import on_cpu, several
 from llmsurgeon.progress import set_quiet
 
 

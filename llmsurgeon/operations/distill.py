@@ -16,6 +16,9 @@ Count = Annotated[int, Field(ge=1)]
 Tokens = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 Sequences = Annotated[int, Field(ge=1, le=MOST_SEQUENCES)]
 Share = Annotated[float, Field(ge=0, le=1)]
+# The weight of a loss of its name in healing/distill/losses.py.
+LOSS = "loss"
+LossWeight = Annotated[float, Field(ge=0), LOSS]
 
 
 # Optimizers that train by gradients alone; LBFGS, SparseAdam and Muon ask for more than a step.
@@ -140,11 +143,11 @@ class Distill(Step):
     train: Literal["all", "blocks", "changed"] | tuple[str, ...] = "all"
     lora: Lora | None = None
     ternary_warmup: Share = 0.5
-    hidden: Annotated[float, Field(ge=0)] = 1.0
+    hidden: LossWeight = 1.0
     hidden_layers: Count | None = None
-    kl: Annotated[float, Field(ge=0)] = 1.0
-    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
-    pooled: Annotated[float, Field(ge=0)] = 0.0
+    kl: LossWeight = 1.0
+    cross_entropy: LossWeight = 0.0
+    pooled: LossWeight = 0.0
     top_k: Count | None = None
     positions: Annotated[float, Field(gt=0, le=1)] = 1.0
     trees: Trees | None = None
@@ -169,7 +172,7 @@ class Distill(Step):
 
     @model_validator(mode="after")
     def _consistent(self) -> Distill:
-        if self.mode == "global" and not (self.hidden or self.kl or self.cross_entropy or self.pooled):
+        if self.mode == "global" and not any(getattr(self, name) for name in self.losses()):
             raise ValueError("hidden and kl are both 0: there is nothing to learn from (cross_entropy is 0, too)")
         if self.mode == "local" and self.cross_entropy:
             raise ValueError("cross_entropy is of next tokens, which single blocks of local mode do not predict")
@@ -185,6 +188,11 @@ class Distill(Step):
         if self.data is not None and not self.data:
             raise ValueError("data is empty; leave it out to train on the calibration text")
         return self
+
+    @classmethod
+    def losses(cls) -> tuple[str, ...]:
+        """Names of the fields that weigh a loss."""
+        return tuple(name for name, field in cls.model_fields.items() if LOSS in field.metadata)
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,17 +23,13 @@ class Trained(Protocol):
     def log(self) -> list[dict[str, Any]]:
         """The losses step by step, and what was measured on held-out text."""
 
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The losses that have a curve, and how they are called."""
+
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 1160, 320, 60, 28, 14
 POINTS = 1000  # of one curve
-# What is drawn as a curve of its own, and how it is called.
-LOSSES = {
-    "loss": "Loss",
-    "hidden": "1 - cos of hidden states",
-    "pooled": "1 - cos of pooled states",
-    "kl": "KL to the parent, training text",
-    "hardening": "Entropy of the trees' decisions",
-}
 MEASURES = {
     "kl": "KL to the parent, held-out text",
     "perplexity_ratio": "Perplexity ratio, held-out text",
@@ -63,6 +59,7 @@ def _sections(made: Trained) -> list[dict[str, Any]]:
     found = []
     for block, training in made.trainings:
         lines = [line for line in made.log if line.get("block") == block]
+        title = "" if block is None else f"Block {block}: "
         found.append(
             {
                 "facts": {
@@ -72,7 +69,7 @@ def _sections(made: Trained) -> list[dict[str, Any]]:
                     "Kept": "the student as it came" if not training.best_step else f"step {training.best_step:,}",
                     "Ended": training.stopped,
                 },
-                "curves": _curves("" if block is None else f"Block {block}: ", lines, training.judged),
+                "curves": [*_losses(title, lines, made.labels), *_measures(title, training.judged)],
                 "phases": [
                     (phase, f"{spent:,.0f}", f"{spent / training.seconds:.0%}")
                     for phase, spent in sorted(training.phases.items(), key=lambda item: -item[1])
@@ -82,12 +79,16 @@ def _sections(made: Trained) -> list[dict[str, Any]]:
     return found
 
 
-def _curves(title: str, lines: list[dict[str, Any]], judged: list[dict[str, Any]]) -> list[Curve]:
+def _losses(title: str, lines: list[dict[str, Any]], labels: Mapping[str, str]) -> list[Curve]:
     steps = [line for line in lines if "evaluation" not in line]
-    found = [_curve(title + label, steps, key) for key, label in LOSSES.items() if steps and key in steps[0]]
+    found = [_curve(title + label, steps, key) for key, label in labels.items() if steps and key in steps[0]]
+    return [curve for curve in found if curve]
+
+
+def _measures(title: str, judged: list[dict[str, Any]]) -> list[Curve]:
     # The value is one of those that have a name.
     named = {"kl", "hidden_cosine"}
-    found += [
+    found = [
         _curve(title + label, judged, key, judged=True)
         for key, label in MEASURES.items()
         if judged and key in judged[0] and not (key == "value" and named & judged[0].keys())

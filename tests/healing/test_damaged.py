@@ -14,8 +14,8 @@ from healing.distill.test_distill import case_of, settings_of
 from llmsurgeon import progress
 from llmsurgeon.healing.distill.data import read_rows
 from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.distill.loop import Trainer
 from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
-from llmsurgeon.healing.distill.training import Trainer
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 from llmsurgeon.text.self_text import Sampling, SelfText, cached_self_text

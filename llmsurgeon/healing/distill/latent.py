@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from llmsurgeon.checkpoint.kept import keep
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.distill.training import Latent, Training
+from llmsurgeon.healing.distill.schedule import Latent
+from llmsurgeon.healing.distill.training import Training
 from llmsurgeon.model.ternary import grid_of, is_ternary, nearest, put_in_place, storable, taken_apart, values
 
 SCALE = "ternary_scale"

@@ -22,13 +22,15 @@ from llmsurgeon.checkpoint.kept import writing
 from llmsurgeon.errors import Stopped, SurgeryError
 from llmsurgeon.formats.models import empty_model
 from llmsurgeon.formats.surgeon import as_surgeon
+from llmsurgeon.healing.distill.case import Case
 from llmsurgeon.healing.distill.crew import STOPPED, Crew
 from llmsurgeon.healing.distill.data import Corpus, Rows, rows_of
-from llmsurgeon.healing.distill.distill import Case
+from llmsurgeon.healing.distill.divergence import normalised_mse
+from llmsurgeon.healing.distill.engine import engine
 from llmsurgeon.healing.distill.latent import install, packed
-from llmsurgeon.healing.distill.losses import normalised_mse
+from llmsurgeon.healing.distill.loop import Trainer
 from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
-from llmsurgeon.healing.distill.training import RESULT, Trainer, Training, engine, trained
+from llmsurgeon.healing.distill.training import RESULT, Limits, Run, Training, trained
 from llmsurgeon.healing.spans import spans
 from llmsurgeon.model.families import family_of
 from llmsurgeon.progress import Progress, set_quiet
@@ -64,7 +66,7 @@ class BlockJob:
     fingerprint: str
     wanted: Wanted
     settings: Distill
-    limits: tuple[int | None, int | None, float | None]
+    limits: Limits
     device: str
     dtype: torch.dtype
     folder: Path
@@ -308,10 +310,8 @@ def train_block(job: BlockJob) -> Training:
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name in moving)
     module = BlockStudent(layer, _in_float32(job.calls))
-    title = f"distill block {job.index}"
-    return Trainer(
-        module, LocalTask(job), job.settings, accelerator, job.folder, prefix="layer.", title=title, limits=job.limits
-    ).run()
+    run = Run(job.folder, job.limits, prefix="layer.", title=f"distill block {job.index}")
+    return Trainer(module, LocalTask(job), job.settings, accelerator, run).run()
 
 
 def _in_float32(value: Any) -> Any:

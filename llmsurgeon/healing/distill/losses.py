@@ -1,138 +1,170 @@
-"""What distillation minimises. B sequences, T tokens, D model width, V vocabulary, K tokens kept of the parent's.
+"""What distillation minimises: LOSSES, one entry a loss, and the formula of each.
 
-cosine     1 - cos(student's hidden state, parent's), mean over tokens (arXiv 2411.19146, section 5)
-KL         KL(parent || student) of the next token, nats a token; over all of the vocabulary, or over the parent's
-           K likeliest tokens and one cell for all others
-CE         cross-entropy of the text's own next token, nats a token
-local      MSE(student's block, parent's) / MSE(parent's, 0) (block-local distillation, arXiv 2411.19146, section 3)
+A new loss is a function here, a line in LOSSES, and its weight as a field of `operations.distill.Distill`.
+
+B sequences, L tokens, D model width, V vocabulary, E layer ends that carry a hidden-state loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-# Rows of logits that exist at a time: 512 rows of a 49k vocabulary are 100 MB in float32.
-CHUNK = 512
+from llmsurgeon.healing.distill.divergence import NextTokens, Target, chunked_kl, cosine_distance
+from llmsurgeon.healing.distill.tapped import TappedModel
+from llmsurgeon.healing.distill.targets import Targets, distribution
 
-Head = Callable[[Tensor], Tensor]
+if TYPE_CHECKING:
+    from llmsurgeon.operations.distill import Distill
 
-
-@dataclass(frozen=True)
-class TopTokens:
-    """The parent's likeliest next tokens: ids [T, K] and their log-probabilities [T, K] over the whole vocabulary."""
-
-    ids: Tensor
-    log_p: Tensor
+# What a loss may read: both models' hidden states at layer ends; the student's last hidden states, final norm included;
+# the parent's; the parent's next-token distributions; the decisions that the student's trees took.
+Need = Literal["layer ends", "last states", "parent's last states", "parent's distributions", "decisions"]
 
 
 @dataclass(frozen=True)
-class NextTokens:
-    """The tokens that the text goes on with [T]: a distribution that is sure of them."""
+class Seen:
+    """One batch as the losses see it.
 
-    ids: Tensor
-
-
-Target = Tensor | TopTokens | NextTokens
-
-
-def cosine_distance(student: Tensor, parent: Tensor) -> Tensor:
-    """1 - cos between hidden states [..., D], mean over tokens, in float32."""
-    return 1 - F.cosine_similarity(student.float(), parent.float(), dim=-1).mean()
-
-
-def normalised_mse(output: Tensor, target: Tensor) -> Tensor:
-    """MSE(output, target) / MSE(target, 0), in float32: 0 is perfect, 1 is as bad as silence."""
-    wanted = target.float()
-    return (output.float() - wanted).square().mean() / wanted.square().mean()
-
-
-def chunked_kl(
-    hidden: Tensor, head: Head, parameters: Sequence[Tensor], target: Callable[[slice], Target], chunk: int = CHUNK
-) -> Tensor:
-    """Mean KL(target || student) in nats, without ever holding the logits of all tokens.
-
-    The gradient is found chunk by chunk along with the value, so that no logits wait for the backward pass.
-
-    Args:
-        hidden: the student's last hidden states [T, D].
-        head: [t, D] -> logits [t, V].
-        parameters: what `head` reads that may need gradients.
-        target: rows -> the parent's logits [t, V] or its top tokens, for those rows of `hidden`; or the text's next
-            tokens, of which the KL is the cross-entropy.
+    ids: [B, L]. ends: the student's hidden states at layer ends, [B, L, D] each. states: its last ones, [B, L, D].
+    answers: the parent's, as `targets` gives them. real: which places hold tokens, bool [B, L]; None: all of them.
+    positions: those that carry the KL; None: all of them.
     """
-    kl: Tensor = _ChunkedKL.apply(hidden, head, target, chunk, *parameters)
-    return kl
+
+    student: TappedModel
+    targets: Targets
+    ids: Tensor
+    ends: list[Tensor]
+    states: Tensor
+    answers: dict[str, Tensor] = field(default_factory=dict)
+    real: Tensor | None = None
+    positions: Tensor | None = None
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """Values [B, L, D] without those of padding."""
+        return values if self.real is None else values[self.real]
+
+    def divergence(self, states_BLD: Tensor, target: Callable[[slice], Target]) -> Tensor:
+        """Mean KL of what the student's head makes of its last hidden states from a target."""
+        head = list(self.student.model.get_output_embeddings().parameters())
+        return chunked_kl(states_BLD.flatten(0, 1), self.student.logits, head, target)
 
 
-def kl_rows(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """KL(parent || student) of each row [t], and its gradient with respect to the student's logits [t, V], float32."""
-    log_q = torch.log_softmax(logits.float(), -1)
-    if isinstance(target, TopTokens):
-        return _top_kl(log_q, target)
-    if isinstance(target, NextTokens):
-        loss = -log_q.gather(-1, target.ids[:, None])[:, 0]
-        gradient = log_q.exp_()
-        gradient[torch.arange(len(gradient), device=gradient.device), target.ids] -= 1
-        return loss, gradient
-    log_p = torch.log_softmax(target.float(), -1)
-    p = log_p.exp()
-    kl = (p * log_p.sub_(log_q)).sum(-1)
-    return kl, log_q.exp_().sub_(p)
+@dataclass(frozen=True)
+class Loss:
+    """One term of what is minimised; it stands in the log under its name in LOSSES.
+
+    weight: in a step's settings, the same through the run; a loss of weight 0 is neither computed nor asked for.
+    needs: what it reads: what the parent is asked, and what of the student trains, follow from it.
+    formula: the batch -> the loss, a mean over tokens or sequences.
+    label: of its curve in the report; None: no curve is drawn.
+    models: the kinds of model that can learn from it.
+    """
+
+    weight: Callable[[Distill], float]
+    needs: frozenset[Need]
+    formula: Callable[[Seen], Tensor]
+    label: str | None = None
+    models: tuple[Literal["decoder", "encoder"], ...] = ("decoder", "encoder")
 
 
-def _top_kl(log_q: Tensor, target: TopTokens) -> tuple[Tensor, Tensor]:
-    """The same over K + 1 cells: the parent's top tokens, and all others together."""
-    ids = target.ids.long()
-    log_p = target.log_p.float()
-    top_q = log_q.gather(-1, ids)
-    rest_p, rest_q = (_rest(top) for top in (log_p, top_q))
-    p = log_p.exp()
-    kl = (p * (log_p - top_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())
-    gradient = log_q.exp_()
-    top_gradient = top_q.exp() - p
-    # Among the other tokens the student may divide its mass as it likes: only their sum is pulled.
-    gradient.mul_((1 - rest_p / rest_q)[:, None]).scatter_(-1, ids, top_gradient)
-    return kl, gradient
+def hidden(seen: Seen) -> Tensor:
+    """1 - cos of hidden states at layer ends, mean over tokens and ends (arXiv 2411.19146, section 5)."""
+    theirs = seen.answers["hidden"]
+    distances = [
+        cosine_distance(seen.tokens(end), seen.tokens(theirs[:, place])) for place, end in enumerate(seen.ends)
+    ]
+    return torch.stack(distances).mean()
 
 
-def _rest(log_top: Tensor) -> Tensor:
-    """The probability outside the top tokens [t]; rounding may leave less than nothing of it."""
-    return (1 - log_top.exp().sum(-1)).clamp_min(1e-6)
+def pooled(seen: Seen) -> Tensor:
+    """1 - cos of the means of each sequence's last hidden states, mean over sequences."""
+    assert seen.real is not None
+    theirs = mean_pooled(seen.targets.states(seen.answers["last"]), seen.real)
+    return cosine_distance(mean_pooled(seen.states, seen.real), theirs)
 
 
-class _ChunkedKL(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Head, target: Callable[[slice], Target], chunk: int, *parameters: Tensor
-    ) -> Tensor:
-        """The mean KL of all tokens; the gradients are computed here, while a chunk's logits exist."""
-        moving = [p for p in parameters if p.requires_grad]
-        ctx.wants = [p.requires_grad for p in parameters]
-        total = torch.zeros((), device=hidden.device)
-        hidden_gradient = torch.zeros_like(hidden)
-        gradients = [torch.zeros_like(p) for p in moving]
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            part = hidden[rows].detach().requires_grad_()
-            with torch.enable_grad():
-                logits = head(part)
-            kl, slope = kl_rows(logits.detach(), target(rows))
-            total += kl.sum()
-            found = torch.autograd.grad(logits, [part, *moving], (slope / len(hidden)).to(logits.dtype))
-            hidden_gradient[rows] = found[0]
-            for gradient, new in zip(gradients, found[1:], strict=True):
-                gradient += new
-        ctx.save_for_backward(hidden_gradient, *gradients)
-        return total / len(hidden)
+def cross_entropy(seen: Seen) -> Tensor:
+    """Cross-entropy of the text's own next token, nats a token."""
+    return seen.divergence(seen.states[:, :-1], next_tokens(seen.ids))
 
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> Any:
-        hidden_gradient, *found = (gradient * outer[0] for gradient in ctx.saved_tensors)
-        gradients = iter(found)
-        return hidden_gradient, None, None, None, *(next(gradients) if wanted else None for wanted in ctx.wants)
+
+def kl(seen: Seen) -> Tensor:
+    """KL(parent || student) of the next token, nats a token: over all of the vocabulary, or over the parent's likeliest
+    tokens and one cell for all others."""
+    states_BLD = seen.states
+    says = {name: values for name, values in seen.answers.items() if name != "hidden"}
+    if seen.positions is not None:
+        states_BLD = states_BLD[:, seen.positions]
+        says = {name: values[:, seen.positions] for name, values in says.items()}
+    return seen.divergence(states_BLD, distribution(says, seen.targets.logits))
+
+
+def hardening(seen: Seen) -> Tensor:
+    """Entropy of the decisions that the student's trees took, summed over nodes (arXiv 2308.14711, section 3)."""
+    # Modeling files are for checkpoints: reached by path, as formats/models.py does.
+    loss: Tensor = importlib.import_module("llmsurgeon.modeling.surgeon_fff").hardening_loss(seen.student)
+    return loss
+
+
+# Their sum is taken, and the log written, in this order.
+LOSSES: dict[str, Loss] = {
+    "hidden": Loss(lambda step: step.hidden, frozenset({"layer ends"}), hidden, "1 - cos of hidden states"),
+    "pooled": Loss(
+        lambda step: step.pooled,
+        frozenset({"last states", "parent's last states"}),
+        pooled,
+        "1 - cos of pooled states",
+        models=("encoder",),
+    ),
+    "cross_entropy": Loss(
+        lambda step: step.cross_entropy, frozenset({"last states"}), cross_entropy, models=("decoder",)
+    ),
+    "kl": Loss(
+        lambda step: step.kl,
+        frozenset({"last states", "parent's distributions"}),
+        kl,
+        "KL to the parent, training text",
+        models=("decoder",),
+    ),
+    "hardening": Loss(
+        lambda step: step.trees.hardening if step.trees else 0.0,
+        frozenset({"decisions"}),
+        hardening,
+        "Entropy of the trees' decisions",
+    ),
+}
+
+
+def weights_of(settings: Distill, encoder: bool) -> dict[str, float]:
+    """Name -> weight of the losses that count for a student of this kind."""
+    kind: Literal["decoder", "encoder"] = "encoder" if encoder else "decoder"
+    found = {name: loss.weight(settings) for name, loss in LOSSES.items() if kind in loss.models}
+    return {name: weight for name, weight in found.items() if weight}
+
+
+def needs_of(weights: Mapping[str, float]) -> frozenset[Need]:
+    """What the losses with these weights read, together."""
+    return frozenset(need for name in weights for need in LOSSES[name].needs)
+
+
+def weighted(losses: dict[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """The losses, and their weighted sum under `loss`."""
+    return {**losses, "loss": torch.stack([weights[name] * value for name, value in losses.items()]).sum()}
+
+
+def next_tokens(ids_BL: Tensor) -> Callable[[slice], Target]:
+    """Rows of the flattened batch, the last column left out -> the tokens that follow there."""
+    following = ids_BL[:, 1:].flatten()
+    return lambda rows: NextTokens(following[rows])
+
+
+def mean_pooled(states_BLD: Tensor, real_BL: Tensor) -> Tensor:
+    """Mean over each sequence's tokens [B, D], in float32."""
+    weights = real_BL[..., None].float()
+    return (states_BLD.float() * weights).sum(1) / weights.sum(1)

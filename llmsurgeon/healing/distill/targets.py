@@ -11,25 +11,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import weakref
-import zlib
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from llmsurgeon.checkpoint.kept import unfinished, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, fill
+from llmsurgeon.healing.distill.answer_files import AnswerFiles
 from llmsurgeon.healing.distill.data import Corpus
-from llmsurgeon.healing.distill.losses import Target, TopTokens
+from llmsurgeon.healing.distill.divergence import Target, TopTokens
+from llmsurgeon.healing.distill.tapped import TappedModel, masked
 from llmsurgeon.progress import remark
 from llmsurgeon.text.self_text import cache_folder
 from llmsurgeon.walk.runner import LayerRunner
@@ -103,7 +99,7 @@ class StoredTargets:
         self, corpus: Corpus, parent: Callable[[], LayerRunner], fingerprint: str, wanted: Wanted, batch: int
     ) -> None:
         self.corpus, self.parent, self.wanted, self.batch = corpus, parent, wanted, batch
-        self.stores = [_Store(_folder(fingerprint, rows.key, wanted), len(rows.tokens)) for rows in corpus.sources]
+        self.stores = [AnswerFiles(_folder(fingerprint, rows.key, wanted), len(rows.tokens)) for rows in corpus.sources]
 
     def prepare(self, numbers: np.ndarray) -> None:
         """Run the parent over the rows whose answers are not there yet, or no longer whole, each of its layers once."""
@@ -201,59 +197,6 @@ class LiveTargets:
         return last
 
 
-def masked(ids: Tensor, padding: int | None) -> dict[str, Tensor]:
-    """What a model is to be told of padding in `ids`."""
-    return {} if padding is None else {"attention_mask": (ids != padding).long()}
-
-
-class TappedModel(nn.Module):
-    """A language model that also gives the hidden states behind some of its layers.
-
-    Calling it with ids [B, L] gives ([B, L, D] for each tap, last hidden states [B, L, D], final norm included).
-    """
-
-    def __init__(self, model: Any, layers: str, taps: Sequence[int], encoder: bool = False) -> None:
-        super().__init__()
-        self.model = model
-        self._given: dict[str, Any] = {} if encoder else {"use_cache": False}
-        self._seen: dict[int, Tensor] = {}
-        self.taps = tuple(taps)
-        blocks = model.get_submodule(layers)
-        for tap in self.taps:
-            blocks[tap].register_forward_hook(self._see(tap))
-
-    def _see(self, tap: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Gradient checkpointing calls a layer again on the way back: the first output is the one in the graph.
-            self._seen.setdefault(tap, output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    def forward(self, ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor]:
-        """Hidden states behind the taps, and behind the final norm; `kwargs` are for the model's body."""
-        self._seen.clear()
-        states = self.model.base_model(input_ids=ids, **self._given, **kwargs).last_hidden_state
-        ends = [self._seen[tap] for tap in self.taps]
-        return ends, states
-
-    def logits(self, states_TD: Tensor) -> Tensor:
-        """The head, as the model's own class computes it: last hidden states [T, D] -> logits [T, V]."""
-        return head_logits(self.model, states_TD)
-
-
-def head_logits(model: Any, states_TD: Tensor) -> Tensor:
-    """Last hidden states [T, D] (final norm included) -> logits [T, V], scaled and capped as the model's class does."""
-    from llmsurgeon.walk.runner import Given
-
-    body = model.base_model
-    setattr(model, model.base_model_prefix, Given())
-    try:
-        logits: Tensor = model(inputs_embeds=states_TD[None]).logits[0]
-    finally:
-        setattr(model, model.base_model_prefix, body)
-    return logits
-
-
 @torch.no_grad()
 def _answer(
     parent: LayerRunner, tokens: Tensor, wanted: Wanted, batch: int, keep: Callable[[str, int, Tensor], None]
@@ -296,102 +239,6 @@ def distribution(answers: dict[str, Tensor], logits: Callable[[Tensor], Tensor])
         return lambda rows: TopTokens(ids[rows], log_p[rows])
     last = answers["last"].flatten(0, 1)
     return lambda rows: logits(last[rows])
-
-
-class _Store:
-    """One file for each kind of answer, by row, each row with its checksum; and one byte a row that says whether all of
-    its answers are there.
-
-    Rows are written and read by calls, not through a memory map, where a full disk or a file cut short is a signal that
-    ends the process. Rows that were never written take no room.
-    """
-
-    def __init__(self, folder: Path, rows: int) -> None:
-        self.folder = folder
-        self.files: dict[str, _Rows] = {}
-        with self._writing():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._known = os.open(folder / "known", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            weakref.finalize(self, os.close, self._known)
-            self._flags = np.zeros(rows, np.uint8)
-            noted = np.frombuffer(os.pread(self._known, rows, 0), np.uint8)
-            self._flags[: len(noted)] = noted
-
-    def _writing(self) -> AbstractContextManager[None]:
-        return writing(self.folder, then="set LLMSURGEON_CACHE to a folder with room")
-
-    def known(self, row: int) -> bool:
-        return bool(self._flags[row])
-
-    def put(self, name: str, row: int, value: Tensor) -> None:
-        with self._writing():
-            if name not in self.files:
-                self.files[name] = _Rows.made(self.folder / name, tuple(value.shape), value.dtype)
-            self.files[name].write(row, value)
-
-    def know(self, rows: list[int]) -> None:
-        """All at once: a kill before this makes a later run compute the same group of rows again."""
-        self._flags[rows] = 1
-        with self._writing():
-            for row in rows:
-                os.pwrite(self._known, b"\1", row)
-
-    def get(self, name: str, row: int) -> Tensor | None:
-        """The answer as it was put, None where it is not there or not whole."""
-        if name not in self.files:
-            found = _Rows.found(self.folder / name)
-            if found is None:
-                return None
-            self.files[name] = found
-        return self.files[name].read(row)
-
-
-class _Rows:
-    """A file of rows of one shape and dtype, each followed by four bytes of checksum."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.shape, self.dtype = shape, dtype
-        self.size = prod(shape) * dtype.itemsize
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        weakref.finalize(self, os.close, self.fd)
-
-    @classmethod
-    def made(cls, path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> _Rows:
-        """The file, its shape noted beside it."""
-        note = path.with_name(f"{path.name}.json")
-        with unfinished(note) as partial:
-            partial.write_text(json.dumps({"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}))
-            partial.replace(note)
-        return cls(path, shape, dtype)
-
-    @classmethod
-    def found(cls, path: Path) -> _Rows | None:
-        """The file as its note describes it, None where either is not there."""
-        try:
-            noted = json.loads(path.with_name(f"{path.name}.json").read_text())
-            shape, dtype = tuple(noted["shape"]), getattr(torch, noted["dtype"])
-            return cls(path, shape, dtype) if path.is_file() else None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-
-    def write(self, row: int, value: Tensor) -> None:
-        data = value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        record = memoryview(data + zlib.crc32(data).to_bytes(CHECKSUM, "little"))
-        at = row * len(record)
-        while record:
-            count = os.pwrite(self.fd, record, at)
-            record, at = record[count:], at + count
-
-    def read(self, row: int) -> Tensor | None:
-        length = self.size + CHECKSUM
-        record = bytearray(os.pread(self.fd, length, row * length))
-        data = memoryview(record)[: self.size]
-        if len(record) < length or zlib.crc32(data) != int.from_bytes(record[self.size :], "little"):
-            return None
-        return torch.frombuffer(record, dtype=self.dtype, count=prod(self.shape)).view(self.shape)
-
-
-CHECKSUM = 4
 
 
 def _folder(fingerprint: str, data: str, wanted: Wanted) -> Path:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon.healing.distill.distill import Case, Distilled, distill
+from llmsurgeon.healing.distill.case import Case
+from llmsurgeon.healing.distill.distill import Distilled, distill
 from llmsurgeon.healing.healers.base import HealingContext
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.report.curve import html_curves

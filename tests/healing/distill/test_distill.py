@@ -22,10 +22,15 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.distill.case import Case
 from llmsurgeon.healing.distill.data import rows_of
-from llmsurgeon.healing.distill.distill import Case, build_student, distill, wanted_of
-from llmsurgeon.healing.distill.targets import StoredTargets, TappedModel, Wanted
-from llmsurgeon.healing.distill.training import Trainer, optimizer_of
+from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.distill.loop import Trainer
+from llmsurgeon.healing.distill.schedule import optimizer_of
+from llmsurgeon.healing.distill.student import build_student
+from llmsurgeon.healing.distill.tapped import TappedModel
+from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
+from llmsurgeon.healing.distill.whole import wanted_of
 from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.distill import Distill, Lora
 from llmsurgeon.operations.fuse_ffn import FuseFFN

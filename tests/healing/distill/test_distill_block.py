@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from llmsurgeon.formats.models import filled_model
-from llmsurgeon.healing.distill.distill import Distiller, GlobalTask, build_student, distill
-from llmsurgeon.healing.distill.losses import NextTokens, kl_rows
-from llmsurgeon.healing.distill.targets import LiveTargets, TappedModel, Wanted
+from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.distill.divergence import NextTokens, kl_rows
+from llmsurgeon.healing.distill.module import Distiller
+from llmsurgeon.healing.distill.student import build_student
+from llmsurgeon.healing.distill.tapped import TappedModel
+from llmsurgeon.healing.distill.targets import LiveTargets, Wanted
+from llmsurgeon.healing.distill.tasks import GlobalTask
 from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.block import Block
 from llmsurgeon.operations.fuse_ffn import FuseFFN
@@ -52,7 +56,8 @@ def test_the_losses_are_those_of_the_predicted_tokens(tmp_path, padding):
     case = case_of(tmp_path, BLOCKS)
     student = build_student(case, settings_of(**TEXT), torch.float32)
     targets = LiveTargets(case.parent_config, case.parent, Wanted((), None), torch.float32)
-    module = Distiller(TappedModel(student, case.parent.family.layers, ()), targets, 0.0, 2.0, 0.5)
+    weights = {"kl": 2.0, "cross_entropy": 0.5}
+    module = Distiller(TappedModel(student, case.parent.family.layers, ()), targets, weights)
     ids = case.held_out[:3]
     answers = targets.of(None, ids)
     losses = module(ids, padding=padding, **answers)

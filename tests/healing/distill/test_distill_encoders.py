@@ -17,11 +17,17 @@ from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
+from llmsurgeon.healing.distill.case import Case
 from llmsurgeon.healing.distill.data import read_rows, rows_of
-from llmsurgeon.healing.distill.distill import Case, build_student, distill, wanted_of
-from llmsurgeon.healing.distill.encoders import EncoderDistiller, EncoderTask
-from llmsurgeon.healing.distill.targets import LiveTargets, StoredTargets, TappedModel
-from llmsurgeon.healing.distill.training import Trainer
+from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.distill.loop import Trainer
+from llmsurgeon.healing.distill.losses import weights_of
+from llmsurgeon.healing.distill.module import Distiller
+from llmsurgeon.healing.distill.student import build_student
+from llmsurgeon.healing.distill.tapped import TappedModel
+from llmsurgeon.healing.distill.targets import LiveTargets, StoredTargets
+from llmsurgeon.healing.distill.tasks import EncoderTask
+from llmsurgeon.healing.distill.whole import wanted_of
 from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.fff import FFF
@@ -136,7 +142,8 @@ def test_losses_and_gradients_are_those_of_the_formulas(tmp_path, store):
     else:
         targets = LiveTargets(case.parent_config, case.parent, wanted, torch.float32)
     model = build_student(case, settings, torch.float32)
-    module = EncoderDistiller(TappedModel(model, "encoder.layer", mine, encoder=True), targets, settings, 0).train()
+    tapped = TappedModel(model, "encoder.layer", mine, encoder=True)
+    module = Distiller(tapped, targets, weights_of(settings, encoder=True), 0).train()
     numbers = np.array([3, 0, 11, 40])
     targets.prepare(numbers)
     batch = EncoderTask(case, settings, corpus, targets).batch(numbers, 0, torch.device("cpu"))

@@ -11,9 +11,11 @@ from healing.distill.test_distill import cache, case_of, kl_of, settings_of  # n
 from torch import nn
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.distill.distill import build_student, distill
+from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.distill.latent import LatentLinear, packed, started, ternary_of
-from llmsurgeon.healing.distill.training import Trainer, coarse_share
+from llmsurgeon.healing.distill.loop import Trainer
+from llmsurgeon.healing.distill.schedule import coarse_share
+from llmsurgeon.healing.distill.student import build_student
 from llmsurgeon.healing.store import overlay
 from llmsurgeon.model.ternary import Grid, grid_of, is_ternary, rounded, taken_apart
 from llmsurgeon.operations.distill import Distill, Lora

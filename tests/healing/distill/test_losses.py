@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llmsurgeon.healing.distill.losses import TopTokens, chunked_kl, cosine_distance, kl_rows, normalised_mse
+from llmsurgeon.healing.distill.divergence import TopTokens, chunked_kl, cosine_distance, kl_rows, normalised_mse
 
 T, D, V = 23, 8, 40
 
