@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmsurgeon.analysis.greedy import SEARCH_TOKENS, Choice, greedy, order_of
+from llmsurgeon.analysis.greedy import SEARCH_TOKENS, Choice, Removal, greedy, order_of
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.operations.fuse_ffn import Fused
 from llmsurgeon.operations.ranked import Wanted
@@ -70,8 +70,8 @@ def search_attentions(
         return variant_without(dropped, layers, fuse)
 
     first = len(increase) if attention_kl is None else 2 * width
-    title = "choose attentions and runs"
-    return greedy(runner, tokens, count, increase, variant, allowed, (first, width), batch, title)
+    removal = Removal("choose attentions and runs", increase, variant, allowed, first, width)
+    return greedy(runner, tokens, count, removal, batch)
 
 
 def default_count(layers: int) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmsurgeon.analysis.greedy import SEARCH_TOKENS, Choice, greedy, order_of
+from llmsurgeon.analysis.greedy import SEARCH_TOKENS, Choice, Removal, greedy, order_of
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.operations.ranked import Wanted
 from llmsurgeon.walk.runner import LayerRunner
@@ -34,7 +34,8 @@ def search_blocks(runner: LayerRunner, tokens: Tensor, count: int, *, width: int
         return Variant(no_attention=dropped, no_ffn=dropped)
 
     increase = dict.fromkeys(range(first, layers), 0.0)
-    return greedy(runner, tokens, count, increase, variant, allowed, (layers, width), batch, "choose blocks")
+    removal = Removal("choose blocks", increase, variant, allowed, layers, width)
+    return greedy(runner, tokens, count, removal, batch)
 
 
 def _measured(scene: Scene, requests: Sequence[Wanted]) -> Mapping[str, Any]:

@@ -194,7 +194,7 @@ def _route(
                 f"tokens, {min_tokens} are needed (min_tokens); lower depth or raise calibration.tokens"
             )
             continue
-        found += _route_leaves(seen, leaf, sums[level], shapes, assignment, weight, bias, int(counts[least]))
+        found += _route_leaves(seen, leaf, sums[level], shapes, assignment, (weight, bias))
     if not found:
         raise SurgeryError(refusal)
     return tuple(found)
@@ -206,9 +206,7 @@ def _route_leaves(
     sums: Sequence[Sums],
     shapes: Sequence[FFFSpec],
     assignment: Assignment,
-    weight: Tensor,
-    bias: Tensor,
-    least_tokens: int,
+    planes: tuple[Tensor, Tensor],
 ) -> list[Routing]:
     """Assign neurons for every shape of one depth, and measure what each costs."""
     depth = shapes[0].depth
@@ -217,9 +215,10 @@ def _route_leaves(
     shares = [share_out(importance, spec.shared, spec.leaf_width) for spec in shapes]
     errors = leaf_errors(seen, leaf, sums, everyone, shares)
     # Without decisions there are no hyperplanes.
-    planes = weight[: 2**depth - 1] if depth else None, bias[: 2**depth - 1] if depth else None
+    weight, bias = (plane[: 2**depth - 1] if depth else None for plane in planes)
+    least_tokens = int(torch.bincount(leaf, minlength=2**depth).min())
     return [
-        Routing(spec, neurons, shared, planes[0], planes[1], error, least_tokens)
+        Routing(spec, neurons, shared, weight, bias, error, least_tokens)
         for spec, (shared, neurons), error in zip(shapes, shares, errors, strict=True)
     ]
 

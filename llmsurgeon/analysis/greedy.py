@@ -6,7 +6,7 @@ dropping does to the logits, and scored anew after each step, with the replace-o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,36 +30,38 @@ class Choice:
     candidates: dict[int, float]
 
 
-def greedy(
-    runner: LayerRunner,
-    tokens: Tensor,
-    count: int,
-    increase: dict[int, float],
-    variant: Callable[[frozenset[int]], Variant],
-    allowed: Callable[[frozenset[int]], bool],
-    widths: tuple[int, int],
-    batch: int,
-    title: str,
-) -> list[Choice]:
-    """Remove the layer that raises the KL least, `count` times.
+@dataclass(frozen=True)
+class Removal:
+    """What goes, layer by layer.
 
-    Args:
-        increase: by candidate, how much its removal is thought to raise the KL.
-        variant: the parent without these layers' parts; `allowed` tells whether they may go together.
-        widths: how many candidates are scored in the first step, and in later ones: those of least `increase`.
+    increase: by candidate, how much its going is thought to raise the KL.
+    variant: the parent without these layers' parts; allowed: whether they may go together.
+    first, later: how many candidates are scored in the first step and in later ones, those of least increase.
     """
+
+    title: str
+    increase: Mapping[int, float]
+    variant: Callable[[frozenset[int]], Variant]
+    allowed: Callable[[frozenset[int]], bool]
+    first: int
+    later: int
+
+
+def greedy(runner: LayerRunner, tokens: Tensor, count: int, removal: Removal, batch: int) -> list[Choice]:
+    """Remove the layer that raises the KL least, `count` times."""
+    increase = dict(removal.increase)
     parent: Tensor | None = None
     dropped: frozenset[int] = frozenset()
     choices: list[Choice] = []
     current = 0.0
-    with Progress(title, count, "steps") as progress:
+    with Progress(removal.title, count, "steps") as progress:
         for step in range(count):
             ranked = sorted(increase, key=lambda c: (increase[c], c))
-            open_ = [layer for layer in ranked if layer not in dropped and allowed(dropped | {layer})]
-            candidates = sorted(open_[: widths[1] if step else widths[0]])
+            open_ = [layer for layer in ranked if layer not in dropped and removal.allowed(dropped | {layer})]
+            candidates = sorted(open_[: removal.later if step else removal.first])
             if not candidates:
                 break
-            variants = [variant(dropped), *(variant(dropped | {layer}) for layer in candidates)]
+            variants = [removal.variant(dropped), *(removal.variant(dropped | {layer}) for layer in candidates)]
             streams = walk(runner, tokens, variants, batch=batch)
             parent = streams[0].clone() if parent is None else parent
             kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()

@@ -40,29 +40,23 @@ def ternary_costs(
                     stream[part] = runner.whole(index, entered[part].to(runner.device)).cpu()
                 for name in wanted.get(index, ()):
                     stored = runner.weights[runner.family.layer(index) + name]
-                    error = _error(runner, index, layer, name, grid, entered, stream, parts)
+                    module = layer.get_submodule(name.removesuffix(".weight"))
+                    error = _error(runner, index, module, grid, (entered, stream), batch)
                     found.setdefault(index, {})[name] = (error, stored.numel(), stored.dtype.itemsize)
             progress.advance()
     return found
 
 
 def _error(
-    runner: LayerRunner,
-    index: int,
-    layer: Any,
-    name: str,
-    grid: Grid,
-    entered: Tensor,
-    left: Tensor,
-    parts: Sequence[slice],
+    runner: LayerRunner, index: int, module: Any, grid: Grid, streams: tuple[Tensor, Tensor], batch: int
 ) -> float:
-    """The error of `Cost` for one weight of the loaded layer."""
-    module = layer.get_submodule(name.removesuffix(".weight"))
+    """The error of `Cost` for the weight of one linear of the loaded layer, from what entered and what left it."""
+    entered, left = streams
     dense = module.weight.data
     weight = rounded(dense.T if runner.family.transposed else dense, grid)
     module.weight.data = weight.T if runner.family.transposed else weight
     total = 0.0
-    for part in parts:
+    for part in batches(entered, batch):
         before = left[part].to(runner.device).float()
         after = runner.whole(index, entered[part].to(runner.device)).float()
         total += float(((after - before).square().sum(-1) / before.square().sum(-1).clamp_min(1e-30)).sum())

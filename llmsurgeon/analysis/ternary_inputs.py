@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.analysis.score import Scene, Score, batches
-from llmsurgeon.operations.ternary import Norms
+from llmsurgeon.operations.sub_norms import Norms
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 

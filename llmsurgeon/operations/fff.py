@@ -8,57 +8,24 @@ Sources: arXiv 2308.14711 and 2311.10770, where such layers are trained from scr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList, write_ranges
 from llmsurgeon.model.parts import FFFSpec, FFNSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Plan, Request, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.fff_budget import within_budget
+from llmsurgeon.operations.fff_tensors import Foreseen, converted
 
 SCORE = "fff"
 # What the budget form chooses from: shares of the neurons, and depths as shares of the deepest.
 KEPT = tuple(k / 16 for k in (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 14))
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
-
-
-@dataclass(frozen=True)
-class Foreseen:
-    """A routing of which only the shape is known: its tensors hold nothing and can only make more such tensors."""
-
-    spec: FFFSpec
-    hidden: int
-    error: None = None
-
-    @property
-    def neurons(self) -> Tensor:
-        """As in the analysis' routing."""
-        width = self.spec.leaf_width if self.spec.form == "leaf" else 2 ** (self.spec.depth + 1) - 1
-        rows = 2**self.spec.depth if self.spec.form == "leaf" else self.spec.trees
-        return torch.empty(rows, width, dtype=torch.long, device="meta")
-
-    @property
-    def shared(self) -> Tensor:
-        """As in the analysis' routing."""
-        return torch.empty(self.spec.shared, dtype=torch.long, device="meta")
-
-    @property
-    def router_weight(self) -> Tensor | None:
-        """As in the analysis' routing."""
-        nodes = 2**self.spec.depth - 1 if self.spec.form == "leaf" else 0
-        return torch.empty(nodes, self.hidden, device="meta") if nodes else None
-
-    @property
-    def router_bias(self) -> Tensor | None:
-        """As in the analysis' routing."""
-        return None if self.router_weight is None else self.router_weight[:, 0]
 
 
 class Shape(BaseModel):
@@ -240,17 +207,7 @@ class FFF(Step):
             groups.setdefault(spec, []).append(layer)
         if not groups:
             raise subject.refuse(f"fff: keep {self.keep} leaves every FFN as it is")
-        leaf = self.form == "leaf"
-        shapes = tuple(
-            Shape(
-                layers=tuple(layers),
-                depth=spec.depth,
-                leaf_width=spec.leaf_width if leaf else None,
-                shared=spec.shared,
-                trees=None if leaf else spec.trees,
-            )
-            for spec, layers in groups.items()
-        )
+        shapes = tuple(_shape(spec, layers) for spec, layers in groups.items())
         return self.model_copy(update={"keep": None, "depth": None, "layers": None, "shapes": shapes})
 
     @staticmethod
@@ -274,7 +231,7 @@ class FFF(Step):
             whole = dense.width * (3 if spec.gated else 2)
             before += whole
             after += spec.rows
-            layers[index] = _converted(subject, layers[index], routing)
+            layers[index] = converted(subject, layers[index], routing)
             said = f"{spec.words}, {100 * spec.rows / whole:.1f} % of the FFN's multiplications{_measured(routing)}"
             alike.setdefault(said, []).append(number)
         total = f"Fast feedforward: {100 * after / before:.1f} % of these layers' FFN multiplications are left."
@@ -287,53 +244,16 @@ class FFF(Step):
         return assemble(subject, layers, [total, *notes])
 
 
-def within_budget(
-    options: Mapping[int, Sequence[tuple[int, float, FFFSpec]]], dense: Mapping[int, int], keep: float
-) -> dict[int, FFFSpec]:
-    """The shapes that add least error within a budget of rows; layers that stay dense are left out.
-
-    Starts with everything dense and, step by step, takes the cut that saves most rows for the error it adds.
-
-    Args:
-        options: layer -> (rows, error, shape); dense: layer -> rows of the dense FFN, whose error is 0.
-        keep: share of the dense rows that may stay.
-    """
-    now = {layer: (rows, 0.0) for layer, rows in dense.items()}
-    chosen: dict[int, FFFSpec] = {}
-    budget = keep * sum(dense.values())
-    while sum(rows for rows, _ in now.values()) > budget:
-        steps = [
-            ((error - now[layer][1]) / (now[layer][0] - rows), layer, rows, error, spec)
-            for layer, given in options.items()
-            for rows, error, spec in given
-            if rows < now[layer][0]
-        ]
-        if not steps:
-            break
-        _, layer, rows, error, spec = min(steps, key=lambda step: step[:3])
-        now[layer], chosen[layer] = (rows, error), spec
-    return _refilled(options, now, chosen, budget)
-
-
-def _refilled(
-    options: Mapping[int, Sequence[tuple[int, float, FFFSpec]]],
-    now: dict[int, tuple[int, float]],
-    chosen: dict[int, FFFSpec],
-    budget: float,
-) -> dict[int, FFFSpec]:
-    """The last cut may have saved too much: give back what still fits, where it lowers the error most."""
-    while True:
-        left = budget - sum(rows for rows, _ in now.values())
-        steps = [
-            (now[layer][1] - error, layer, rows, error, spec)
-            for layer in chosen
-            for rows, error, spec in options[layer]
-            if 0 < rows - now[layer][0] <= left and error < now[layer][1]
-        ]
-        if not steps:
-            return dict(sorted(chosen.items()))
-        _, layer, rows, error, spec = max(steps, key=lambda step: step[:3])
-        now[layer], chosen[layer] = (rows, error), spec
+def _shape(spec: FFFSpec, layers: Sequence[int]) -> Shape:
+    """How a recipe says that these layers get this shape."""
+    leaf = spec.form == "leaf"
+    return Shape(
+        layers=tuple(layers),
+        depth=spec.depth,
+        leaf_width=spec.leaf_width if leaf else None,
+        shared=spec.shared,
+        trees=None if leaf else spec.trees,
+    )
 
 
 def _trees(width: int, depth: int) -> int:
@@ -361,56 +281,3 @@ def _measured(routing: Any) -> str:
     words = f", error {routing.error:.4f} of the stream behind it after a refit"
     leaf = routing.spec.form == "leaf"
     return words + (f", at least {routing.least_tokens} calibration tokens a leaf" if leaf else "")
-
-
-def _converted(subject: Subject, layer: NewLayer, routing: Any) -> NewLayer:
-    """The block with a tree in the place of its FFN: rows of the dense one, picked, and hyperplanes."""
-    family, spec = subject.family, routing.spec
-    names = {suffix: str(name) for suffix, name in layer.tensors.items()}
-    path = f"{family.fast_ffn}."
-    out = family.ffn_tensor(family.ffn_out)
-    replaced = {family.ffn_tensor(p, kind) for p in (*family.ffn_in, family.ffn_out) for kind in ("weight", "bias")}
-    tensors: dict[str, str | Computed] = {s: n for s, n in layer.tensors.items() if s not in replaced}
-    groups = {"leaf": routing.neurons, "shared": routing.shared} if spec.form == "leaf" else {"node": routing.neurons}
-    kinds = ("gate", "up") if spec.gated else ("up",)
-    for group, neurons in groups.items():
-        if not neurons.numel():
-            continue
-        for place, kind in enumerate(kinds):
-            projection = family.ffn_in[place // family.ffn_stacked]
-            part = place % family.ffn_stacked
-            for tensor, suffix in (("weight", ""), ("bias", "_bias")):
-                source = family.ffn_tensor(projection, tensor)
-                if source in names:
-                    pick = partial(picked, neurons, family.transposed, family.ffn_stacked, part)
-                    tensors[f"{path}{group}_{kind}{suffix}"] = Computed((names[source],), pick)
-        # The output projection holds a neuron's row as a column; Conv1D holds it as a row.
-        tensors[f"{path}{group}_down"] = Computed((names[out],), partial(picked, neurons, not family.transposed, 1, 0))
-    if routing.router_weight is not None:
-        for name in ("router_weight", "router_bias"):
-            tensors[path + name] = Computed((names[out],), _constant(getattr(routing, name)))
-    bias = names.get(family.ffn_tensor(family.ffn_out, "bias"))
-    rows = (2**spec.depth, subject.spec.hidden) if spec.form == "leaf" else (subject.spec.hidden,)
-    target = path + ("leaf_out_bias" if spec.form == "leaf" else "out_bias")
-    if bias is None:
-        tensors[target] = Computed((names[out],), _constant(torch.zeros(rows)))
-    else:
-        tensors[target] = Computed((bias,), lambda given: given.expand(rows).contiguous())
-    return NewLayer(replace(layer.spec, ffn=spec), tensors)
-
-
-def picked(neurons: Tensor, transposed: bool, stacked: int, part: int, weight: Tensor) -> Tensor:
-    """The rows of `weight` that belong to `neurons` [...], as [..., D]; of a bias the numbers, [...].
-
-    Zero where `neurons` is -1. A `transposed` weight holds neurons as columns; of a `stacked` one `part` is meant.
-    """
-    rows = weight.T if transposed and weight.dim() == 2 else weight
-    rows = rows.chunk(stacked)[part]
-    index = neurons.to(weight.device)
-    found = rows.index_select(0, index.flatten().clamp_min(0)).view(*index.shape, *rows.shape[1:])
-    there = (index >= 0).view(*index.shape, *[1] * (rows.dim() - 1))
-    return torch.where(there, found, torch.zeros((), dtype=weight.dtype, device=weight.device))
-
-
-def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda like: value.to(device=like.device, dtype=like.dtype)

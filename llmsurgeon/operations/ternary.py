@@ -9,11 +9,10 @@ Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,10 +22,12 @@ from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import Grid, Rule, is_ternary, rounded
+from llmsurgeon.operations import sub_norms
 from llmsurgeon.operations.base import HELD_OUT, Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
 from llmsurgeon.operations.fit_memory import Text, ternary_bytes
+from llmsurgeon.operations.ternary_linears import cheapest, linears_of_modules, linears_of_parts
 
-SCORE, BYTES, SIZES = "ternary", "ternary_bytes", "ternary_inputs"
+SCORE, BYTES = "ternary", "ternary_bytes"
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -36,13 +37,6 @@ class Linears(Request):
 
     linears: Mapping[int, Sequence[str]]
     grid: Grid
-
-
-@dataclass(frozen=True)
-class Norms(Request):
-    """Layer -> paths inside it of the output projections that get a norm."""
-
-    writers: Mapping[int, Sequence[str]]
 
 
 class Ternary(Step):
@@ -105,7 +99,7 @@ class Ternary(Step):
         return self.held_out if self.heals else None
 
     def needs(self) -> frozenset[str]:
-        return frozenset(({SCORE} if self._budget else set()) | ({SIZES} if self.sub_norm else set()))
+        return frozenset(({SCORE} if self._budget else set()) | ({sub_norms.SIZES} if self.sub_norm else set()))
 
     @property
     def _budget(self) -> bool:
@@ -113,41 +107,25 @@ class Ternary(Step):
 
     def requests(self, subject: Subject) -> list[Request]:
         linears = [Linears(SCORE, self.chosen(subject), self.grid)] if self._budget else []
-        return [*linears, *([Norms(SIZES, self.normed(subject))] if self.sub_norm else [])]
+        return [*linears, *([sub_norms.Norms(sub_norms.SIZES, self.normed(subject))] if self.sub_norm else [])]
 
     def foresee(self, subject: Subject) -> Mapping[str, Any]:
         """Of norms that are to be, all but the size of their gains."""
         if not self.sub_norm:
             return {}
         writers = (*subject.family.sub_norms,)
-        return {SIZES: {b.parents[0]: dict.fromkeys(writers, 1.0) for b in subject.spec.layers if not b.branches}}
+        whole = [layer for layer in subject.spec.layers if not layer.branches]
+        return {sub_norms.SIZES: {layer.parents[0]: dict.fromkeys(writers, 1.0) for layer in whole}}
 
     def normed(self, subject: Subject) -> dict[int, tuple[str, ...]]:
-        """Block -> output projections inside it that get a norm: those that become ternary and have none.
-
-        Raises:
-            SurgeryError: the family has no place for norms there, or a block's parts are not as in the checkpoint.
-        """
-        if not self.sub_norm:
-            return {}
-        if reason := subject.family.no_sub_norm():
-            raise subject.refuse(f"ternary: sub_norm: {reason}")
-        found: dict[int, tuple[str, ...]] = {}
-        for index, names in self.chosen(subject).items():
-            layer = subject.spec.layers[index]
-            if len(layer.parents) > 1 or (layer.own_kind and not layer.sub_normed):
-                what = layer.own_kind or "holds fused FFNs"
-                raise subject.refuse(f"ternary: sub_norm: layer {layer.parents[0]} {what}; name other layers")
-            writers = subject.family.sub_norms.items()
-            mine = [path for path, (part, _) in writers if f"{path}.weight" in names and part not in layer.sub_normed]
-            found[index] = tuple(mine)
-        return {index: paths for index, paths in found.items() if paths}
+        """Layer -> output projections inside it that get a norm."""
+        return sub_norms.places(subject, self.chosen(subject)) if self.sub_norm else {}
 
     def chosen(self, subject: Subject) -> dict[int, tuple[str, ...]]:
-        """Block -> names inside it of the weights that become ternary; a budget has not been drawn from yet.
+        """Layer -> names inside it of the weights that become ternary; a budget has not been drawn from yet.
 
         Raises:
-            SurgeryError: a block has no such linears.
+            SurgeryError: a layer has no such linears.
         """
         subject.check(self)
         if subject.spec.tied and (self.head or self.embeddings):
@@ -156,41 +134,8 @@ class Ternary(Step):
                 "out embeddings and head"
             )
         if self.modules is not None:
-            return self._by_module(subject, self.modules)
-        found: dict[int, tuple[str, ...]] = {}
-        for index, layer in enumerate(subject.spec.layers):
-            if self.layers is not None and not set(self.layers) & set(layer.parents):
-                continue
-            found[index] = self._linears(subject, index)
-        for number in self.layers or ():
-            if not found[subject.position(number, "ternary: layer")]:
-                raise subject.refuse(f"ternary: layer {number} has no linears of {self.linears}")
-        return {index: names for index, names in found.items() if names}
-
-    def _by_module(self, subject: Subject, modules: Mapping[str, tuple[int, ...]]) -> dict[int, tuple[str, ...]]:
-        found: dict[int, tuple[str, ...]] = {}
-        for module, layers in modules.items():
-            for layer in layers:
-                index = subject.position(layer, f"ternary: {module} of layer")
-                known = linears_of(subject, index)
-                if f"{module}.weight" not in known:
-                    names = ", ".join(name.removesuffix(".weight") for name in known)
-                    raise subject.refuse(f"ternary: layer {layer} has no linear {module}; it has {names}")
-                found[index] = (*found.get(index, ()), f"{module}.weight")
-        return dict(sorted(found.items()))
-
-    def _linears(self, subject: Subject, index: int) -> tuple[str, ...]:
-        if subject.spec.layers[index].branches:
-            layer = subject.spec.layers[index].parents[0]
-            raise subject.refuse(
-                f"ternary: layer {layer} is one of parallel blocks, which have no linears of their own"
-            )
-        family, known = subject.family, linears_of(subject, index)
-        if self.linears != "attention" and family.experts:
-            raise subject.refuse("ternary: its FFN is a mixture of experts; linears: attention is possible")
-        if self.linears == "all":
-            return known
-        return tuple(name for name in known if family.is_attention(name) == (self.linears == "attention"))
+            return linears_of_modules(subject, self.modules)
+        return linears_of_parts(subject, self.linears, self.layers)
 
     def check_follower(self, step: Step) -> None:
         if isinstance(step, Ternary):
@@ -229,27 +174,8 @@ class Ternary(Step):
         if not self._budget:
             return self
         costs, everything = subject.score(SCORE, "ternary"), subject.score(BYTES, "ternary")
-        candidates = {
-            (subject.spec.layers[index].parents[0], name): index
-            for index, names in self.chosen(subject).items()
-            for name in names
-        }
-        for layer, name in candidates:
-            if name not in costs.get(layer, {}):
-                raise subject.refuse(
-                    f"ternary: {name} of layer {layer} is not as in the checkpoint and was not measured; name modules "
-                    "instead of share or max_bytes"
-                )
-        cheapest = sorted(candidates, key=lambda at: (costs[at[0]][at[1]][0] / costs[at[0]][at[1]][1], at))
-        numbers = sum(costs[layer][name][1] for layer, name in candidates)
-        modules: dict[str, list[int]] = {}
-        done, left = 0, everything
-        for layer, name in cheapest:
-            if done >= self.share * numbers if self.share is not None else left <= (self.max_bytes or 0):
-                break
-            _, count, size = costs[layer][name]
-            done, left = done + count, left - count * size + count // 4
-            modules.setdefault(name.removesuffix(".weight"), []).append(layer)
+        budget = (self.share, self.max_bytes)
+        modules, left = cheapest(subject, self.chosen(subject), costs, everything, *budget)
         if self.max_bytes is not None and left > self.max_bytes:
             raise subject.refuse(
                 f"ternary: max_bytes {self.max_bytes:,} is out of reach: with all of {self.linears} ternary "
@@ -257,8 +183,7 @@ class Ternary(Step):
             )
         if not modules:
             raise subject.refuse(f"ternary: the model has {everything:,} bytes already; nothing would become ternary")
-        chosen = {module: tuple(sorted(layers)) for module, layers in sorted(modules.items())}
-        update = {"share": None, "max_bytes": None, "layers": None, "linears": "all", "modules": chosen}
+        update = {"share": None, "max_bytes": None, "layers": None, "linears": "all", "modules": modules}
         return self.model_copy(update=update)
 
     def plan(self, subject: Subject) -> Plan:
@@ -274,7 +199,7 @@ class Ternary(Step):
                 layers[index] = NewLayer(layers[index].spec, tensors)
         normed = self.normed(subject)
         for index, paths in normed.items():
-            layers[index] = _with_norms(subject, layers[index], paths)
+            layers[index] = sub_norms.with_norms(subject, layers[index], paths)
         plan = assemble(subject, layers, [self._note(chosen, sum(map(len, normed.values())))])
         outside = [(f"{family.embedding}.weight", self.embeddings), (f"{family.head}.weight", self.head)]
         plain = edited(self.grid, transposed=False)
@@ -300,35 +225,6 @@ class Ternary(Step):
         return said + (f" An RMSNorm stands before {norms} of them, which the parent does not have." if norms else "")
 
 
-def linears_of(subject: Subject, index: int) -> tuple[str, ...]:
-    """Names inside block `index` of the weights of its attention's and its FFN's linears, in order."""
-    family, there = subject.family, subject.tensors(index)
-    ffn = () if family.experts else tuple(family.ffn_tensor(p) for p in (*family.ffn_in, family.ffn_out))
-    attention = (
-        name
-        for name in there
-        if name.startswith(f"{family.attention}.") and name.endswith(".weight") and "norm" not in name.lower()
-    )
-    return (*attention, *(name for name in ffn if name in there))
-
-
-def _with_norms(subject: Subject, layer: NewLayer, paths: tuple[str, ...]) -> NewLayer:
-    """The block with an RMSNorm before the projections at `paths`, whose gain is the size of what they read."""
-    sizes, number = subject.score(SIZES, "ternary: sub_norm"), layer.spec.parents[0]
-    spec, tensors = layer.spec, dict(layer.tensors)
-    for path in paths:
-        part, norm = subject.family.sub_norms[path]
-        own = {part: replace(getattr(spec, part), sub_norm=True)}
-        spec = replace(spec, **own)
-        weight = subject.tensors(subject.position(number))[f"{path}.weight"]
-        tensors[f"{norm}.weight"] = Computed((weight,), partial(_gain, sizes[number][path]))
-    return NewLayer(spec, tensors)
-
-
-def _gain(size: float, weight_OI: Tensor) -> Tensor:
-    return torch.full_like(weight_OI[0], size)
-
-
 def edited(grid: Grid, transposed: bool) -> Callable[[str, Tensor], Tensor]:
     """The edit that rounds one weight, whose name it takes first; a `transposed` weight is [I, O]."""
 
@@ -347,6 +243,3 @@ def refuse_ternary(name: str, weight: Tensor, transposed: bool = False) -> None:
             f"ternary: {name} is ternary already, and each further rounding shrinks its scale; start from the weights "
             "before, or name other layers"
         )
-
-
-__all__ = ["Ternary", "edited", "linears_of", "refuse_ternary"]

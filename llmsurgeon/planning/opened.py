@@ -28,7 +28,7 @@ from llmsurgeon.model.families import Family, family_of
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.model.ternary import is_ternary
 from llmsurgeon.operations import Subject
-from llmsurgeon.operations.ternary import linears_of
+from llmsurgeon.operations.ternary_linears import linears_of
 from llmsurgeon.progress import remark
 
 

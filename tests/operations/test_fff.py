@@ -16,7 +16,8 @@ from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.model.costs import costs
 from llmsurgeon.model.parts import FFFSpec, FFNSpec
 from llmsurgeon.model.spec import from_block_configs, to_block_configs
-from llmsurgeon.operations.fff import FFF, within_budget
+from llmsurgeon.operations.fff import FFF
+from llmsurgeon.operations.fff_budget import within_budget
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.walk.runner import LayerRunner

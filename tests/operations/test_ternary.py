@@ -10,7 +10,8 @@ from operations.helpers import declared, logits, operate, some_tokens, subject_o
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.model.ternary import Grid, is_ternary, rounded
-from llmsurgeon.operations.ternary import Ternary, linears_of
+from llmsurgeon.operations.ternary import Ternary
+from llmsurgeon.operations.ternary_linears import linears_of
 from llmsurgeon.recipe.recipe import dump, loads
 from llmsurgeon.walk.runner import LayerRunner
 
