@@ -9,9 +9,12 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
 
+# As type checkers know it; importing `typing` for it would take as long as everything else here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from llmsurgeon.analyze import analyze
     from llmsurgeon.bench import bench
     from llmsurgeon.evaluate import evaluate
