@@ -1,4 +1,4 @@
-"""`llmsurgeon run`, `fuse` and `prune`: checkpoint in, recipe or flags, checkpoint out."""
+"""`llmsurgeon run`, and the commands that are a recipe made of flags: checkpoint in, checkpoint out."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from llmsurgeon.cli import console, output, say, tell
+from llmsurgeon.cli import output, say
+from llmsurgeon.cli.made import outcome_report, plan_report, print_outcome, print_plan, shown
 from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
@@ -25,10 +25,9 @@ from llmsurgeon.cli.options import (
     tokens_option,
     usable_device,
 )
-from llmsurgeon.errors import GateFailed, RecipeError, SurgeryError
+from llmsurgeon.errors import RecipeError, SurgeryError
 
 if TYPE_CHECKING:
-    from llmsurgeon.planning.plan import Planned
     from llmsurgeon.recipe.recipe import Recipe
     from llmsurgeon.run import Outcome
 
@@ -51,18 +50,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; default: the recipe's model.")]
 RecipeFile = Annotated[str | None, typer.Option("--recipe", "-r", help="Recipe file, or name of a built-in recipe.")]
 
-FUSE_OPS = {"fuse_ffn", "parallel_blocks"}
-PRUNE_OPS = {
-    "trim_vocab",
-    "prune_experts",
-    "prune_attention",
-    "prune_ffn",
-    "prune_blocks",
-    "prune_kv_heads",
-    "prune_heads",
-    "prune_width",
-}
-
 
 @dataclass(frozen=True)
 class Job:
@@ -83,12 +70,10 @@ class Job:
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
+    """Add the command to `app`."""
     shared = [parameter for parameter in parameters_of(_shared) if parameter.name not in ("context", "recipe")]
     signed(run_command, [parameters_of(run_command)[0], *shared])
     app.command("run")(run_command)
-    add_verb(app, "fuse", FUSE_OPS, fuse_steps, "fused")
-    add_verb(app, "prune", PRUNE_OPS, prune_steps, "pruned")
 
 
 def add_verb(
@@ -166,83 +151,6 @@ def calibration_of(values: dict[str, Any]) -> tuple[list[str], str | None, str |
     sizes = {"tokens": values.pop("tokens"), "sequence_length": values.pop("seq_len")}
     sets = [f"calibration.{key}={value}" for key, value in sizes.items() if value is not None]
     return [*(values.pop("sets") or ()), *sets], values.pop("text"), values.pop("dataset")
-
-
-def fuse_steps(
-    drop_attention: Annotated[
-        str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8 or 66-115.")
-    ] = None,
-    drop_count: Annotated[int | None, typer.Option(help="Or how many; the analysis chooses which.")] = None,
-    runs: Annotated[str | None, typer.Option(help="FFN runs to fuse, e.g. 66-73,74-85; default: chosen.")] = None,
-    max_run: Annotated[int, typer.Option(help="Longest run when runs are chosen.")] = 4,
-    norm: Annotated[str, typer.Option(help="fold (exact) or last (the paper's).")] = "fold",
-    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
-) -> list[dict[str, Any]]:
-    """Fuse runs of FFNs into wide ones (FFN Fusion), by a recipe that fuses or by flags.
-
-    Example: llmsurgeon fuse --recipe ultra.yaml -o OUT; llmsurgeon fuse MODEL --drop-count 8 -o OUT.
-    """
-    steps: list[dict[str, Any]] = []
-    if drop_attention and drop_count is not None:
-        raise SurgeryError("give --drop-attention or --drop-count, not both")
-    if drop_attention:
-        steps.append({"op": "prune_attention", "layers": split(drop_attention)})
-    elif drop_count is not None:
-        steps.append({"op": "prune_attention", "count": drop_count})
-    chosen: Any = split(runs) if runs else "auto"
-    steps.append({"op": "fuse_ffn", "runs": chosen, "max_run": max_run, "norm": norm})
-    if refit:
-        steps.append({"op": "refit"})
-    return steps
-
-
-def prune_steps(
-    attention: Annotated[str | None, typer.Option(help="Layers whose attention goes, e.g. 4,7,8.")] = None,
-    ffn: Annotated[str | None, typer.Option(help="Layers whose FFN goes.")] = None,
-    blocks: Annotated[str | None, typer.Option(help="Blocks that go, e.g. 20-24.")] = None,
-    block_count: Annotated[int | None, typer.Option(help="How many blocks go, scored anew after each.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Merge key/value heads down to this number.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads to cut to, key/value groups with theirs.")] = None,
-    width: Annotated[int | None, typer.Option(help="FFN width to cut to, by least squares.")] = None,
-    vocab: Annotated[
-        int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
-    ] = None,
-    vocab_text: Annotated[str | None, typer.Option(help="Text whose tokens stay.", callback=text_file)] = None,
-    refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
-) -> list[dict[str, Any]]:
-    """Remove attentions, FFNs, blocks, heads, FFN channels or tokens, by a recipe that prunes or by flags."""
-    steps: list[dict[str, Any]] = []
-    trim: list[dict[str, Any]] = []
-    if vocab_text or vocab is not None:
-        # With a number of rows, as many of the text's tokens as have room in them.
-        some = {} if vocab is None else {"tokens": 0}
-        keep = {"keep": {"text": vocab_text, **some}} if vocab_text else {}
-        trim.append({"op": "trim_vocab", **keep, **({} if vocab is None else {"rows": vocab})})
-    for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
-        if layers:
-            steps.append({"op": op, "layers": split(layers)})
-    if block_count is not None:
-        steps.append({"op": "prune_blocks", "count": block_count, "score": "rescored"})
-    if kv_heads is not None:
-        steps.append({"op": "prune_kv_heads", "kv_heads": kv_heads})
-    if heads is not None:
-        steps.append({"op": "prune_heads", "heads": heads})
-    if width is not None:
-        steps.append({"op": "prune_width", "width": width})
-    if not steps and not trim:
-        raise SurgeryError(
-            "nothing to prune: give --recipe, or --attention, --ffn, --blocks, --block-count, --kv-heads, --heads, "
-            "--width, --vocab or --vocab-text"
-        )
-    # Fewer tokens leave nothing to make up for.
-    if refit and steps:
-        steps.append({"op": "refit"})
-    return trim + steps
-
-
-def split(text: str) -> list[Any]:
-    """A list of layers as it is given on the command line: `4,7-9` as [4, "7-9"]."""
-    return [int(part) if re.fullmatch(r"\s*[0-9]{1,18}\s*", part) else part.strip() for part in text.split(",")]
 
 
 def load(recipe: str, sets: list[str], text: str | None, dataset: str | None) -> Recipe:
@@ -335,104 +243,3 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         print(json.dumps(outcome_report(outcome))) if job.as_json else print_outcome(outcome)
 
     shown(lambda: run(recipe, name, target, options, job.revision), show)
-
-
-def shown(work: Callable[[], Outcome | None], show: Callable[[Outcome], None]) -> None:
-    """Show what `work` makes, be it a model that misses its gate."""
-    try:
-        outcome = work()
-    except GateFailed as error:
-        show(error.outcome)
-        raise
-    if outcome is not None:
-        show(outcome)
-
-
-def plan_report(planned: Planned) -> dict[str, Any]:
-    """The plan as JSON."""
-    return {
-        "model": planned.parent.name,
-        "format": planned.written.format,
-        "why": planned.written.why,
-        "loads": planned.written.loads,
-        "before": planned.before.to_dict(),
-        "after": planned.after.to_dict(),
-        "peak_edit_bytes": planned.peak_bytes,
-        "healing_bytes": planned.healing_bytes,
-        "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
-        "blocks": [list(layer.parents) for layer in planned.spec.layers],
-        "notes": list(planned.notes),
-    }
-
-
-def outcome_report(outcome: Outcome) -> dict[str, Any]:
-    """What a run made, as JSON."""
-    return {
-        "out": str(outcome.out),
-        **plan_report(outcome.planned),
-        "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
-        "gate_missed": list(outcome.gate),
-        "warning": warning(outcome),
-    }
-
-
-def warning(outcome: Outcome) -> str | None:
-    """What is to be said where quality has collapsed."""
-    from llmsurgeon.report.card import collapse
-
-    return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
-
-
-def print_plan(planned: Planned, notes: bool = False) -> None:
-    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
-    from rich.table import Table
-
-    from llmsurgeon.model.costs import human
-
-    out = console()
-    table = Table(title=f"Plan for {planned.parent.name}", title_justify="left")
-    for column in ("", "parent", "result", "change"):
-        table.add_column(column, justify="right" if column else "left")
-    labels = {
-        "blocks": "blocks",
-        "attentions": "attentions",
-        "ffns": "FFNs",
-        "parameters": "parameters",
-        "flops_per_token": "FLOPs a token",
-        "kv_bytes_per_token": "KV bytes a token",
-        "disk_bytes": "disk bytes",
-    }
-    for key, label in labels.items():
-        before, after = getattr(planned.before, key), getattr(planned.after, key)
-        change = f"{100 * (after / before - 1):+.1f} %" if before else ""
-        table.add_row(label, human(before), human(after), change)
-    out.print(table)
-    for step in planned.recipe.steps:
-        shown = ", ".join(
-            f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
-        )
-        out.print(f"  {step.op}: {shown}", highlight=False)
-    for note in planned.notes if notes else ():
-        out.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
-    out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False, soft_wrap=True)
-    out.print(planned.written.loads, highlight=False, soft_wrap=True)
-    out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
-    if planned.healing_bytes:
-        out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
-
-
-def print_outcome(outcome: Outcome) -> None:
-    """What came of the plan, in a few lines."""
-    if outcome.evaluation:
-        tell(f"held-out calibration text: {outcome.evaluation.sentence()}")
-    else:
-        command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.parent.name)}"
-        tell(f"quality: not measured; {command} does")
-    if collapsed := warning(outcome):
-        tell(f"WARNING: {collapsed}")
-    tell(f"wrote {outcome.out}")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 100 else text[:97] + "..."

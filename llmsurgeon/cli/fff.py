@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llmsurgeon.cli.convert import add_verb, split
+from llmsurgeon.cli.convert import add_verb
+from llmsurgeon.cli.options import split
 from llmsurgeon.errors import SurgeryError
 
 

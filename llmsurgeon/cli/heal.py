@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmsurgeon.cli import console, say, tell
-from llmsurgeon.cli.convert import shown, warning
+from llmsurgeon.cli.convert import built, load
+from llmsurgeon.cli.made import plan_report, print_plan, shown, warning
 from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
@@ -64,7 +65,6 @@ def heal_command(
     Without --text or --dataset it trains on text sampled from the parent. A run that was killed or stopped goes on
     when the same command is given again.
     """
-    from llmsurgeon.cli.convert import built, load, plan_report, print_plan
     from llmsurgeon.formats.loading import dtype_of
     from llmsurgeon.heal import heal, prepare
     from llmsurgeon.run import Options

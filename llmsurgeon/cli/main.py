@@ -20,10 +20,12 @@ from llmsurgeon.cli import (
     evaluate,
     export,
     fff,
+    fuse,
     heal,
     inspect,
     matmulfree,
     output,
+    prune,
     recipes,
     ternary,
     verify,
@@ -72,7 +74,10 @@ def _global_options(
 
 
 # In the order in which --help lists their commands.
-MODULES = (analyze, convert, heal, fff, ternary, matmulfree, block, evaluate, bench, export, inspect, verify, recipes)
+MODULES = (
+    *(analyze, convert, fuse, prune, heal, fff, ternary, matmulfree, block),
+    *(evaluate, bench, export, inspect, verify, recipes),
+)
 for _module in MODULES:
     _module.register(app)
 

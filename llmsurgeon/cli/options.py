@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,3 +69,8 @@ def recipe_paths(recipe: str | None) -> tuple[Path, ...]:
     from llmsurgeon.recipe.files import find_recipe
 
     return (find_recipe(recipe),) if recipe else ()
+
+
+def split(text: str) -> list[Any]:
+    """A list of layers as it is given on the command line: `4,7-9` as [4, "7-9"]."""
+    return [int(part) if re.fullmatch(r"\s*[0-9]{1,18}\s*", part) else part.strip() for part in text.split(",")]

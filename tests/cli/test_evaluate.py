@@ -1,4 +1,4 @@
-"""eval and bench as commands, on tiny checkpoints."""
+"""`llmsurgeon eval` and `bench`, on tiny checkpoints."""
 
 from __future__ import annotations
 

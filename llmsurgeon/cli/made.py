@@ -1,0 +1,116 @@
+"""What a plan and a run's outcome look like, as tables and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from llmsurgeon.cli import console, tell
+from llmsurgeon.errors import GateFailed
+
+if TYPE_CHECKING:
+    from llmsurgeon.planning.plan import Planned
+    from llmsurgeon.run import Outcome
+
+
+def shown(work: Callable[[], Outcome | None], show: Callable[[Outcome], None]) -> None:
+    """Show what `work` makes, be it a model that misses its gate."""
+    try:
+        outcome = work()
+    except GateFailed as error:
+        show(error.outcome)
+        raise
+    if outcome is not None:
+        show(outcome)
+
+
+def plan_report(planned: Planned) -> dict[str, Any]:
+    """The plan as JSON."""
+    return {
+        "model": planned.parent.name,
+        "format": planned.written.format,
+        "why": planned.written.why,
+        "loads": planned.written.loads,
+        "before": planned.before.to_dict(),
+        "after": planned.after.to_dict(),
+        "peak_edit_bytes": planned.peak_bytes,
+        "healing_bytes": planned.healing_bytes,
+        "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
+        "blocks": [list(layer.parents) for layer in planned.spec.layers],
+        "notes": list(planned.notes),
+    }
+
+
+def outcome_report(outcome: Outcome) -> dict[str, Any]:
+    """What a run made, as JSON."""
+    return {
+        "out": str(outcome.out),
+        **plan_report(outcome.planned),
+        "evaluation": outcome.evaluation.to_dict() if outcome.evaluation else None,
+        "gate_missed": list(outcome.gate),
+        "warning": warning(outcome),
+    }
+
+
+def warning(outcome: Outcome) -> str | None:
+    """What is to be said where quality has collapsed."""
+    from llmsurgeon.report.card import collapse
+
+    return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
+
+
+def print_plan(planned: Planned, notes: bool = False) -> None:
+    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
+    from rich.table import Table
+
+    from llmsurgeon.model.costs import human
+
+    out = console()
+    table = Table(title=f"Plan for {planned.parent.name}", title_justify="left")
+    for column in ("", "parent", "result", "change"):
+        table.add_column(column, justify="right" if column else "left")
+    labels = {
+        "blocks": "blocks",
+        "attentions": "attentions",
+        "ffns": "FFNs",
+        "parameters": "parameters",
+        "flops_per_token": "FLOPs a token",
+        "kv_bytes_per_token": "KV bytes a token",
+        "disk_bytes": "disk bytes",
+    }
+    for key, label in labels.items():
+        before, after = getattr(planned.before, key), getattr(planned.after, key)
+        change = f"{100 * (after / before - 1):+.1f} %" if before else ""
+        table.add_row(label, human(before), human(after), change)
+    out.print(table)
+    for step in planned.recipe.steps:
+        shown = ", ".join(
+            f"{k}={_short(v)}" for k, v in step.model_dump(mode="json", exclude_defaults=True).items() if k != "op"
+        )
+        out.print(f"  {step.op}: {shown}", highlight=False)
+    for note in planned.notes if notes else ():
+        out.print(f"  {note}", highlight=False, markup=False, soft_wrap=True)
+    out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False, soft_wrap=True)
+    out.print(planned.written.loads, highlight=False, soft_wrap=True)
+    out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
+    if planned.healing_bytes:
+        out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """What came of the plan, in a few lines."""
+    if outcome.evaluation:
+        tell(f"held-out calibration text: {outcome.evaluation.sentence()}")
+    else:
+        command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.parent.name)}"
+        tell(f"quality: not measured; {command} does")
+    if collapsed := warning(outcome):
+        tell(f"WARNING: {collapsed}")
+    tell(f"wrote {outcome.out}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 100 else text[:97] + "..."
