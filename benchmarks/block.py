@@ -32,7 +32,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon.checkpoint.source import read_config  # noqa: E402
+from llmsurgeon.checkpoint.opening import read_config  # noqa: E402
 from llmsurgeon.formats.caches import cached_call  # noqa: E402
 from llmsurgeon.formats.configs import normalised  # noqa: E402
 from llmsurgeon.formats.models import empty_model, expected_shapes  # noqa: E402

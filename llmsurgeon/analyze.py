@@ -16,7 +16,7 @@ from llmsurgeon.analysis.greedy import SEARCH_TOKENS
 from llmsurgeon.analysis.measure import measure
 from llmsurgeon.analysis.result import Analysis
 from llmsurgeon.analysis.score import few
-from llmsurgeon.checkpoint.staging import existing
+from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.loading import check_device, dtype_of

@@ -11,7 +11,7 @@ import torch
 from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
 from llmsurgeon.checkpoint.manifest import verify_files
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.forms import form_of
 from llmsurgeon.formats.models import fill

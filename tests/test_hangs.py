@@ -15,8 +15,8 @@ from gguf_models import export, save_uniform
 
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.checkpoint.gguf.tokenizer import write_tokenizer
+from llmsurgeon.checkpoint.opening import open_checkpoint, read_config
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
-from llmsurgeon.checkpoint.source import open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights, rename
 from llmsurgeon.errors import CheckpointError, RecipeError, SurgeryError
 from llmsurgeon.formats.loading import load_tokenizer

@@ -16,7 +16,7 @@ from conftest import FAMILY_NAMES, byte_tokenizer, save_tiny, tiny_model
 from operations.helpers import declared, logits, naive, operate, skip, some_tokens, subject_of
 
 from llmsurgeon.checkpoint.manifest import verify_files
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import CheckpointError, GateFailed, SurgeryError
 from llmsurgeon.formats.loading import load_model

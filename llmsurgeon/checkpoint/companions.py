@@ -10,17 +10,16 @@ sentence-transformers 5 (`modules.json`).
 from __future__ import annotations
 
 import ast
-import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
-from llmsurgeon.boundary.foreign import first_lines, parsed_json
+from llmsurgeon.boundary.foreign import parsed_json
+from llmsurgeon.checkpoint.inside import MAX_JSON, Unsafe, open_inside, text_inside
 from llmsurgeon.errors import CheckpointError
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -49,12 +48,20 @@ MODULE_FILE = re.compile(r"[\w.-]+\.(json|txt)|model\.safetensors|[\w.-]+\.model
 # Files that a tokenizer's or processor's config names otherwise; never what this tool writes itself.
 REFERRED = re.compile(r"[\w.-]+\.(json|txt|jinja|bpe|vocab)")
 OURS = frozenset({"config.json", "model.safetensors.index.json", "surgery.json", "recipe.yaml"})
-MAX_JSON = 64 << 20
 ASK = "--trust-remote-code"
-
-
-class Unsafe(CheckpointError):
-    """A file beside the weights that is no regular file of its checkpoint."""
+NAMES_CODE = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        # Of the form owner/name these are kernels on the hub, fetched and run without a question.
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -278,21 +285,6 @@ def without_code(config: Any) -> Any:
     return [without_code(value) for value in config] if isinstance(config, list) else config
 
 
-NAMES_CODE = frozenset(
-    {
-        "auto_map",
-        "custom_pipelines",
-        # Of the form owner/name these are kernels on the hub, fetched and run without a question.
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "experts_implementation",
-        "_experts_implementation",
-        "_experts_implementation_internal",
-    }
-)
-
-
 def _take_code(survey: _Survey, references: list[str]) -> None:
     """Take the modules that hold these classes, and those of the same checkpoint that they import."""
     waiting = [
@@ -360,55 +352,3 @@ def _strings(value: Any) -> Iterator[str]:
 def _listed(names: list[str]) -> str:
     shown = list(dict.fromkeys(names))
     return ", ".join(shown[:6]) + (f" and {len(shown) - 6} more" if len(shown) > 6 else "")
-
-
-def open_inside(folder: Path, name: str, links: int = 4) -> BinaryIO:
-    """Open a regular file of a checkpoint. The folder itself may be reached by links; below it they are not followed,
-    but to files of the same folder and to the blobs of the hub cache that the folder is a snapshot in.
-
-    Raises:
-        FileNotFoundError: there is none.
-        Unsafe: a link that leads elsewhere, a folder, a pipe, a device.
-    """
-    *above, last = PurePosixPath(name).parts
-    handles = [os.open(folder, os.O_RDONLY | os.O_DIRECTORY)]
-    try:
-        for part in above:
-            handles.append(os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=handles[-1]))
-        # A pipe without a writer would hold up whoever opens it.
-        handle = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=handles[-1])
-    except OSError as error:
-        if error.errno == errno.ELOOP and links and len(handles) == len(above) + 1:
-            return _open_linked(folder, name, os.readlink(last, dir_fd=handles[-1]), links - 1)
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO, errno.ENODEV):
-            raise Unsafe(f"{folder / name}: not a regular file of this checkpoint") from error
-        raise
-    finally:
-        for opened in handles:
-            os.close(opened)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise Unsafe(f"{folder / name}: not a regular file of this checkpoint")
-    return os.fdopen(handle, "rb")
-
-
-def text_inside(folder: Path, name: str) -> str:
-    """The text of a regular file of a checkpoint. Errors as in `open_inside`; CheckpointError: not UTF-8."""
-    with open_inside(folder, name) as file:
-        content = file.read(MAX_JSON)
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{folder / name}: not UTF-8 text ({first_lines(error)}); download it again") from error
-
-
-def _open_linked(folder: Path, name: str, target: str, links: int) -> BinaryIO:
-    """Open what a link of the checkpoint points to, where that belongs to it."""
-    real = Path(os.path.realpath(folder))
-    aimed = Path(os.path.normpath(real / PurePosixPath(name).parent / target))
-    blobs = real.parent.parent / "blobs"
-    if aimed.is_relative_to(real) and aimed != real:
-        return open_inside(real, aimed.relative_to(real).as_posix(), links)
-    if real.parent.name == "snapshots" and aimed.parent == blobs:
-        return open_inside(blobs, aimed.name, 0)
-    raise Unsafe(f"{folder / name}: a link that leads out of this checkpoint")

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
 
+from llmsurgeon.checkpoint.disk import disk_trouble
 from llmsurgeon.checkpoint.files import content_sum
 from llmsurgeon.checkpoint.lock import hold
-from llmsurgeon.checkpoint.staging import disk_trouble
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.progress import remark
 

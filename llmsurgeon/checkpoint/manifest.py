@@ -16,8 +16,8 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 
 from llmsurgeon.checkpoint.files import opened
+from llmsurgeon.checkpoint.index import INDEX, WEIGHTS, read_index
 from llmsurgeon.checkpoint.safetensors_file import SafetensorsFile
-from llmsurgeon.checkpoint.source import INDEX, WEIGHTS, read_index
 from llmsurgeon.errors import CheckpointError
 
 MANIFEST = "checksums.sha256"  # `sha256sum -c checksums.sha256` reads it too

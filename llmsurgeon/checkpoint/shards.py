@@ -10,8 +10,9 @@ from hashlib import sha256
 
 from torch import Tensor
 
+from llmsurgeon.checkpoint.index import WEIGHTS
 from llmsurgeon.checkpoint.safetensors_file import encode_header
-from llmsurgeon.checkpoint.source import WEIGHTS, Checkpoint
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, rebase, root_of
 from llmsurgeon.errors import SurgeryError
 

@@ -17,19 +17,20 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 from uuid import uuid4
 
-from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.atomic import exchange, fsync, move
+from llmsurgeon.checkpoint.disk import ELSEWHERE, GOES_ON, NOTHING, disk_trouble, explained
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
 from llmsurgeon.checkpoint.lock import Hold, hold
 from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
+from llmsurgeon.checkpoint.out_place import check_existing, partial_of, place_of
 from llmsurgeon.errors import SurgeryError
 
 JOURNAL, JOURNAL_NEW, LOCK = "job.json", "job.json.new", "lock"
@@ -43,7 +44,6 @@ KINDS = {
 }
 MARK = "llmsurgeon staging"  # a key of job.json
 HOW_FAR = "how-far.txt"  # what a job may write into its scratch, for people: a line
-LONGEST_INSIDE = "x" * 80  # names of files inside
 
 
 class Staging:
@@ -90,7 +90,7 @@ class Staging:
             SurgeryError: OUT cannot be written, or may not be; another run is writing it; there is unfinished work
                 of another job. Nothing has been written or deleted then.
         """
-        target = cls._place(out, sources)
+        target = place_of(out, sources, cls.single_file)
         folder = partial_of(target)
         if resume and not folder.exists():
             raise SurgeryError(f"--resume: there is no {folder.name} to go on from; leave --resume out to begin")
@@ -124,12 +124,12 @@ class Staging:
 
         `job` is as much of the job as is known yet.
         """
-        target = cls._place(out, sources)
+        target = place_of(out, sources, cls.single_file)
         folder = partial_of(target)
         if not os.path.lexists(folder):
             if resume:
                 raise SurgeryError(f"--resume: there is no {folder.name} to go on from; leave --resume out to begin")
-            _check_existing(target, overwrite, cls.single_file)
+            check_existing(target, overwrite, cls.single_file)
             return
         with explained(folder, then=ELSEWHERE):
             stage = cls(target, cls._locked(folder, target), overwrite)
@@ -141,18 +141,6 @@ class Staging:
                     stage._refuse_another({name: old[name] for name in job if name in old}, job, resume)
             finally:
                 stage.close()
-
-    @classmethod
-    def _place(cls, out: str | os.PathLike[str], sources: Sequence[Path]) -> Path:
-        """Where OUT is, links on the way resolved; what cannot work there is said."""
-        if not os.fspath(out):
-            raise SurgeryError("the name of the output is empty; give --out a name")
-        path = local_path(out)
-        # A file that is a link is replaced itself; a folder is where its link leads.
-        target = Path(os.path.realpath(path.parent), path.name) if cls.single_file else Path(os.path.realpath(path))
-        _check_place(target, cls.single_file)
-        _check_sources(target, sources, cls.single_file)
-        return target
 
     @classmethod
     def _locked(cls, folder: Path, target: Path) -> Hold:
@@ -333,7 +321,7 @@ class Staging:
 
     def _check_existing(self) -> None:
         try:
-            _check_existing(self.out, self._overwrite, self.single_file)
+            check_existing(self.out, self._overwrite, self.single_file)
         except SurgeryError as error:
             if not self._finished_before:
                 raise
@@ -415,11 +403,6 @@ class Staging:
         return kept
 
 
-def partial_of(target: Path) -> Path:
-    """The staging folder of an output."""
-    return target.with_name(f"{target.name}.partial")
-
-
 def _read_journal(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -458,140 +441,9 @@ def _remove_written(folder: Path) -> bool:
     return True
 
 
-# Where an output may be
-
-
-def _check_place(target: Path, single_file: bool) -> None:
-    kind = "file" if single_file else "folder"
-    if not target.name or os.path.ismount(target):
-        raise SurgeryError(f"{target}: is where a file system is mounted; choose a {kind} inside it")
-    if os.path.realpath(os.getcwd()) == str(target):
-        raise SurgeryError(f"{target}: is the working folder; choose a {kind} inside it")
-    parent = next(path for path in target.parents if os.path.lexists(path))
-    if not parent.is_dir():
-        raise SurgeryError(f"{target.parent}: cannot be created, because {parent} is a file")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise SurgeryError(f"{parent}: no permission to write here; choose another output {kind}")
-    folder = partial_of(target)
-    try:
-        os.lstat(folder / RESULT / LONGEST_INSIDE)
-    except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise SurgeryError(f"{target}: this name is too long for the file system; choose a shorter one") from None
-    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or os.path.ismount(folder)):
-        raise SurgeryError(
-            f"{folder}: is needed to prepare {target.name} and is a file, a link or a mount point; move it away or "
-            "choose another output"
-        )
-    if os.path.lexists(target) and _sticky(parent) and os.lstat(target).st_uid != os.geteuid():
-        raise SurgeryError(f"{target}: belongs to another user; choose another output {kind}")
-
-
-def _sticky(folder: Path) -> bool:
-    """True where a folder lets its files be renamed by their owners alone (as /tmp does), and we are not above that."""
-    found = folder.stat()
-    return bool(found.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, found.st_uid)
-
-
-def _check_sources(target: Path, sources: Sequence[Path], single_file: bool) -> None:
-    """Raise where something that the run reads lies in what it will replace."""
-    folders = [target, partial_of(target)]
-    for source in sources:
-        inside = [path for path in source.iterdir() if path.is_symlink()] if source.is_dir() else []
-        for path in (source, *inside):
-            real = Path(os.path.realpath(path))
-            if not any(_same(above, folder) for folder in folders for above in (real, *real.parents)):
-                continue
-            if single_file or real.is_dir():
-                kind = "name" if single_file else "output folder"
-                raise SurgeryError(f"{target}: is where the model is read from; choose another {kind}")
-            raise SurgeryError(f"{target}: holds {path}, which this run reads; choose another output folder")
-
-
-def existing(*names: str | os.PathLike[str] | None) -> tuple[Path, ...]:
-    """Those of some names that are files or folders here; a dataset's may be of the hub."""
-    return tuple(Path(name) for name in names if name is not None and os.path.exists(name))
-
-
-def _same(one: Path, other: Path) -> bool:
-    """True for two names of one thing, be it under another mount or in another case."""
-    if one == other:
-        return True
-    with suppress(OSError):
-        return os.path.samestat(os.stat(one), os.stat(other))
-    return False
-
-
-def _check_existing(target: Path, overwrite: bool, single_file: bool) -> None:
-    """Raise where OUT is there and may not be replaced."""
-    if not os.path.lexists(target):
-        return
-    if single_file:
-        _check_existing_file(target, overwrite)
-        return
-    if not target.is_dir():
-        raise SurgeryError(f"{target}: exists and is not a folder; choose another output folder")
-    if not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise SurgeryError(f"{target}: exists already; choose another output folder or pass --overwrite")
-    found = strangers(target)
-    if not found.marked:
-        raise SurgeryError(
-            f"{target}: holds files and was not written by llmsurgeon (there is no {MANIFEST} of it), so it is not "
-            "overwritten; delete it yourself"
-        )
-    if found.foreign:
-        raise SurgeryError(
-            f"{target}: holds {found.foreign[0]}, which llmsurgeon did not write, so it is not overwritten; move that "
-            "away or choose another output folder"
-        )
-    if not os.access(target, os.W_OK | os.X_OK):
-        raise SurgeryError(f"{target}: no permission to replace it; choose another output folder")
-
-
-def _check_existing_file(target: Path, overwrite: bool) -> None:
-    if target.is_dir():
-        raise SurgeryError(f"{target}: is a folder; choose another name")
-    if not overwrite:
-        raise SurgeryError(f"{target}: exists already; choose another name or pass --overwrite")
-    if not target.is_symlink() and not stat.S_ISREG(os.lstat(target).st_mode):
-        raise SurgeryError(f"{target}: is not a file that can be replaced; choose another name")
-
-
 def remove(path: Path) -> None:
     """Delete a file, a link or a folder of ours, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def disk_trouble(error: OSError) -> str:
-    """What went wrong while writing, in words."""
-    return {
-        errno.ENOSPC: "the disk is full",
-        errno.EDQUOT: "the disk quota is used up",
-        errno.EFBIG: "the file would exceed the size that the system allows",
-        errno.EACCES: "no permission to write",
-        errno.EPERM: "not permitted to write",
-        errno.EROFS: "the file system is read-only",
-        errno.EEXIST: "it has appeared meanwhile",
-        errno.ENOTEMPTY: "it has appeared meanwhile",
-        errno.EBUSY: "it is a mount point, or in use",
-    }.get(error.errno or 0, error.strerror or str(error))
-
-
-GOES_ON = "What is finished stays in the .partial folder; the same command started again goes on from there"
-ELSEWHERE = "Choose another output folder"
-NOTHING = "Nothing was written"
-
-
-@contextmanager
-def explained(path: Path, needed: int = 0, then: str = GOES_ON) -> Iterator[None]:
-    """Turn errors of the disk into a SurgeryError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        need = f" ({needed:,} bytes needed)" if needed else ""
-        raise SurgeryError(f"{error.filename or path}: {disk_trouble(error)}{need}. {then}") from error

@@ -14,10 +14,12 @@ from pathlib import Path
 from torch import Tensor
 
 from llmsurgeon.checkpoint.atomic import fsync
+from llmsurgeon.checkpoint.disk import NOTHING, explained
+from llmsurgeon.checkpoint.index import INDEX
 from llmsurgeon.checkpoint.manifest import MANIFEST, FollowingHash, file_sha256, is_plain, write_manifest
 from llmsurgeon.checkpoint.shards import Shard, index_json, meta_weights, parse_size, plan_shards
-from llmsurgeon.checkpoint.source import INDEX, Checkpoint
-from llmsurgeon.checkpoint.staging import NOTHING, Staging, explained
+from llmsurgeon.checkpoint.source import Checkpoint
+from llmsurgeon.checkpoint.staging import Staging
 from llmsurgeon.checkpoint.transform import root_of
 from llmsurgeon.checkpoint.weight_file import Progress, Reporter, write_shard
 from llmsurgeon.errors import CheckpointError

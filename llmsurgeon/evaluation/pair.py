@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.evaluation.bits_per_byte import passages, texts_of
 from llmsurgeon.evaluation.decoders import Evaluation, check_same_tokens, evaluate_across, evaluate_decoder

@@ -13,8 +13,9 @@ from llmsurgeon.checkpoint.files import refuse_huge_ids, refuse_special
 from llmsurgeon.checkpoint.gguf.parts import open_gguf
 from llmsurgeon.checkpoint.gguf.tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.kept import writing
+from llmsurgeon.checkpoint.opening import companions_folder, open_checkpoint, read_config
 from llmsurgeon.checkpoint.passing import passing
-from llmsurgeon.checkpoint.source import Checkpoint, companions_folder, open_checkpoint, read_config
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.formats.configs import load_config
 from llmsurgeon.formats.dtypes import computed_in

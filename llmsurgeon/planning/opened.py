@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.companions import companions_of
-from llmsurgeon.checkpoint.source import Checkpoint, has_weights, open_checkpoint, read_config
+from llmsurgeon.checkpoint.opening import has_weights, open_checkpoint, read_config
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import rebase
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import config_notes, normalised

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmsurgeon.checkpoint.staging import existing
+from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.checks import check_recipe
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint, open_known, open_model

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmsurgeon.checkpoint.companions import text_inside
+from llmsurgeon.checkpoint.inside import text_inside
 from llmsurgeon.errors import CheckpointError
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.progress import remark

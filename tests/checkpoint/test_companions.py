@@ -9,16 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmsurgeon.checkpoint.companions import (
-    OTHERS,
-    PROCESSORS,
-    TEMPLATES,
-    TOKENIZER,
-    Unsafe,
-    companions_of,
-    open_inside,
-    without_code,
-)
+from llmsurgeon.checkpoint.companions import OTHERS, PROCESSORS, TEMPLATES, TOKENIZER, companions_of, without_code
+from llmsurgeon.checkpoint.inside import Unsafe, open_inside
 from llmsurgeon.errors import CheckpointError
 
 AUTO_MAP = {"auto_map": {"AutoTokenizer": ["tokenization_own.Own", None]}}

@@ -9,7 +9,7 @@ import pytest
 
 from llmsurgeon.checkpoint import manifest
 from llmsurgeon.checkpoint.manifest import FollowingHash, file_sha256, read_manifest, verify_files
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import CheckpointError
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmsurgeon.checkpoint.source import SafetensorsCheckpoint, open_checkpoint, read_config
+from llmsurgeon.checkpoint.folder import SafetensorsCheckpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint, read_config
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 INDEX = "model.safetensors.index.json"
@@ -228,7 +229,7 @@ def test_folder_without_weights(tmp_path):
 
 def test_offline_hub_id_says_so(tmp_path):
     script = (
-        "from llmsurgeon.checkpoint.source import open_checkpoint; from llmsurgeon.errors import SurgeryError\n"
+        "from llmsurgeon.checkpoint.opening import open_checkpoint; from llmsurgeon.errors import SurgeryError\n"
         "try: open_checkpoint('some/model')\n"
         "except SurgeryError as error: print(error)\n"
     )

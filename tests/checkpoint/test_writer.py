@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from llmsurgeon.checkpoint import staging, weight_file
 from llmsurgeon.checkpoint.manifest import verify_files
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.shards import parse_size, plan_shards
-from llmsurgeon.checkpoint.source import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform, remove, rename, row_blocks
 from llmsurgeon.checkpoint.weight_file import copy_bytes, raise_unless_finite
 from llmsurgeon.checkpoint.writer import Stage

@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILY_NAMES, save_tiny, tiny_config
 from operations.helpers import logits, some_tokens
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.transform import BLOCK_NUMBERS
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised

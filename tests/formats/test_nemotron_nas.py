@@ -14,7 +14,7 @@ import torch
 from conftest import save_tiny, tiny_config, tiny_model
 from operations.helpers import logits, some_tokens, subject_of
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised

@@ -15,7 +15,7 @@ from operations.helpers import logits, some_tokens
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf

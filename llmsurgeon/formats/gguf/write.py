@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.boundary.foreign import local_path
+from llmsurgeon.checkpoint.disk import NOTHING, explained
 from llmsurgeon.checkpoint.gguf.file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import file_order, meta_weights
 from llmsurgeon.checkpoint.source import Checkpoint
-from llmsurgeon.checkpoint.staging import NOTHING, explained
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 from llmsurgeon.checkpoint.writer import FileStage

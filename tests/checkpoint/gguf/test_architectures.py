@@ -13,7 +13,7 @@ from gguf_models import export, save_uniform
 
 from llmsurgeon.checkpoint.gguf.architectures import ARCHITECTURES, order
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -12,7 +12,7 @@ import torch
 from gguf_models import export, save_uniform
 from operations.helpers import logits, some_tokens
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError
 from llmsurgeon.export import export_gguf
 from llmsurgeon.formats.loading import load_model, load_tokenizer

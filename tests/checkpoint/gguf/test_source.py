@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from llmsurgeon.checkpoint.gguf.file import dequantises
-from llmsurgeon.checkpoint.source import open_checkpoint, read_config
+from llmsurgeon.checkpoint.opening import open_checkpoint, read_config
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import CheckpointError

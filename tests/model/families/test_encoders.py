@@ -13,7 +13,7 @@ from operations.helpers import operate, subject_of
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.loading import load_model

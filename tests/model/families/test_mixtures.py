@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmsurgeon.analysis.measure import measure
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.experts import class_form, file_form, file_shapes

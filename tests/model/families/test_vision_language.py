@@ -16,7 +16,7 @@ from generation import generate
 from safetensors.torch import load_file, save_file
 
 from llmsurgeon.checkpoint.manifest import verify_files
-from llmsurgeon.checkpoint.source import open_checkpoint
+from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.formats.caches import cached_call
