@@ -1,4 +1,4 @@
-"""The arrows between rooms hold, and are seen where they break."""
+"""The arrows between rooms hold, are seen where they break, and no two files import each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
+import networkx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -86,3 +88,23 @@ def test_what_is_allowed_passes(copy, path, code):
     finally:
         file.unlink()
     assert status == 0, said
+
+
+def circles(graph: grimp.ImportGraph) -> list[list[str]]:
+    """Files that import each other, be it inside a function or for types; the package itself stands for its version."""
+    found = networkx.DiGraph()
+    for module in graph.modules - {"llmsurgeon"}:
+        found.add_edges_from((module, other) for other in graph.find_modules_directly_imported_by(module))
+    found.remove_nodes_from(["llmsurgeon"])
+    return sorted(sorted(part) for part in networkx.strongly_connected_components(found) if len(part) > 1)
+
+
+def test_no_two_files_import_each_other():
+    assert circles(grimp.build_graph("llmsurgeon", cache_dir=None)) == []
+
+
+def test_a_circle_is_found():
+    graph = grimp.ImportGraph()
+    for importer, imported in (("a", "b"), ("b", "c"), ("c", "a"), ("c", "d")):
+        graph.add_import(importer=importer, imported=imported)
+    assert circles(graph) == [["a", "b", "c"]]
