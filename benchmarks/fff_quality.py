@@ -33,6 +33,7 @@ from llmsurgeon.planning.opened import OpenedCheckpoint, open_model  # noqa: E40
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 from llmsurgeon.text.files import file_text  # noqa: E402
+from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
 
 def main() -> None:
@@ -171,7 +172,9 @@ class Windows:
     def __init__(self, arguments: argparse.Namespace, tokens: int = 16384) -> None:
         tokenizer = load_tokenizer(arguments.model)
         self.windows = {
-            Path(name).name: calibration_tokens(name, tokenizer, text=name, tokens=tokens, sequence_length=256)
+            Path(name).name: calibration_tokens(
+                name, tokenizer, Calibration(text=name, tokens=tokens, sequence_length=256)
+            )
             for name in arguments.unseen
         }
 

@@ -25,6 +25,7 @@ from llmsurgeon.heal import heal
 from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options
 from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.walk.memory import keep_freed_memory
 
 
@@ -33,7 +34,9 @@ def quality(student: str, parent: str, texts: list[str], tokens: int, length: in
     tokenizer, models = load_tokenizer(parent), (load_model(student), load_model(parent))
     found = {}
     for text in texts:
-        windows = calibration_tokens(parent, tokenizer, text=text, tokens=tokens, sequence_length=length, seed=SEED)
+        windows = calibration_tokens(
+            parent, tokenizer, Calibration(text=text, tokens=tokens, sequence_length=length, seed=SEED)
+        )
         measured = evaluate_decoder(models[0], windows, models[1])
         found[Path(text).name] = {
             "perplexity_ratio": measured.perplexity_ratio,

@@ -24,6 +24,7 @@ from llmsurgeon.evaluation.decoders import evaluate_decoder  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
 CUTS = {
     "channels, magnitude": "{op: prune_width, keep: KEEP, score: magnitude}",
@@ -53,7 +54,7 @@ def main() -> None:
     count = round(arguments.share * parent.config.num_hidden_layers)
     tokenizer = load_tokenizer(arguments.model)
     judging: dict[str, Any] = dict(tokens=arguments.judge_tokens, sequence_length=512)
-    texts = {Path(t).stem: calibration_tokens(t, tokenizer, text=t, **judging) for t in arguments.unseen}
+    texts = {Path(t).stem: calibration_tokens(t, tokenizer, Calibration(text=t, **judging)) for t in arguments.unseen}
     refit = "" if arguments.no_refit else "  - {op: refit}\n"
     rows = []
     for label in arguments.only:

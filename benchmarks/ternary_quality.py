@@ -29,6 +29,7 @@ from llmsurgeon.formats.models import empty_model  # noqa: E402
 from llmsurgeon.planning.opened import open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
 
 def main() -> None:
@@ -98,7 +99,7 @@ def judges(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     tokenizer = load_tokenizer(arguments.model)
     texts = {
         Path(name).name: calibration_tokens(
-            name, tokenizer, text=name, tokens=arguments.judge_tokens, sequence_length=256
+            name, tokenizer, Calibration(text=name, tokens=arguments.judge_tokens, sequence_length=256)
         )
         for name in arguments.unseen
     }

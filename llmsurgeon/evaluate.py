@@ -13,8 +13,8 @@ from llmsurgeon.evaluation.pair import Pair
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
 from llmsurgeon.formats.loading import check_device, dtype_of
 from llmsurgeon.progress import Say, silent
-from llmsurgeon.text.calibration import Calibration
 from llmsurgeon.text.files import check_text_file
+from llmsurgeon.text.wanted import Calibration
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
 SEED = 1

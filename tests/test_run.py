@@ -157,11 +157,12 @@ def test_the_evaluation_is_that_of_the_written_model(parent, text, tmp_path):
     from llmsurgeon.formats.loading import load_tokenizer
     from llmsurgeon.planning.healed import held_out
     from llmsurgeon.text.calibration import calibration_tokens
+    from llmsurgeon.text.wanted import Calibration
 
     for name, steps in (("fold", ALL_STEPS["fold"]), ("parallel", ALL_STEPS["parallel"])):
         outcome = run(healing(text, *steps), str(parent), str(tmp_path / name), Options())
         windows = calibration_tokens(
-            "m", load_tokenizer(str(parent)), text=str(text), tokens=768, sequence_length=16, seed=0
+            "m", load_tokenizer(str(parent)), Calibration(text=str(text), tokens=768, sequence_length=16, seed=0)
         )
         tokens = windows[held_out(windows, 0.125)]
         p, q = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,9 @@ from llmsurgeon.evaluation.encoders import (
 from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
 from llmsurgeon.model.families import Family
 from llmsurgeon.progress import Say
-from llmsurgeon.text.calibration import Calibration, calibration_tokens, window_start
+from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.wanted import Calibration
+from llmsurgeon.text.windows import window_start
 from llmsurgeon.vocabulary.keep import same_tokens
 from llmsurgeon.vocabulary.trimmed import trimmed_like
 
@@ -103,7 +105,7 @@ class Pair:
     def windows(self, source: Calibration) -> Tensor:
         """Tokens [S, L] to judge on; with neither text nor dataset sampled from the parent, or from the model."""
         sampled = self.student if self.parent is None else self.parent
-        return calibration_tokens(self.against or self.model, self.tokenizer, **asdict(source), model=sampled)
+        return calibration_tokens(self.against or self.model, self.tokenizer, source, sampled)
 
     def judge(self, windows: Tensor, say: Say) -> Evaluation | EncoderEvaluation:
         """Figures of the model on `windows` [S, L], beside the parent's; `say` is told what cannot be measured.

@@ -22,7 +22,7 @@ from llmsurgeon.checkpoint.files import Stamp, content_sum
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.recipe.recipe import Recipe
-from llmsurgeon.text.calibration import dataset_revision
+from llmsurgeon.text.documents import dataset_revision
 from llmsurgeon.text.files import stamped_sum
 
 # Libraries whose version decides what is computed, beside those of single operations.

@@ -23,8 +23,11 @@ from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.recipe import recipe as recipe_file
-from llmsurgeon.text.calibration import Calibration, calibration_tokens, window_start
-from llmsurgeon.text.self_text import SelfText, cached_self_text
+from llmsurgeon.text.cache import cached_self_text
+from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.self_text import SelfText
+from llmsurgeon.text.wanted import Calibration
+from llmsurgeon.text.windows import window_start
 from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
@@ -51,16 +54,7 @@ class Texts:
         if self._windows is None:
             check_text(self.parent, self.wanted)
             self._windows = calibration_tokens(
-                self.parent.name,
-                self.tokenizer(),
-                text=self.calibration.text,
-                dataset=self.calibration.dataset,
-                tokens=self.calibration.tokens,
-                sequence_length=self.calibration.sequence_length,
-                seed=self.calibration.seed,
-                sentences=self.calibration.sentences,
-                model=self._model,
-                fingerprint=self.parent_key,
+                self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key
             )
             setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
             check_length(self.parent, self._windows.shape[1], setting)
@@ -77,9 +71,7 @@ class Texts:
         def sample(tokens: int, length: int, seed: int) -> Tensor:
             return cached_self_text(self._model, tokenizer, self.parent_key, SelfText(tokens, length, seed))
 
-        rows = training_rows(
-            step.sources, step.sequence_length, step.seed, self.calibration, windows, tokenizer, sample
-        )
+        rows = training_rows(step, self.calibration, windows, tokenizer, sample)
         for source in rows:
             self._check_ids(source.tokens)
             self.options.say(f"training text: {source.tokens.size:,} tokens of {source.name}")

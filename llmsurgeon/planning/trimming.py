@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmsurgeon.operations.trim_vocab import TrimVocab
 from llmsurgeon.planning.opened import OpenedCheckpoint, opened_model
-from llmsurgeon.text.calibration import documents
+from llmsurgeon.text.documents import documents
 from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
 
 

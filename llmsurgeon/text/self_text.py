@@ -5,14 +5,8 @@ S sequences, L tokens each, B batch, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,117 +15,15 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llmsurgeon.boundary.foreign import check_token_ids, token_ids
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
-from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.progress import Progress
+from llmsurgeon.text.openers import OPENERS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CACHE_BYTES = 2 * 2**30  # of the KV cache of one batch
-
-
-# First words of prose of many kinds. From the document start alone a model writes what its pretraining held most of,
-# often code and course material, which is calibration for little else.
-OPENERS = (
-    "The government said on Tuesday that",
-    "The album was released in",
-    "When I was a child, my grandmother",
-    "Police in the northern city have",
-    "The town lies on the river",
-    "To make a simple soup, start by",
-    "Shares in the company fell after",
-    "The species is found in",
-    "He closed the door behind him and",
-    "The prime minister told reporters",
-    "The film tells the story of",
-    "The human body needs",
-    "At least three people were injured when",
-    "During the war, the regiment",
-    "The rain had not stopped for",
-    "The captain said his team would",
-    "She was born in a small village",
-    "Many people believe that",
-    "A court has ordered the former",
-    "The bridge was built in",
-    "One of the things I learned from travelling is",
-    "Doctors at the city's main hospital",
-    "In the early nineteenth century,",
-    "The law requires employers to",
-    "Scientists have found that",
-    "The season began with",
-    "The committee met to discuss",
-    "The central bank kept interest rates",
-    "The novel follows",
-    "Before you buy a house,",
-    "In the second half, the home side",
-    "Our review of the new phone",
-    "The president met with",
-    "A new report has found that",
-    "Thousands of people gathered",
-    "The defence minister has rejected",
-    "Rescue teams are searching for",
-    "The airline says",
-    "Two men have been charged with",
-    "Police believe the suspect",
-    "The finance minister said the budget",
-    "Emergency services were called to",
-    "The coach was pleased with",
-    "She won the final in",
-    "The visitors scored twice before",
-    "The bank announced a profit of",
-    "Oil prices rose on",
-    "The army said its troops",
-    "Negotiations between the two sides",
-    "The foreign minister will travel to",
-    "Residents have been warned",
-    "A fire broke out at",
-    "The mayor of the city",
-    "Health authorities are concerned about",
-    "The inquiry heard that",
-    "Farmers are facing",
-    "The jury was told",
-    "Tickets for the match",
-    "Unemployment rose to",
-    "The senator said she",
-    "The strike is expected to",
-    "Aid workers in the camp",
-    "A spokeswoman for the company said",
-    "The high court will decide",
-    "The village is situated in",
-    "He was appointed governor",
-    "The series follows",
-    "The ship was launched in",
-    "The song received",
-    "The team finished the year",
-    "The mountain rises to",
-    "The game was developed by",
-    "The building was designed by",
-    "The king's eldest son",
-    "The storm formed on",
-    "After the war, he returned to",
-    "The island has a population of",
-    "The road continues north",
-    "The play opened in",
-    "The painting shows",
-    "My father worked at",
-    "We walked along the beach until",
-    "Nobody in the house spoke",
-    "The letter arrived on a Monday",
-    "I have always thought that",
-    "The old man looked at",
-    "There is a growing debate about",
-    "Critics of the plan argue",
-    "What makes a good",
-    "The problem with this idea is",
-    "For most of the last century,",
-    "Economists have long argued",
-    "Children who read at home",
-    "The study followed more than",
-    "Visitors to the park can",
-    "In this interview, we talk to",
-)
 
 
 class RoomyLayer(DynamicLayer):
@@ -296,63 +188,3 @@ def _cache_bytes_per_token(model: PreTrainedModel) -> int:
     _, cache = cached_call(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
     held = [t for layer in cache.layers for t in (getattr(layer, "keys", None), getattr(layer, "values", None))]
     return max(1, sum(t.numel() * t.element_size() for t in held if t is not None))
-
-
-def cached_self_text(
-    load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, fingerprint: str, wanted: SelfText
-) -> Tensor:
-    """`sample_self_text`, remembered on disk; `load` is called only where the text is not there yet.
-
-    `fingerprint` names the weights and how they compute (dtype, kind of device): another model, another text. So do the
-    libraries, and the tokenizer, whose openers the text begins with. A damaged or unwritable cache only costs
-    time.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    libraries = [version(library) for library in ("torch", "transformers")]
-    parts = [fingerprint, *libraries, tokenizer_key(tokenizer), *asdict(wanted).values()]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.safetensors"
-    with suppress(OSError, SafetensorError, KeyError):
-        if kept(path):
-            return load_file(path)["tokens"]
-    text = sample_self_text(load(), tokenizer, wanted)
-    with suppress(OSError, SurgeryError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        keep(path, lambda partial: save_file({"tokens": text}, partial))
-    return text
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash that tells tokenizers apart by what they make of a text, special tokens included."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    # Not all of these are in the backend's own description; a slow tokenizer has its rules among the last.
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    framed = token_ids(tokenizer, "a")
-    kept = {} if backend else {name: str(value) for name, value in tokenizer.init_kwargs.items()}
-    parts = [type(tokenizer).__name__, content, special, framed, tokenizer.pad_token_id, kept]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where sampled text is kept: `self` in LLMSURGEON_CACHE, XDG_CACHE_HOME/llmsurgeon or ~/.cache/llmsurgeon."""
-    own, shared = os.environ.get("LLMSURGEON_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own) / "self"
-    try:
-        return Path(shared or Path.home() / ".cache") / "llmsurgeon" / "self"
-    except RuntimeError as error:  # neither HOME nor an entry of this user among the accounts
-        raise SurgeryError(f"no folder for caches: {error}; set LLMSURGEON_CACHE to one") from error
-
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """A hash that tells models apart: dtype, kind of device; names, shapes and some of the values of all weights."""
-    digest = hashlib.sha256(f"{model.dtype} {model.device.type}".encode())
-    for name, weight in model.state_dict().items():
-        values = weight.detach().flatten()
-        sample = values[:: max(1, len(values) // 4096)].double().cpu()
-        digest.update(f"{name}{list(weight.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from llmsurgeon.evaluation.latency import benchmark
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 from llmsurgeon.text.calibration import calibration_tokens, split
+from llmsurgeon.text.wanted import Calibration
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs. " * 30
 SIZES = ("--tokens", 256, "--seq-len", 16)
@@ -81,11 +82,13 @@ def test_masking_spares_special_tokens_and_repeats():
 def test_windows_are_framed_as_the_tokenizer_does(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     windows = calibration_tokens(
-        "m", encoder_tokenizer(), text=str(tmp_path / "text.txt"), tokens=64, sequence_length=16
+        "m", encoder_tokenizer(), Calibration(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=16)
     )
     assert windows.shape == (4, 16) and (windows[:, 0] == 1).all() and (windows[:, -1] == 2).all()
     with pytest.raises(SurgeryError, match="hold special tokens only"):
-        calibration_tokens("m", encoder_tokenizer(), text=str(tmp_path / "text.txt"), tokens=64, sequence_length=2)
+        calibration_tokens(
+            "m", encoder_tokenizer(), Calibration(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=2)
+        )
 
 
 def test_what_does_not_fit():
@@ -241,7 +244,7 @@ def test_the_evaluation_is_that_of_the_written_model(tmp_path, text, name):
     parent = save_encoder(tmp_path / "parent", name, masked_head(name))
     steps = "  - {op: prune_attention, layers: [2]}\n"
     outcome = run(recipe(text, "{min_hidden_cosine: -1}", steps), str(parent), str(tmp_path / "out"), Options())
-    windows = calibration_tokens("m", encoder_tokenizer(), text=str(text), tokens=256, sequence_length=16)
+    windows = calibration_tokens("m", encoder_tokenizer(), Calibration(text=str(text), tokens=256, sequence_length=16))
     tokens = split(windows, 0.125)[1]
     models = load_model(str(outcome.out)), load_model(str(parent))
     again = evaluate_encoder(models[0], tokens, models[1], masking_of(encoder_tokenizer(), tokens, *models))

@@ -12,13 +12,14 @@ from conftest import TEXT, byte_tokenizer, save_tiny, tiny_model
 from healing.distill.test_distill import case_of, settings_of
 
 from llmsurgeon import progress
-from llmsurgeon.healing.distill.data import read_rows
+from llmsurgeon.healing.distill.data import Text, read_rows
 from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.distill.loop import Trainer
 from llmsurgeon.healing.distill.targets import StoredTargets, Wanted
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.text.self_text import Sampling, SelfText, cached_self_text
+from llmsurgeon.text.cache import cached_self_text
+from llmsurgeon.text.self_text import Sampling, SelfText
 
 
 @pytest.fixture(autouse=True)
@@ -41,10 +42,10 @@ DAMAGES = {"half": halve, "zeros": blank, "gone": Path.unlink}
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_tokens(cache, tmp_path, capsys, damage):
     (tmp_path / "a.txt").write_text("abc def\n" * 200)
-    first = np.array(read_rows(byte_tokenizer(), 5, text=str(tmp_path / "a.txt")).tokens)
+    first = np.array(read_rows(byte_tokenizer(), 5, Text(text=str(tmp_path / "a.txt"))).tokens)
     [file] = (cache / "tokens").glob("*.u32")
     DAMAGES[damage](file)
-    again = read_rows(byte_tokenizer(), 5, text=str(tmp_path / "a.txt")).tokens
+    again = read_rows(byte_tokenizer(), 5, Text(text=str(tmp_path / "a.txt"))).tokens
     assert np.array_equal(again, first)
     assert ("is damaged" in capsys.readouterr().err) == (damage != "gone")
 

@@ -22,7 +22,8 @@ from llmsurgeon.planning import inputs as inputs_module
 from llmsurgeon.planning.inputs import Inputs, leaves
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.text.self_text import Sampling, SelfText, cached_self_text
+from llmsurgeon.text.cache import cached_self_text
+from llmsurgeon.text.self_text import Sampling, SelfText
 
 
 @pytest.fixture(autouse=True)

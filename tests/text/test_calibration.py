@@ -11,9 +11,11 @@ import torch
 from conftest import byte_tokenizer, encoder_tokenizer, tiny_model
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.text import self_text
-from llmsurgeon.text.calibration import Calibration, calibration_tokens, split
-from llmsurgeon.text.self_text import Sampling, SelfText, model_fingerprint, sample_self_text
+from llmsurgeon.text import cache, self_text
+from llmsurgeon.text.cache import model_fingerprint
+from llmsurgeon.text.calibration import calibration_tokens, split
+from llmsurgeon.text.self_text import Sampling, SelfText, sample_self_text
+from llmsurgeon.text.wanted import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -30,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
 
 def tokens_of(path, tokenizer, tokens=32, sequence_length=8, **options):
     return calibration_tokens(
-        "tiny", tokenizer, text=str(path), tokens=tokens, sequence_length=sequence_length, **options
+        "tiny", tokenizer, Calibration(text=str(path), tokens=tokens, sequence_length=sequence_length, **options)
     )
 
 
@@ -110,9 +112,9 @@ def test_dataset_is_streamed(tmp_path, tokenizer):
     (tmp_path / "set").mkdir()
     write(tmp_path, "\n".join(json.dumps({"text": LETTERS}) for _ in range(50)), "set/validation.jsonl")
     arguments = dict(dataset=f"{tmp_path / 'set'}::validation", tokens=32, sequence_length=8)
-    windows = calibration_tokens("tiny", tokenizer, **arguments)
+    windows = calibration_tokens("tiny", tokenizer, Calibration(**arguments))
     assert windows.shape == (4, 8)
-    assert torch.equal(windows, calibration_tokens("tiny", tokenizer, **arguments))
+    assert torch.equal(windows, calibration_tokens("tiny", tokenizer, Calibration(**arguments)))
 
 
 def test_dataset_out_of_reach_names_the_switch(tokenizer, monkeypatch):
@@ -121,7 +123,7 @@ def test_dataset_out_of_reach_names_the_switch(tokenizer, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(SurgeryError, match=r"dataset some/set:en:test cannot be read: offline.*HF_HUB_OFFLINE.*--text"):
-        calibration_tokens("tiny", tokenizer, dataset="some/set:en:test", tokens=32, sequence_length=8)
+        calibration_tokens("tiny", tokenizer, Calibration(dataset="some/set:en:test", tokens=32, sequence_length=8))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +152,7 @@ def test_bad_arguments(tmp_path, tokenizer):
     with pytest.raises(SurgeryError, match="7 tokens are less than one sequence of 8"):
         Calibration(tokens=7, sequence_length=8)
     with pytest.raises(SurgeryError, match=r"tiny: no calibration text; give --text FILE"):
-        calibration_tokens("tiny", tokenizer, tokens=32, sequence_length=8)
+        calibration_tokens("tiny", tokenizer, Calibration(tokens=32, sequence_length=8))
 
 
 @pytest.mark.parametrize(("count", "fraction", "held"), [(10, 0.2, [2, 7]), (2, 0.01, [1]), (4, 0.9, [0, 2, 3])])
@@ -231,7 +233,7 @@ def test_self_text_is_kept_on_disk(tokenizer, tmp_path):
 
     def get(fingerprint="a", tokens=32):
         return calibration_tokens(
-            "tiny", tokenizer, tokens=tokens, sequence_length=16, model=load, fingerprint=fingerprint
+            "tiny", tokenizer, Calibration(tokens=tokens, sequence_length=16), model=load, fingerprint=fingerprint
         )
 
     first, again = get(), get()
@@ -251,7 +253,9 @@ def test_self_text_is_kept_on_disk(tokenizer, tmp_path):
 def test_an_unwritable_cache_is_no_error(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "file"))
-    windows = calibration_tokens("tiny", tokenizer, tokens=32, sequence_length=16, model=tiny_model("llama"))
+    windows = calibration_tokens(
+        "tiny", tokenizer, Calibration(tokens=32, sequence_length=16), model=tiny_model("llama")
+    )
     assert windows.shape == (2, 16)
 
 
@@ -266,9 +270,9 @@ def test_fingerprint_tells_weights_apart():
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert self_text.cache_folder() == tmp_path / "cache" / "self"
+    assert cache.cache_folder() == tmp_path / "cache" / "self"
     monkeypatch.delenv("LLMSURGEON_CACHE")
-    assert self_text.cache_folder() == tmp_path / "xdg" / "llmsurgeon" / "self"
+    assert cache.cache_folder() == tmp_path / "xdg" / "llmsurgeon" / "self"
 
 
 def test_sampling_errors(tokenizer):

@@ -13,10 +13,12 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli.main import app
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.healing.distill.data import read_rows
+from llmsurgeon.healing.distill.data import Text, read_rows
 from llmsurgeon.recipe.recipe import loads
-from llmsurgeon.text.calibration import Calibration, calibration_tokens, documents
+from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.documents import documents
 from llmsurgeon.text.files import file_text, kind_of
+from llmsurgeon.text.wanted import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 REFUSED = {
@@ -40,8 +42,8 @@ def test_other_suffixes_are_refused_by_name(tmp_path, monkeypatch, name):
         lambda: file_text(name),
         lambda: list(documents(text=name)),
         lambda: Calibration(text=name),
-        lambda: calibration_tokens("m", byte_tokenizer(), text=name, tokens=16, sequence_length=8),
-        lambda: read_rows(byte_tokenizer(), 8, text=name),
+        lambda: calibration_tokens("m", byte_tokenizer(), Calibration(text=name, tokens=16, sequence_length=8)),
+        lambda: read_rows(byte_tokenizer(), 8, Text(text=name)),
     )
     for reader in readers:
         with pytest.raises(SurgeryError, match=rf"{name}: .* are not read as text: .*{REFUSED[name]}"):
@@ -126,5 +128,5 @@ def test_the_same_bytes_are_other_documents_under_another_suffix(tmp_path, monke
     content = "\n".join(json.dumps({"text": LETTERS}) for _ in range(4))
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text(content)
-    plain, lines = (read_rows(byte_tokenizer(), 8, text=str(tmp_path / name)) for name in ("a.txt", "a.jsonl"))
+    plain, lines = (read_rows(byte_tokenizer(), 8, Text(text=str(tmp_path / name))) for name in ("a.txt", "a.jsonl"))
     assert plain.key != lines.key and len(plain.tokens) > len(lines.tokens)

@@ -20,22 +20,17 @@ from llmsurgeon.boundary.foreign import token_ids
 from llmsurgeon.checkpoint.kept import forget, keep, kept, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
-from llmsurgeon.text.calibration import (
-    Calibration,
-    dataset_revision,
-    documents,
-    padded,
-    sentences_of,
-    window_end,
-    window_start,
-)
+from llmsurgeon.text.cache import cache_folder, tokenizer_key
+from llmsurgeon.text.documents import dataset_revision, documents
 from llmsurgeon.text.files import check_text_file, text_sum
-from llmsurgeon.text.self_text import cache_folder, document_start, tokenizer_key
+from llmsurgeon.text.self_text import document_start
+from llmsurgeon.text.wanted import Calibration
+from llmsurgeon.text.windows import padded, sentences_of, window_end, window_start
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from llmsurgeon.operations.distill import Source
+    from llmsurgeon.operations.distill import Distill
 
 # A row that shares this many tokens in a row with the held-out text is not trained on.
 OVERLAP = 24
@@ -91,37 +86,38 @@ def sentence_rows(
                 made += length
 
 
-def read_rows(
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    *,
-    text: str | None = None,
-    dataset: str | None = None,
-    limit: int = 10_000_000,
-    seed: int = 0,
-    sentences: bool = False,
-) -> Rows:
-    """The rows of a file or a hub dataset; read and tokenised only where they are not in the cache yet.
+@dataclass(frozen=True)
+class Text:
+    """A file or a hub dataset, of which at most `limit` tokens are read; sentences: a row is one of them, padded."""
 
-    sentences: a row is one sentence, padded.
+    text: str | None = None
+    dataset: str | None = None
+    limit: int = 10_000_000
+    seed: int = 0
+    sentences: bool = False
+
+
+def read_rows(tokenizer: PreTrainedTokenizerBase, length: int, source: Text) -> Rows:
+    """The rows of a file or a hub dataset; read and tokenised only where they are not in the cache yet.
 
     Raises:
         SurgeryError: the text cannot be read, or does not fill one row.
     """
+    text, dataset, limit, seed = source.text, source.dataset, source.limit, source.seed
     name = text or dataset
     assert name is not None
     # The same bytes are other documents under another suffix.
-    source: list[Any] = (
+    origin: list[Any] = (
         [check_text_file(text), text_sum(text)] if text else [dataset, dataset_revision(str(dataset)), seed]
     )
-    key = _key(*source, tokenizer_key(tokenizer), length, limit, *(["sentences"] if sentences else []))
+    key = _key(*origin, tokenizer_key(tokenizer), length, limit, *(["sentences"] if source.sentences else []))
     path = _folder("tokens") / f"{key}.u32"
     if not kept(path):
-        cut = sentence_rows if sentences else packed
+        cut = sentence_rows if source.sentences else packed
         rows = cut(documents(text=text, dataset=dataset, seed=seed), tokenizer, length, limit)
         _write(path, rows, length, f"tokenise {name}", limit if dataset else None)
     tokens = _mapped(path, length)
-    if not len(tokens) and sentences:
+    if not len(tokens) and source.sentences:
         forget(path)
         raise SurgeryError(f"{name}: there is no sentence in it; leave out calibration.sentences, or give prose")
     if not len(tokens):
@@ -141,9 +137,7 @@ def rows_of(windows: Tensor, length: int, name: str, weight: float = 1.0) -> Row
 
 
 def training_rows(
-    sources: Sequence[Source],
-    length: int,
-    seed: int,
+    settings: Distill,
     calibration: Calibration,
     windows: Tensor,
     tokenizer: PreTrainedTokenizerBase,
@@ -155,17 +149,17 @@ def training_rows(
         windows: calibration sequences that do not judge [S, T], trained on where calibration reads no text.
         sample: (tokens, length, seed) -> text from the parent [S, length].
     """
-    own = "the parent's own text"
+    own, length, seed = "the parent's own text", settings.sequence_length, settings.seed
     found = []
-    for source in sources:
+    for source in settings.sources:
         limits: dict[str, Any] = {"limit": source.tokens, "seed": seed, "sentences": calibration.sentences}
         if source.sampled is not None:
             # Calibration samples with seed 0, eval with 1.
             rows = rows_of(sample(min(source.sampled, source.tokens), length, seed + 2), length, own)
         elif not source.calibration:
-            rows = read_rows(tokenizer, length, text=source.text, dataset=source.dataset, **limits)
+            rows = read_rows(tokenizer, length, Text(source.text, source.dataset, **limits))
         elif calibration.text or calibration.dataset:
-            rows = read_rows(tokenizer, length, text=calibration.text, dataset=calibration.dataset, **limits)
+            rows = read_rows(tokenizer, length, Text(calibration.text, calibration.dataset, **limits))
         else:
             rows = rows_of(windows[: max(1, source.tokens // windows.shape[1])], length, own)
         found.append(replace(rows, weight=source.weight))

@@ -11,7 +11,6 @@ import math
 import signal
 import time
 from dataclasses import asdict
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from llmsurgeon.operations.distill import Distill
-
-# The loss has diverged where its median over so many steps is this many times the lowest such median.
-WINDOW, DIVERGED = 20, 3.0
 
 
 class Trainer:
@@ -96,7 +92,8 @@ class Trainer:
             losses = self._step(reached)
             if not math.isfinite(losses["loss"]):
                 return f"the loss was {losses['loss']} at step {state.step}"
-            if self._diverges(losses["loss"]):
+            # What the model computes may get coarser step by step: its loss may rise then.
+            if state.diverges(losses["loss"], any(part.share < 1 for part in self.latent)):
                 return f"the loss diverged at step {state.step}"
             if self.clock.signal or self._save_is_due():
                 self._save()
@@ -173,22 +170,9 @@ class Trainer:
             if state.step:
                 self.checkpoints.dump(self.module, state.step)
 
-    def _diverges(self, loss: float) -> bool:
-        state = self.state
-        if any(part.share < 1 for part in self.latent):
-            # What the model computes gets coarser step by step: its loss may rise.
-            state.recent, state.lowest = [loss], math.inf
-            return False
-        state.recent = [*state.recent, loss][-WINDOW:]
-        if len(state.recent) < WINDOW:
-            return False
-        middle = median(state.recent)
-        state.lowest = min(state.lowest, middle)
-        return middle > DIVERGED * state.lowest
-
     def _save_is_due(self) -> bool:
         settings, state = self.settings, self.state
-        if state.recent[-1] > DIVERGED * state.lowest:
+        if state.rises:
             return False  # the checkpoint before is a better one to fall back on
         by_steps = settings.save_steps is not None and state.step % settings.save_steps == 0
         by_time = settings.save_minutes is not None and state.seconds - self._saved_at >= 60 * settings.save_minutes

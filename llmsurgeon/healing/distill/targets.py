@@ -27,7 +27,7 @@ from llmsurgeon.healing.distill.data import Corpus
 from llmsurgeon.healing.distill.divergence import Target, TopTokens
 from llmsurgeon.healing.distill.tapped import TappedModel, masked
 from llmsurgeon.progress import remark
-from llmsurgeon.text.self_text import cache_folder
+from llmsurgeon.text.cache import cache_folder
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import Parts, walk

@@ -10,6 +10,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,9 @@ from llmsurgeon.healing.distill.data import Corpus
 
 LOG, RESULT = "loss.jsonl", "result.json"
 ROOM = "the checkpoint before it is whole: free some space and start the same command again"
+
+# The loss has diverged where its median over so many steps is this many times the lowest such median.
+WINDOW, DIVERGED = 20, 3.0
 
 # Steps, tokens and minutes; whichever ends first.
 Limits = tuple[int | None, int | None, float | None]
@@ -85,6 +89,23 @@ class State:
         steps, tokens, minutes = limits
         shares = [self.step / steps if steps else 0, self.tokens / tokens if tokens else 0]
         return max(*shares, self.seconds / 60 / minutes if minutes else 0)
+
+    def diverges(self, loss: float, coarser: bool) -> bool:
+        """True where the median of the last losses is far above the lowest; not while what is computed gets coarser."""
+        if coarser:
+            self.recent, self.lowest = [loss], math.inf
+            return False
+        self.recent = [*self.recent, loss][-WINDOW:]
+        if len(self.recent) < WINDOW:
+            return False
+        middle = median(self.recent)
+        self.lowest = min(self.lowest, middle)
+        return middle > DIVERGED * self.lowest
+
+    @property
+    def rises(self) -> bool:
+        """True where the last loss was far above what is usual."""
+        return self.recent[-1] > DIVERGED * self.lowest
 
     def patience_is_out(self, patience: int | None) -> bool:
         """True where so many evaluations in a row were no better than the best before them."""

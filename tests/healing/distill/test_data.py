@@ -10,9 +10,18 @@ import torch
 from conftest import byte_tokenizer
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.distill.data import Corpus, Rows, packed, read_rows, rows_of, training_rows, without_overlap
+from llmsurgeon.healing.distill.data import (
+    Corpus,
+    Rows,
+    Text,
+    packed,
+    read_rows,
+    rows_of,
+    training_rows,
+    without_overlap,
+)
 from llmsurgeon.operations.distill import Distill, Source
-from llmsurgeon.text.calibration import Calibration
+from llmsurgeon.text.wanted import Calibration
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +57,8 @@ def test_every_kind_of_file_holds_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": "abc def\n"}) + "\n" for _ in range(20)))
     pandas.DataFrame({"text": ["abc def\n"] * 20}).to_parquet(tmp_path / "a.parquet")
     found = {
-        kind: read_rows(byte_tokenizer(), 5, text=str(tmp_path / f"a.{kind}")) for kind in ("txt", "jsonl", "parquet")
+        kind: read_rows(byte_tokenizer(), 5, Text(text=str(tmp_path / f"a.{kind}")))
+        for kind in ("txt", "jsonl", "parquet")
     }
     assert found["txt"].tokens[0].tolist() == [1, *ids("abc ")]
     assert found["jsonl"].tokens.tolist() == found["parquet"].tokens.tolist()
@@ -58,14 +68,14 @@ def test_every_kind_of_file_holds_documents(tmp_path):
 def test_text_is_tokenised_once_and_anew_when_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text("abc def\n" * 20)
-    first = read_rows(byte_tokenizer(), 5, text=str(path))
+    first = read_rows(byte_tokenizer(), 5, Text(text=str(path)))
     with monkeypatch.context() as patch:
         patch.setattr("llmsurgeon.healing.distill.data.packed", lambda *a: pytest.fail("tokenised again"))
-        again = read_rows(byte_tokenizer(), 5, text=str(path))
+        again = read_rows(byte_tokenizer(), 5, Text(text=str(path)))
     assert again.key == first.key and np.array_equal(again.tokens, first.tokens)
     path.write_text("abc deg\n" * 20)
-    assert read_rows(byte_tokenizer(), 5, text=str(path)).key != first.key
-    assert read_rows(byte_tokenizer(), 6, text=str(path)).key != first.key
+    assert read_rows(byte_tokenizer(), 5, Text(text=str(path))).key != first.key
+    assert read_rows(byte_tokenizer(), 6, Text(text=str(path))).key != first.key
 
 
 def test_a_hub_dataset_is_streamed(monkeypatch):
@@ -80,7 +90,7 @@ def test_a_hub_dataset_is_streamed(monkeypatch):
         return Stream()
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    found = read_rows(byte_tokenizer(), 8, dataset="owner/name:small:test", limit=100)
+    found = read_rows(byte_tokenizer(), 8, Text(dataset="owner/name:small:test", limit=100))
     assert seen == [("owner/name", "small", "test", True)] and len(found.tokens) == 12
 
 
@@ -94,7 +104,7 @@ def test_bad_text_is_refused_and_nothing_is_kept(tmp_path, cache, name, content,
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(SurgeryError, match=message):
-        read_rows(byte_tokenizer(), 8, text=str(tmp_path / name))
+        read_rows(byte_tokenizer(), 8, Text(text=str(tmp_path / name)))
     assert not list((cache / "tokens").glob("*")) if (cache / "tokens").exists() else True
 
 
@@ -112,9 +122,12 @@ def test_the_recipe_says_what_is_trained_on(tmp_path):
     text.write_text("abc def\n" * 50)
     windows = torch.zeros(3, 8, dtype=torch.long)
     sample = lambda tokens, length, seed: torch.full((tokens // length, length), seed)  # noqa: E731
-    make = lambda sources, calibration: training_rows(sources, 4, 0, calibration, windows, byte_tokenizer(), sample)  # noqa: E731
+
+    def make(data, calibration):
+        return training_rows(Distill(data=data, sequence_length=4), calibration, windows, byte_tokenizer(), sample)
+
     assert [r.name for r in make((Source(calibration=True),), Calibration())] == ["the parent's own text"]
-    assert [r.name for r in make(Distill().sources, Calibration(text=str(text)))] == [str(text)]
+    assert [r.name for r in make(None, Calibration(text=str(text)))] == [str(text)]
     assert [len(r.tokens) for r in make((Source(calibration=True, tokens=16, weight=2.0),), Calibration())] == [4]
     both = make((Source(text=str(text), weight=3.0, tokens=40), Source(sampled=16)), Calibration())
     assert [(r.name, len(r.tokens), r.weight) for r in both] == [

@@ -18,7 +18,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.distill.case import Case
-from llmsurgeon.healing.distill.data import read_rows, rows_of
+from llmsurgeon.healing.distill.data import Text, read_rows, rows_of
 from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.distill.loop import Trainer
 from llmsurgeon.healing.distill.losses import weights_of
@@ -255,18 +255,18 @@ def test_rows_of_sentences_and_of_windows_are_framed(tmp_path):
     path.write_text(f"A heading\n\n{long} {long}\n{long}\n")
     tokenizer = encoder_tokenizer()
     tokenizer.pad_token = "<unk>"
-    rows = read_rows(tokenizer, 40, text=str(path), sentences=True).tokens
+    rows = read_rows(tokenizer, 40, Text(text=str(path), sentences=True)).tokens
     assert rows.shape == (3, 40) and (rows[:, 0] == 1).all() and (rows[:, -1] == 2).all()
-    rows = read_rows(tokenizer, 100, text=str(path), sentences=True).tokens
+    rows = read_rows(tokenizer, 100, Text(text=str(path), sentences=True)).tokens
     assert rows.shape == (3, 100) and (rows[:, -1] == tokenizer.pad_token_id).all()
     assert rows[0].tolist() == tokenizer(long)["input_ids"] + [tokenizer.pad_token_id] * (
         100 - len(tokenizer(long)["input_ids"])
     )
-    windows = read_rows(tokenizer, 40, text=str(path)).tokens
+    windows = read_rows(tokenizer, 40, Text(text=str(path))).tokens
     assert (windows[:, 0] == 1).all() and (windows[:, -1] == 2).all() and (windows[:, 1:-1] > 2).all()
     path.write_text("no sentence here\n")
     with pytest.raises(SurgeryError, match="there is no sentence in it"):
-        read_rows(tokenizer, 40, text=str(path), sentences=True)
+        read_rows(tokenizer, 40, Text(text=str(path), sentences=True))
 
 
 def test_defaults_of_an_encoder_are_its_own():

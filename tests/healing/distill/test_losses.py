@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from healing.distill.test_distill import cache, case_of, settings_of  # noqa: F401 - a fixture
 
+from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.distill.divergence import TopTokens, chunked_kl, cosine_distance, kl_rows, normalised_mse
+from llmsurgeon.healing.distill.losses import LOSSES, Loss, weights_of
+from llmsurgeon.healing.distill.whole import wanted_of
+from llmsurgeon.operations.distill import Distill, Trees
 
 T, D, V = 23, 8, 40
 
@@ -108,3 +113,35 @@ def test_cosine_and_normalised_mse():
     assert normalised_mse(torch.zeros_like(b), b).item() == pytest.approx(1)
     assert normalised_mse(b, b).item() == 0
     assert normalised_mse(a, b).item() == pytest.approx(((a - b) ** 2).sum().item() / (b**2).sum().item(), rel=1e-5)
+
+
+def test_every_weight_that_a_recipe_sets_is_of_a_loss():
+    """And of every loss a recipe can set the weight: as a field of its name, or of `trees`."""
+    assert set(Distill.losses()) == set(LOSSES) - {"hardening"}
+    step = Distill(**{name: 0.5 + place for place, name in enumerate(Distill.losses())}, trees=Trees(hardening=0.25))
+    for name, loss in LOSSES.items():
+        assert loss.weight(step) == (0.25 if name == "hardening" else getattr(step, name))
+    assert set(weights_of(step, encoder=True)) == {"hidden", "pooled", "hardening"}
+    assert set(weights_of(step, encoder=False)) == {"hidden", "cross_entropy", "kl", "hardening"}
+    assert not set(weights_of(Distill(hidden=0.0), encoder=False)) & {"hidden", "hardening"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_loss_is_a_function_and_a_line(tmp_path, monkeypatch, family):
+    """It is asked for what it needs, counts with its weight, and stands in the log; nothing else knows of it."""
+
+    def spread(seen):
+        """Mean square of the student's hidden states at layer ends, relative to the parent's."""
+        theirs = seen.answers["hidden"]
+        return torch.stack([normalised_mse(end, theirs[:, place]) for place, end in enumerate(seen.ends)]).mean()
+
+    case = case_of(tmp_path / "case", family=family)
+    settings = settings_of(steps=2, evaluations=0, hidden=0.0, kl=0.5, hidden_layers=2)
+    assert wanted_of(case, settings)[0] == ()
+    monkeypatch.setitem(LOSSES, "spread", Loss(lambda step: 2.0, frozenset({"layer ends"}), spread, "Spread"))
+    assert len(wanted_of(case, settings)[0]) == 2
+    made = distill(case, settings)
+    assert made.labels["spread"] == "Spread"
+    for line in made.log:
+        assert line["loss"] == pytest.approx(0.5 * line["kl"] + 2.0 * line["spread"], rel=1e-5)
+        assert "hidden" not in line
