@@ -20,6 +20,7 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_experts import PruneExperts
 from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_heads import PruneHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.walk.runner import LayerRunner
@@ -31,6 +32,7 @@ ASKING = [
     PruneBlocks(window=1),
     *(PruneWidth(keep=0.5, score=score) for score in ("least_squares", "activation")),
     *(PruneExperts(keep=0.5, score=score) for score in ("reap", "loss")),
+    *(PruneHeads(keep=0.5, unit=unit) for unit in ("group", "head")),
     FuseFFN(),
     ParallelBlocks(),
     FFF(depth=1, leaf_width=4),
