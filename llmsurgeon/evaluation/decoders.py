@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,18 @@ class Evaluation:
         extra = {"outside_mass": made.pop("outside_mass"), "bits": self.bits and self.bits.to_dict()}
         del made["bits"]
         return made | {name: value for name, value in extra.items() if value is not None}
+
+    # Where its figures are taken; nothing to say of tokens of a text.
+    where: ClassVar[str] = ""
+
+    def figures(self) -> dict[str, float | None]:
+        """Figures by the key of a recipe's gate that holds them to a bound."""
+        return {
+            "max_perplexity_ratio": self.perplexity_ratio,
+            "max_bits_per_byte_ratio": self.bits_ratio,
+            "max_kl": self.kl,
+            "min_top1_agreement": self.top1_agreement,
+        }
 
     @property
     def bits_ratio(self) -> float | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -64,6 +64,18 @@ class EncoderEvaluation:
     def to_dict(self) -> dict[str, Any]:
         """The fields under their own names, intervals as [low, high]."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    # Where KL and agreement are taken.
+    where: ClassVar[str] = " at masked tokens"
+
+    def figures(self) -> dict[str, float | None]:
+        """Figures by the key of a recipe's gate that holds them to a bound."""
+        return {
+            "max_kl": self.masked_kl,
+            "min_top1_agreement": self.masked_top1_agreement,
+            "min_hidden_cosine": self.hidden_cosine,
+            "min_pooled_cosine": self.pooled_cosine,
+        }
 
     def sentence(self) -> str:
         """The figures in one line."""

@@ -14,7 +14,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.bits_per_byte import scored_by
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
-from llmsurgeon.evaluation.gate import prove, prove_whole, walked
+from llmsurgeon.evaluation.judge import judge, judge_whole, walked
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.healing.healers import HEALERS, HealingContext, Result
@@ -126,11 +126,11 @@ def _judged(
     batch = texts.options.batch
     if planned.spec.block_transformer:
         whole = filled_model(planned.written.student, weights, texts.dtype, texts.options.device)
-        found = prove_whole(whole, texts.runner, windows, batch)
+        found = judge_whole(whole, texts.runner, windows, batch)
         return replace(found, bits=texts.bits(scored_by(whole), windows))
     config = normalised(planned.written.student)
     student = LayerRunner(config, weights, texts.dtype, texts.options.device, texts.runner.padding)
-    judged = prove(student, texts.runner, windows, texts.tokenizer, batch)
+    judged = judge(student, texts.runner, windows, texts.tokenizer, batch)
     if isinstance(judged, Evaluation):
         return replace(judged, bits=texts.bits(walked(student, batch), windows))
     return judged

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmsurgeon import __version__
 from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byte, passages, texts_of
-from llmsurgeon.evaluation.gate import walked
+from llmsurgeon.evaluation.judge import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
 from llmsurgeon.operations.distill import Distill

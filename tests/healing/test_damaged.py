@@ -106,8 +106,8 @@ def test_fitted_blocks(tmp_path, monkeypatch, capsys, steps, damage):
     )
     whole = run(wanted, str(parent), str(tmp_path / "whole"), Options()).out
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        for proof in ("prove", "prove_whole"):
-            patch.setattr(f"llmsurgeon.planning.healed.{proof}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        for judge in ("judge", "judge_whole"):
+            patch.setattr(f"llmsurgeon.planning.healed.{judge}", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         run(wanted, str(parent), str(tmp_path / "out"), Options())
     kept = (tmp_path / "out.partial").rglob("*.safetensors")
     files = sorted(file for file in kept if file.name.startswith(("layer-", "block-transformer")))

@@ -139,7 +139,7 @@ def test_a_dataset_counts_by_its_revision(parent, monkeypatch):
 def test_a_killed_run_with_another_input_is_another_run(parent, text, tmp_path, monkeypatch, part):
     wanted = recipe(text, *REFIT)
     with monkeypatch.context() as patch:
-        patch.setattr("llmsurgeon.planning.healed.prove", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("llmsurgeon.planning.healed.judge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(wanted, str(parent), str(tmp_path / "out"), Options())
     assert list((tmp_path / "out.partial").rglob("layer-*.safetensors")), "there is something to go on from"
@@ -284,7 +284,7 @@ def test_a_text_that_is_not_there_is_said_before_any_work(parent, tmp_path):
 
 
 def test_the_journal_says_what_a_job_depends_on(parent, text, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmsurgeon.planning.healed.prove", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("llmsurgeon.planning.healed.judge", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(recipe(text, *REFIT), str(parent), str(tmp_path / "out"), Options())
     found = json.loads((tmp_path / "out.partial" / JOURNAL).read_text())["job"]

@@ -1,0 +1,75 @@
+"""A student beside its parent on held-out text, layers read one at a time. S sequences of T tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from llmsurgeon.evaluation.bits_per_byte import Score
+from llmsurgeon.evaluation.decoders import Evaluation, evaluate_hidden
+from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, masking_of
+from llmsurgeon.evaluation.perplexity import token_losses
+from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.variants import Variant
+from llmsurgeon.walk.walk import walk
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def judge(
+    student: LayerRunner,
+    parent: LayerRunner,
+    tokens: Tensor,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    batch: int,
+) -> Evaluation | EncoderEvaluation:
+    """What an evaluation of both models on `tokens` [S, T] would say, their layers read one at a time."""
+
+    def left(runner: LayerRunner, inputs: Tensor) -> Tensor:
+        return walk(runner, inputs, [Variant()], batch=batch)[0]
+
+    def by_row(output: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[int], Tensor]:
+        return lambda row: output(hidden[row][student.real(hidden[row])].to(student.device))
+
+    mine, theirs = left(student, tokens), left(parent, tokens)
+    if not student.family.encoder:
+        return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs))
+    masking = masking_of(tokenizer(), tokens, student.family)
+    logits = None
+    if masking:
+        masked = left(student, masking.inputs), left(parent, masking.inputs)
+        logits = by_row(student.final, masked[0]), by_row(parent.final, masked[1])
+    return evaluate_states(tokens, (by_row(student.states, mine), by_row(parent.states, theirs)), masking, logits)
+
+
+def judge_whole(student: PreTrainedModel, parent: LayerRunner, tokens: Tensor, batch: int) -> Evaluation:
+    """As `judge`, of a student that is no stack of layers: in memory as a whole."""
+    theirs = walk(parent, tokens, [Variant()], batch=batch)[0]
+
+    def mine(row: int) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = student(input_ids=tokens[row, None].to(student.device), use_cache=False).logits
+        return logits[0]
+
+    return evaluate_hidden(tokens, mine, lambda row: parent.final(theirs[row].to(parent.device)))
+
+
+def walked(runner: LayerRunner, batch: int) -> Score:
+    """Log losses of a model whose layers are read one at a time."""
+
+    def score(sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+        longest = max(map(len, sequences))
+        # What follows a sequence changes nothing before it: models that predict the next token look back alone.
+        tokens = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in sequences])
+        hidden = walk(runner, tokens, [Variant()], batch=batch)[0]
+        losses = []
+        for row, ids in enumerate(sequences):
+            logits = runner.final(hidden[row, : len(ids) - 1].to(runner.device))
+            losses.append(token_losses(logits, tokens[row, 1 : len(ids)].to(logits.device)).cpu())
+        return losses
+
+    return score
