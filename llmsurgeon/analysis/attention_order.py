@@ -19,7 +19,7 @@ from llmsurgeon.walk.variants import Variant
 
 
 def runs_of(dropped: frozenset[int], layers: int) -> tuple[tuple[int, ...], ...]:
-    """Runs that form when the attentions of `dropped` go: a block and the attention-free blocks behind it."""
+    """Runs that form when the attentions of `dropped` go: a layer and the attention-free layers behind it."""
     runs, start = [], 0
     for layer in range(1, layers + 1):
         if layer == layers or layer not in dropped:
@@ -48,14 +48,14 @@ def search_attentions(
     """Greedy joint choice of `count` attentions by KL(parent || dropped and fused).
 
     A layer's increase of the KL changes slowly, and mostly upwards, as others go: at each step only the `width`
-    candidates that last raised it least are scored again. The first block keeps its attention, and the last FFN is
+    candidates that last raised it least are scored again. The first layer keeps its attention, and the last FFN is
     never fused, which hurts most (FFN Fusion, arXiv 2503.18908, section 4). Weights are read once per step.
 
     Args:
         tokens: [S, T]; a few thousand are enough to rank layers.
         attention_kl: by layer, the KL when its attention goes alone, nothing fused. With it the first step scores
             only the 2 `width` lowest instead of all, and it stands for the increase of layers not scored yet.
-        max_run: the most blocks that a run may have.
+        max_run: the most layers that a run may have.
         fuse: score with the runs fused; without, attentions just go, and runs of any length may form.
     """
     layers = len(runner.layers)

@@ -1,4 +1,4 @@
-"""Which blocks go, and in which order."""
+"""Which layers go, and in which order."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llmsurgeon.walk.variants import Variant
 
 
 def search_blocks(runner: LayerRunner, tokens: Tensor, count: int, *, width: int = 8, batch: int = 4) -> list[Choice]:
-    """The blocks to drop, in the order of dropping, by KL(parent || model without them); scored anew after each.
+    """The layers to drop, in the order of dropping, by KL(parent || model without them); scored anew after each.
 
     Single removals, scored on the intact model, say little about the third one next to two that went (SLEB,
-    arXiv 2402.09025). The first step scores all blocks, later ones the `width` that last raised the KL least.
+    arXiv 2402.09025). The first step scores all layers, later ones the `width` that last raised the KL least.
 
     Args:
         tokens: [S, T]; a few thousand are enough to rank layers.

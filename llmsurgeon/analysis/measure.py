@@ -21,7 +21,7 @@ from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import Parts, walk
 
-# One sequence in so many is enough to remove single attentions and FFNs on; blocks are removed on BLOCK_TIMES as many.
+# One sequence in so many is enough to remove single attentions and FFNs on; whole layers on BLOCK_TIMES as many.
 SUBLAYER_SHARE, BLOCK_TIMES = 8, 4
 
 
@@ -64,7 +64,7 @@ class Measurements:
 
 
 def parts_removed(spec_layers: int, part: str) -> list[Variant]:
-    """One variant per layer with its attention, its FFN or its whole block removed."""
+    """One variant per layer with its attention, its FFN or both removed."""
     return [
         Variant(
             no_attention=frozenset({layer} if part != "ffn" else ()),
@@ -113,7 +113,7 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
 
 
 def sequences_for(sequences: int, batch: int = 4) -> tuple[int, int]:
-    """On how many of `sequences` blocks are removed (half of them, all of eight) and single parts (an eighth, but two).
+    """On how many of `sequences` layers are removed (half of them, all of eight) and single parts (an eighth, but two).
 
     A variant's mean over some thousand tokens is sure enough to rank layers, and N(N + 1) / 2 evaluations a sequence
     are what the analysis costs. The second number is at most `batch` or a multiple of it, and divides the first,

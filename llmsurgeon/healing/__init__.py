@@ -1,4 +1,5 @@
 """The student made better: closed-form refit, ternary codes that compensate, distillation.
 
-May import walk, text, evaluation and the settings of the healing steps.
+`healers.HEALERS` finds the one that a step asks for, and what its result says of itself. May import walk, text,
+evaluation, the settings of the healing steps, and the curves of report.
 """

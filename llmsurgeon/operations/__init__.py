@@ -1,4 +1,8 @@
-"""The operations that a recipe can name."""
+"""The operations that a recipe can name: what a step needs, refuses, plans, and what follows from it.
+
+A step is a frozen config; `base.Step` lists all that the rest of the program asks of one. May import model, the edits
+of checkpoint and the settings of texts: no step touches a tensor, and none knows how it is measured, healed or written.
+"""
 
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.operations.block import Block

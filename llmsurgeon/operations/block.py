@@ -112,7 +112,7 @@ class Block(Step):
     affine: bool = True
 
     def resolve(self, subject: Subject) -> Block:
-        """The same step with the layer at which it splits."""
+        """The step with the layer at which it splits."""
         subject.check(self)
         if self.split is not None:
             return self

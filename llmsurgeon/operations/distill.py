@@ -107,12 +107,12 @@ class Distill(Step):
 
     An encoder predicts no next token: it is trained towards hidden states and their mean over each sequence, `pooled`.
 
-    mode: `global` trains the whole student at once; `local` each changed block on its own, on the parent's activations.
+    mode: `global` trains the whole student at once; `local` each changed layer on its own, on the parent's activations.
     data: by default the recipe's calibration text, whole.
     sequence_length: tokens in a row; left out: 256, or the model's positions where they are fewer.
     steps, tokens, minutes: how long; whichever ends first.
-    train: `all`, `blocks` (not embedding, final norm and head), `changed` blocks, or patterns of tensor names.
-    hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many block ends carry the first, evenly
+    train: `all`, `blocks` (not embedding, final norm and head), `changed` layers, or patterns of tensor names.
+    hidden, hidden_layers, kl, top_k, positions: the losses' weights; how many layer ends carry the first, evenly
         spaced, last included; how many of the parent's tokens and which share of positions carry the second.
     ternary_warmup: ternary linears and BitLinears train by latent weights W, and the model sees W + lambda (W' - W),
         W' ternary: the share of the run over which lambda grows from 0 to 1; 0: it is 1 from the start.

@@ -1,9 +1,9 @@
-"""FFN Fusion (arXiv 2503.18908): a run of attention-free blocks becomes one block with one wide FFN.
+"""FFN Fusion (arXiv 2503.18908): a run of attention-free layers becomes one layer with one wide FFN.
 
     f_run(X) = X + sum_j FFN_j(norm_j(X))
 
 Every FFN of the run reads the run's input. Stacking the input projections along the inner width and the output
-projections along the other axis computes the sum in one FFN. The first block of a run may keep its attention; its
+projections along the other axis computes the sum in one FFN. The first layer of a run may keep its attention; its
 FFN's input is then what the whole run reads.
 """
 
@@ -69,7 +69,7 @@ def fold_shift(weight_HD: Tensor, bias_H: Tensor, shift_D: Tensor) -> Tensor:
 def stack_folded(transposed: bool, stacked: int = 1) -> Callable[..., Iterator[Tensor]]:
     """fn(W_1 .. W_n, g_1 .. g_n) -> the run's projection with each gain folded into its own rows [sum H, D].
 
-    One shared input has one RMS, so each block's gain can move into its own rows. Made a block of rows at a time:
+    One shared input has one RMS, so each layer's gain can move into its own rows. Made a block of rows at a time:
     the float32 copy never exists whole.
     """
 
@@ -118,10 +118,10 @@ class Fused(Request):
 
 
 class FuseFFN(Step):
-    """Fuse the FFNs of `runs`; `auto` takes the runs that the analysis finds, of at most `max_run` blocks.
+    """Fuse the FFNs of `runs`; `auto` takes the runs that the analysis finds, of at most `max_run` layers.
 
-    norm: `fold` moves each block's own norm into its weights and equals the parallel sum exactly;
-    `last` uses the last block's norm for all, as the paper does.
+    norm: `fold` moves each layer's own norm into its weights and equals the parallel sum exactly;
+    `last` uses the last layer's norm for all, as the paper does.
     """
 
     op: Literal["fuse_ffn"] = "fuse_ffn"

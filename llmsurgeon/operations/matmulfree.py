@@ -40,7 +40,7 @@ class MatMulFree(Step):
     layers: which attentions; all by default.
     keep_attention: or all but these.
     count: or so many, those whose removal costs least by `score`: `kl` or `similarity`.
-    linears: `float`, or `ternary`: projections of the mixers and of their blocks' FFNs become BitLinears. Where a layer
+    linears: `float`, or `ternary`: projections of the mixers and of their layers' FFNs become BitLinears. Where a layer
         has an MLGRU with float linears already, these become ternary.
     context: tokens that the slowest channels remember; by default the attention's window or the model's positions.
     """
@@ -208,7 +208,7 @@ def constant(value: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _ternary(subject: Subject, layer: NewLayer) -> NewLayer:
-    """The block with BitLinears for all projections.
+    """The layer with BitLinears for all projections.
 
     What a norm's gain did goes into the norms of the BitLinears that read it, whose input is then normed alone: until
     rounding sets in, they compute what the projections did.

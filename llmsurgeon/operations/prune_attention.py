@@ -1,4 +1,4 @@
-"""Remove attention from blocks; what stays is x + FFN(norm(x)).
+"""Remove attention from layers; what stays is x + FFN(norm(x)).
 
 LLM-Drop (arXiv 2406.15786) drops the attentions whose output changes the stream least; Puzzle
 (arXiv 2411.19146) scores a removal by the divergence of the logits.

@@ -1,4 +1,4 @@
-"""Remove the FFN from blocks; what stays is x + Attn(norm(x))."""
+"""Remove the FFN from layers; what stays is x + Attn(norm(x))."""
 
 from __future__ import annotations
 

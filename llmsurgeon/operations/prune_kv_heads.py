@@ -26,7 +26,7 @@ def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:
 
 
 def merge_fused_heads(weight: Tensor, attention: AttentionSpec, new_heads: int, rows: str) -> Tensor:
-    """The same on one matrix [Q + 2 K, D] (or bias [Q + 2 K]) of queries, keys and values.
+    """`merge_heads` on one matrix [Q + 2 K, D] (or bias [Q + 2 K]) of queries, keys and values.
 
     Args:
         rows: "by kind" (all queries, all keys, all values) or "by head" (for each key/value head its queries, its key,

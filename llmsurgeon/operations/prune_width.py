@@ -82,7 +82,7 @@ class Channels(Request):
 class PruneWidth(Step):
     """Cut FFNs to `width` channels, or to the fraction `keep` rounded to `multiple_of`.
 
-    spread: `even` keeps that fraction of each FFN; `loss` of all together, more where they cost more (blocks then
+    spread: `even` keeps that fraction of each FFN; `loss` of all together, more where they cost more (layers then
         differ). `widths` are the widths of `layers`, one each, as `loss` chose them.
     """
 
@@ -124,7 +124,7 @@ class PruneWidth(Step):
         return {name: alike[name] for name in self.needs()}
 
     def affected(self, subject: Subject) -> list[int]:
-        """Positions of the blocks whose FFNs are cut.
+        """Positions of the layers whose FFNs are cut.
 
         Raises:
             SurgeryError: a layer does not exist.

@@ -16,12 +16,12 @@ from llmsurgeon.operations.fit_memory import Text, refit_bytes
 
 
 class Refit(Step):
-    """Fit the changed blocks, and what later blocks read, to the parent's hidden states by ridge regression.
+    """Fit the changed layers, and what later layers read, to the parent's hidden states by ridge regression.
 
-    ridge: multiples of mean(diag(A^T A)); each block takes the one that errs least on held-out tokens.
+    ridge: multiples of mean(diag(A^T A)); each layer takes the one that errs least on held-out tokens.
     held_out: share of the sequences that choose the ridge and judge the result, and fit nothing.
-    align: also map the inputs of changed and later blocks back to what the parent's projections read.
-    join: also fit the output projection of the attention that a changed block keeps.
+    align: also map the inputs of changed and later layers back to what the parent's projections read.
+    join: also fit the output projection of the attention that a changed layer keeps.
 
     Of a block transformer it fits what lies between the two decoders, and the output projections of all layers that
     read something new; `align` and `join` have no part in that.

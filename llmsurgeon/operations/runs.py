@@ -16,10 +16,10 @@ def run_cost(dependency: Any, layers: Sequence[int]) -> float:
 def choose_runs(
     spec: ModelSpec, dependency: Any, max_run: int, max_dependency: float | None = None
 ) -> tuple[tuple[int, ...], ...]:
-    """Disjoint runs of at most `max_run` blocks that merge as many blocks as possible at the least dependency.
+    """Disjoint runs of at most `max_run` layers that merge as many layers as possible at the least dependency.
 
-    Every stretch of blocks in which all but the first are attention-free is cut into runs. Among all cuts
-    the one that leaves the fewest blocks wins; ties go to the smallest sum of run costs (dynamic programming
+    Every stretch of layers in which all but the first are attention-free is cut into runs. Among all cuts
+    the one that leaves the fewest layers wins; ties go to the smallest sum of run costs (dynamic programming
     over the cut points). The model's last FFN is left alone: fusing it hurts most (section 4). Runs above
     `max_dependency` are not made.
 
@@ -40,7 +40,7 @@ def choose_runs(
 
 
 def _cut(stretch: list[int], dependency: Any, max_run: int, max_dependency: float | None) -> list[tuple[int, ...]]:
-    # best[k]: (blocks left, summed cost, runs) for the first k layers of the stretch
+    # best[k]: (layers left, summed cost, runs) for the first k layers of the stretch
     best: list[tuple[int, float, list[tuple[int, ...]]]] = [(0, 0.0, [])]
     for end in range(1, len(stretch) + 1):
         options = []

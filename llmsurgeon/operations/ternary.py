@@ -2,7 +2,7 @@
 
 `round` needs no text and is an edit like any other: it streams. `compensated` chooses codes by what each layer reads,
 the ternary layers before it included, on a walk over calibration text; that is healing/ternary/. Which linears: all
-of the blocks' or a part of them, or those that cost least (`share`, `max_bytes`), by a score of analysis/ternary.py.
+of the layers' or a part of them, or those that cost least (`share`, `max_bytes`), by a score of analysis/ternary.py.
 Sources: BitNet b1.58 (arXiv 2402.17764), ternary weight networks (arXiv 1605.04711), GPTQ (arXiv 2210.17323).
 """
 
@@ -42,9 +42,9 @@ class Linears(Request):
 class Ternary(Step):
     """Make linears ternary.
 
-    linears: whose: the FFNs', the attentions', or all of the blocks'.
+    linears: whose: the FFNs', the attentions', or all of the layers'.
     layers: of which layers; all by default.
-    modules: or a list of layers for each linear, by its path inside a block (mlp.down_proj: [0-5]).
+    modules: or a list of layers for each linear, by its path inside a layer (mlp.down_proj: [0-5]).
     share, max_bytes: of these, those whose rounding changes their layers' output least, until this share of their
         numbers is ternary, or the model (ternary weights packed, 2 bits each) is no larger than this.
     method: compensated (codes make up for each other's errors on calibration text) or round.

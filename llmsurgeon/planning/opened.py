@@ -85,7 +85,7 @@ class DescribedModel:
         return stored_dtype(self.meta())
 
     def computed_in(self, asked: torch.dtype | None, device: str) -> torch.dtype:
-        """The dtype that activations have: `asked`, else by the stored weights. The same in every command."""
+        """The dtype that activations have: `asked`, else by the stored weights, whatever the command."""
         meta = self.meta()
         own = {name: meta[name] for name in meta if name not in self.beside}
         return computed_in(plain_dtype(own, self.config), asked, device)
@@ -203,7 +203,7 @@ def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def ternary_by_layer(parent: DescribedModel) -> list[tuple[str, ...]] | None:
-    """Paths inside each block of the linears whose weights are ternary, told by a sample of their rows.
+    """Paths inside each layer of the linears whose weights are ternary, told by a sample of their rows.
 
     None where there are no weights to look at: of a config alone, and of GGUF files, which are decoded.
     """

@@ -17,7 +17,7 @@ from llmsurgeon.report.provenance import read_recipe, read_surgery
 
 
 def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Recipe) -> Planned:
-    """Everything that is known before training: which parent layers each block stands for, and the form to write.
+    """All that is known before training: which of the parent's layers each of the student's stands for, and the form.
 
     Raises:
         SurgeryError: the two are not parent and student.
@@ -46,7 +46,7 @@ def plan_healing(student: OpenedCheckpoint, parent: OpenedCheckpoint, recipe: Re
 
 
 def _with_parents(spec: ModelSpec, parent: ModelSpec, student: OpenedCheckpoint) -> ModelSpec:
-    """The student's spec with the parent layers that each block stands for."""
+    """The student's spec with the parent's layers that each of its own stands for."""
     found = _recorded_parents(student, len(spec.layers))
     if found is None and len(spec.layers) == len(parent.layers):
         found = [[index] for index in range(len(spec.layers))]
@@ -72,7 +72,7 @@ def _renumbered(layer: LayerSpec, parents: tuple[int, ...]) -> LayerSpec:
 
 
 def _recorded_parents(student: OpenedCheckpoint, blocks: int) -> list[list[int]] | None:
-    """What the checkpoint says of where its blocks come from, None where it says nothing."""
+    """What the checkpoint says of where its layers come from, None where it says nothing."""
     records = read_surgery(student.checkpoint.path)
     recorded: Any = records and records.parents
     if recorded is None:
