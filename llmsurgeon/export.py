@@ -10,8 +10,8 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass
 from llmsurgeon.formats.forms import forms_of_towers
+from llmsurgeon.formats.gguf.write import Asked, Model, write_gguf
 from llmsurgeon.formats.gguf.write import Exported as GGUF
-from llmsurgeon.formats.gguf.write import write_gguf
 from llmsurgeon.formats.names import CheckpointName
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
@@ -80,7 +80,7 @@ def export_gguf(
     options: Options | None = None,
     revision: str | None = None,
 ) -> GGUF:
-    """Write `model` as the GGUF file `out`, for llama.cpp. `type`, `float_type` and `pre` as in `write_gguf`.
+    """Write `model` as the GGUF file `out`, for llama.cpp; `type`, `float_type` and `pre` as in `Asked`.
 
     Raises:
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
@@ -97,19 +97,10 @@ def export_gguf(
     subject, weights = without_empty_layers(parent.subject({}), parent.weights)
     return write_gguf(
         out,
-        config=parent.config,
-        family=parent.family,
-        spec=subject.spec,
-        weights=weights,
-        source=parent.checkpoint.path,
-        type=type,
-        float_type=float_type,
-        name=Path(parent.name).stem,
-        pre=pre,
-        overwrite=options.overwrite,
-        reads=options.reads,
+        Model(parent.config, parent.family, subject.spec, weights, parent.checkpoint.path, options.trust_remote_code),
+        Asked(type, float_type, pre, name=Path(parent.name).stem),
+        place={"overwrite": options.overwrite, "sources": options.reads},
         check=inputs.check,
-        trust_remote_code=options.trust_remote_code,
     )
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from llmsurgeon.checkpoint.gguf.architectures import file_name, tensor_map
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.formats.configs import load_config, normalised
-from llmsurgeon.formats.gguf.write import Exported, write_gguf
+from llmsurgeon.formats.gguf.write import Asked, Exported, Model, write_gguf
 from llmsurgeon.formats.models import expected_shapes
 from llmsurgeon.formats.surgeon import surgeon_classes
 from llmsurgeon.formats.write import write_config
@@ -109,20 +109,12 @@ def ternary_folder(folder: Path, **step: Any) -> Path:
     return folder.with_name(f"{folder.name}-ternary")
 
 
-def export(model: Path, out: Path, type: str = "F32", **options: Any) -> Exported:
+def export(model: Path, out: Path, type: str = "F32", overwrite: bool = False, **more: Any) -> Exported:
     """The checkpoint as a GGUF file."""
     parent = open_model(str(model))
-    assert parent.checkpoint
-    return write_gguf(
-        out,
-        config=parent.config,
-        family=parent.family,
-        spec=parent.spec,
-        weights=parent.weights,
-        source=parent.checkpoint.path,
-        type=type,
-        **options,
-    )
+    written = Model(parent.config, parent.family, parent.spec, parent.weights, parent.checkpoint.path)
+    asked = Asked(type, **{key: more.pop(key) for key in ("float_type", "pre", "name") if key in more})
+    return write_gguf(out, written, asked, place={"overwrite": overwrite}, **more)
 
 
 def largest_difference(model: Any, gguf: Path, lengths: Sequence[int] = (5, 19, 40), context: int = 256) -> float:

@@ -7,10 +7,9 @@ the wanted type, written. The file lies in the folder OUT.gguf.partial until it 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +20,16 @@ from torch import Tensor
 from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.disk import NOTHING, explained
 from llmsurgeon.checkpoint.gguf.file import STRING, UINT32, Field
-from llmsurgeon.checkpoint.shards import file_order, meta_weights
+from llmsurgeon.checkpoint.shards import meta_weights
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 from llmsurgeon.checkpoint.writer import FileStage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.forms import forms_that_can
+from llmsurgeon.formats.gguf.kinds import Kinds, chosen_kinds, known_type
 from llmsurgeon.formats.gguf.model import Layout, lay_out, why_not
-from llmsurgeon.formats.gguf.ternary import exact_kind, ternary_q4_0
+from llmsurgeon.formats.gguf.ternary import ternary_q4_0
 from llmsurgeon.formats.gguf.tokenizer import tokenizer_fields
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.spec import ModelSpec
@@ -37,13 +37,6 @@ from llmsurgeon.model.spec import ModelSpec
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-# What the `gguf` package can make, best first.
-TYPES = ("F32", "BF16", "F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "TQ2_0", "TQ1_0")
-TERNARY = ("TQ1_0", "TQ2_0")
-FLOATS = ("F32", "F16", "BF16")
-EMBEDDINGS = ("token_embd.weight", "output.weight")
-POSITIONS = "position_embd.weight"
-ROUTER = "ffn_gate_inp.weight"
 NUMBERS_AT_ONCE = 2**22  # converted in float32
 
 
@@ -58,87 +51,88 @@ class Exported:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Model:
+    """What is written: `config` is normalised, `weights` have canonical names, `source` holds the tokenizer.
+
+    trust_remote_code: whether the tokenizer's own code may run.
+    """
+
+    config: Mapping[str, Any]
+    family: Family
+    spec: ModelSpec
+    weights: Mapping[str, Tensor]
+    source: Path
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How it is written.
+
+    type: what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay float32.
+    float_type: with a ternary type, of tensors that neither it nor Q4_0 holds exactly; F16 where none is given.
+    pre: the pre-tokenizer's name, where it cannot be recognised.
+    name: what the file calls the model, where the tokenizer's files do not say; the file's own name by default.
+    """
+
+    type: str = "F16"
+    float_type: str | None = None
+    pre: str | None = None
+    name: str | None = None
+
+
 def write_gguf(
     out: Path | str,
+    model: Model,
+    asked: Asked = Asked(),
     *,
-    config: Mapping[str, Any],
-    family: Family,
-    spec: ModelSpec,
-    weights: Mapping[str, Tensor],
-    source: Path,
-    type: str = "F16",
-    float_type: str | None = None,
-    name: str | None = None,
-    pre: str | None = None,
-    overwrite: bool = False,
-    reads: Sequence[Path] = (),
-    trust_remote_code: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    place: Mapping[str, Any] | None = None,
     check: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Exported:
     """Write a model as one GGUF file.
 
-    `config` is normalised, `weights` have canonical names, `source` is the folder or GGUF file that holds the
-    tokenizer. `type` is what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay
-    float32. With a ternary type, tensors that it cannot hold exactly are Q4_0 where that holds them, else `float_type`
-    (F16). `pre` names the pre-tokenizer where it cannot be recognised; `trust_remote_code` lets the tokenizer's own
-    code run. `reads` are files and folders beside `source` that are read and must survive. `progress` is called with
-    (bytes done, in total); `check` once all is written, and where it raises, OUT does not appear.
+    Args:
+        place: `overwrite`, and `sources` beside the model's that are read and must survive, as `FileStage.open` has it.
+        check: called once all is written; where it raises, OUT does not appear.
+        progress: called with (bytes done, in total).
 
     Raises:
         SurgeryError: llama.cpp cannot run this model or its tokenizer, OUT exists, the disk fails, or the checkpoint
             changed meanwhile.
     """
     path = local_path(out).absolute()
-    kind = _known_type(type)
+    kind = known_type(asked.type)
     if path.suffix != ".gguf":
         raise SurgeryError(f"{path}: a GGUF file's name ends in .gguf")
-    FileStage.check(path, overwrite=overwrite, sources=(source, *reads))
-    layout = _laid_out(config, family, spec, weights)
-    tokenizer = tokenizer_fields(source, spec.vocab, pre, trust_remote_code)
-    notes = [*layout.notes, *tokenizer.notes]
-    tensors = TransformedWeights(weights, layout.transforms)
+    place = {**(place or {}), "sources": (model.source, *(place or {}).get("sources", ()))}
+    FileStage.check(path, **place)
+    layout = _laid_out(model)
+    tokenizer = tokenizer_fields(model.source, model.spec.vocab, asked.pre, model.trust_remote_code)
+    tensors = TransformedWeights(model.weights, layout.transforms)
     meta = meta_weights(tensors)
-    kinds = {tensor: _kind_of(tensor, tuple(meta[tensor].shape), kind) for tensor in file_order(tensors)}
-    if kind.name in TERNARY:
-        kinds, said = _ternary_kinds(tensors, kinds, kind, _float_type(float_type))
-        notes += said
-    elif float_type:
-        raise SurgeryError(
-            f"a float type goes with {' and '.join(TERNARY)}, for what is not ternary; {kind.name} is one"
-        )
-    narrow = (
-        []
-        if kind.name in TERNARY
-        else [tensor for tensor, chosen in kinds.items() if _fell_back(tensor, meta[tensor].dim(), chosen, kind)]
-    )
-    if narrow:
-        notes.append(
-            f"{len(narrow)} tensors, {narrow[0]} the first, are F16: their rows are not whole blocks of {kind.name}"
-        )
-    title = tokenizer.model_name(name or path.stem)
-    fields = [*_general(title, kind, kinds), *layout.fields, *tokenizer.fields]
-    sizes = {tensor: _bytes(tuple(meta[tensor].shape), chosen) for tensor, chosen in kinds.items()}
-    place = FileStage.open(
-        path,
-        job={"verb": "export", "format": "gguf"},
-        overwrite=overwrite,
-        sources=(source, *reads),
-        needed_bytes=sum(sizes.values()),
-    )
-    with place as stage, explained(path, then=NOTHING):
-        with closing(_writer(stage.path, layout.architecture, fields, meta, kinds, sizes)) as writer:
-            _write_tensors(writer, tensors, kinds, sizes, progress, exact=kind.name in TERNARY)
-        if isinstance(root := root_of(weights), Checkpoint):
+    kinds = chosen_kinds(tensors, meta, kind, asked.float_type)
+    sizes = kinds.sizes(meta)
+    title = tokenizer.model_name(asked.name or path.stem)
+    fields = [*_general(title, kinds), *layout.fields, *tokenizer.fields]
+    job = {"verb": "export", "format": "gguf"}
+    staged = FileStage.open(path, job=job, needed_bytes=sum(sizes.values()), **place)
+    with staged as stage, explained(path, then=NOTHING):
+        with closing(_writer(stage.path, layout.architecture, fields, meta, kinds)) as writer:
+            _write_tensors(writer, tensors, kinds, sizes, progress)
+        if isinstance(root := root_of(model.weights), Checkpoint):
             root.check_unchanged()
         check()
         stage.commit()
-    return Exported(path, layout.architecture, kind.name, path.stat().st_size, tuple(notes))
+    notes = (*layout.notes, *tokenizer.notes, *kinds.notes)
+    return Exported(path, layout.architecture, kind.name, path.stat().st_size, notes)
 
 
-def _laid_out(config: Mapping[str, Any], family: Family, spec: ModelSpec, weights: Mapping[str, Tensor]) -> Layout:
+def _laid_out(model: Model) -> Layout:
+    spec, family, config = model.spec, model.family, model.config
     try:
-        return lay_out(config, family, spec, weights)
+        return lay_out(config, family, spec, model.weights)
     except SurgeryError as error:
         others = forms_that_can(spec, family, config)
         # What native fills up with zeros is of one shape.
@@ -149,111 +143,29 @@ def _laid_out(config: Mapping[str, Any], family: Family, spec: ModelSpec, weight
         ) from error
 
 
-def _known_type(name: str) -> GGMLQuantizationType:
-    from gguf import GGMLQuantizationType
-
-    if name.upper() not in TYPES:
-        raise SurgeryError(
-            f"GGUF type {name!r} cannot be made here; those that can are {', '.join(TYPES)}. For others (Q4_K_M ...) "
-            "write F16 and run llama.cpp's llama-quantize on it"
-        )
-    return GGMLQuantizationType[name.upper()]
-
-
-def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
-    """The type of one tensor: vectors and routers stay float32, embeddings and head are spared the coarsest types."""
-    from gguf import GGML_QUANT_SIZES
-    from gguf import GGMLQuantizationType as Kind
-
-    if len(shape) < 2 or "norm" in name or name == POSITIONS or name.endswith(ROUTER):
-        return Kind.F32
-    if name in EMBEDDINGS and wanted not in (Kind.F32, Kind.BF16, Kind.F16):
-        wanted = Kind.F16 if wanted.name in TERNARY else Kind.Q8_0
-    return Kind.F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
-
-
-def _float_type(name: str | None) -> GGMLQuantizationType:
-    from gguf import GGMLQuantizationType
-
-    if name is not None and name.upper() not in FLOATS:
-        raise SurgeryError(f"GGUF float type {name!r}: expected one of {', '.join(FLOATS)}")
-    return GGMLQuantizationType[(name or "F16").upper()]
-
-
-def _ternary_kinds(
-    tensors: TransformedWeights,
-    kinds: Mapping[str, GGMLQuantizationType],
-    wanted: GGMLQuantizationType,
-    float_type: GGMLQuantizationType,
-) -> tuple[dict[str, GGMLQuantizationType], list[str]]:
-    """The types of a ternary file: `wanted` or Q4_0 for the tensors that they hold exactly, and what there is to say.
-
-    Raises:
-        SurgeryError: no tensor is ternary.
-    """
-    made: dict[str, GGMLQuantizationType] = {}
-    for name, kind in kinds.items():
-        matrix = kind.name != "F32"
-        found = exact_kind(tensors[name], wanted) if matrix and name not in EMBEDDINGS else None
-        made[name] = found or (float_type if matrix else kind)
-        tensors.release()
-    narrow = [name for name, kind in made.items() if kind.name == "Q4_0"]
-    if not narrow and wanted not in made.values():
-        raise SurgeryError(
-            f"GGUF type {wanted.name} is for ternary weights, and this model has none; run `llmsurgeon ternary` first, "
-            "or choose another type"
-        )
-    if not narrow:
-        return made, []
-    said = (
-        f"{len(narrow)} ternary tensors, {narrow[0]} the first, are Q4_0, which holds them exactly: their rows are not "
-        f"whole blocks of {wanted.name} with one scale each"
-    )
-    return made, [said]
-
-
-def _fell_back(name: str, dimensions: int, chosen: GGMLQuantizationType, wanted: GGMLQuantizationType) -> bool:
-    kept = name in EMBEDDINGS and wanted.name in TERNARY
-    return chosen.name == "F16" and wanted.name != "F16" and dimensions > 1 and not kept
-
-
-def _bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    from gguf import GGML_QUANT_SIZES
-
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    return prod(shape) // block * block_bytes
-
-
-def _general(name: str, kind: GGMLQuantizationType, kinds: Mapping[str, GGMLQuantizationType]) -> list[Field]:
+def _general(name: str, kinds: Kinds) -> list[Field]:
     from gguf import GGML_QUANT_VERSION, LlamaFileType
 
     types = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}
     fields = [
         Field("general.type", "model", STRING),
         Field("general.name", name, STRING),
-        Field("general.file_type", int(LlamaFileType[types.get(kind.name, f"MOSTLY_{kind.name}")]), UINT32),
+        Field("general.file_type", int(LlamaFileType[types.get(kinds.main.name, f"MOSTLY_{kinds.main.name}")]), UINT32),
     ]
-    if any(chosen.name not in ("F32", "F16", "BF16") for chosen in kinds.values()):
+    if any(chosen.name not in ("F32", "F16", "BF16") for chosen in kinds.of.values()):
         fields.append(Field("general.quantization_version", GGML_QUANT_VERSION, UINT32))
     return fields
 
 
-def _writer(
-    path: Path,
-    architecture: str,
-    fields: list[Field],
-    meta: Mapping[str, Tensor],
-    kinds: Mapping[str, GGMLQuantizationType],
-    sizes: Mapping[str, int],
-) -> GGUFWriter:
+def _writer(path: Path, architecture: str, fields: list[Field], meta: Mapping[str, Tensor], kinds: Kinds) -> GGUFWriter:
     """A writer that knows the metadata and what tensors there will be."""
     from gguf import GGUFValueType, GGUFWriter
 
-    writer = GGUFWriter(path, architecture)
+    writer, sizes = GGUFWriter(path, architecture), kinds.sizes(meta)
     for entry in fields:
         inner = None if entry.inner is None else GGUFValueType(entry.inner)
         writer.add_key_value(entry.key, entry.value, GGUFValueType(entry.kind), inner)
-    for tensor, kind in kinds.items():
+    for tensor, kind in kinds.of.items():
         writer.add_tensor_info(tensor, tuple(meta[tensor].shape), np.dtype(np.float32), sizes[tensor], kind)
     return writer
 
@@ -261,24 +173,22 @@ def _writer(
 def _write_tensors(
     writer: GGUFWriter,
     tensors: TransformedWeights,
-    kinds: Mapping[str, GGMLQuantizationType],
+    kinds: Kinds,
     sizes: Mapping[str, int],
-    progress: Callable[[int, int], None] | None,
-    exact: bool,
+    progress: Callable[[int, int], None],
 ) -> None:
-    """The whole file: header, metadata, and each tensor some rows at a time; `exact`: Q4_0 is of ternary weights."""
+    """The whole file: header, metadata, and each tensor some rows at a time."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     assert writer.fout is not None
     file, done, total = writer.fout[0], 0, sum(sizes.values())
     writer.write_padding(file, file.tell())
-    for tensor, kind in kinds.items():
-        for part in _encoded(tensors, tensor, kind, exact):
+    for tensor, kind in kinds.of.items():
+        for part in _encoded(tensors, tensor, kind, exact=kinds.ternary):
             file.write(part)
             done += len(part)
-            if progress:
-                progress(done, total)
+            progress(done, total)
         writer.write_padding(file, sizes[tensor])
         if tensor == tensors.group(tensor)[-1]:
             tensors.release()
@@ -289,7 +199,7 @@ def _write_tensors(
 def _encoded(
     weights: TransformedWeights, name: str, kind: GGMLQuantizationType, exact: bool = False
 ) -> Iterator[memoryview]:
-    """The bytes of one tensor, some rows at a time."""
+    """The bytes of one tensor, some rows at a time; `exact`: Q4_0 is of ternary weights."""
     from gguf.quants import quantize
 
     for layer in blocks(weights, name):

@@ -17,9 +17,9 @@ from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.gguf import write as writing
+from llmsurgeon.formats.gguf.kinds import TYPES
 from llmsurgeon.formats.gguf.model import ARCHITECTURES, lay_out
 from llmsurgeon.formats.gguf.rope import llama3_factors
-from llmsurgeon.formats.gguf.write import TYPES
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.formats.models import empty_model, expected_shapes
 from llmsurgeon.model.families import FAMILIES
