@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,8 @@ class Exported:
 
 
 def export(
-    model: str,
-    out: str,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     to: CheckpointName,
     options: Options | None = None,
     *,
@@ -44,12 +45,13 @@ def export(
     """Write `model` (hub id, folder or GGUF file) to the folder `out` as a checkpoint of the form `to`.
 
     Tensors that the form takes as they are go by byte range; the rest is computed a block of rows at a time.
-    bitnet packs the linears whose weights are ternary, for transformers' `linear_class`.
+    bitnet packs the linears whose weights are ternary, for transformers' `linear_class`. `revision` is the model's, on
+    the hub.
 
     Raises:
         SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
     """
-    options = options or Options()
+    model, out, options = os.fspath(model), os.fspath(out), options or Options()
     parent = open_model(model, revision, options.trust_remote_code)
     checkpoint = parent.checkpoint
     place = options.staging(checkpoint.path)
@@ -71,8 +73,8 @@ def export(
 
 
 def export_gguf(
-    model: str,
-    out: str,
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     *,
     type: str = "F16",
     float_type: str | None = None,
@@ -85,7 +87,7 @@ def export_gguf(
     Raises:
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
     """
-    options = options or Options()
+    model, out, options = os.fspath(model), os.fspath(out), options or Options()
     parent = open_model(model, revision, options.trust_remote_code)
     if parent.tower:
         raise SurgeryError(

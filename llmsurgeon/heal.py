@@ -5,6 +5,7 @@ Started by `accelerate launch` there are several processes: all of them train, t
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
 from llmsurgeon.planning.opening import files_of
-from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.options import Options, as_given
 from llmsurgeon.planning.pairing import plan_healing, whole_recipe
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.records import RunRecords
@@ -29,25 +30,32 @@ from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 
 def heal(
-    student: str,
-    parent: str,
-    recipe: Recipe,
-    out: str,
-    options: Options,
+    student: str | os.PathLike[str],
+    parent: str | os.PathLike[str],
+    recipe: Recipe | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    options: Options | None = None,
     *,
     revision: str | None = None,
     resume: bool = False,
 ) -> Outcome | None:
     """Distill `student` (a checkpoint cut from `parent`) by the distill steps of `recipe` and write it to `out`.
 
-    `revision` is the parent's. A run that was killed goes on by itself; `resume` insists on it. Returns None in all
-    processes but the main one.
+    A run that was killed goes on by itself; `resume` insists on it. Returns None in all processes but the main one.
+
+    Args:
+        student: a folder or a hub id.
+        parent: a hub id, a folder or a GGUF file; `revision` is its revision on the hub.
+        recipe: one that is loaded, a file, or the name of a built-in one.
 
     Raises:
+        RecipeError: the recipe cannot be read, or does not fit the model.
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
         Stopped: on SIGTERM, with the state saved.
     """
+    recipe, options = as_given(recipe, options)
+    student, parent, out = os.fspath(student), os.fspath(parent), os.fspath(out)
     cut, whole, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
     recipe = planned.recipe
     place = options.staging(cut.checkpoint.path, whole.original.checkpoint.path, *files_of(recipe))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ from llmsurgeon.healing.healers import Result
 from llmsurgeon.planning.checks import check_recipe, check_weights, within_positions
 from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
-from llmsurgeon.planning.opening import files_of, opened
+from llmsurgeon.planning.opening import described, files_of, opened
 from llmsurgeon.planning.options import Options as Options
-from llmsurgeon.planning.plan import Planned, plan
+from llmsurgeon.planning.options import as_given, model_of
+from llmsurgeon.planning.plan import Planned, foreseen, plan
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.recipe.recipe import Recipe, dump
@@ -38,13 +40,27 @@ class Outcome:
     gate: tuple[str, ...]
 
 
-def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | None = None) -> Outcome:
-    """Run a recipe on a model and write the result to `out`.
+def run(
+    recipe: Recipe | str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
+    out: str | os.PathLike[str],
+    options: Options | None = None,
+    revision: str | None = None,
+) -> Outcome:
+    """Run a recipe on a model and write the result to the folder `out`. A run that was killed goes on.
+
+    Args:
+        recipe: one that is loaded, a file, or the name of a built-in one.
+        model: a hub id, a folder or a GGUF file; None: the recipe's.
+        revision: of the model, on the hub.
 
     Raises:
+        RecipeError: the recipe cannot be read, or does not fit the model.
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
+    recipe, options = as_given(recipe, options)
+    model, out = model_of(model, recipe), os.fspath(out)
     parent = opened(model, recipe, revision, options.trust_remote_code)
     source = parent.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
@@ -77,6 +93,23 @@ def run(recipe: Recipe, model: str, out: str, options: Options, revision: str | 
         healed = heal_and_judge(planned, texts, stage.scratch, logs_of(out))
         records = RunRecords(planned, healed, resolved, texts.description, parent.checkpoint)
         return finish(stage, out, records, options, inputs)
+
+
+def preview(
+    recipe: Recipe | str | os.PathLike[str],
+    model: str | os.PathLike[str] | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Planned:
+    """What `run` would do, as far as it can be known before anything is measured. A config.json is enough.
+
+    Raises:
+        SurgeryError: as `run`.
+    """
+    recipe, _ = as_given(recipe)
+    parent = described(model_of(model, recipe), recipe, revision, trust_remote_code)
+    recipe = within_positions(parent, recipe)
+    return plan(parent, recipe, foreseen(parent, recipe))
 
 
 def finish(stage: Stage, out: str, records: RunRecords, options: Options, inputs: Inputs) -> Outcome:

@@ -9,6 +9,10 @@ import pytest
 from conftest import save_tiny
 
 import llmsurgeon
+from llmsurgeon import run
+from llmsurgeon.errors import RecipeError, SurgeryError
+from llmsurgeon.recipe.recipe import load
+from llmsurgeon.run import Options, preview
 
 PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
 
@@ -31,10 +35,34 @@ def test_the_examples_run(tmp_path, monkeypatch, capsys):
     names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
         exec(compile(block, "docs/library.md", "exec"), names)
-    assert names["outcome"].out == Path("student") and names["healed"].trainings
+    assert names["outcome"].out == Path("student") and names["healed"].results["distill"].notes()
     assert names["outcome"].planned.after.parameters < names["outcome"].planned.before.parameters
     assert names["judged"].evaluation.perplexity_ratio > 0 and names["timed"].decode_speedup.median > 0
     assert len(names["known"].layers) == names["outcome"].planned.after.blocks
     assert names["checked"].ok and not names["known"].problems
     assert all((tmp_path / name).is_dir() for name in ("analysis", "student", "healed", "student-surgeon"))
     assert "calibration: 4,096 tokens of my.txt" in capsys.readouterr().out
+
+
+def test_recipes_and_models_as_a_library_may_name_them(tmp_path, monkeypatch):
+    model = save_tiny(tmp_path / "model", "llama", tokenizer=True)
+    steps = "steps: [{op: prune_blocks, layers: [2]}]\n"
+    (tmp_path / "mine.yaml").write_text(f"version: 1\nmodel: {model}\n{steps}")
+    (tmp_path / "none.yaml").write_text(f"version: 1\n{steps}")
+    assert preview(str(tmp_path / "mine.yaml"), None).after.blocks == 5
+    outcomes = [
+        run(tmp_path / "mine.yaml", None, tmp_path / "one"),
+        run(str(tmp_path / "none.yaml"), model, str(tmp_path / "two")),
+        run(load(tmp_path / "none.yaml"), str(model), tmp_path / "three", Options()),
+    ]
+    assert {outcome.planned.after for outcome in outcomes} == {preview(tmp_path / "none.yaml", model).after}
+    names = {(tmp_path / name / "config.json").read_bytes() for name in ("one", "two", "three")}
+    assert len(names) == 1
+    with pytest.raises(SurgeryError, match="no model: name one on the command line or in the recipe"):
+        run(tmp_path / "none.yaml", None, tmp_path / "four")
+    with pytest.raises(RecipeError, match="no-such-recipe"):
+        run("no-such-recipe", model, tmp_path / "four")
+    # The recipe is read, so it must survive what is written.
+    (tmp_path / "mine.yaml").rename(tmp_path / "one" / "recipe.yaml")
+    with pytest.raises(SurgeryError, match=r"recipe\.yaml, which this run reads"):
+        run(tmp_path / "one" / "recipe.yaml", model, tmp_path / "one", Options(overwrite=True))

@@ -209,22 +209,15 @@ def must_have(context: typer.Context, recipe: Recipe, ops: set[str], verb: str) 
 
 def go(recipe: Recipe, label: str, job: Job) -> None:
     """Plan or run a recipe as the command line asks and print what came of it; `label` is part of OUT's default."""
-    name = job.model or recipe.model
-    if not name:
-        raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
-    if job.dry_run:
-        from llmsurgeon.planning.checks import within_positions
-        from llmsurgeon.planning.opening import described
-        from llmsurgeon.planning.plan import foreseen, plan
+    from llmsurgeon.formats.loading import dtype_of
+    from llmsurgeon.planning.options import model_of
+    from llmsurgeon.run import Options, preview, run
 
-        parent = described(name, recipe, job.revision, job.trust_remote_code)
-        recipe = within_positions(parent, recipe)
-        planned = plan(parent, recipe, foreseen(parent, recipe))
+    name = model_of(job.model, recipe)
+    if job.dry_run:
+        planned = preview(recipe, name, job.revision, job.trust_remote_code)
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
         return
-    from llmsurgeon.formats.loading import dtype_of
-    from llmsurgeon.run import Options, run
-
     target = job.out or f"{short_name(name)}-{label}"
     options = Options(
         job.device,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.plan import Planned
+from llmsurgeon.recipe.files import find_recipe
+from llmsurgeon.recipe.recipe import Recipe, load
 
 Say = Callable[[str], None]
 
@@ -45,3 +49,28 @@ class Options:
 def device_kind(device: str) -> str:
     """cpu, cuda ...: what is computed is the same to the last bit on one of a kind only."""
     return torch.device(device).type
+
+
+def as_given(recipe: Recipe | str | os.PathLike[str], options: Options | None = None) -> tuple[Recipe, Options]:
+    """A recipe, and options with its file among those that must survive, where it is a file or a built-in one's name.
+
+    Raises:
+        RecipeError: there is no such recipe, or with every problem found in it.
+    """
+    options = options or Options()
+    if isinstance(recipe, Recipe):
+        return recipe, options
+    name = os.fspath(recipe)
+    return load(name), replace(options, reads=(*options.reads, find_recipe(name)))
+
+
+def model_of(model: str | os.PathLike[str] | None, recipe: Recipe) -> str:
+    """The model that is named, else the recipe's.
+
+    Raises:
+        SurgeryError: neither names one.
+    """
+    name = recipe.model if model is None else os.fspath(model)
+    if not name:
+        raise SurgeryError("no model: name one on the command line or in the recipe (model: ...)")
+    return name
