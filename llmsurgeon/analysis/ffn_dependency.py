@@ -19,7 +19,7 @@ from llmsurgeon.operations.prune_attention import Dropped
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import Parts, walk
+from llmsurgeon.walk.walk import Course, Parts, walk
 
 
 def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int], batch: int = 4) -> Tensor:
@@ -37,7 +37,7 @@ def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int],
 
     work = evaluations(layers, [len(tokens)] * len(variants)) * tokens.shape[1]
     with Progress("measure FFN dependencies", work, "token-layers") as progress:
-        walk(runner, tokens, variants, observe, batch=batch, progress=progress.advance)
+        walk(runner, tokens, variants, observe, batch=batch, course=Course(progress=progress.advance))
     return mean_or_nan(sums, counts)
 
 

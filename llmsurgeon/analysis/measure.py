@@ -19,7 +19,7 @@ from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import Parts, walk
+from llmsurgeon.walk.walk import Course, Parts, walk
 
 # One sequence in so many is enough to remove single attentions and FFNs on; whole layers on BLOCK_TIMES as many.
 SUBLAYER_SHARE, BLOCK_TIMES = 8, 4
@@ -93,17 +93,8 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
     observer = _Observer(layers, tokens, runner)
     work = evaluations(layers, rows) * tokens.shape[1]
     with Progress("measure dependencies and scores", work, "token-layers") as progress:
-        streams = walk(
-            runner,
-            tokens,
-            variants,
-            observer,
-            batch=batch,
-            side_by_side=min(batch, few),
-            rows=rows,
-            enter=observer.enter,
-            progress=progress.advance,
-        )
+        course = Course(rows, min(batch, few), observer.enter, progress.advance)
+        streams = walk(runner, tokens, variants, observer, batch=batch, course=course)
     result = Measurements(arrays=observer.arrays(), scores=observer.scores())
     divergence = divergences(runner, streams, rows)
     for place, part in enumerate(groups):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import Parts, walk
+from llmsurgeon.walk.walk import Course, Parts, walk
 
 Found = TypeVar("Found")
 Told = TypeVar("Told", covariant=True)
@@ -61,6 +61,6 @@ def watch(
             if layer in current:
                 current[layer].see(rows, mine)
 
-        walk(runner, tokens, [Variant()], observe, batch=batch, enter=enter)
+        walk(runner, tokens, [Variant()], observe, batch=batch, course=Course(enter=enter))
         leave()
     return found

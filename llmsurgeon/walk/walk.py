@@ -8,7 +8,7 @@ Shapes: S sequences, T tokens each, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,6 +48,23 @@ def through(runner: LayerRunner, index: int, hidden: Tensor) -> Parts:
 Observer = Callable[[int, slice, int, Parts, Parts], None]
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a walk goes, where it is not from the first sequence to the last with nobody told.
+
+    rows: how many sequences each variant runs on (the first ones); all by default.
+    side_by_side: how many of those that go through a layer together are of one variant, all by default; a divisor of
+        every count in `rows`.
+    enter: called with each layer's index and module once its weights are there.
+    progress: called with the number of layer evaluations done, in tokens.
+    """
+
+    rows: Sequence[int] | None = None
+    side_by_side: int | None = None
+    enter: Callable[[int, nn.Module], None] = lambda index, module: None
+    progress: Callable[[int], None] = lambda evaluations: None
+
+
 @dataclass
 class _Lane:
     """A variant on its way: the layer at which it parts from variant 0, and how many sequences it runs on.
@@ -70,10 +87,7 @@ def walk(
     observe: Observer | None = None,
     *,
     batch: int = 4,
-    side_by_side: int | None = None,
-    rows: Sequence[int] | None = None,
-    enter: Callable[[int, nn.Module], None] | None = None,
-    progress: Callable[[int], None] = lambda evaluations: None,
+    course: Course = Course(),
 ) -> Tensor:
     """Run all variants through the model, each layer's weights loaded once.
 
@@ -84,24 +98,23 @@ def walk(
         tokens: [S, T].
         observe: called as observe(layer, sequences, variant, parts, parts of variant 0), for variant 0 last.
         batch: sequences that go through a layer together, of one variant or of several.
-        side_by_side: how many of them are of one variant, all by default; a divisor of every count in `rows`.
-        rows: how many sequences each variant runs on (the first ones); all by default.
-        enter: called with each layer's index and module once its weights are there.
-        progress: called with the number of layer evaluations done, in tokens.
 
     Returns:
         What leaves the last layer, [variants, S, T, D] on the CPU; rows beyond a variant's own are undefined.
     """
-    size, layers = side_by_side or batch, len(runner.layers)
+    size, layers = course.side_by_side or batch, len(runner.layers)
     parts = [slice(start, min(start + size, len(tokens))) for start in range(0, len(tokens), size)]
-    streams, lanes = _set_out(runner, tokens, variants, parts, rows)
+    streams, lanes = _set_out(runner, tokens, variants, parts, course.rows)
     with torch.no_grad():
         for index in range(layers):
             with runner.loaded(index) as layer:
-                if enter:
-                    enter(index, layer)
+                course.enter(index, layer)
                 for sequences in parts:
-                    _advance(runner, index, lanes, sequences, batch, observe, progress)
+                    for place, mine, base in _advance(runner, index, lanes, sequences, batch):
+                        course.progress(base.left[..., 0].numel())
+                        if observe:
+                            observe(index, sequences, place, mine, base)
+                        lanes[place].hidden[sequences] = mine.left.cpu()
     for lane in lanes:
         if lane.start == layers:
             lane.hidden[: lane.rows] = streams[0, : lane.rows]
@@ -126,18 +139,13 @@ def _set_out(
 
 
 def _advance(
-    runner: LayerRunner,
-    index: int,
-    lanes: Sequence[_Lane],
-    sequences: slice,
-    batch: int,
-    observe: Observer | None,
-    progress: Callable[[int], None],
-) -> None:
-    """The loaded layer on a few sequences, for lane 0 and for the lanes that have parted from it."""
+    runner: LayerRunner, index: int, lanes: Sequence[_Lane], sequences: slice, batch: int
+) -> Iterator[tuple[int, Parts, Parts]]:
+    """The loaded layer on a few sequences, for the lanes that have parted from lane 0, and for lane 0 last.
+
+    Gives each lane's number, what the layer did in it, and what it did in lane 0.
+    """
     [base] = _together(runner, index, [_step(runner, index, lanes[0], sequences)])
-    evaluations = base.left[..., 0].numel()
-    progress(evaluations)
     active = [v for v, lane in enumerate(lanes) if v and lane.start <= index and sequences.start < lane.rows]
     for lane in lanes[1:]:
         if lane.start > index and lane.variant.run_start(index) == index:
@@ -150,13 +158,8 @@ def _advance(
             _step(runner, index, lanes[v], sequences, known=base if lanes[v].start == index else None) for v in group
         ]
         for v, mine in zip(group, _together(runner, index, steps), strict=True):
-            progress(evaluations)
-            if observe:
-                observe(index, sequences, v, mine, base)
-            lanes[v].hidden[sequences] = mine.left.cpu()
-    if observe:
-        observe(index, sequences, 0, base, base)
-    lanes[0].hidden[sequences] = base.left.cpu()
+            yield v, mine, base
+    yield 0, base, base
 
 
 # Asks for a part's contribution to a hidden state, is sent it, and returns what the layer did.

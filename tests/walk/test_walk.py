@@ -17,7 +17,7 @@ from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.walk import streams as streams_module
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
-from llmsurgeon.walk.walk import walk
+from llmsurgeon.walk.walk import Course, walk
 
 
 def runner_of(model) -> LayerRunner:
@@ -110,7 +110,7 @@ def test_removing_each_block_in_turn_costs_half_a_square():
     model, tokens = tiny_model("llama"), some_tokens(batch=3, length=7)
     done = []
     variants = [Variant(), *(Variant(frozenset({i}), frozenset({i})) for i in range(LAYERS))]
-    walk(runner_of(model), tokens, variants, batch=2, progress=done.append)
+    walk(runner_of(model), tokens, variants, batch=2, course=Course(progress=done.append))
     assert sum(done) == (LAYERS + LAYERS * (LAYERS + 1) // 2) * tokens.numel()
 
 
@@ -125,7 +125,7 @@ def test_variants_may_run_on_fewer_sequences():
         variants,
         lambda layer, part, variant, mine, base: seen.update([variant]),
         batch=2,
-        rows=[4, 2, 4],
+        course=Course(rows=[4, 2, 4]),
     )
     assert torch.equal(few[0], whole[0]) and torch.equal(few[2], whole[2])
     assert torch.equal(few[1, :2], whole[1, :2])
@@ -142,7 +142,7 @@ def test_variants_go_through_a_layer_together(family_name):
         setattr(runner, part, lambda index, x, compute=compute: sizes.append(len(x)) or compute(index, x))
     alone = walk(runner, tokens, variants, batch=2)
     calls = len(sizes)
-    together = walk(runner, tokens, variants, batch=8, side_by_side=2)
+    together = walk(runner, tokens, variants, batch=8, course=Course(side_by_side=2))
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
     assert set(sizes[:calls]) == {2} and max(sizes[calls:]) == 8
     assert len(sizes) - calls < 0.7 * calls
@@ -152,9 +152,9 @@ def test_one_runner_takes_sequences_of_any_length():
     """How the model calls a layer is learnt anew for each length, also for sizes that were never embedded."""
     model = tiny_model("llama")
     runner, variants = runner_of(model), [variant for variant, _ in CUTS]
-    walk(runner, some_tokens(batch=4), variants, batch=4, side_by_side=1)
+    walk(runner, some_tokens(batch=4), variants, batch=4, course=Course(side_by_side=1))
     short = some_tokens(batch=4, length=9)
-    found = walk(runner, short, variants, batch=4, side_by_side=1)
+    found = walk(runner, short, variants, batch=4, course=Course(side_by_side=1))
     torch.testing.assert_close(found, walk(runner_of(model), short, variants, batch=1), atol=1e-5, rtol=1e-5)
 
 

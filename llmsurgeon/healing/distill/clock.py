@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from llmsurgeon.errors import Stopped
 from llmsurgeon.healing.distill.signals import as_before, on_stop
 from llmsurgeon.healing.distill.training import State
 
@@ -56,3 +58,12 @@ class Clock:
 
         with on_stop(note):
             yield
+
+    def end(self, title: str) -> NoReturn:
+        """Stop, as the signal that came asks; the state is saved."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Stopped(
+            f"{title}: stopped by SIGTERM at step {self.state.step}; its state is saved, and the same command started "
+            "again goes on from there"
+        )

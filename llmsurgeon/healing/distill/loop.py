@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.kept import keep, writing
-from llmsurgeon.errors import Stopped, SurgeryError
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.distill.checkpoints import Checkpoints
 from llmsurgeon.healing.distill.clock import Clock
 from llmsurgeon.healing.distill.log import Log
@@ -95,10 +94,10 @@ class Trainer:
             # What the model computes may get coarser step by step: its loss may rise then.
             if state.diverges(losses["loss"], any(part.share < 1 for part in self.latent)):
                 return f"the loss diverged at step {state.step}"
-            if self.clock.signal or self._save_is_due():
+            if self.clock.signal or state.saving_is_due(self.settings, self._saved_at):
                 self._save()
             if self.clock.signal:
-                self._end_by(self.clock.signal)
+                self.clock.end(self.within.title)
 
     def _step(self, reached: float) -> dict[str, float]:
         """One optimizer step over the global batch; its losses, mean over all processes."""
@@ -170,14 +169,6 @@ class Trainer:
             if state.step:
                 self.checkpoints.dump(self.module, state.step)
 
-    def _save_is_due(self) -> bool:
-        settings, state = self.settings, self.state
-        if state.rises:
-            return False  # the checkpoint before is a better one to fall back on
-        by_steps = settings.save_steps is not None and state.step % settings.save_steps == 0
-        by_time = settings.save_minutes is not None and state.seconds - self._saved_at >= 60 * settings.save_minutes
-        return by_steps or by_time
-
     def _save(self) -> None:
         """Save the state, where the weights are finite."""
         accelerator, state = self.accelerator, self.state
@@ -232,11 +223,3 @@ class Trainer:
             self.checkpoints.drop(None, best)
         self.accelerator.wait_for_everyone()
         return training
-
-    def _end_by(self, number: int) -> None:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
-        raise Stopped(
-            f"{self.within.title}: stopped by SIGTERM at step {self.state.step}; its state is saved, and the same "
-            "command started again goes on from there"
-        )

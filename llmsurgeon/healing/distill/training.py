@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.kept import forget, kept
 from llmsurgeon.healing.distill.data import Corpus
+
+if TYPE_CHECKING:
+    from llmsurgeon.operations.distill import Distill
 
 LOG, RESULT = "loss.jsonl", "result.json"
 ROOM = "the checkpoint before it is whole: free some space and start the same command again"
@@ -102,10 +105,13 @@ class State:
         self.lowest = min(self.lowest, middle)
         return middle > DIVERGED * self.lowest
 
-    @property
-    def rises(self) -> bool:
-        """True where the last loss was far above what is usual."""
-        return self.recent[-1] > DIVERGED * self.lowest
+    def saving_is_due(self, settings: Distill, saved_at: float) -> bool:
+        """True where so many steps, or minutes since `saved_at`, have passed as the settings say."""
+        if self.recent[-1] > DIVERGED * self.lowest:
+            return False  # the checkpoint before is a better one to fall back on
+        by_steps = settings.save_steps is not None and self.step % settings.save_steps == 0
+        by_time = settings.save_minutes is not None and self.seconds - saved_at >= 60 * settings.save_minutes
+        return by_steps or by_time
 
     def patience_is_out(self, patience: int | None) -> bool:
         """True where so many evaluations in a row were no better than the best before them."""
