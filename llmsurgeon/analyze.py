@@ -28,11 +28,10 @@ from llmsurgeon.planning.texts import Texts
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration
 from llmsurgeon.report.analysis import html_report
-from llmsurgeon.text.files import check_text_file
+from llmsurgeon.text.files import named_text
 
 SEQUENCE_LENGTH = 256
-# The refit of the suggested recipe wants more text than the scores do.
-REFIT_TOKENS = 65_536
+REFIT_TOKENS = 65_536  # the refit of the suggested recipe wants more text than the scores do
 
 
 def analyze(
@@ -68,22 +67,18 @@ def analyze(
         device: "cpu", "cuda" ...
         dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         batch: sequences that go through a layer together.
-        revision: of `model`, on the hub.
+        revision: of `model`, on the hub; trust_remote_code: let code that its tokenizer brings along run.
         overwrite: replace `out` if it holds nothing but what llmsurgeon wrote.
-        trust_remote_code: let code that the model's tokenizer brings along run.
         say: is told what is measured on, and what cannot be had.
 
     Raises:
         RecipeError: a number of tokens, a length or a seed that cannot be.
         SurgeryError: a model or a text that cannot be read, an `out` that cannot be written, nothing that can go.
     """
-    text = None if text is None else os.fspath(text)
-    if text is not None:
-        check_text_file(text)
+    text = named_text(text)
     check_device(device)
     options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
     parent = open_model(os.fspath(model), revision, trust_remote_code)
-    layers = len(parent.spec.layers)
     longest = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
     length = longest if sequence_length is None else sequence_length
     wanted = calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=length, seed=seed)
@@ -95,7 +90,7 @@ def analyze(
     read = (parent.checkpoint.path, *existing(text, dataset))
     with Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read) as stage:
         texts = Texts(parent, wanted, tokens, options)
-        count = default_count(layers) if drop is None else drop
+        count = default_count(len(parent.spec.layers)) if drop is None else drop
         found = suggest(texts, count, max_run, refit_on)
         stage.confirm(inputs.check)
         write(stage, found)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmsurgeon.evaluation.decoders import Evaluation
-from llmsurgeon.evaluation.encoders import EncoderEvaluation, check_encoder
-from llmsurgeon.evaluation.pair import Pair
+from llmsurgeon.evaluation.encoders import EncoderEvaluation
+from llmsurgeon.evaluation.pair import Pair, check_encoder
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
 from llmsurgeon.formats.loading import check_device, dtype_of
 from llmsurgeon.progress import Say, silent
-from llmsurgeon.text.files import check_text_file
+from llmsurgeon.text.files import named_text
 from llmsurgeon.text.wanted import Calibration
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
@@ -78,9 +78,7 @@ def evaluate(
         SurgeryError: a model, a text or a size that cannot be; two models that cannot be compared.
     """
     model, against = os.fspath(model), None if against is None else os.fspath(against)
-    text = None if text is None else os.fspath(text)
-    if text is not None:
-        check_text_file(text)
+    text = named_text(text)
     check_device(device)
     pair = Pair(model, against, dtype_of(dtype), device, revision, trust_remote_code)
     if tasks:

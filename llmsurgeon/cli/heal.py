@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,11 +88,8 @@ def heal_command(
         say=say,
     )
     target = out or f"{short_name(student)}-healed"
-
-    def show(outcome: Outcome) -> None:
-        print(json.dumps(heal_report(outcome))) if as_json else print_healed(outcome)
-
-    shown(lambda: heal(student, parent, wanted, target, options, revision=revision, resume=resume), show)
+    work = partial(heal, student, parent, wanted, target, options, revision=revision, resume=resume)
+    shown(work, lambda made: print(json.dumps(heal_report(made))) if as_json else print_healed(made))
 
 
 def heal_report(outcome: Outcome) -> dict[str, Any]:

@@ -57,11 +57,9 @@ def short_name(model: str) -> str:
 
 def text_file(name: str | None) -> str | None:
     """What --text names; a file that is not there, or of another kind, is said before anything heavy is imported."""
-    from llmsurgeon.text.files import check_text_file
+    from llmsurgeon.text.files import named_text
 
-    if name is not None:
-        check_text_file(name)
-    return name
+    return named_text(name)
 
 
 def recipe_paths(recipe: str | None) -> tuple[Path, ...]:

@@ -6,7 +6,7 @@ S sequences, L tokens each, D model width, V vocabulary, M masked tokens of a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -136,25 +136,6 @@ def positions_of(model: PreTrainedModel) -> int | None:
     if family := encoder_family(model):
         return family.describe(model.config.to_dict()).max_positions
     return getattr(model.config, "max_position_embeddings", None)
-
-
-def check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: Sequence[str]) -> None:
-    """Raise SurgeryError for what an encoder cannot be asked.
-
-    text: a file or a dataset, `tasks`: of the evaluation harness.
-    """
-    if not text:
-        raise SurgeryError(
-            f"{model}: {family.model_type} is an encoder and cannot sample text from itself; "
-            "give --text FILE or --dataset NAME"
-        )
-    if tasks:
-        raise SurgeryError(f"{model}: --tasks needs a model that predicts the next token, {family.model_type} does not")
-    if not against and not family.head:
-        raise SurgeryError(
-            f"{model}: {family.model_class} has no masked-LM head, so only its agreement with a parent can be "
-            "measured; give --against PARENT"
-        )
 
 
 def evaluate_encoder(

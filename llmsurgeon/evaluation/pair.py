@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -134,3 +135,22 @@ class Pair:
         except SurgeryError as error:
             say(f"only bits per byte are measured: {error}")
         return evaluate_across(self.student, parent, found, kept)
+
+
+def check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: Sequence[str]) -> None:
+    """Raise SurgeryError for what an encoder cannot be asked.
+
+    text: a file or a dataset, `tasks`: of the evaluation harness.
+    """
+    if not text:
+        raise SurgeryError(
+            f"{model}: {family.model_type} is an encoder and cannot sample text from itself; "
+            "give --text FILE or --dataset NAME"
+        )
+    if tasks:
+        raise SurgeryError(f"{model}: --tasks needs a model that predicts the next token, {family.model_type} does not")
+    if not against and not family.head:
+        raise SurgeryError(
+            f"{model}: {family.model_class} has no masked-LM head, so only its agreement with a parent can be "
+            "measured; give --against PARENT"
+        )

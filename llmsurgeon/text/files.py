@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,6 +54,17 @@ def _of_a_kind(name: str) -> str:
 
 # The type of a recipe's field that names a text file.
 TextFile = Annotated[str, AfterValidator(_of_a_kind)]
+
+
+def named_text(name: str | os.PathLike[str] | None) -> str | None:
+    """The name of a text file that is there and of a kind that is read; None for none.
+
+    Raises:
+        SurgeryError: it is not there, or of another kind.
+    """
+    if name is not None:
+        check_text_file(os.fspath(name))
+    return None if name is None else os.fspath(name)
 
 
 def check_text_file(name: str) -> str:
