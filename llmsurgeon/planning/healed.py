@@ -47,17 +47,17 @@ def heal_and_judge(planned: Planned, texts: Texts, folder: Path, logs: Path) -> 
     if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
     judges = held_out(texts.windows, judging_share(planned.heals))
-    weights, results = planned.weights, dict[str, Result]()
+    context, results = _context(planned, texts, judges, folder, logs), dict[str, Result]()
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         with writing(store):
             store.mkdir(exist_ok=True)
         windows, held = set_aside(texts.windows, judges, step)
-        made = HEALERS[step.op](_context(planned, texts, weights, windows, held, store, logs), step)
-        weights = overlay(weights, made.files)
+        made = HEALERS[step.op](replace(context, windows=windows, held_out=held, folder=store), step)
+        context = replace(context, weights=overlay(context.weights, made.files))
         results[step.op] = made.behind(results[step.op]) if step.op in results else made
-    healed = Healed(weights, {op: results[op] for op in HEALERS if op in results})
-    return replace(healed, evaluation=_judged(planned, texts, weights, texts.windows[judges]))
+    evaluation = _judged(planned, texts, context.weights, texts.windows[judges])
+    return Healed(context.weights, {op: results[op] for op in HEALERS if op in results}, evaluation)
 
 
 def held_out(windows: Tensor, share: float) -> Tensor:
@@ -96,10 +96,8 @@ def set_aside(windows: Tensor, judges: Tensor, step: Step) -> tuple[Tensor, Tens
     return windows[seen], own[seen]
 
 
-def _context(
-    planned: Planned, texts: Texts, weights: Mapping[str, Tensor], windows: Tensor, held: Tensor, *folders: Path
-) -> HealingContext:
-    store, logs = folders
+def _context(planned: Planned, texts: Texts, judges: Tensor, folder: Path, logs: Path) -> HealingContext:
+    """The planned student beside its parent, before the first step that heals."""
     return HealingContext(
         parent=texts.runner,
         parent_config=planned.parent.config,
@@ -107,11 +105,11 @@ def _context(
         fingerprint=texts.parent_key,
         config=normalised(planned.written.student),
         spec=planned.spec,
-        weights=weights,
-        windows=windows,
-        held_out=held,
+        weights=planned.weights,
+        windows=texts.windows,
+        held_out=judges,
         training=texts.training,
-        folder=store,
+        folder=folder,
         logs=logs,
         device=texts.options.device,
         batch=texts.options.batch,
