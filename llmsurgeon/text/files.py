@@ -68,7 +68,7 @@ def named_text(name: str | os.PathLike[str] | None) -> str | None:
 
 
 def check_text_file(name: str) -> str:
-    """The same of a file that must be there."""
+    """The kind of text in a file, as `kind_of` gives it; the file must be there."""
     path = local_path(name)
     refuse_special([path])
     if not path.is_file():

@@ -202,7 +202,7 @@ class LayerRunner:
     def feed_forward(self, index: int, hidden: Tensor) -> Tensor | None:
         """The FFN's contribution at the loaded layer, norm included; None where there is none.
 
-        A parallel block's contribution, its attentions included, counts as its FFN's: all of it reads one input.
+        A parallel layer's contribution, its attentions included, counts as its FFN's: all of it reads one input.
         """
         layer = self.layers[index]
         if hasattr(layer, "branches"):

@@ -91,8 +91,8 @@ def walk(
 ) -> Tensor:
     """Run all variants through the model, each layer's weights loaded once.
 
-    A variant shares the stream of `variants[0]` up to its first difference, so removing each of N blocks in turn costs
-    N(N+1)/2 block evaluations instead of N^2.
+    A variant shares the stream of `variants[0]` up to its first difference, so removing each of N layers in turn costs
+    N(N+1)/2 layer evaluations instead of N^2.
 
     Args:
         tokens: [S, T].
@@ -170,7 +170,7 @@ def _step(runner: LayerRunner, index: int, lane: _Lane, sequences: slice, known:
     """One layer on a few sequences. `known` are lane 0's parts where both entered with the same hidden state."""
     variant = lane.variant
     entered = lane.hidden[sequences].to(runner.device) if known is None else known.entered
-    # A block that loses both parts goes whole, norms included.
+    # A layer that loses both parts goes whole, norms included.
     gone = index in variant.no_attention and index in variant.no_ffn
     if index in variant.no_attention:
         attention = None if gone else runner.instead(index, "attention", entered)

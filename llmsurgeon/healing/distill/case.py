@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from llmsurgeon.healing.distill.data import Corpus, Rows, without_overlap, without_sentences
-from llmsurgeon.healing.distill.latent import ternary_block
+from llmsurgeon.healing.distill.latent import ternary_layer
 from llmsurgeon.healing.spans import changed
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.walk.runner import LayerRunner
@@ -22,7 +22,7 @@ class Case:
 
     parent, parent_config, parent_spec: the parent layer by layer, its normalised config and description.
     fingerprint: names the parent as it computes: weights, dtype, kind of device, libraries.
-    config, spec, weights: the student's; its blocks name the parent layers they stand for.
+    config, spec, weights: the student's; its layers name those of the parent that they stand for.
     text: what to train on; held_out: sequences [S, T] that only judge.
     folder: where checkpoints and results of this job are kept, through kills.
     logs: where trackers write.
@@ -44,10 +44,10 @@ class Case:
     say: Callable[[str], None] = lambda line: None
 
     def changed(self, index: int, span: tuple[int, ...]) -> bool:
-        """True where block `index`, which does the work of the parent's layers `span`, is not simply one of them."""
+        """True where layer `index`, which does the work of the parent's layers `span`, is not simply one of them."""
         family = self.parent.family
         shape = changed(self.spec.layers[index], span, self.parent_spec)
-        return shape or ternary_block(self.weights, family.layer(index), family.transposed)
+        return shape or ternary_layer(self.weights, family.layer(index), family.transposed)
 
     def dense(self, name: str) -> Tensor | None:
         """The parent's tensor where the student has `name`, None where it has none of this shape."""

@@ -26,7 +26,7 @@ class Distilled:
     """What a distillation made.
 
     files: name of each trained tensor -> the file that holds it.
-    trainings: (block, training), one for each block in local mode; (None, training) for the whole student.
+    trainings: (layer, training), one for each layer in local mode; (None, training) for the whole student.
     log: the losses step by step, and what was measured on held-out text.
     """
 
@@ -38,7 +38,7 @@ class Distilled:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on; in local mode the mean over blocks."""
+        """Tokens trained on; in local mode the mean over layers."""
         return sum(training.tokens for _, training in self.trainings) // len(self.trainings)
 
     @property
@@ -61,7 +61,7 @@ class Distilled:
         return {
             "mode": self.mode,
             "seconds": round(self.seconds, 1),
-            "trainings": [{"block": block, **_report(training)} for block, training in self.trainings],
+            "trainings": [{"block": layer, **_report(training)} for layer, training in self.trainings],
         }
 
 
@@ -71,7 +71,7 @@ def _report(training: Training) -> dict[str, Any]:
 
 
 def distill(case: Case, settings: Distill, began: float | None = None) -> Distilled:
-    """Heal the student with gradients, globally or block by block as the settings say.
+    """Heal the student with gradients, globally or layer by layer as the settings say.
 
     `began`: when the time budget began (`time.monotonic()`); now, if it is not given.
 
@@ -92,14 +92,14 @@ def distill(case: Case, settings: Distill, began: float | None = None) -> Distil
         )
     files: dict[str, Path] = {}
     log = []
-    for block, training in trainings:
-        prefix = "" if block is None else case.parent.family.layer(block)
+    for layer, training in trainings:
+        prefix = "" if layer is None else case.parent.family.layer(layer)
         if training.file:
             with safe_open(training.file, framework="pt") as opened:
                 files |= {prefix + name: Path(training.file) for name in opened.keys()}  # noqa: SIM118
         curve = Path(training.folder) / LOG
         lines = curve.read_text().splitlines() if curve.is_file() else []
-        log += [{**({} if block is None else {"block": block}), **json.loads(line)} for line in lines]
+        log += [{**({} if layer is None else {"block": layer}), **json.loads(line)} for line in lines]
     return Distilled(settings.mode, files, tuple(trainings), log, time.monotonic() - began)
 
 

@@ -121,8 +121,8 @@ def install(
     return found
 
 
-def ternary_block(weights: Mapping[str, Tensor], prefix: str, transposed: bool) -> bool:
-    """True where a block (its tensors' names begin with `prefix`) holds ternary linears."""
+def ternary_layer(weights: Mapping[str, Tensor], prefix: str, transposed: bool) -> bool:
+    """True where a layer (its tensors' names begin with `prefix`) holds ternary linears."""
     tensors = (weights[name] for name in weights if name.startswith(prefix) and name.endswith(".weight"))
     return any(is_ternary(t.T if transposed and t.dim() == 2 else t) for t in tensors)
 

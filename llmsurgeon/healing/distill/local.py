@@ -46,7 +46,7 @@ class _Shared:
 
 
 def distill_locally(case: Case, settings: Distill, began: float) -> list[tuple[int, Training]]:
-    """Train each changed layer; (block, training) for each, the trained tensors named as inside the layer.
+    """Train each changed layer; (layer, training) for each, the trained tensors named as inside the layer.
 
     Raises:
         SurgeryError: nothing was changed, or a loss diverges.

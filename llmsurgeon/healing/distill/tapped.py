@@ -30,9 +30,9 @@ class TappedModel(nn.Module):
         self._given: dict[str, Any] = {} if encoder else {"use_cache": False}
         self._seen: dict[int, Tensor] = {}
         self.taps = tuple(taps)
-        blocks = model.get_submodule(layers)
+        found = model.get_submodule(layers)
         for tap in self.taps:
-            blocks[tap].register_forward_hook(self._see(tap))
+            found[tap].register_forward_hook(self._see(tap))
 
     def _see(self, tap: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:

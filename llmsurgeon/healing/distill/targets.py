@@ -1,10 +1,10 @@
-"""What the parent says about the training text: hidden states at block ends and next-token distributions.
+"""What the parent says about the training text: hidden states at layer ends and next-token distributions.
 
 `StoredTargets` walks the parent layer by layer over rows that are about to be needed, once, and keeps the answers on
 disk: the parent may be larger than memory, and a second pass over the text costs nothing. `LiveTargets` keeps the
 parent in memory and runs it beside the student, for text that is seen once.
 
-N rows of L tokens, D model width, E block ends ("taps"), K tokens kept of each distribution.
+N rows of L tokens, D model width, E layer ends ("taps"), K tokens kept of each distribution.
 """
 
 from __future__ import annotations
