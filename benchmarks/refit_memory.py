@@ -67,7 +67,8 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     start = time.monotonic()
     outcome = run(recipe, str(folder), str(folder / "out"), Options(planned=planned))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    errors = [update.error_ratio for update in outcome.results["refit"].updates]
+    refitted = outcome.results.get("refit")
+    errors = [update.error_ratio for update in refitted.updates] if refitted else []
     print(
         json.dumps({**said, "measured": peak - said["baseline"], "seconds": time.monotonic() - start, "fits": errors})
     )
