@@ -13,28 +13,25 @@ at any moment leaves OUT as it was or whole; what is left in OUT.partial is put 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 from uuid import uuid4
 
-from llmsurgeon.checkpoint.atomic import exchange, fsync, move
+from llmsurgeon.checkpoint.atomic import fsync, move
+from llmsurgeon.checkpoint.commit import identity, remove, remove_written, swap_folders
 from llmsurgeon.checkpoint.disk import ELSEWHERE, GOES_ON, NOTHING, disk_trouble, explained
-from llmsurgeon.checkpoint.job import differences, fingerprint_of
+from llmsurgeon.checkpoint.journal import JOURNAL, JOURNAL_NEW, SCRATCH, Journal
 from llmsurgeon.checkpoint.lock import Hold, hold
-from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
 from llmsurgeon.checkpoint.out_place import check_existing, partial_of, place_of
 from llmsurgeon.errors import SurgeryError
 
-JOURNAL, JOURNAL_NEW, LOCK = "job.json", "job.json.new", "lock"
-SCRATCH, RESULT, REPLACED = "scratch", "result", "replaced"
+LOCK, RESULT, REPLACED = "lock", "result", "replaced"
 KINDS = {
     LOCK: stat.S_ISREG,
     JOURNAL: stat.S_ISREG,
@@ -42,8 +39,6 @@ KINDS = {
     SCRATCH: stat.S_ISDIR,
     REPLACED: stat.S_ISDIR,
 }
-MARK = "llmsurgeon staging"  # a key of job.json
-HOW_FAR = "how-far.txt"  # what a job may write into its scratch, for people: a line
 
 
 class Staging:
@@ -61,7 +56,7 @@ class Staging:
         self.committed = False
         self._lock: Hold | None = lock
         self._overwrite = overwrite
-        self._journal: dict[str, Any] = {}
+        self._journal = Journal(self.folder, self.path, keeps=not self.single_file)
         self._finished_before = False
 
     @classmethod
@@ -136,9 +131,8 @@ class Staging:
             try:
                 stage._look()
                 stage._check_existing()
-                old = stage._journal.get("job")
-                if job is not None and old is not None and not discard_partial:
-                    stage._refuse_another({name: old[name] for name in job if name in old}, job, resume)
+                if job is not None and not discard_partial:
+                    stage._journal.refuse_another(job, resume, partly=True)
             finally:
                 stage.close()
 
@@ -184,7 +178,7 @@ class Staging:
             return
         # What went wrong before is what should be heard of.
         with suppress(OSError):
-            if not self.committed and self._ours() and not self._worth():
+            if not self.committed and self._ours() and not self._journal.worth():
                 self._clear()
                 self._leave()
         self._let_go()
@@ -215,93 +209,37 @@ class Staging:
 
     def _ours(self) -> bool:
         """True for a folder that is marked, or that has nothing in it yet."""
-        return MARK in self._journal or set(os.listdir(self.folder)) <= {JOURNAL_NEW, LOCK}
+        return self._journal.marked or set(os.listdir(self.folder)) <= {JOURNAL_NEW, LOCK}
 
     def _look(self) -> None:
         """Read the journal, refuse what is not ours, finish a commit that a kill interrupted."""
         names = set(os.listdir(self.folder))
         self._refuse_strangers(self.folder)
         if JOURNAL in names:
-            self._journal = _read_journal(self.folder / JOURNAL)
+            self._journal.read()
         elif names - {JOURNAL_NEW, LOCK}:
             raise SurgeryError(f"{self.folder}: exists and was not written by this tool; move it away or delete it")
-        if "committing" in self._journal:
+        if "committing" in self._journal.values:
             self._finish_commit()
-
-    def _worth(self) -> bool:
-        """True where something is there that can be gone on with."""
-        if self.single_file or "discarded" in self._journal:
-            return False
-        finished = any((self.path / file).is_file() for file in self._journal.get("files", {}))
-        return (
-            finished
-            or any((self.folder / SCRATCH).glob("*/*"))
-            or any(path.is_file() for path in (self.folder / SCRATCH).glob("*"))
-        )
 
     def _begin(self, job: Mapping[str, str], discard: bool, resume: bool) -> None:
         """Go on with the same job, or begin."""
-        fingerprint = fingerprint_of(job)
-        if not discard and "job" in self._journal:
-            self._refuse_another(self._journal["job"], job, resume)
-        same = self._journal.get("fingerprint") == fingerprint and not discard and "discarded" not in self._journal
-        if not same and self._journal:
-            # Said first, so that a kill while clearing cannot mix two jobs.
-            self._journal = {MARK: 1, "discarded": True}
-            self._save_journal()
-            self._clear(JOURNAL)
-        if not same:
-            begun = datetime.now().astimezone().isoformat(timespec="seconds")
-            self._journal = {MARK: 1, "fingerprint": fingerprint, "job": dict(job), "begun": begun, "files": {}}
-            self._save_journal()
+        if not discard:
+            self._journal.refuse_another(job, resume)
+        if discard or not self._journal.of(job):
+            if self._journal.marked:
+                self._journal.discard()
+                self._clear(JOURNAL)
+            self._journal.begin(job)
         if self.single_file:
             self.path.unlink(missing_ok=True)
             return
         self.path.mkdir(exist_ok=True)
         for path in list(self.path.iterdir()):
-            if path.name not in self._journal["files"]:
+            if path.name not in self._journal.files:
                 remove(path)
 
-    def _refuse_another(self, before: Mapping[str, str], now: Mapping[str, str], resume: bool) -> None:
-        differ = differences(before, now)
-        if not self._worth():
-            if resume:
-                raise SurgeryError(
-                    f"--resume: nothing in {self.folder.name} can be gone on with; leave --resume out to begin"
-                )
-            return
-        if differ:
-            raise SurgeryError(
-                f"{self.folder.name}: holds unfinished work that is of another job: {self.description()}. Of what was "
-                f"asked for then and now, {'; '.join(differ)}. Give what it was begun with to go on with it, or pass "
-                "--discard-partial to delete it and begin anew"
-            )
-
-    def description(self) -> str:
-        """Whose work is staged here and how far it came, in a phrase."""
-        job = self._journal.get("job", {})
-        files = [path for top in (self.folder / SCRATCH, self.path) for path in top.rglob("*") if path.is_file()]
-        notes = [path.read_text(errors="replace").strip() for path in sorted(files) if path.name == HOW_FAR]
-        finished = len(self._journal.get("files", {}))
-        facts = [
-            f"`{job.get('verb', 'unknown')}` begun {_moment(self._journal.get('begun'))}",
-            f"last written {_moment(max((path.stat().st_mtime for path in files), default=None))}",
-            *notes,
-            *([f"{finished} weight files finished"] if finished else []),
-            f"{sum(path.stat().st_size for path in files):,} bytes in {len(files)} files",
-        ]
-        return ", ".join(facts)
-
     # What is written
-
-    def _save_journal(self) -> None:
-        temporary = self.folder / JOURNAL_NEW
-        temporary.unlink(missing_ok=True)
-        with temporary.open("x", encoding="utf-8") as file:
-            json.dump(self._journal, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / JOURNAL)
 
     def _clear(self, *but: str) -> None:
         """Delete what is ours, the mark last."""
@@ -311,7 +249,7 @@ class Staging:
 
     def _check_space(self, needed: int) -> None:
         free = shutil.disk_usage(self.folder).free + sum(
-            (self.path / file).stat().st_size for file in self._journal.get("files", ()) if (self.path / file).exists()
+            (self.path / file).stat().st_size for file in self._journal.files if (self.path / file).exists()
         )
         if needed > free:
             raise SurgeryError(
@@ -332,8 +270,8 @@ class Staging:
     def _publish(self) -> None:
         """Make OUT appear, then delete what it makes superfluous. Everything staged must be on the disk."""
         with explained(self.out, then=NOTHING if self.single_file else GOES_ON):
-            self._journal["committing"] = self._identity(self.path)
-            self._save_journal()
+            self._journal.values["committing"] = identity(self.path, self.single_file)
+            self._journal.save()
             fsync(self.folder)
             self._check_existing()  # it may have appeared meanwhile
             self._swap()
@@ -355,95 +293,36 @@ class Staging:
                 f"replaces; they are kept in {kept}"
             )
 
-    def _identity(self, path: Path) -> str | None:
-        """What tells one result from another; None where there is none."""
-        if self.single_file:
-            return "there" if os.path.lexists(path) else None
-        manifest = path / MANIFEST
-        return file_sha256(manifest) if manifest.is_file() else None
-
     def _swap(self) -> None:
-        if self.single_file:
-            os.replace(self.path, self.out) if self._overwrite else move(self.path, self.out)
-        elif not self.out.exists() or not any(self.out.iterdir()):
-            os.rename(self.path, self.out)
-        elif not exchange(self.path, self.out):
-            replaced = self.folder / REPLACED
-            os.rename(self.out, replaced)
-            try:
-                os.rename(self.path, self.out)
-            except BaseException:
-                os.rename(replaced, self.out)
-                raise
+        if not self.single_file:
+            swap_folders(self.path, self.out, aside=self.folder / REPLACED)
+        elif self._overwrite:
+            os.replace(self.path, self.out)
+        else:
+            move(self.path, self.out)
 
     def _finish_commit(self) -> None:
         """After a kill: put everything in order, whether OUT had appeared or not."""
-        wanted, replaced = self._journal["committing"], self.folder / REPLACED
+        wanted, replaced = self._journal.values["committing"], self.folder / REPLACED
         if replaced.exists() and not os.path.lexists(self.out):
             os.rename(replaced, self.out)
-        there = self._identity(self.path) != wanted
+        there = identity(self.path, self.single_file) != wanted
         if not self.single_file:
-            there = there and self._identity(self.out) == wanted
+            there = there and identity(self.out, self.single_file) == wanted
         if there:
             self._tidy()
-            self._journal = {}
+            self._journal.values = {}
             self._finished_before = True
         else:
-            del self._journal["committing"]
-            self._save_journal()
+            del self._journal.values["committing"]
+            self._journal.save()
 
     def _tidy(self) -> Path | None:
         """Delete scratch, the replaced OUT and the mark. Returns where files are that were in OUT and are not ours."""
         kept = None
         for old in (self.path, self.folder / REPLACED):
-            if old.is_dir() and not _remove_written(old):
+            if old.is_dir() and not remove_written(old):
                 kept = self.out.with_name(f"{self.out.name}.replaced-{uuid4().hex[:8]}")
                 move(old, kept)
         self._clear()
         return kept
-
-
-def _read_journal(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or MARK not in found:
-        raise SurgeryError(
-            f"{path.parent}: its {path.name} was not written by this tool, or is damaged; move the folder away or "
-            "delete it"
-        )
-    return found
-
-
-def _moment(when: str | float | None) -> str:
-    """A time for people."""
-    if when is None:
-        return "at an unknown time"
-    found = datetime.fromisoformat(when) if isinstance(when, str) else datetime.fromtimestamp(when)
-    return found.strftime("%Y-%m-%d %H:%M")
-
-
-def _remove_written(folder: Path) -> bool:
-    """Delete the files that a folder's manifest names, and the folder; False where others are in it, which stay."""
-    for name in strangers(folder).ours:
-        (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
-    for inside in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
-        with suppress(OSError):
-            inside.rmdir()
-    try:
-        folder.rmdir()
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        return False
-    return True
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link or a folder of ours, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ class Stage(Staging):
 
     def _finished(self, shard: Shard) -> str | None:
         """The SHA-256 of a file that an earlier run finished, if it is still what the journal says."""
-        entry = self._journal["files"].get(shard.file)
+        entry = self._journal.files.get(shard.file)
         path = self.path / shard.file
         if (
             not entry
@@ -131,8 +131,8 @@ class Stage(Staging):
         return entry["sha256"] if file_sha256(path) == entry["sha256"] else None
 
     def _drop_unplanned(self, keep: set[str]) -> None:
-        self._journal["files"] = {file: entry for file, entry in self._journal["files"].items() if file in keep}
-        self._save_journal()
+        self._journal.values["files"] = {file: entry for file, entry in self._journal.files.items() if file in keep}
+        self._journal.save()
         for path in [*self.path.glob("*.safetensors"), self.path / INDEX]:
             if path.name not in keep:
                 path.unlink(missing_ok=True)
@@ -140,13 +140,13 @@ class Stage(Staging):
     def _record(self, following: FollowingHash) -> None:
         with explained(following.path):
             digest = following.result()
-            self._journal["files"][following.path.name] = {"sha256": digest, "key": following.key}
-            self._save_journal()
+            self._journal.files[following.path.name] = {"sha256": digest, "key": following.key}
+            self._journal.save()
 
     def commit(self) -> Path:
         """Write the manifest, flush everything to disk and make OUT appear. Returns OUT."""
         with explained(self.path):
-            write_manifest(self.path, {file: entry["sha256"] for file, entry in self._journal["files"].items()})
+            write_manifest(self.path, {file: entry["sha256"] for file, entry in self._journal.files.items()})
             for path in [*sorted(self.path.rglob("*")), self.path]:
                 fsync(path)
         self._publish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from llmsurgeon.checkpoint.job import differences, fingerprint_of
-from llmsurgeon.checkpoint.staging import JOURNAL
+from llmsurgeon.checkpoint.journal import JOURNAL
 from llmsurgeon.checkpoint.writer import Stage
 
 

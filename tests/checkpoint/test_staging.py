@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmsurgeon.checkpoint import staging
 from llmsurgeon.checkpoint.atomic import exchange, move, write_whole
+from llmsurgeon.checkpoint.commit import remove
+from llmsurgeon.checkpoint.journal import HOW_FAR
 from llmsurgeon.checkpoint.manifest import strangers, verify_files
 from llmsurgeon.checkpoint.writer import FileStage, Stage
 from llmsurgeon.errors import SurgeryError
@@ -38,7 +39,7 @@ def begun(out: Path, job: dict[str, str] = JOB) -> Path:
         store = stage.scratch / "distill-0"
         store.mkdir()
         (store / "state").write_text("hours of training")
-        (store / staging.HOW_FAR).write_text("distill: step 1200 of 4000\n")
+        (store / HOW_FAR).write_text("distill: step 1200 of 4000\n")
     return out.with_name(f"{out.name}.partial")
 
 
@@ -174,7 +175,7 @@ def test_links_are_not_followed(tmp_path, name):
     (mine / "notes").write_text("mine")
     if "/" in name:
         begun(tmp_path / "out")
-        staging.remove(tmp_path / name)
+        remove(tmp_path / name)
     (tmp_path / name).symlink_to(mine)
     before = tree(tmp_path)
     for options in ({}, {"discard_partial": True}):

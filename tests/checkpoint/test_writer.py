@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from llmsurgeon.checkpoint import staging, weight_file
+from llmsurgeon.checkpoint import commit, weight_file
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.checkpoint.shards import parse_size, plan_shards
@@ -412,7 +412,7 @@ def test_killed_at_every_step_then_run_again(how, folder, tmp_path, helpers, mon
     old = contents(written(folder, tmp_path / "old"))
     overwrite = how != "new"
     if how == "overwrite without exchange":  # as on a file system that cannot swap two names
-        monkeypatch.setattr(staging, "exchange", lambda one, other: False)
+        monkeypatch.setattr(commit, "exchange", lambda one, other: False)
     out = tmp_path / "out"
     step = 0
     while True:

@@ -12,8 +12,8 @@ from conftest import TEXT, save_tiny, tiny_model
 
 from llmsurgeon.checkpoint import writer
 from llmsurgeon.checkpoint.job import differences
+from llmsurgeon.checkpoint.journal import JOURNAL
 from llmsurgeon.checkpoint.opening import open_checkpoint
-from llmsurgeon.checkpoint.staging import JOURNAL
 from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.export import export, export_gguf
 from llmsurgeon.heal import heal

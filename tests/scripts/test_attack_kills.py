@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llmsurgeon.checkpoint.journal import Journal
 from llmsurgeon.checkpoint.staging import Staging
 from tests.attack import kills
 from tests.attack.ground import Ground
@@ -40,7 +41,7 @@ def test_nothing_is_wrong(ground, tmp_path):
 @pytest.mark.slow
 def test_what_a_kill_leaves_behind_is_found(ground, tmp_path, monkeypatch):
     monkeypatch.setattr(Staging, "_finish_commit", lambda stage: None)
-    monkeypatch.setattr(Staging, "_worth", lambda stage: True)
+    monkeypatch.setattr(Journal, "worth", lambda journal: True)
     assert any("OUT.partial" in wrong for wrong in verdicts(ground, tmp_path))
 
 
