@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import save_tiny
+from safetensors.torch import load_file, save_file
 
 import llmsurgeon
-from llmsurgeon import run
+from llmsurgeon import inspect, run, verify
+from llmsurgeon.bench import ENGINES
+from llmsurgeon.cli.bench import Engine
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.recipe.recipe import load
 from llmsurgeon.run import Options, preview
+from llmsurgeon.verify import Verified
 
 PAGE = (Path(__file__).parents[1] / "docs" / "library.md").read_text()
 
@@ -66,3 +72,32 @@ def test_recipes_and_models_as_a_library_may_name_them(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").rename(tmp_path / "one" / "recipe.yaml")
     with pytest.raises(SurgeryError, match=r"recipe\.yaml, which this run reads"):
         run(tmp_path / "one" / "recipe.yaml", model, tmp_path / "one", Options(overwrite=True))
+
+
+def test_what_is_wrong_with_a_checkpoint_is_returned(tmp_path):
+    model = save_tiny(tmp_path / "model", "llama", tokenizer=True)
+    config = tmp_path / "config.json"
+    config.write_bytes((model / "config.json").read_bytes())
+    whole, alone = inspect(model), inspect(config)
+    assert whole.costs == alone.costs and len(whole.layers) == 6 and not whole.problems
+    assert whole.layers[0].ternary == () and alone.layers[0].ternary is None
+    assert json.loads(json.dumps(whole.to_dict()))["layers"][5]["block"] == 5
+    assert verify(model) == Verified(model)
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    damaged = verify(model)
+    assert not damaged.ok and damaged.problems[0].startswith("tensor model.norm.weight holds NaN or infinity")
+    weights["model.norm.weight"] = torch.ones(3)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    assert "model.norm.weight" in verify(model).problems[0]
+    (problem,) = inspect(model).problems
+    assert "model.norm.weight" in problem and inspect(model).layers[5].parameters == alone.layers[5].parameters
+    with pytest.raises(SurgeryError, match="is a file; verify takes the folder of a checkpoint"):
+        verify(config)
+    with pytest.raises(SurgeryError):
+        inspect(tmp_path / "none")
+
+
+def test_the_command_line_offers_every_engine():
+    assert [engine.value for engine in Engine] == list(ENGINES)
