@@ -181,7 +181,7 @@ def root_of(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def rebase(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The same edits over another innermost base, e.g. meta tensors, to learn names, shapes and dtypes for free."""
+    """The edits of `weights` over another innermost base, e.g. meta tensors: names, shapes and dtypes for free."""
     if isinstance(weights, TransformedWeights):
         return TransformedWeights(rebase(weights.base, base), weights.transforms)
     return base

@@ -20,7 +20,7 @@ from llmsurgeon.planning.opened import OpenedCheckpoint, shapes_of
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.student import Student
 from llmsurgeon.recipe.recipe import dump, loads
-from llmsurgeon.report.card import collapse, model_card
+from llmsurgeon.report.card import Made, collapse, model_card
 from llmsurgeon.report.provenance import read_records
 
 
@@ -45,19 +45,18 @@ class RunRecords:
         known = (planned.parent.name, planned.recipe.calibration.text, planned.recipe.calibration.dataset)
         surgery = everywhere(self._surgery(missed), lambda text: without_folders(text, *known))
         stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
-        card = model_card(
+        made = Made(
             planned.parent.name,
-            planned.written,
             planned.before,
             planned.after,
-            self.recipe,
-            self._measured,
-            without_folders(self.text, *known),
-            [*planned.notes, *(note for result in results.values() for note in result.notes())],
-            missed,
-            self.source.companions.code,
+            recipe=self.recipe,
+            evaluation=self._measured,
+            text=without_folders(self.text, *known),
+            notes=(*planned.notes, *(note for result in results.values() for note in result.notes())),
+            gate=missed,
+            own_code=self.source.companions.code,
         )
-        stage.write_file("README.md", card)
+        stage.write_file("README.md", model_card(planned.written, made))
 
     @property
     def _measured(self) -> dict[str, Any] | None:
@@ -96,19 +95,19 @@ def write_export_records(stage: Stage, parent: OpenedCheckpoint, student: Studen
         surgery, recipe, before = everywhere(records.surgery, without_folders), records.recipe, records.before
         with suppress(RecipeError):  # of another version: it goes along as it is
             recipe = dump(loads(recipe, folder=checkpoint.path), stage.out)
-    card = model_card(
+    exported = [f"Exported to {written.format} from `{Path(parent.name).name}`."] if recipe else []
+    made = Made(
         surgery.get("parent", parent.name),
-        written,
         before,
         student.costs,
-        recipe,
-        surgery.get("evaluation"),
-        surgery.get("calibration"),
-        [*([f"Exported to {written.format} from `{Path(parent.name).name}`."] if recipe else []), *parent.notes],
-        surgery.get("gate_missed", []),
-        checkpoint.companions.code,
+        recipe=recipe,
+        evaluation=surgery.get("evaluation"),
+        text=surgery.get("calibration"),
+        notes=(*exported, *parent.notes),
+        gate=surgery.get("gate_missed", []),
+        own_code=checkpoint.companions.code,
     )
-    stage.write_file("README.md", card)
+    stage.write_file("README.md", model_card(written, made))
     if recipe:
         stage.write_file("recipe.yaml", recipe)
         surgery = {**surgery, "format": written.format, "after": student.costs.to_dict()}

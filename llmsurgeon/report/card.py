@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from huggingface_hub import ModelCardData
@@ -46,49 +47,53 @@ def collapse(evaluation: dict[str, Any] | None) -> str | None:
     )
 
 
-def model_card(
-    base_model: str,
-    written: Written,
-    before: Costs,
-    after: Costs,
-    recipe: str | None,
-    evaluation: dict[str, Any] | None,
-    text: str | None,
-    notes: list[str],
-    gate: list[str],
-    own_code: Sequence[str] = (),
-) -> str:
-    """README.md of a checkpoint, with the metadata block that the hub reads.
+@dataclass(frozen=True)
+class Made:
+    """What a card tells of a checkpoint's making.
 
-    Without a `recipe` it is the same model in another form. `own_code` names the parent's own code that came along.
+    base_model: the parent, as it was named.
+    before, after: costs of the parent and of this model.
+    recipe: its text; None for the same model in another form.
+    evaluation, text: what was measured, and on which text; None where nothing was.
+    notes: what was done, a sentence each.
+    gate: what of the recipe's gate was missed.
+    own_code: names of the parent's own code that came along.
     """
-    auto = _auto_class(written)
+
+    base_model: str
+    before: Costs
+    after: Costs
+    recipe: str | None = None
+    evaluation: dict[str, Any] | None = None
+    text: str | None = None
+    notes: Sequence[str] = ()
+    gate: Sequence[str] = ()
+    own_code: Sequence[str] = ()
+
+
+def model_card(written: Written, made: Made) -> str:
+    """README.md of a checkpoint, with the metadata block that the hub reads."""
+    auto, base = _auto_class(written), made.base_model
     # A path on somebody's disk means nothing to a reader, and the hub refuses it as base_model.
-    on_hub = base_model.count("/") <= 1 and not base_model.startswith((".", "/")) and not base_model.endswith(".gguf")
+    on_hub = base.count("/") <= 1 and not base.startswith((".", "/")) and not base.endswith(".gguf")
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag=PIPELINES.get(auto),
-        base_model=base_model if on_hub else None,
-        tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or own_code else [])],
+        base_model=base if on_hub else None,
+        tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or made.own_code else [])],
     )
     return markdown_page(
         "card.md.j2",
         metadata=Markdown(metadata.to_yaml(original_order=list(KEYS))),
-        name=base_model.rstrip("/").rpartition("/")[2],
+        name=base.rstrip("/").rpartition("/")[2],
         written=written,
+        made=made,
         auto=auto,
         trust=lambda code: Markdown(", trust_remote_code=True" if code else ""),
-        warning=collapse(evaluation),
-        gate="; ".join(gate),
-        before=before,
-        after=after,
+        warning=collapse(made.evaluation),
         human=human,
-        quality=_quality(evaluation) if evaluation else [],
-        tokens=(evaluation or {}).get("tokens"),
-        text=text or "",
-        own_code=own_code,
-        notes=notes,
-        recipe=fenced(printable(recipe.strip()), "yaml") if recipe else "",
+        quality=_quality(made.evaluation) if made.evaluation else [],
+        recipe=fenced(printable(made.recipe.strip()), "yaml") if made.recipe else "",
     )
 
 

@@ -84,14 +84,22 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
     return tuple(float(f"{t:.6g}") for t in ticks if below <= t <= above)
 
 
+@dataclass(frozen=True)
+class Axes:
+    """What the rows and columns of a heat map are, the number of the first row, and the px that it may take."""
+
+    rows: str
+    columns: str
+    first_row: int = 0
+    room: int = 520
+
+
 def heat_map(
     cells: Iterable[tuple[int, int, Number, str]],
     layers: int,
-    names: tuple[str, str],
-    first_row: int,
-    outlined: list[list[int]],
+    axes: Axes,
     title: str,
-    room: int = 520,
+    outlined: Sequence[Sequence[int]] = (),
 ) -> Markup:
     """A heat map of (row, column, value, tooltip) with its legend.
 
@@ -103,7 +111,7 @@ def heat_map(
     top = known[-1] if known else 1.0
     if known and (usual := known[int(len(known) * 0.9)]) * 1.5 < top:
         top = usual or top
-    size = max(3, min(40, room // layers))
+    size = max(3, min(40, axes.room // layers))
     gap = 1 if size > 7 else 0
     left, head = 40, 34
     parts = []
@@ -119,10 +127,10 @@ def heat_map(
     step = label_step(layers, size, 22)
     centre = (size - gap) / 2
     parts += [label(left + k * size + centre, head - 6, k, "mid") for k in range(0, layers, step)]
-    marks = [k for k in range(layers) if (k + first_row) % step == 0 or (first_row and k == 0)]
-    parts += [label(left - 6, head + k * size + centre + 4, k + first_row, "end") for k in marks]
+    marks = [k for k in range(layers) if (k + axes.first_row) % step == 0 or (axes.first_row and k == 0)]
+    parts += [label(left - 6, head + k * size + centre + 4, k + axes.first_row, "end") for k in marks]
     turned = f'transform="translate(2 {head + 2}) rotate(90)"'
-    parts.append(f'<text x="{left}" y="11">{names[1]} →</text><text {turned}>{names[0]} →</text>')
+    parts.append(f'<text x="{left}" y="11">{axes.columns} →</text><text {turned}>{axes.rows} →</text>')
     width, height = max(left + layers * size + 2, 220), max(head + layers * size + 2, 110)
     return svg(width, height, title, parts) + _legend(top, clipped=bool(known) and top < known[-1])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from llmsurgeon.report.charts import Number, Scale, heat_map, is_number, label, label_step, layer_range, svg
+from llmsurgeon.report.charts import Axes, Number, Scale, heat_map, is_number, label, label_step, layer_range, svg
 
 # Of the page, of one of two columns, and of the dots beside a search step; px.
 PAGE, COLUMN, DOTS = 1160, 564, 420
@@ -83,7 +83,7 @@ def dependency_map(matrix: list[list[Number]], runs: list[list[int]], title: str
     """The dependency matrix of an analysis, its suggested runs outlined."""
     layers = len(matrix)
     cells = [(i, j, matrix[i][j], f"i {i}, j {j}") for i in range(layers) for j in range(i + 1, layers)]
-    return heat_map(cells, layers, ("removed i", "layer j"), 0, runs, title)
+    return heat_map(cells, layers, Axes("removed i", "layer j"), title, outlined=runs)
 
 
 def bars(score: dict[str, list[Number]], dropped: set[int], title: str) -> Markup:
@@ -133,4 +133,4 @@ def angular_map(matrix: list[list[Number]], title: str) -> Markup:
         for n in range(layers)
         for start in range(layers - n)
     ]
-    return heat_map(cells, layers, ("n blocks", "first layer l"), 1, [], title, 360)
+    return heat_map(cells, layers, Axes("n blocks", "first layer l", first_row=1, room=360), title)

@@ -6,5 +6,5 @@ tokenizer_files.py  tokenizer.json and the files beside it, rewritten
 ids.py            ids in configs
 trimmed.py        a checkpoint with a smaller vocabulary, as any other checkpoint
 
-Imports checkpoint/, families/ and errors; the fast tokenizers' library does the encoding.
+May import model, checkpoint and formats; the fast tokenizers' library does the encoding.
 """

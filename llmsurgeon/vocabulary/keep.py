@@ -36,10 +36,14 @@ class Vocabulary:
 
 @dataclass
 class Wish:
-    """What was asked for: ids that stay, and how often tokens occur in the texts (they fill up first)."""
+    """What was asked for: ids that stay, and how often tokens occur in the texts (they fill up first).
+
+    fixed: further ids that must stay, such as those that configs name; added tokens always do.
+    """
 
     ids: set[int] = field(default_factory=set)
     counts: Counter[int] = field(default_factory=Counter)
+    fixed: set[int] = field(default_factory=set)
 
 
 def count_tokens(tokenizer: Any, documents: Iterable[Iterable[str]]) -> Counter[int]:
@@ -128,7 +132,6 @@ def same_tokens(mine: Mapping[str, int], theirs: Mapping[str, int], rows: int, p
 def chosen(
     description: Mapping[str, Any],
     wish: Wish,
-    fixed: Iterable[int],
     size: int,
     *,
     rows: int | None = None,
@@ -140,7 +143,6 @@ def chosen(
     Args:
         description: a tokenizer.json.
         wish: what was asked for.
-        fixed: further ids that must stay, such as those that configs name; added tokens always do.
         rows: how many rows there are to be; None: as few as a multiple of `multiple_of` allows. What is missing is
             filled up by tokens that occur in the texts, most frequent first, then by the first of the parent's.
 
@@ -153,7 +155,7 @@ def chosen(
     own = set(ids.values())
     added = {entry["id"] for entry in description.get("added_tokens") or ()}
     asked = {i for i in wish.ids if i < size}
-    needed = {i for i in asked | added | set(fixed) if i < size}
+    needed = {i for i in asked | added | wish.fixed if i < size}
     kept = {i for i in closed(model, needed & own, where) if i < size} | needed
     goal = rows if rows is not None else min(size, -(-len(kept) // multiple_of) * multiple_of)
     if goal < len(kept):

@@ -1,8 +1,8 @@
 """A checkpoint with a smaller vocabulary, as any other checkpoint: rows gathered, ids moved, tokenizer rewritten.
 
-Everything after it (fits, training, measuring, writing, export) sees a model that never had the other tokens. Its
-next-token distribution is the parent's, renormalised over the tokens that stayed, since a softmax over fewer logits is
-just that.
+Everything after it (closed-form updates, training, measuring, writing, export) sees a model that never had the other
+tokens. Its next-token distribution is the parent's, renormalised over the tokens that stayed, since a softmax over
+fewer logits is just that.
 """
 
 from __future__ import annotations
@@ -90,10 +90,8 @@ def trim(
             wish.ids |= listed_tokens(source.file, known, size)
         else:
             wish.ids |= set(sorted(tokens_of(description["model"]).values())[: source.tokens])
-    fixed = named_ids(checkpoint.config)
-    for name, path in files.items():
-        fixed |= _ids_in(name, path)
-    vocabulary = chosen(description, wish, fixed, size, rows=rows, multiple_of=multiple_of, where=checkpoint.name)
+    wish.fixed |= named_ids(checkpoint.config).union(*(_ids_in(name, path) for name, path in files.items()))
+    vocabulary = chosen(description, wish, size, rows=rows, multiple_of=multiple_of, where=checkpoint.name)
     return TrimmedCheckpoint(checkpoint, vocabulary, description, files)
 
 

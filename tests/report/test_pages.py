@@ -13,7 +13,7 @@ from markupsafe import Markup
 from llmsurgeon.formats.form import Written
 from llmsurgeon.formats.forms import CHECKPOINTS
 from llmsurgeon.model.costs import Costs
-from llmsurgeon.report.card import model_card
+from llmsurgeon.report.card import Made, model_card
 from llmsurgeon.report.pages import _environment, html_page, markdown_page
 
 NAMES = {path.name for path in (files("llmsurgeon.report") / "templates").iterdir()}
@@ -26,7 +26,8 @@ def card_of(model="lab/model"):
         CHECKPOINTS["native"], {"architectures": ["LlamaForCausalLM"]}, (), HOSTILE, "It loads.", None, {}
     )
     evaluation = {"tokens": 9, "perplexity": 2.0, "parent_perplexity": 1.0, "kl": 0.5, "top1_agreement": 0.5}
-    return model_card(model, written, costs, costs, "a: 1", evaluation, HOSTILE, [HOSTILE], [HOSTILE])
+    made = Made(model, costs, costs, "a: 1", evaluation, HOSTILE, notes=[HOSTILE], gate=[HOSTILE])
+    return model_card(written, made)
 
 
 def test_templates_come_along():

@@ -27,7 +27,7 @@ def trimmed_to(kind: str, texts: list[str], **how) -> tuple[Tokenizer, dict[int,
     """The tokenizer without what `texts` do not need, and where ids went."""
     parent = tokenizer_of(kind)
     counts = Counter(i for text in texts for i in ids_of(parent, text))
-    vocabulary = chosen(description_of(parent), Wish(set(counts), counts), (), parent.get_vocab_size(), **how)
+    vocabulary = chosen(description_of(parent), Wish(set(counts), counts), parent.get_vocab_size(), **how)
     made = Tokenizer.from_str(json.dumps(trimmed_description(description_of(parent), vocabulary)))
     return made, vocabulary.moved
 
@@ -96,24 +96,24 @@ def test_rows_fill_up_by_use_then_by_number() -> None:
     texts = corpus()[:200]
     counts = Counter(i for text in texts for i in ids_of(parent, text))
     often = {i for i, count in counts.items() if count >= 5}
-    few = chosen(description_of(parent), Wish(often, counts), (), parent.get_vocab_size(), multiple_of=1)
-    more = chosen(description_of(parent), Wish(often, counts), (), parent.get_vocab_size(), rows=len(few.kept) + 40)
+    few = chosen(description_of(parent), Wish(often, counts), parent.get_vocab_size(), multiple_of=1)
+    more = chosen(description_of(parent), Wish(often, counts), parent.get_vocab_size(), rows=len(few.kept) + 40)
     assert set(few.kept) < set(more.kept) and len(more.kept) == len(few.kept) + 40
     added = set(more.kept) - set(few.kept)
     left = [count for i, count in counts.items() if i not in more.kept]
     # Every token that filled up was used as often as any that did not, or is part of one that was.
     assert max(left, default=0) <= max(counts[i] for i in added)
-    assert len(chosen(description_of(parent), Wish(often, counts), (), parent.get_vocab_size()).kept) % 64 == 0
+    assert len(chosen(description_of(parent), Wish(often, counts), parent.get_vocab_size()).kept) % 64 == 0
 
 
 def test_too_few_rows_say_how_many() -> None:
     parent = tokenizer_of("byte-level")
     counts = Counter(ids_of(parent, " ".join(corpus()[:50])))
-    needed = len(chosen(description_of(parent), Wish(set(counts)), (), parent.get_vocab_size(), multiple_of=1).kept)
+    needed = len(chosen(description_of(parent), Wish(set(counts)), parent.get_vocab_size(), multiple_of=1).kept)
     with pytest.raises(SurgeryError, match=f"{needed:,}"):
-        chosen(description_of(parent), Wish(set(counts)), (), parent.get_vocab_size(), rows=needed - 1)
+        chosen(description_of(parent), Wish(set(counts)), parent.get_vocab_size(), rows=needed - 1)
     with pytest.raises(SurgeryError, match="would stay"):
-        chosen(description_of(parent), Wish(set()), (), parent.get_vocab_size(), rows=parent.get_vocab_size())
+        chosen(description_of(parent), Wish(set()), parent.get_vocab_size(), rows=parent.get_vocab_size())
 
 
 def test_other_kinds_are_refused() -> None:

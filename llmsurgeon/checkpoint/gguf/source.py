@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint in Hugging Face names: dequantised a tensor at a time, tokenizer written on demand.
 
-`gguf_architectures` says how the numbers lie, `gguf_config` what the metadata mean.
+`architectures` says how the numbers lie, `config` what the metadata mean.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ class GGUFCheckpoint(Checkpoint):
         return config, uneven_shapes(config, head_dim, config["vocab_size"])
 
     def _described(self, model_type: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-        """The same of a model that transformers knows, from an empty one."""
+        """(config, shapes) of a model that transformers knows, from an empty one."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
         quiet = logging.getLogger("transformers")
