@@ -1,4 +1,4 @@
-"""The engine, its bench, and the proof on a real model."""
+"""The engine, its bench, and a real model."""
 
 from __future__ import annotations
 
