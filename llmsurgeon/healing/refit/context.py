@@ -150,6 +150,7 @@ class LayerFit:
         for part, held in text.parts:
             features, missing = batch(part)
             moments.add(text.rows(part, features), text.rows(part, missing), held)
+            del features, missing  # the widest tensors there are: not beside those of the next batch
         return moments.complete()
 
     def note(self, projection: str, ridge: float | None, error_ratio: float) -> None:
