@@ -101,7 +101,7 @@ class ModelSpec:
     block_transformer: BlockTransformerSpec | None = None
 
     def with_layers(self, layers: Sequence[LayerSpec]) -> ModelSpec:
-        """The same model with other layers."""
+        """This model with other layers in the place of its own."""
         return replace(self, layers=tuple(layers))
 
     def check_layer(self, index: int, what: str = "layer") -> None:
