@@ -36,10 +36,10 @@ REFUSED: dict[str, tuple[LayerSpec, dict[str, str]]] = {
     "no attention": (LayerSpec(None, DENSE), {}),
     "experts": (LayerSpec(SOFTMAX, MoESpec(96, experts=4, per_token=2)), {}),
     "a fused FFN": (LayerSpec(None, FFNSpec(96, own_norm=True, bias=True)), {}),
-    "an MLGRU": (LayerSpec(MLGRU, DENSE), {IS_MLGRU: "prune_kv_heads parallel_blocks block"}),
+    "an MLGRU": (LayerSpec(MLGRU, DENSE), {IS_MLGRU: "prune_kv_heads prune_heads parallel_blocks block"}),
     "a ternary MLGRU": (
         LayerSpec(replace(MLGRU, ternary=True), DENSE),
-        {IS_MLGRU: "prune_kv_heads parallel_blocks block"},
+        {IS_MLGRU: "prune_kv_heads prune_heads parallel_blocks block"},
     ),
     "trees of leaves": (
         LayerSpec(SOFTMAX, LEAVES),
@@ -51,31 +51,31 @@ REFUSED: dict[str, tuple[LayerSpec, dict[str, str]]] = {
     ),
     "BitLinears": (
         LayerSpec(SOFTMAX, BITS),
-        {IS_BITS: "prune_kv_heads prune_width prune_experts fuse_ffn parallel_blocks fff ternary block"},
+        {IS_BITS: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff ternary block"},
     ),
     "a norm in attention": (
         LayerSpec(replace(SOFTMAX, sub_norm=True), DENSE),
-        {IS_NORMED: "prune_kv_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
     ),
     "a norm in the FFN": (
         LayerSpec(SOFTMAX, replace(DENSE, sub_norm=True)),
-        {IS_NORMED: "prune_kv_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
     ),
     "a norm in both": (
         LayerSpec(replace(SOFTMAX, sub_norm=True), replace(DENSE, sub_norm=True)),
-        {IS_NORMED: "prune_kv_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
     ),
     "an MLGRU and trees": (
         LayerSpec(MLGRU, LEAVES),
         {
-            IS_MLGRU: "prune_kv_heads parallel_blocks block",
+            IS_MLGRU: "prune_kv_heads prune_heads parallel_blocks block",
             IS_TREES: "prune_ffn prune_width prune_experts fuse_ffn ternary",
         },
     ),
     "a ternary MLGRU and BitLinears": (
         LayerSpec(replace(MLGRU, ternary=True), BITS),
         {
-            IS_MLGRU: "prune_kv_heads parallel_blocks block",
+            IS_MLGRU: "prune_kv_heads prune_heads parallel_blocks block",
             IS_BITS: "prune_width prune_experts fuse_ffn fff ternary",
         },
     ),
