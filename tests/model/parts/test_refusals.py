@@ -24,6 +24,9 @@ IS_MLGRU = "layer 3 has an MLGRU in the place of its attention; cut first, matmu
 IS_BITS = "layer 3 has BitLinears in its FFN; cut first, matmulfree comes last"
 IS_TREES = "layer 3 has a fast feedforward network; cut first, fff comes last"
 IS_NORMED = "layer 3 has a norm before an output projection, which it does not know; do it before ternary with sub_norm"
+NORMS_FORBID = (
+    "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"
+)
 IS_BLOCKS = (
     "the model is a block transformer already, whose layers are not one stack; cut first, block comes last, and refit "
     "and distill heal it"
@@ -55,15 +58,15 @@ REFUSED: dict[str, tuple[LayerSpec, dict[str, str]]] = {
     ),
     "a norm in attention": (
         LayerSpec(replace(SOFTMAX, sub_norm=True), DENSE),
-        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: NORMS_FORBID},
     ),
     "a norm in the FFN": (
         LayerSpec(SOFTMAX, replace(DENSE, sub_norm=True)),
-        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: NORMS_FORBID},
     ),
     "a norm in both": (
         LayerSpec(replace(SOFTMAX, sub_norm=True), replace(DENSE, sub_norm=True)),
-        {IS_NORMED: "prune_kv_heads prune_heads prune_width prune_experts fuse_ffn parallel_blocks fff matmulfree block refit"},
+        {IS_NORMED: NORMS_FORBID},
     ),
     "an MLGRU and trees": (
         LayerSpec(MLGRU, LEAVES),
