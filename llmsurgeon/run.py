@@ -61,7 +61,7 @@ def run(
     """
     recipe, options = as_given(recipe, options)
     model, out = model_of(model, recipe), os.fspath(out)
-    parent = opened(model, recipe, revision, options.trust_remote_code)
+    parent = opened(model, recipe, revision, options.trust_remote_code, options)
     source = parent.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
     Stage.check(out, **place)

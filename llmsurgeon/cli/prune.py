@@ -48,7 +48,8 @@ def prune_steps(
         # With a number of rows, as many of the text's tokens as have room in them.
         some = {} if vocab is None else {"tokens": 0}
         keep = {"keep": {"text": vocab_text, **some}} if vocab_text else {}
-        trim.append({"op": "trim_vocab", **keep, **({} if vocab is None else {"rows": vocab})})
+        fill = {"fill": "predicted"} if vocab_text and vocab is not None else {}
+        trim.append({"op": "trim_vocab", **keep, **({} if vocab is None else {"rows": vocab}), **fill})
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:
             steps.append({"op": op, "layers": split(layers)})

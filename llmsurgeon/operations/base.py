@@ -151,6 +151,10 @@ class Step(BaseModel):
         """How many tokens of calibration text it wants, where that is not the recipe's number."""
         return None
 
+    def computes(self) -> bool:
+        """True where something that it does follows from what the model computes on text."""
+        return self.heals or bool(self.needs())
+
     def needs(self) -> frozenset[str]:
         """Names of the analysis scores without which the step cannot be resolved."""
         return frozenset()

@@ -50,7 +50,10 @@ class TrimVocab(Step):
     """Keep the tokens that `keep` asks for (the union of its entries) and what must stay beside them.
 
     rows: how many rows there are to be; what is missing is filled up by the most frequent tokens of the texts, then
-        by the first. Without it, as few as a multiple of `multiple_of` allows.
+        as `fill` says. Without it, as few as a multiple of `multiple_of` allows.
+    fill: `order` takes the first of the vocabulary; `predicted` those that the model itself expects most on the texts,
+        whether they occur there or not: what it would say of other text like them. Encoders, which expect nothing,
+        fill up in order.
     """
 
     op: Literal["trim_vocab"] = "trim_vocab"
@@ -58,17 +61,23 @@ class TrimVocab(Step):
     keep: KeepTokens | tuple[KeepTokens, ...] = ()
     rows: Annotated[int, Field(ge=1)] | None = None
     multiple_of: Annotated[int, Field(ge=1)] = 64
+    fill: Literal["order", "predicted"] = "order"
 
     @model_validator(mode="after")
     def _something(self) -> TrimVocab:
         if not self.keep and self.rows is None:
             raise ValueError("trim_vocab takes keep, rows, or both")
+        if self.fill == "predicted" and (self.rows is None or not any(entry.text for entry in self.entries)):
+            raise ValueError("trim_vocab: fill: predicted goes with rows and a text in keep")
         return self
 
     @property
     def entries(self) -> tuple[KeepTokens, ...]:
         """What `keep` asks for, as a list whatever it was."""
         return (self.keep,) if isinstance(self.keep, KeepTokens) else self.keep
+
+    def computes(self) -> bool:
+        return self.fill == "predicted"
 
     def reads(self) -> tuple[str | None, ...]:
         return tuple(name for entry in self.entries for name in (entry.text, entry.file))

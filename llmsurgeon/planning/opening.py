@@ -10,15 +10,21 @@ from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.checks import check_recipe
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint, open_known, open_model
+from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.trimming import trimmed_by
 from llmsurgeon.recipe.recipe import Recipe
 
-# Operations that are done when the checkpoint is opened: op -> (checkpoint, step) -> the one that all others see.
-OPENERS: dict[str, Callable[[OpenedCheckpoint, Any], OpenedCheckpoint]] = {"trim_vocab": trimmed_by}
+# Operations that are done when the checkpoint is opened: op -> (checkpoint, step, options) -> the one that all others
+# see. Without options it is for a dry run: nothing is computed, and sizes are what they will be.
+OPENERS: dict[str, Callable[[OpenedCheckpoint, Any, Options | None], OpenedCheckpoint]] = {"trim_vocab": trimmed_by}
 
 
 def opened(
-    model: str, recipe: Recipe, revision: str | None = None, trust_remote_code: bool = False
+    model: str,
+    recipe: Recipe,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    options: Options | None = None,
 ) -> OpenedCheckpoint:
     """The checkpoint that a recipe operates on: where its first step trims the vocabulary, with the rows that stay.
 
@@ -30,7 +36,7 @@ def opened(
     if step is None:
         return parent
     check_recipe(parent, recipe)
-    return OPENERS[step.op](parent, step)
+    return OPENERS[step.op](parent, step, options)
 
 
 def described(

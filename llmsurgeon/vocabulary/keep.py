@@ -38,11 +38,13 @@ class Vocabulary:
 class Wish:
     """What was asked for: ids that stay, and how often tokens occur in the texts (they fill up first).
 
+    expected: how often other tokens are to be expected in such texts (they fill up next).
     fixed: further ids that must stay, such as those that configs name; added tokens always do.
     """
 
     ids: set[int] = field(default_factory=set)
     counts: Counter[int] = field(default_factory=Counter)
+    expected: Mapping[int, float] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
 
 
@@ -144,7 +146,8 @@ def chosen(
         description: a tokenizer.json.
         wish: what was asked for.
         rows: how many rows there are to be; None: as few as a multiple of `multiple_of` allows. What is missing is
-            filled up by tokens that occur in the texts, most frequent first, then by the first of the parent's.
+            filled up by tokens that occur in the texts, most frequent first, then by those most expected there, then
+            by the first of the parent's.
 
     Raises:
         SurgeryError: more must stay than `rows`, nothing would go, or a tokenizer that cannot be trimmed.
@@ -170,8 +173,7 @@ def chosen(
         raise SurgeryError(f"{where}: all {size:,} rows would stay; ask for fewer tokens")
     trees = MergeTrees(model) if kind == "BPE" else None
     named = {i: token for token, i in ids.items()}
-    frequent = [i for i, _ in sorted(wish.counts.items(), key=lambda pair: (-pair[1], pair[0]))]
-    for i in (*frequent, *sorted(own), *range(size)):
+    for i in (*_ranked(wish.counts), *_ranked(wish.expected), *sorted(own), *range(size)):
         if len(kept) == goal:
             break
         if i in kept or i >= size:
@@ -180,3 +182,8 @@ def chosen(
         if len(kept) + len(more - kept) <= goal:
             kept |= more
     return Vocabulary(tuple(sorted(kept)), size, len(asked))
+
+
+def _ranked(counts: Mapping[int, float]) -> list[int]:
+    """Ids by falling count."""
+    return [i for i, _ in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]

@@ -62,9 +62,16 @@ def small_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def trim(
-    checkpoint: Checkpoint, sources: Iterable[Source], *, rows: int | None = None, multiple_of: int = 64
+    checkpoint: Checkpoint,
+    sources: Iterable[Source],
+    *,
+    rows: int | None = None,
+    multiple_of: int = 64,
+    expected: Mapping[int, float] | None = None,
 ) -> TrimmedCheckpoint:
     """`checkpoint` with the tokens that `sources` ask for and what must stay beside them.
+
+    expected: how often tokens are to be expected in texts like the sources', which fill up `rows` after their own.
 
     Raises:
         SurgeryError: its tokenizer cannot be trimmed, more must stay than `rows`, or nothing would go.
@@ -77,7 +84,7 @@ def trim(
     refuse_huge_ids(files[TOKENIZER])
     tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
     size = _rows(checkpoint)
-    wish = Wish()
+    wish = Wish(expected=expected or {})
     known = tokenizer.get_vocab(with_added_tokens=True)
     for source in sources:
         if source.documents is not None:

@@ -11,6 +11,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llmsurgeon.planning.opened import open_model
+from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.texts import Texts
+from llmsurgeon.planning.trimming import expected_tokens
+from llmsurgeon.recipe.recipe import Calibration
 from tests.conftest import ENCODER_NAMES, FAMILY_NAMES, MIXTURE_NAMES, masked_head, tiny_encoder, tiny_model
 from tests.vocabulary.conftest import tokenizer_of
 
@@ -225,3 +230,48 @@ def test_lists_of_tokens(place: Path, run) -> None:
     assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
     kept = set(mapped(place / "out", place / "parent").tolist())
     assert {inner.token_to_id("Ġthe"), 1200} <= kept and len(kept) < 330
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_rows_fill_up_with_what_the_model_expects(family: str, place: Path, run) -> None:
+    """Against the stock model's probabilities on the same windows, summed by hand."""
+    model = parent_in(place / "parent", family, max_position_embeddings=64)
+    keep = {"text": "text.txt", "tokens": 0}
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": keep, "rows": 640, "fill": "predicted"})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 0, err
+    parent = open_model(str(place / "parent"))
+    length = min(256, parent.spec.max_positions or 256)
+    windows = Texts(parent, Calibration(text="text.txt", tokens=8192, sequence_length=length), 8192, Options()).windows
+    with torch.no_grad():
+        expected = sum(model(window[None]).logits[0].softmax(-1).sum(0) for window in windows)
+    found = expected_tokens(parent, "text.txt", Options())
+    torch.testing.assert_close(torch.tensor([found[i] for i in range(len(expected))]), expected, atol=1e-3, rtol=1e-3)
+    seen = set(AutoTokenizer.from_pretrained(place / "parent")(TEXT).input_ids)
+    kept = set(mapped(place / "out", place / "parent").tolist())
+    write(place / "o.yaml", {"op": "trim_vocab", "keep": keep, "rows": 640})
+    assert run("run", "o.yaml", "parent", "-o", "by-order")[0] == 0
+    ordered = set(mapped(place / "by-order", place / "parent").tolist())
+    assert seen <= kept and kept != ordered
+    assert expected[sorted(kept - ordered)].mean() > expected[sorted(ordered - kept)].mean()
+
+
+def test_what_the_model_expects_needs_a_text_and_rows(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}, "fill": "predicted"})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 2 and "fill: predicted goes with rows and a text in keep" in err
+    cut = ("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt")
+    assert run(*cut, "--dry-run")[0] == 0
+    code, _, err = run(*cut, "-o", "out")
+    assert code == 0 and "fill: predicted" in (place / "out" / "recipe.yaml").read_text(), err
+
+
+def test_an_encoder_expects_nothing(place: Path, run) -> None:
+    parent = tiny_encoder("bert", vocab_size=1600)
+    parent.save_pretrained(place / "parent")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer_of("word-piece")).save_pretrained(place / "parent")
+    keep = {"text": "text.txt", "tokens": 0}
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": keep, "rows": 640, "fill": "predicted"})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 0 and "an encoder predicts no next token, so rows fill up in the vocabulary's order" in err
