@@ -38,8 +38,8 @@ MARKERS = ("<!-- written by scripts/versions -->", "<!-- end -->")
 OLDER = {"4.57": "4.57.3", "5.14": "5.14.0"}
 # The newest torch is a build with CUDA, gigabytes of it: this one stays.
 TORCH = "torch==2.13.0"
-SUITE = ("modeling", "formats", "families", "operations", "healing", "evaluation", "test_leaned_on.py")
-QUICK = ("modeling", "families", "formats/test_loads_alone.py", "test_leaned_on.py")
+SUITE = ("modeling", "formats", "model", "operations", "healing", "evaluation", "walk", "kernels", "test_leaned_on.py")
+QUICK = ("modeling", "model/families", "formats/test_loads_alone.py", "test_leaned_on.py")
 SHOWN = ("torch", "transformers", "huggingface_hub", "accelerate", "datasets", "gguf", "numpy", "pydantic")
 # A form is read rightly where no logit differs by more.
 CLOSE = 5e-5
