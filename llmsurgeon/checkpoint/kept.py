@@ -45,12 +45,10 @@ def keep(path: Path, write: Callable[[Path], object]) -> None:
 def unfinished(path: Path) -> Iterator[Path]:
     """A file beside `path`, of this process alone, to be renamed to it once it is whole.
 
-    A lock beside it is held for as long as it is written, so that the next one that writes `path` can tell what killed
-    processes have left there, and remove it.
+    A lock beside it is held for as long as it is written, so that the next one that writes or reads `path` can tell
+    what killed processes have left there, and remove it.
     """
-    for left in path.parent.glob(f"{escape(path.name)}.*"):
-        if re.fullmatch(r"\.\d+", left.name.removeprefix(path.name).removesuffix(LOCK)):
-            _sweep(left.with_name(left.name.removesuffix(LOCK)))
+    _sweep_beside(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}")
     lock = hold(partial.with_name(partial.name + LOCK))
     try:
@@ -60,6 +58,13 @@ def unfinished(path: Path) -> Iterator[Path]:
         _remove_unfinished(partial)
         if lock:
             lock.end()
+
+
+def _sweep_beside(path: Path) -> None:
+    """Remove what killed processes have left of `path`: unfinished files, and locks of such as just got their name."""
+    for left in path.parent.glob(f"{escape(path.name)}.*"):
+        if re.fullmatch(r"\.\d+", left.name.removeprefix(path.name).removesuffix(LOCK)):
+            _sweep(left.with_name(left.name.removesuffix(LOCK)))
 
 
 def _sweep(left: Path) -> None:
@@ -81,6 +86,7 @@ def kept(path: Path) -> bool:
     if not os.path.lexists(path):
         return False
     if whole(path):
+        _sweep_beside(path)
         return True
     remark(f"{path}: is damaged (its size or sum is not what was noted when it was written); it is made again")
     forget(path)

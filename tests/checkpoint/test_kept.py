@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llmsurgeon.checkpoint.kept import SUM, allocate, forget, keep, kept, unfinished, writing
+from llmsurgeon.checkpoint.kept import LOCK, SUM, allocate, forget, keep, kept, unfinished, writing
+from llmsurgeon.checkpoint.lock import hold
 from llmsurgeon.errors import SurgeryError
 
 
@@ -131,3 +132,12 @@ def test_what_a_killed_process_left_unfinished_is_removed_and_nothing_else(tmp_p
         assert mine.read_bytes() == b"being written"  # somebody is at it
     assert path.read_bytes() == b"whole" and kept(path)
     assert set(tmp_path.iterdir()) == {*others, path, tmp_path / "cache.u32.sum"}
+
+
+def test_a_lock_whose_file_had_just_got_its_name_goes_when_the_file_is_read(file):
+    beside = file.with_name(f"{file.name}.999999{LOCK}")
+    beside.touch()  # of a process that was killed before it removed it
+    held = hold(file.with_name(f"{file.name}.999998{LOCK}"))  # of one that writes the file anew
+    assert kept(file)
+    assert not beside.exists() and file.with_name(f"{file.name}.999998{LOCK}").exists()
+    held.end()
