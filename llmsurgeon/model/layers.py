@@ -25,15 +25,24 @@ def parse_layers(value: Any) -> tuple[int, ...]:
     Raises:
         LayersError: something is no layer number or range, or a layer is named twice.
     """
-    parts = value if isinstance(value, list | tuple) else [value]
     layers: set[int] = set()
-    for layer in (layer for part in parts for layer in _expand(part)):
+    for layer in layers_as_written(value):
         if layer in layers:
             raise LayersError(f"layer {layer} is named twice")
         layers.add(layer)
     if not layers:
         raise LayersError('expected at least one layer, such as [4, 7] or "66-115"')
     return tuple(sorted(layers))
+
+
+def layers_as_written(value: Any) -> list[int]:
+    """Layer numbers as `parse_layers` reads them, in the order in which they are written.
+
+    Raises:
+        LayersError: something is no layer number or range.
+    """
+    parts = value if isinstance(value, list | tuple) else [value]
+    return [layer for part in parts for layer in _expand(part)]
 
 
 def parse_runs(value: Any) -> tuple[tuple[int, ...], ...]:

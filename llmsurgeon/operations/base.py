@@ -12,6 +12,7 @@ from torch import Tensor
 from llmsurgeon.checkpoint.transform import TensorFunction, WeightTransform, remove, rename
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.families import Family
+from llmsurgeon.model.layers import LayersError, layers_as_written
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations.fit_memory import Text
@@ -287,6 +288,20 @@ def exactly_one(step: str, **given: object) -> None:
     """Raise ValueError (a recipe error) unless exactly one of `given` is set."""
     if sum(value is not None for value in given.values()) != 1:
         raise ValueError(f"{step} takes exactly one of {', '.join(given)}")
+
+
+def sorted_along(fields: Any, numbers: str) -> Any:
+    """A step's fields as they are given, the list `numbers` brought into the ascending order that `layers` will have."""
+    if not isinstance(fields, Mapping) or not isinstance(fields.get(numbers), list | tuple):
+        return fields
+    try:
+        layers = layers_as_written(fields.get("layers"))
+    except LayersError:  # said of the field itself
+        return fields
+    if len(layers) != len(fields[numbers]):
+        return fields
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    return {**fields, numbers: [fields[numbers][place] for place in order]}
 
 
 def _span(layers: Sequence[int]) -> str:

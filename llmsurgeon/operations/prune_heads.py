@@ -19,8 +19,19 @@ from torch import Tensor
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import AttentionSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble, exactly_one
-from llmsurgeon.operations.prune_width import top_channels, widths_by_loss
+from llmsurgeon.operations.base import (
+    Computed,
+    NewLayer,
+    Plan,
+    Request,
+    Step,
+    Subject,
+    all_kept,
+    assemble,
+    exactly_one,
+    sorted_along,
+)
+from llmsurgeon.operations.prune_width import parents_scores, top_channels, widths_by_loss
 
 Unit = Literal["group", "head"]
 # Of tensors (values, output projection), or of none: the units that stay, ascending.
@@ -75,6 +86,11 @@ class PruneHeads(Step):
     unit: Unit = "group"
     score: Literal["least_squares", "magnitude"] = "least_squares"
     spread: Literal["even", "loss"] = "even"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_order(cls, fields: Any) -> Any:
+        return sorted_along(fields, "counts")
 
     @model_validator(mode="after")
     def _one_of(self) -> PruneHeads:
@@ -141,10 +157,17 @@ class PruneHeads(Step):
             return self
         losses = subject.score(f"{self._order}_loss", "prune_heads")
         layers = [subject.spec.layers[index] for index in self.affected(subject)]
-        mine = {layer.parents[0]: torch.as_tensor(losses[layer.parents[0]]) for layer in layers if layer.attention}
+        units, mine = {}, {}
+        for layer in layers:
+            number = layer.parents[0]
+            if layer.attention is None:
+                raise subject.refuse(f"prune_heads: layer {number} has no attention")
+            if len(layer.parents) > 1:
+                raise subject.refuse("prune_heads: cut heads before fusing, scores exist for the parent's layers only")
+            units[number] = Units.of(layer.attention, self.unit)
+            mine[number] = parents_scores(losses[number], units[number].count + 1, "prune_heads", number, subject)
         groups = widths_by_loss(mine, self.keep or 1, 1)
-        shared = {b.parents[0]: Units.of(b.attention, self.unit).heads for b in layers if b.attention}
-        counts = tuple(count * shared[number] for number, count in groups.items())
+        counts = tuple(count * units[number].heads for number, count in groups.items())
         return PruneHeads(layers=tuple(groups), counts=counts, unit=self.unit)
 
     def plan(self, subject: Subject) -> Plan:
@@ -172,7 +195,8 @@ class PruneHeads(Step):
         else:
             if len(layer.spec.parents) > 1:
                 raise subject.refuse("prune_heads: cut heads before fusing, scores exist for the parent's layers only")
-            scores = torch.as_tensor(subject.score(self._order, "prune_heads")[number])
+            scores = subject.score(self._order, "prune_heads")[number]
+            scores = parents_scores(scores, units.count, "prune_heads", number, subject)
             choose = _constant(best_units(scores, units, stay))
         tensors: dict[str, str | Computed] = dict(layer.tensors)
         for suffix, pick in _edits(family, attention, units).items():

@@ -18,7 +18,18 @@ from torch import Tensor
 
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import FFNSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.base import (
+    Computed,
+    NewLayer,
+    Plan,
+    Request,
+    Step,
+    Subject,
+    all_kept,
+    assemble,
+    exactly_one,
+    sorted_along,
+)
 
 
 def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Tensor:
@@ -37,6 +48,21 @@ def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Te
 def top_channels(scores: Tensor, width: int) -> Tensor:
     """Indices [width] of the highest scores [H], ascending; ties go to the lower index."""
     return scores.sort(descending=True, stable=True).indices[:width].sort().values
+
+
+def parents_scores(scores: Any, count: int, step: str, number: int, subject: Subject) -> Tensor:
+    """The scores [count] of what a layer has, measured in the parent.
+
+    Raises:
+        SurgeryError: the layer has something else than in the parent, since a step before cut it.
+    """
+    found = torch.as_tensor(scores)
+    if len(found) != count:
+        raise subject.refuse(
+            f"{step}: layer {number} was cut by a step before, and scores exist for what the parent has only; "
+            "cut it once, or choose by score: magnitude"
+        )
+    return found
 
 
 # The scores that each way of choosing needs, the one that ranks channels first.
@@ -96,6 +122,11 @@ class PruneWidth(Step):
     spread: Literal["even", "loss"] = "even"
     multiple_of: Annotated[int, Field(ge=1)] = 64
 
+    @model_validator(mode="before")
+    @classmethod
+    def _in_order(cls, fields: Any) -> Any:
+        return sorted_along(fields, "widths")
+
     @model_validator(mode="after")
     def _one_of(self) -> PruneWidth:
         exactly_one("prune_width", width=self.width, keep=self.keep, widths=self.widths)
@@ -138,7 +169,14 @@ class PruneWidth(Step):
             return self
         layers = [subject.spec.layers[index] for index in self.affected(subject)]
         losses = subject.score("ffn_elimination_loss", "prune_width")
-        mine = {layer.parents[0]: torch.as_tensor(losses[layer.parents[0]]) for layer in layers}
+        mine = {}
+        for layer in layers:
+            number = layer.parents[0]
+            if layer.ffn is None:
+                raise subject.refuse(f"prune_width: layer {number} has no FFN")
+            if len(layer.parents) > 1:
+                raise subject.refuse("prune_width: cut widths before fusing, scores exist for the parent's layers only")
+            mine[number] = parents_scores(losses[number], layer.ffn.width + 1, "prune_width", number, subject)
         widths = widths_by_loss(mine, self.keep or 1, self.multiple_of)
         return PruneWidth(layers=tuple(widths), widths=tuple(widths.values()), multiple_of=self.multiple_of)
 
@@ -171,7 +209,7 @@ class PruneWidth(Step):
             if len(layer.spec.parents) > 1:
                 raise subject.refuse("prune_width: cut widths before fusing, scores exist for the parent's layers only")
             scores = subject.score(SCORES[self.score][0], "prune_width")
-            chosen = top_channels(torch.as_tensor(scores[number]), width)
+            chosen = top_channels(parents_scores(scores[number], ffn.width, "prune_width", number, subject), width)
             score_sources, choose = (), _constant(chosen)
         else:
             score_sources = (*in_weights, out_weight)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -183,3 +184,33 @@ def test_bad_input():
         PruneHeads(heads=2, score="magnitude").plan(gpt2)
     with pytest.raises(ValueError, match="exactly one of heads, keep, counts"):
         PruneHeads(heads=2, keep=0.5)
+
+
+def test_scores_are_for_heads_as_the_parent_has_them():
+    subject, _, _ = subject_of(tiny_model("llama", **HEADS))
+    orders = {
+        **scores_of("group", every([3, 0, 2, 1])),
+        **scores_of("head", every([*range(8)])),
+        "group_elimination_loss": every(torch.linspace(1, 0, 5)),
+    }
+    cut = subject.after(PruneHeads(heads=4, score="magnitude").plan(subject))
+    cut = replace(cut, scores=orders)
+    for step in (PruneHeads(heads=2), PruneHeads(heads=2, unit="head")):
+        with pytest.raises(SurgeryError, match="layer 0 was cut by a step before"):
+            step.plan(cut)
+    with pytest.raises(SurgeryError, match="layer 0 was cut by a step before"):
+        PruneHeads(keep=0.5, spread="loss").resolve(cut)
+
+
+def test_counts_belong_to_layers_as_they_are_written():
+    assert PruneHeads(layers=[3, 1], counts=[2, 4]).counts == (4, 2)
+    assert PruneHeads(layers="3, 0-1", counts=[2, 4, 6]).counts == (4, 6, 2)
+
+
+def test_all_together_needs_an_attention_in_each_layer_that_is_named():
+    subject, _, _ = subject_of(tiny_model("llama", **HEADS))
+    dropped = subject.after(PruneAttention(layers=(2,)).plan(subject))
+    dropped = replace(dropped, scores={"group_elimination_loss": every(torch.linspace(1, 0, 5))})
+    for layers in ((2,), (1, 2)):
+        with pytest.raises(SurgeryError, match="layer 2 has no attention"):
+            PruneHeads(keep=0.5, spread="loss", layers=layers).resolve(dropped)

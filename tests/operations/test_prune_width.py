@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -166,3 +167,20 @@ def test_a_fused_ffn_can_be_narrowed_by_magnitude():
     fused.config.model_type = "llama"
     expected = logits(masked(fused, {1: by_magnitude(fused, 1, 100)}), tokens)
     torch.testing.assert_close(logits(narrow, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scores_are_for_channels_as_the_parent_has_them():
+    subject, _, _ = subject_of(tiny_model("llama"))
+    found = {
+        "ffn_elimination": {layer: torch.arange(96.0) for layer in range(6)},
+        "ffn_elimination_loss": {layer: torch.linspace(1, 0, 97) for layer in range(6)},
+    }
+    cut = replace(subject.after(PruneWidth(width=64, score="magnitude").plan(subject)), scores=found)
+    with pytest.raises(SurgeryError, match="layer 0 was cut by a step before"):
+        PruneWidth(width=32).plan(cut)
+    with pytest.raises(SurgeryError, match="layer 0 was cut by a step before"):
+        PruneWidth(keep=0.5, spread="loss").resolve(cut)
+
+
+def test_widths_belong_to_layers_as_they_are_written():
+    assert PruneWidth(layers=[3, 1], widths=[64, 32]).widths == (32, 64)
