@@ -6,7 +6,9 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
+from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass
@@ -52,6 +54,9 @@ def export(
         SurgeryError: bad input, or a block that the form cannot express; nothing is written to `out`.
     """
     model, out, options = os.fspath(model), os.fspath(out), options or Options()
+    if to not in get_args(CheckpointName):
+        known = ", ".join(get_args(CheckpointName))
+        raise SurgeryError(f"form {shortened(to)}: expected one of {known}; export_gguf writes GGUF files")
     parent = open_model(model, revision, options.trust_remote_code)
     checkpoint = parent.checkpoint
     place = options.staging(checkpoint.path)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny
+from conftest import save_encoder, save_tiny
 from safetensors.torch import load_file, save_file
 
 import llmsurgeon
-from llmsurgeon import inspect, run, verify
+from llmsurgeon import evaluate, export, inspect, run, verify
 from llmsurgeon.bench import ENGINES
 from llmsurgeon.cli.bench import Engine
 from llmsurgeon.errors import RecipeError, SurgeryError
-from llmsurgeon.recipe.recipe import load
+from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options, preview
 from llmsurgeon.verify import Verified
 
@@ -72,6 +72,21 @@ def test_recipes_and_models_as_a_library_may_name_them(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").rename(tmp_path / "one" / "recipe.yaml")
     with pytest.raises(SurgeryError, match=r"recipe\.yaml, which this run reads"):
         run(tmp_path / "one" / "recipe.yaml", model, tmp_path / "one", Options(overwrite=True))
+
+
+def test_words_that_a_verb_does_not_know_are_said_in_a_sentence(tmp_path):
+    model = save_tiny(tmp_path / "model", "llama", tokenizer=True)
+    encoder = save_encoder(tmp_path / "encoder", "bert")
+    (tmp_path / "text.txt").write_text("A sentence of some words, and one more. " * 40)
+    with pytest.raises(SurgeryError, match=r"form gguf: expected one of native, .*; export_gguf writes GGUF files"):
+        export(model, tmp_path / "out", "gguf")
+    recipe = loads("version: 1\nsteps: [{op: prune_blocks, layers: [2]}]\n")
+    with pytest.raises(SurgeryError, match="device foo: cannot be used here"):
+        run(recipe, model, tmp_path / "out", Options(device="foo"))
+    for pair in ((model, encoder), (encoder, model)):
+        with pytest.raises(SurgeryError, match=r"encoder is an encoder and .*model predicts the next token"):
+            evaluate(*pair, text=str(tmp_path / "text.txt"), tokens=128, sequence_length=16)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_with_a_checkpoint_is_returned(tmp_path):

@@ -78,6 +78,11 @@ class Pair:
         if self.against is None:
             return None, self.own_tokenizer
         parent = load_model(self.against, dtype=self.dtype, device=self.device)
+        if (encoder_family(parent) is None) != (self.encoder is None):
+            encoder, decoder = (self.model, self.against) if self.encoder else (self.against, self.model)
+            raise SurgeryError(
+                f"{encoder} is an encoder and {decoder} predicts the next token; compare models of one kind"
+            )
         tokenizer = load_tokenizer(self.against, trust_remote_code=self.trust_remote_code)
         if not self._differ(parent):
             self._check_tokens(tokenizer)

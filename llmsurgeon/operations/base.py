@@ -291,7 +291,7 @@ def exactly_one(step: str, **given: object) -> None:
 
 
 def sorted_along(fields: Any, numbers: str) -> Any:
-    """A step's fields as they are given, the list `numbers` brought into the ascending order that `layers` will have."""
+    """A step's fields as they are given, the list `numbers` brought into the order that `layers` will have."""
     if not isinstance(fields, Mapping) or not isinstance(fields.get(numbers), list | tuple):
         return fields
     try:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.loading import check_device
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.recipe.files import find_recipe
 from llmsurgeon.recipe.recipe import Recipe, load
@@ -56,8 +57,10 @@ def as_given(recipe: Recipe | str | os.PathLike[str], options: Options | None = 
 
     Raises:
         RecipeError: there is no such recipe, or with every problem found in it.
+        SurgeryError: the device cannot be used here.
     """
     options = options or Options()
+    check_device(options.device)
     if isinstance(recipe, Recipe):
         return recipe, options
     name = os.fspath(recipe)
