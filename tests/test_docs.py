@@ -7,6 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,15 @@ def test_the_tree_of_the_architecture_is_up_to_date():
     command = [sys.executable, ROOT / "scripts" / "gen_architecture_docs.py", "--check"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_tables_of_the_architecture_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text().partition("## Tables")[2].partition("\n## ")[0]
+    named = re.findall(r"`((?:\w+\.)+)([A-Z]+)`", page)
+    assert len(named) >= 8
+    for module, table in named:
+        if not module.startswith("surgeon_blocks"):
+            assert isinstance(getattr(import_module(f"llmsurgeon.{module[:-1]}"), table), Mapping), (module, table)
 
 
 def test_the_readme_is_a_page():
