@@ -111,12 +111,20 @@ def mask_tokens(tokens: Tensor, mask_id: int, special: Collection[int], seed: in
 
 
 def masking_of(
-    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, *models: PreTrainedModel | Family | None
+    tokenizer: PreTrainedTokenizerBase, tokens: Tensor, *models: PreTrainedModel | Family | None, vocab: int
 ) -> Masking | None:
-    """The masking to evaluate with; None where a model has no masked-LM head or the tokenizer no mask token."""
+    """The masking to evaluate with; None where a model has no masked-LM head or the tokenizer no mask token.
+
+    vocab: rows of the models' embeddings.
+
+    Raises:
+        SurgeryError: the mask token has no row there.
+    """
     families = [each if isinstance(each, Family) else encoder_family(each) for each in models if each is not None]
     if tokenizer.mask_token_id is None or not all(family and family.head for family in families):
         return None
+    mask, name = tokenizer.mask_token_id, getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+    check_token_ids(mask, mask, vocab, f"{name}: its mask token {tokenizer.mask_token!r}")
     return mask_tokens(tokens, tokenizer.mask_token_id, tokenizer.all_special_ids)
 
 

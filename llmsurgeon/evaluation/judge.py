@@ -38,7 +38,7 @@ def judge(
     mine, theirs = left(student, tokens), left(parent, tokens)
     if not student.family.encoder:
         return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs))
-    masking = masking_of(tokenizer(), tokens, student.family)
+    masking = masking_of(tokenizer(), tokens, student.family, vocab=student.vocab)
     logits = None
     if masking:
         masked = left(student, masking.inputs), left(parent, masking.inputs)

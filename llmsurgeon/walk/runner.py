@@ -126,6 +126,12 @@ class LayerRunner:
         self._calls[self._key(hidden)] = [catcher.call for catcher in catchers]
         return hidden
 
+    @property
+    def vocab(self) -> int:
+        """Rows of the embedding."""
+        embedding: Any = self.base.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
     def real(self, hidden: Tensor) -> Tensor:
         """Which places of a stream [s, T, D] hold tokens and no padding, bool [s, T]."""
         if self.padding is None:

@@ -110,9 +110,11 @@ def test_what_does_not_fit():
 def test_masked_tokens_need_both_heads():
     tokenizer, ids = encoder_tokenizer(), some_ids()
     with_head, without = tiny_encoder("bert", "BertForMaskedLM"), tiny_encoder("bert")
-    assert masking_of(tokenizer, ids, with_head, None) is not None
-    assert masking_of(tokenizer, ids, with_head, without) is None
+    assert masking_of(tokenizer, ids, with_head, None, vocab=64) is not None
+    assert masking_of(tokenizer, ids, with_head, without, vocab=64) is None
     assert encoder_family(with_head).head and encoder_family(tiny_model("llama")) is None
+    with pytest.raises(SurgeryError, match="its mask token .*: token ids from 63 to 63, its vocabulary has 3"):
+        masking_of(tokenizer, ids, with_head, None, vocab=3)
 
 
 @pytest.fixture
@@ -247,7 +249,7 @@ def test_the_evaluation_is_that_of_the_written_model(tmp_path, text, name):
     windows = calibration_tokens("m", encoder_tokenizer(), Calibration(text=str(text), tokens=256, sequence_length=16))
     tokens = split(windows, 0.125)[1]
     models = load_model(str(outcome.out)), load_model(str(parent))
-    again = evaluate_encoder(models[0], tokens, models[1], masking_of(encoder_tokenizer(), tokens, *models))
+    again = evaluate_encoder(models[0], tokens, models[1], masking_of(encoder_tokenizer(), tokens, *models, vocab=64))
     for key, value in again.to_dict().items():
         if isinstance(value, float):
             assert getattr(outcome.evaluation, key) == pytest.approx(value, rel=1e-3), key

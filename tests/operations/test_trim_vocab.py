@@ -170,7 +170,9 @@ def test_eval_compares_by_bytes(place: Path, run) -> None:
     model = parent_in(place / "parent", "llama")
     one_window = OTHER[:160]
     (place / "other.txt").write_text(one_window)
-    assert run("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt", "-o", "out")[0] == 0
+    # In the vocabulary's order: the window is not cut into more tokens than the tiny model has positions.
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt", "tokens": 0}, "rows": 640})
+    assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
     code, out, err = run(
         "eval", "out", "--against", "parent", "--text", "other.txt", "--tokens", "40", "--seq-len", "40", "--json"
     )
