@@ -113,7 +113,7 @@ def test_masked_tokens_need_both_heads():
     assert masking_of(tokenizer, ids, with_head, None, vocab=64) is not None
     assert masking_of(tokenizer, ids, with_head, without, vocab=64) is None
     assert encoder_family(with_head).head and encoder_family(tiny_model("llama")) is None
-    with pytest.raises(SurgeryError, match="its mask token .*: token ids from 63 to 63, its vocabulary has 3"):
+    with pytest.raises(SurgeryError, match=r"its mask token .*: token ids from 63 to 63, its vocabulary has 3"):
         masking_of(tokenizer, ids, with_head, None, vocab=3)
 
 
