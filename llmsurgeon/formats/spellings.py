@@ -32,7 +32,7 @@ def old_spellings(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
             value = (value or {}).get(name)
         if value is not None:
             made[key] = value
-    scaling = scaling_of(rope["full_attention"] if nested(rope) else rope)
+    scaling = scaling_of(rope.get("full_attention") or next(iter(rope.values())) if nested(rope) else rope)
     if family.bare_longrope and scaling and set(scaling) <= {*LONGROPE, "rope_type", PRETRAINED}:
         # What it was pretrained with stands beside it in Phi-3's configs.
         scaling = {"type": scaling["rope_type"], **{key: scaling[key] for key in LONGROPE if key in scaling}}
@@ -50,7 +50,7 @@ def full_every(layer_types: Sequence[str]) -> int | str:
 
 def nested(rope: Mapping[str, Any]) -> bool:
     """Whether each kind of layer has rotary parameters of its own."""
-    return any(isinstance(value, Mapping) for value in rope.values())
+    return all(isinstance(value, Mapping) for value in rope.values())
 
 
 def scaling_of(rope: Mapping[str, Any]) -> dict[str, Any] | None:

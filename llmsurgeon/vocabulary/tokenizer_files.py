@@ -111,7 +111,7 @@ def write_trimmed(
         if rewrite is None:
             target.write_bytes(path.read_bytes())
             continue
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         target.write_text(rewrite(text, trimmed, vocabulary), encoding="utf-8")
     return left_out
 

@@ -90,6 +90,17 @@ def test_where_layers_attend_fully():
     )
 
 
+def test_an_object_among_rotary_parameters_is_no_kind_of_layer():
+    rope = {"rope_theta": 321.0, "rope_type": "linear", "factor": 2.0, "odd": {"rope_theta": 5.0}}
+    found = old_spellings({"rope_parameters": rope}, FAMILIES["llama"])
+    assert found["rope_theta"] == 321.0 and found["rope_scaling"]["rope_type"] == "linear"
+    each = {
+        "sliding_attention": {"rope_theta": 5.0},
+        "other": {"rope_theta": 7.0, "rope_type": "linear", "factor": 4.0},
+    }
+    assert old_spellings({"rope_parameters": each}, FAMILIES["llama"])["rope_scaling"] is None
+
+
 def test_sections_are_kept_without_a_scaling():
     assert scaling_of({"rope_type": "default", "rope_theta": 1.0, "mrope_section": [1, 1, 2]}) == {
         "rope_type": "default",

@@ -277,3 +277,11 @@ def test_an_encoder_expects_nothing(place: Path, run) -> None:
     write(place / "r.yaml", {"op": "trim_vocab", "keep": keep, "rows": 640, "fill": "predicted"})
     code, _, err = run("run", "r.yaml", "parent", "-o", "out")
     assert code == 0 and "an encoder predicts no next token, so rows fill up in the vocabulary's order" in err
+
+
+def test_merges_that_are_no_text_are_told(place: Path, run) -> None:
+    parent_in(place / "parent", "llama")
+    (place / "parent" / "merges.txt").write_bytes(b"\xff\xfe")
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 2 and "merges.txt: cannot be read as UTF-8 text" in err and not (place / "out").exists()
