@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ MIXED = [
     "sliding_attention",
     "sliding_attention",
 ]
+# A shell starts background jobs with SIGINT ignored, which processes inherit; tests of interrupts want it back.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 96},
     "mistral": {"num_key_value_heads": 2, "intermediate_size": 96, "sliding_window": 8},
