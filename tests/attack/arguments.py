@@ -84,10 +84,10 @@ VERBS: dict[tuple[str, ...], dict[str, str]] = {
     ("matmulfree", "@model", *SMALL): {"--layers": "w", "--keep-attention": "w", "--count": "n", "--linears": "w",
     "--context": "n", "-o": "o"},
     ("block", "@model", *SMALL): {"--block-length": "n", "--split": "n", "--embedder": "w", "--decoder": "w",
-    "--prefix-length": "n", "--minutes": "n", "-o": "o"},
+    "--prefix-length": "n", "--minutes": "d", "-o": "o"},
     ("heal", "@model", "--parent", "llama", "--minutes", "0.01", "--set", "distill.sequence_length=16", "--set",
     "distill.batch=2"): {
-        "--minutes": "n", "--recipe": "t", "--text": "t", "--device": "w", "--dtype": "w", "-o": "o",
+        "--minutes": "d", "--recipe": "t", "--text": "t", "--device": "w", "--dtype": "w", "-o": "o",
         "--max-shard-size": "s", "--parent": "m", "--set": "w",
     },
     ("run", "recipe.yaml", "@model"): {"--tokens": "n", "--seq-len": "n", "--device": "w", "--dtype": "w", "-o": "o",
@@ -105,7 +105,9 @@ SETS = (
     "calibration.tokens", "calibration.sequence_length", "calibration.seed",
     "fuse_ffn.max_run", "gate.max_kl",
 )  # fmt: skip
-DRAWN = {"n": NUMBERS, "w": WORDS, "s": SIZES, "m": NAMES, "o": OUTS, "t": NAMES}
+# Of minutes those that are refused or soon over: to train for the others is what was asked for.
+DURATIONS = tuple(number for number in NUMBERS if number not in ("1", "2", "100000", "1e3"))
+DRAWN = {"n": NUMBERS, "d": DURATIONS, "w": WORDS, "s": SIZES, "m": NAMES, "o": OUTS, "t": NAMES}
 WRITERS = ("analyze", "export", "fuse", "prune", "ternary", "fff", "matmulfree", "block", "heal", "run")
 
 
