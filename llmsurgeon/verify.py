@@ -14,7 +14,7 @@ from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.forms import form_of
-from llmsurgeon.formats.models import fill
+from llmsurgeon.formats.models import embedding_rows, fill
 from llmsurgeon.formats.reading import read_model
 
 
@@ -81,7 +81,7 @@ def _model_problems(folder: str) -> tuple[list[str], list[str]]:
         return [str(error)], []
     problems, remarks = list(made.contradictions), list(made.remarks)
     model = made.empty
-    ids = torch.arange(4)[None] % len(model.get_input_embeddings().weight)
+    ids = torch.arange(4)[None] % embedding_rows(model)
     if type(model).__name__.endswith("MultipleChoice"):
         ids = ids[None]
     if broken := first_not_finite(model, made.dtype, input_ids=ids):

@@ -9,7 +9,7 @@ Shapes: n tokens, D model width, H FFN width.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,9 @@ from llmsurgeon.analysis.watch import watch
 from llmsurgeon.operations.prune_width import Channels
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.walk import Parts
+
+Behind = Callable[[Parts], Tensor]
+Order = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,28 @@ def eliminate_channels(
     Args:
         tokens: [S, T].
     """
-    return watch(runner, tokens, lambda layer, module: _Channels(runner, module), layers, "order FFN channels", batch)
+    path = runner.family.ffn_module(runner.family.ffn_out)
+
+    def watcher(layer: int, module: nn.Module) -> ReadBy:
+        return ReadBy(runner, module.get_submodule(path), lambda parts: parts.left)
+
+    return watch(runner, tokens, watcher, layers, "order FFN channels", batch)
 
 
-class _Channels:
-    """Sums what enters an FFN's output projection, and eliminates when the walk leaves the layer."""
+class ReadBy:
+    """Sums what enters an output projection `out`, and eliminates when the walk leaves the layer.
 
-    def __init__(self, runner: LayerRunner, module: nn.Module) -> None:
-        self.runner, family = runner, runner.family
-        out = module.get_submodule(family.ffn_module(family.ffn_out))
+    rows: the projection's, [F, D]. behind: of what a layer did to some sequences, the stream that losses are measured
+        by.
+    order: (covariance of what was read [F, F], rows) -> when each goes, what is lost once so many are gone.
+    """
+
+    def __init__(self, runner: LayerRunner, out: nn.Module, behind: Behind, order: Order = eliminate) -> None:
+        self.runner, self.behind, self.order = runner, behind, order
         weight: Any = out.weight
-        self.down = (weight if family.transposed else weight.T).detach().float().cpu().clone()
+        self.rows = (weight if runner.family.transposed else weight.T).detach().float().cpu().clone()
         self.active: Tensor | None = None
-        self.channels, self.stream = Moments(outer=True), Moments(outer=False)
+        self.moments, self.stream = Moments(outer=True), Moments(outer=False)
         self.hook = out.register_forward_pre_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -69,14 +81,14 @@ class _Channels:
         if self.active is None:
             return
         real = self.runner.real(parts.entered).flatten()
-        self.channels.add(self.active.flatten(0, -2)[real].float().cpu())
-        self.stream.add(parts.left.flatten(0, -2)[real].float().cpu())
+        self.moments.add(self.active.flatten(0, -2)[real].float().cpu())
+        self.stream.add(self.behind(parts).flatten(0, -2)[real].float().cpu())
         self.active = None
 
     def found(self) -> Elimination:
         """The order, and what is lost."""
         self.hook.remove()
-        order, lost = eliminate(self.channels.covariance(), self.down)
+        order, lost = self.order(self.moments.covariance(), self.rows)
         scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
         return Elimination(order, lost.flip(0) / scale)
 

@@ -9,18 +9,17 @@ Shapes: n tokens, D model width, F = heads * head width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmsurgeon.analysis.channels import Elimination, Moments
+from llmsurgeon.analysis.channels import Elimination, ReadBy
 from llmsurgeon.analysis.elimination import eliminate_groups
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.analysis.watch import watch
 from llmsurgeon.operations.prune_heads import Heads
 from llmsurgeon.walk.runner import LayerRunner
-from llmsurgeon.walk.walk import Parts
 
 
 def eliminate_heads(
@@ -33,47 +32,13 @@ def eliminate_heads(
     Args:
         tokens: [S, T]. sizes: layer -> columns in a group.
     """
-    return watch(
-        runner,
-        tokens,
-        lambda layer, module: _Heads(runner, module, sizes[layer]),
-        sizes.keys(),
-        "order heads",
-        batch,
-        "attention",
-    )
+    path = f"{runner.family.attention}.{runner.family.attention_out}"
 
+    def watcher(layer: int, module: nn.Module) -> ReadBy:
+        order = partial(eliminate_groups, size=sizes[layer])
+        return ReadBy(runner, module.get_submodule(path), lambda parts: parts.attended, order)
 
-class _Heads:
-    """Sums what enters an attention's output projection, and eliminates when the walk leaves the layer."""
-
-    def __init__(self, runner: LayerRunner, module: nn.Module, size: int) -> None:
-        self.runner, self.size, family = runner, size, runner.family
-        out = module.get_submodule(f"{family.attention}.{family.attention_out}")
-        weight: Any = out.weight
-        self.rows = weight.T.detach().float().cpu().clone()
-        self.read: Tensor | None = None
-        self.heads, self.stream = Moments(outer=True), Moments(outer=False)
-        self.hook = out.register_forward_pre_hook(self._keep)
-
-    def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.read = inputs[0].detach()
-
-    def see(self, part: slice, parts: Parts) -> None:
-        """Add the sums of some sequences."""
-        if self.read is None:
-            return
-        real = self.runner.real(parts.entered).flatten()
-        self.heads.add(self.read.flatten(0, -2)[real].float().cpu())
-        self.stream.add(parts.attended.flatten(0, -2)[real].float().cpu())
-        self.read = None
-
-    def found(self) -> Elimination:
-        """The order, and what is lost."""
-        self.hook.remove()
-        order, lost = eliminate_groups(self.heads.covariance(), self.rows, self.size)
-        scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
-        return Elimination(order, lost.flip(0) / scale)
+    return watch(runner, tokens, watcher, sizes.keys(), "order heads", batch, "attention")
 
 
 def _measured(scene: Scene, requests: Sequence[Heads]) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from llmsurgeon.evaluation.encoders import (
     positions_of,
 )
 from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
+from llmsurgeon.formats.models import embedding_rows
 from llmsurgeon.model.families import Family
 from llmsurgeon.progress import Say
 from llmsurgeon.text.calibration import calibration_tokens
@@ -120,7 +121,7 @@ class Pair:
             SurgeryError: the two cannot be compared, or values that are not finite.
         """
         if self.encoder:
-            masking = masking_of(self.tokenizer, windows, self.student, self.parent, vocab=_rows(self.student))
+            masking = masking_of(self.tokenizer, windows, self.student, self.parent, vocab=embedding_rows(self.student))
             return evaluate_encoder(self.student, windows, self.parent, masking)
         if self.parent is not None and self._differ(self.parent):
             return self._across(self.parent, windows, say)
@@ -159,8 +160,3 @@ def check_encoder(family: Family, model: str, against: str | None, text: str | N
             f"{model}: {family.model_class} has no masked-LM head, so only its agreement with a parent can be "
             "measured; give --against PARENT"
         )
-
-
-def _rows(model: PreTrainedModel) -> int:
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])

@@ -62,6 +62,12 @@ def _make_buffers_real(model: PreTrainedModel, name: str, module: nn.Module) -> 
     model._init_weights(module)
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many tokens the model has an embedding of."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
 def expected_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of `model` holds; tied copies are left out."""
     shapes = {name: tuple(t.shape) for name, t in _own_tensors(model).items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -45,6 +45,16 @@ class Subject:
             f"{what} {number} is not in the model: it has layers {_span(parents)}; "
             "layers are numbered as in the parent, `llmsurgeon inspect MODEL` lists them"
         )
+
+    def positions(self, layers: Sequence[int] | None, part: Literal["attention", "ffn"], op: str) -> list[int]:
+        """Where the parent layers `layers` are now; without them every layer that has a `part` of its own.
+
+        Raises:
+            SurgeryError: as `position`.
+        """
+        if layers is None:
+            return [index for index, layer in enumerate(self.spec.layers) if getattr(layer, part) is not None]
+        return [self.position(number, f"{op}: layer") for number in layers]
 
     def tensors(self, index: int) -> dict[str, str]:
         """Tensors of layer `index`: name inside the layer -> full name, in checkpoint order of names."""

@@ -148,9 +148,7 @@ class PruneHeads(Step):
         Raises:
             SurgeryError: a layer does not exist.
         """
-        if self.layers is None:
-            return [i for i, layer in enumerate(subject.spec.layers) if layer.attention is not None]
-        return [subject.position(number, "prune_heads: layer") for number in self.layers]
+        return subject.positions(self.layers, "attention", self.op)
 
     def resolve(self, subject: Subject) -> PruneHeads:
         if self.spread != "loss":

@@ -61,11 +61,7 @@ class PruneKVHeads(Step):
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)
         layers = all_kept(subject)
-        if self.layers is None:
-            indices = [i for i, layer in enumerate(subject.spec.layers) if layer.attention is not None]
-        else:
-            indices = [subject.position(number, "prune_kv_heads: layer") for number in self.layers]
-        for index in indices:
+        for index in subject.positions(self.layers, "attention", self.op):
             layers[index] = self._merged(subject, layers[index])
         return assemble(subject, layers)
 

@@ -160,9 +160,7 @@ class PruneWidth(Step):
         Raises:
             SurgeryError: a layer does not exist.
         """
-        if self.layers is None:
-            return [i for i, layer in enumerate(subject.spec.layers) if layer.ffn is not None]
-        return [subject.position(number, "prune_width: layer") for number in self.layers]
+        return subject.positions(self.layers, "ffn", self.op)
 
     def resolve(self, subject: Subject) -> PruneWidth:
         if self.spread != "loss":

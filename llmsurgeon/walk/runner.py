@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llmsurgeon.checkpoint.finite import is_finite, not_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.experts import class_form
-from llmsurgeon.formats.models import empty_model
+from llmsurgeon.formats.models import embedding_rows, empty_model
 from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.model.families import family_of
 
@@ -129,8 +129,7 @@ class LayerRunner:
     @property
     def vocab(self) -> int:
         """Rows of the embedding."""
-        embedding: Any = self.base.get_input_embeddings()
-        return int(embedding.weight.shape[0])
+        return embedding_rows(self.base)
 
     def real(self, hidden: Tensor) -> Tensor:
         """Which places of a stream [s, T, D] hold tokens and no padding, bool [s, T]."""
