@@ -43,4 +43,5 @@ def attempt(draw: Random, scene: Scene) -> Verdict:
     else:
         content, what = raw(draw, content)
     file.write_bytes(content)
+    scene.source = "model"
     return scene.check(command(draw, scene, "model", name), f"{name}: {what}")
