@@ -155,16 +155,16 @@ def test_the_files_of_a_run(parent, text, tmp_path):
 def test_the_evaluation_is_that_of_the_written_model(parent, text, tmp_path):
     """Perplexity, KL and agreement in surgery.json against the written checkpoint on the same held-out windows."""
     from llmsurgeon.formats.loading import load_tokenizer
-    from llmsurgeon.planning.healed import held_out
-    from llmsurgeon.text.calibration import calibration_tokens
+    from llmsurgeon.text.calibration import calibration_sequences
+    from llmsurgeon.text.sequences import held_out
     from llmsurgeon.text.wanted import Calibration
 
     for name, steps in (("fold", ALL_STEPS["fold"]), ("parallel", ALL_STEPS["parallel"])):
         outcome = run(healing(text, *steps), str(parent), str(tmp_path / name), Options())
-        windows = calibration_tokens(
+        windows = calibration_sequences(
             "m", load_tokenizer(str(parent)), Calibration(text=str(text), tokens=768, sequence_length=16, seed=0)
         )
-        tokens = windows[held_out(windows, 0.125)]
+        tokens = windows[held_out(windows.kinds, 0.125)].tokens
         p, q = (
             torch.log_softmax(logits(load_model(str(f)), tokens).double(), -1)[:, :-1] for f in (parent, outcome.out)
         )

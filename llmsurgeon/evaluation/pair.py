@@ -25,7 +25,7 @@ from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
 from llmsurgeon.formats.models import embedding_rows
 from llmsurgeon.model.families import Family
 from llmsurgeon.progress import Say
-from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import window_start
 from llmsurgeon.vocabulary.keep import same_tokens
@@ -112,7 +112,7 @@ class Pair:
     def windows(self, source: Calibration) -> Tensor:
         """Tokens [S, L] to judge on; with neither text nor dataset sampled from the parent, or from the model."""
         sampled = self.student if self.parent is None else self.parent
-        return calibration_tokens(self.against or self.model, self.tokenizer, source, sampled)
+        return calibration_sequences(self.against or self.model, self.tokenizer, source, sampled).tokens
 
     def judge(self, windows: Tensor, say: Say) -> Evaluation | EncoderEvaluation:
         """Figures of the model on `windows` [S, L], beside the parent's; `say` is told what cannot be measured.

@@ -5,7 +5,7 @@ S sequences, T tokens each, D model width; a stream [S, T, D] is kept on the CPU
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,22 +20,29 @@ from llmsurgeon.walk.walk import Parts, through
 class Batches:
     """Windows in the order in which they are walked: those that fit first, then those that judge.
 
-    tokens: [S, T]. parts: (sequences, True where they judge), never both kinds in one. padding: the token that fills
-    sequences up, None where all are of one length.
+    tokens: [S, T]. parts: (sequences, True where they judge), never both in one. padding: the token that fills
+    sequences up, None where all are of one length. kinds: what kind of text each sequence is.
     """
 
     tokens: Tensor
     parts: tuple[tuple[slice, bool], ...]
     padding: int | None = None
+    kinds: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, windows: Tensor, held_out: Tensor, batch: int, padding: int | None = None) -> Batches:
-        """From windows [S, T] and the mask [S] of those that only judge; `batch` sequences go through together."""
+    def of(
+        cls, windows: Tensor, held_out: Tensor, batch: int, padding: int | None = None, kinds: Sequence[str] = ()
+    ) -> Batches:
+        """From windows [S, T] and the mask [S] of those that only judge; `batch` sequences go through together.
+
+        kinds: of each window; text of one kind, where none are told apart.
+        """
+        kinds = kinds or ["text"] * len(windows)
         order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
         fitting = int((~held_out).sum())
         edges = [*range(0, fitting, batch), *range(fitting, len(windows), batch), len(windows)]
         parts = tuple((slice(a, b), a >= fitting) for a, b in pairwise(edges))
-        return cls(windows[order], parts, padding)
+        return cls(windows[order], parts, padding, tuple(kinds[row] for row in order))
 
     @property
     def held_out(self) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.kept import writing
@@ -23,7 +22,7 @@ from llmsurgeon.operations import Step
 from llmsurgeon.operations.base import HELD_OUT
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.texts import Texts
-from llmsurgeon.text.calibration import split
+from llmsurgeon.text.sequences import Sequences, held_out
 from llmsurgeon.walk.runner import LayerRunner
 
 
@@ -46,27 +45,20 @@ def heal_and_judge(planned: Planned, texts: Texts, folder: Path, logs: Path) -> 
     given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
     if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
-    judges = held_out(texts.windows, judging_share(planned.heals))
+    sequences = texts.sequences
+    judges = held_out(sequences.kinds, judging_share(planned.heals))
     context, results = _context(planned, texts, judges, folder, logs), dict[str, Result]()
     for place, step in enumerate(planned.heals):
         store = folder / f"{step.op}-{place}"
         with writing(store):
             store.mkdir(exist_ok=True)
-        windows, held = set_aside(texts.windows, judges, step)
-        made = HEALERS[step.op](replace(context, windows=windows, held_out=held, folder=store), step)
+        seen, held = set_aside(sequences, judges, step)
+        here = replace(context, windows=seen.tokens, kinds=seen.kinds, held_out=held, folder=store)
+        made = HEALERS[step.op](here, step)
         context = replace(context, weights=overlay(context.weights, made.files))
         results[step.op] = made.behind(results[step.op]) if step.op in results else made
-    evaluation = _judged(planned, texts, context.weights, texts.windows[judges])
+    evaluation = _judged(planned, texts, context.weights, sequences.tokens[judges])
     return Healed(context.weights, {op: results[op] for op in HEALERS if op in results}, evaluation)
-
-
-def held_out(windows: Tensor, share: float) -> Tensor:
-    """Mask [S] of about `share` of the sequences, spread evenly over the text."""
-    rows = torch.arange(len(windows))[:, None]
-    _, held = split(rows, share)
-    mask = torch.zeros(len(windows), dtype=torch.bool)
-    mask[held.flatten()] = True
-    return mask
 
 
 def judging_share(steps: Sequence[Step]) -> float:
@@ -74,7 +66,7 @@ def judging_share(steps: Sequence[Step]) -> float:
     return max((share for step in steps if (share := step.withholds()) is not None), default=HELD_OUT)
 
 
-def set_aside(windows: Tensor, judges: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+def set_aside(windows: Sequences, judges: Tensor, step: Step) -> tuple[Sequences, Tensor]:
     """(the sequences that a step works with, the mask of those that choose and judge there and fit nothing).
 
     The second are the share that the step holds out. Of those that judge the result, mask `judges` [S], it sees no
@@ -86,7 +78,7 @@ def set_aside(windows: Tensor, judges: Tensor, step: Step) -> tuple[Tensor, Tens
     share = step.withholds()
     if share is None:
         return windows, judges
-    own = held_out(windows, share)
+    own = held_out(windows.kinds, share)
     seen = own | ~judges
     if own[seen].all():
         raise SurgeryError(
@@ -107,6 +99,7 @@ def _context(planned: Planned, texts: Texts, judges: Tensor, folder: Path, logs:
         spec=planned.spec,
         weights=planned.weights,
         windows=texts.windows,
+        kinds=texts.sequences.kinds,
         held_out=judges,
         training=texts.training,
         folder=folder,

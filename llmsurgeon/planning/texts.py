@@ -24,8 +24,9 @@ from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
-from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import SelfText
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import window_start
 from llmsurgeon.walk.runner import LayerRunner
@@ -45,23 +46,29 @@ class Texts:
             wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
         )
         self.description = "none"
-        self._windows: Tensor | None = None
+        self._sequences: Sequences | None = None
         self._runner: LayerRunner | None = None
+
+    @property
+    def sequences(self) -> Sequences:
+        """Calibration tokens [S, T], and the kind of each sequence."""
+        if self._sequences is None:
+            check_text(self.parent, self.wanted)
+            found = calibration_sequences(
+                self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key
+            )
+            setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
+            check_length(self.parent, found.tokens.shape[1], setting)
+            self._check_ids(found.tokens)
+            self._sequences = found
+            self.description = self.calibration.describe(found.tokens)
+            self.options.say(self.description)
+        return self._sequences
 
     @property
     def windows(self) -> Tensor:
         """Calibration tokens [S, T]."""
-        if self._windows is None:
-            check_text(self.parent, self.wanted)
-            self._windows = calibration_tokens(
-                self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key
-            )
-            setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
-            check_length(self.parent, self._windows.shape[1], setting)
-            self._check_ids(self._windows)
-            self.description = self.calibration.describe(self._windows)
-            self.options.say(self.description)
-        return self._windows
+        return self.sequences.tokens
 
     def training(self, step: Distill, windows: Tensor) -> list[Rows]:
         """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
@@ -13,22 +12,25 @@ from llmsurgeon.text.cache import cached_self_text, model_fingerprint
 from llmsurgeon.text.documents import stream_text
 from llmsurgeon.text.files import file_text
 from llmsurgeon.text.self_text import Sampling, SelfText, sample_self_text
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import PASSAGE, cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SELF = "self"  # the kind of text that the model wrote
 
-def calibration_tokens(
+
+def calibration_sequences(
     model_name: str,
     tokenizer: PreTrainedTokenizerBase,
     wanted: Calibration,
     model: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
     fingerprint: str | None = None,
     sampling: Sampling | None = None,
-) -> Tensor:
-    """The tokens wanted as non-overlapping windows, int64 [S, L]; the same arguments give the same windows.
+) -> Sequences:
+    """The tokens wanted as non-overlapping windows [S, L], each with its kind: same arguments, same windows.
 
     Args:
         model_name: for messages.
@@ -43,26 +45,16 @@ def calibration_tokens(
             model.
     """
     if wanted.text:
-        return cut(file_text(wanted.text), wanted.text, tokenizer, wanted)
+        return _all_of(cut(file_text(wanted.text), wanted.text, tokenizer, wanted), wanted.text)
     if wanted.dataset:
         # Documents differ in length and cannot be counted in a stream, so enough text is taken for the whole budget.
         passages = stream_text(wanted.dataset, wanted.seed, characters=wanted.tokens * PASSAGE)
-        return cut(passages, wanted.dataset, tokenizer, wanted)
-    return _sample(wanted, model_name, tokenizer, model, fingerprint, sampling)
+        return _all_of(cut(passages, wanted.dataset, tokenizer, wanted), wanted.dataset)
+    return _all_of(_sample(wanted, model_name, tokenizer, model, fingerprint, sampling), SELF)
 
 
-def split(windows_SL: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """(train, held out): about `fraction` of the windows, evenly spread, are held out; at least one of each."""
-    count = len(windows_SL)
-    if count < 2:
-        raise SurgeryError(
-            f"{count} calibration sequence cannot be split into training and held-out ones; "
-            "raise calibration tokens or lower sequence_length"
-        )
-    held = min(count - 1, max(1, round(count * fraction)))
-    mask = torch.zeros(count, dtype=torch.bool)
-    mask[[int((i + 0.5) * count / held) for i in range(held)]] = True
-    return windows_SL[~mask], windows_SL[mask]
+def _all_of(windows_SL: Tensor, kind: str) -> Sequences:
+    return Sequences(windows_SL, (kind,) * len(windows_SL))
 
 
 def _sample(

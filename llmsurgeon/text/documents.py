@@ -23,7 +23,7 @@ def documents(*, text: str | None = None, dataset: str | None = None, seed: int 
     Nothing is read before it is asked for, so the text may be larger than memory.
 
     Raises:
-        SurgeryError: as `calibration_tokens`.
+        SurgeryError: as `calibration_sequences`.
     """
     if dataset:
         yield from ((document,) for document in _streamed(dataset, seed))

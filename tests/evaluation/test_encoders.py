@@ -17,7 +17,8 @@ from llmsurgeon.evaluation.encoders import encoder_family, evaluate_encoder, mas
 from llmsurgeon.evaluation.latency import benchmark
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
-from llmsurgeon.text.calibration import calibration_tokens, split
+from llmsurgeon.text.calibration import calibration_sequences
+from llmsurgeon.text.sequences import held_out
 from llmsurgeon.text.wanted import Calibration
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs. " * 30
@@ -81,12 +82,12 @@ def test_masking_spares_special_tokens_and_repeats():
 
 def test_windows_are_framed_as_the_tokenizer_does(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
-    windows = calibration_tokens(
+    windows = calibration_sequences(
         "m", encoder_tokenizer(), Calibration(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=16)
-    )
+    ).tokens
     assert windows.shape == (4, 16) and (windows[:, 0] == 1).all() and (windows[:, -1] == 2).all()
     with pytest.raises(SurgeryError, match="hold special tokens only"):
-        calibration_tokens(
+        calibration_sequences(
             "m", encoder_tokenizer(), Calibration(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=2)
         )
 
@@ -246,8 +247,10 @@ def test_the_evaluation_is_that_of_the_written_model(tmp_path, text, name):
     parent = save_encoder(tmp_path / "parent", name, masked_head(name))
     steps = "  - {op: prune_attention, layers: [2]}\n"
     outcome = run(recipe(text, "{min_hidden_cosine: -1}", steps), str(parent), str(tmp_path / "out"), Options())
-    windows = calibration_tokens("m", encoder_tokenizer(), Calibration(text=str(text), tokens=256, sequence_length=16))
-    tokens = split(windows, 0.125)[1]
+    windows = calibration_sequences(
+        "m", encoder_tokenizer(), Calibration(text=str(text), tokens=256, sequence_length=16)
+    )
+    tokens = windows[held_out(windows.kinds, 0.125)].tokens
     models = load_model(str(outcome.out)), load_model(str(parent))
     again = evaluate_encoder(models[0], tokens, models[1], masking_of(encoder_tokenizer(), tokens, *models, vocab=64))
     for key, value in again.to_dict().items():

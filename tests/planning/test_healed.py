@@ -15,11 +15,12 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary
-from llmsurgeon.planning.healed import held_out, judging_share, set_aside
+from llmsurgeon.planning.healed import judging_share, set_aside
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
+from llmsurgeon.text.sequences import Sequences, held_out
 
-WINDOWS = torch.arange(48)[:, None].expand(-1, 4)
+WINDOWS = Sequences(torch.arange(48)[:, None].expand(-1, 4), ("prose",) * 48)
 
 
 def test_every_step_that_heals_has_a_healer():
@@ -36,23 +37,23 @@ def test_the_largest_share_judges():
 
 @pytest.mark.parametrize("step", [Refit(held_out=0.25), Ternary(held_out=0.25), Distill(minutes=1), PruneFFN(count=1)])
 def test_with_one_share_for_all_every_step_works_with_the_whole_text(step):
-    judges = held_out(WINDOWS, 0.25)
+    judges = held_out(WINDOWS.kinds, 0.25)
     windows, held = set_aside(WINDOWS, judges, step)
-    assert torch.equal(windows, WINDOWS) and torch.equal(held, judges)
+    assert torch.equal(windows.tokens, WINDOWS.tokens) and torch.equal(held, judges)
 
 
 def test_a_step_holds_out_its_own_share_and_sees_no_other_judge():
-    judges = held_out(WINDOWS, 0.25)
-    own = held_out(WINDOWS, 0.125)
+    judges = held_out(WINDOWS.kinds, 0.25)
+    own = held_out(WINDOWS.kinds, 0.125)
     assert int(judges.sum()) == 12 and int(own.sum()) == 6 and not (judges & own).any()
     windows, held = set_aside(WINDOWS, judges, Refit(held_out=0.125))
-    assert windows[held].tolist() == WINDOWS[own].tolist()
-    assert windows[~held].tolist() == WINDOWS[~own & ~judges].tolist()
+    assert windows[held].tokens.tolist() == WINDOWS[own].tokens.tolist()
+    assert windows[~held].tokens.tolist() == WINDOWS[~own & ~judges].tokens.tolist()
 
 
 def test_shares_that_leave_nothing_are_refused():
-    windows = WINDOWS[:3]
-    judges = held_out(windows, 0.6)
+    windows = WINDOWS[torch.arange(48) < 3]
+    judges = held_out(windows.kinds, 0.6)
     with pytest.raises(SurgeryError, match=r"refit: 3 calibration sequences leave none to fit to.*same held_out"):
         set_aside(windows, judges, Refit())
 

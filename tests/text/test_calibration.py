@@ -13,8 +13,9 @@ from conftest import byte_tokenizer, encoder_tokenizer, tiny_model
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.text import cache, self_text
 from llmsurgeon.text.cache import model_fingerprint
-from llmsurgeon.text.calibration import calibration_tokens, split
+from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import Sampling, SelfText, sample_self_text
+from llmsurgeon.text.sequences import held_out
 from llmsurgeon.text.wanted import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -31,9 +32,9 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def tokens_of(path, tokenizer, tokens=32, sequence_length=8, **options):
-    return calibration_tokens(
+    return calibration_sequences(
         "tiny", tokenizer, Calibration(text=str(path), tokens=tokens, sequence_length=sequence_length, **options)
-    )
+    ).tokens
 
 
 def write(tmp_path, text, name="text.txt"):
@@ -112,9 +113,9 @@ def test_dataset_is_streamed(tmp_path, tokenizer):
     (tmp_path / "set").mkdir()
     write(tmp_path, "\n".join(json.dumps({"text": LETTERS}) for _ in range(50)), "set/validation.jsonl")
     arguments = dict(dataset=f"{tmp_path / 'set'}::validation", tokens=32, sequence_length=8)
-    windows = calibration_tokens("tiny", tokenizer, Calibration(**arguments))
+    windows = calibration_sequences("tiny", tokenizer, Calibration(**arguments)).tokens
     assert windows.shape == (4, 8)
-    assert torch.equal(windows, calibration_tokens("tiny", tokenizer, Calibration(**arguments)))
+    assert torch.equal(windows, calibration_sequences("tiny", tokenizer, Calibration(**arguments)).tokens)
 
 
 def test_dataset_out_of_reach_names_the_switch(tokenizer, monkeypatch):
@@ -123,7 +124,7 @@ def test_dataset_out_of_reach_names_the_switch(tokenizer, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(SurgeryError, match=r"dataset some/set:en:test cannot be read: offline.*HF_HUB_OFFLINE.*--text"):
-        calibration_tokens("tiny", tokenizer, Calibration(dataset="some/set:en:test", tokens=32, sequence_length=8))
+        calibration_sequences("tiny", tokenizer, Calibration(dataset="some/set:en:test", tokens=32, sequence_length=8))
 
 
 @pytest.mark.parametrize(
@@ -152,20 +153,23 @@ def test_bad_arguments(tmp_path, tokenizer):
     with pytest.raises(SurgeryError, match="7 tokens are less than one sequence of 8"):
         Calibration(tokens=7, sequence_length=8)
     with pytest.raises(SurgeryError, match=r"tiny: no calibration text; give --text FILE"):
-        calibration_tokens("tiny", tokenizer, Calibration(tokens=32, sequence_length=8))
+        calibration_sequences("tiny", tokenizer, Calibration(tokens=32, sequence_length=8))
 
 
 @pytest.mark.parametrize(("count", "fraction", "held"), [(10, 0.2, [2, 7]), (2, 0.01, [1]), (4, 0.9, [0, 2, 3])])
-def test_split_interleaves(count, fraction, held):
-    windows = torch.arange(count)[:, None].expand(count, 3)
-    train, held_out = split(windows, fraction)
-    assert held_out[:, 0].tolist() == held
-    assert sorted(train[:, 0].tolist() + held) == list(range(count))
+def test_what_is_held_out_is_spread_over_the_text(count, fraction, held):
+    assert held_out(["prose"] * count, fraction).nonzero().flatten().tolist() == held
+
+
+def test_of_each_kind_its_part_is_held_out():
+    kinds = ["prose", "code"] * 16  # every other sequence: even steps over all of them would meet one kind alone
+    mask = held_out(kinds, 0.125)
+    assert sorted(kind for kind, held in zip(kinds, mask, strict=True) if held) == ["code"] * 2 + ["prose"] * 2
 
 
 def test_one_window_cannot_be_split():
     with pytest.raises(SurgeryError, match="1 calibration sequence cannot be split"):
-        split(torch.zeros(1, 8), 0.5)
+        held_out(["prose"], 0.5)
 
 
 # --- text sampled from the model itself ---
@@ -232,9 +236,9 @@ def test_self_text_is_kept_on_disk(tokenizer, tmp_path):
         return model
 
     def get(fingerprint="a", tokens=32):
-        return calibration_tokens(
+        return calibration_sequences(
             "tiny", tokenizer, Calibration(tokens=tokens, sequence_length=16), model=load, fingerprint=fingerprint
-        )
+        ).tokens
 
     first, again = get(), get()
     assert torch.equal(first, again) and len(loads) == 1
@@ -253,9 +257,9 @@ def test_self_text_is_kept_on_disk(tokenizer, tmp_path):
 def test_an_unwritable_cache_is_no_error(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "file"))
-    windows = calibration_tokens(
+    windows = calibration_sequences(
         "tiny", tokenizer, Calibration(tokens=32, sequence_length=16), model=tiny_model("llama")
-    )
+    ).tokens
     assert windows.shape == (2, 16)
 
 

@@ -15,7 +15,7 @@ from llmsurgeon.cli.main import app
 from llmsurgeon.errors import RecipeError, SurgeryError
 from llmsurgeon.healing.distill.data import Text, read_rows
 from llmsurgeon.recipe.recipe import loads
-from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.documents import documents
 from llmsurgeon.text.files import file_text, kind_of
 from llmsurgeon.text.wanted import Calibration
@@ -42,7 +42,7 @@ def test_other_suffixes_are_refused_by_name(tmp_path, monkeypatch, name):
         lambda: file_text(name),
         lambda: list(documents(text=name)),
         lambda: Calibration(text=name),
-        lambda: calibration_tokens("m", byte_tokenizer(), Calibration(text=name, tokens=16, sequence_length=8)),
+        lambda: calibration_sequences("m", byte_tokenizer(), Calibration(text=name, tokens=16, sequence_length=8)),
         lambda: read_rows(byte_tokenizer(), 8, Text(text=name)),
     )
     for reader in readers:

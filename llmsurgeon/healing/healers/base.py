@@ -22,7 +22,8 @@ class HealingContext:
     parent, parent_config, parent_spec: the parent layer by layer, its normalised config and description.
     fingerprint: names the parent as it computes: weights, dtype, kind of device, libraries.
     config, spec, weights: the student's; its layers name those of the parent that they stand for.
-    windows: calibration tokens [S, T]; held_out: mask [S] of the sequences that only choose and judge.
+    windows: calibration tokens [S, T]; kinds: what kind of text each sequence is; held_out: mask [S] of the sequences
+        that only choose and judge.
     training: the text of a step that trains, from the step and the windows that may be trained on.
     folder: keeps what is done through a kill; logs: where trackers write.
     """
@@ -35,6 +36,7 @@ class HealingContext:
     spec: ModelSpec
     weights: Mapping[str, Tensor]
     windows: Tensor
+    kinds: tuple[str, ...]
     held_out: Tensor
     training: Callable[[Any, Tensor], list[Rows]]
     folder: Path

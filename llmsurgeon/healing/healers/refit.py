@@ -54,7 +54,7 @@ class Refitted:
 def refitted(context: HealingContext, step: Refit) -> Refitted:
     """The student's projections moved towards the parent's hidden states."""
     parent = context.parent
-    batches = Batches.of(context.windows, context.held_out, context.batch, parent.padding)
+    batches = Batches.of(context.windows, context.held_out, context.batch, parent.padding, context.kinds)
     options = RefitOptions(step.ridges, step.align, step.align_ridge, step.join, step.join_ridge)
     shared = (context.parent_spec, context.spec, batches, options, LayerStore(context.folder))
     if context.spec.block_transformer:
