@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.boundary.limits import check_threads
@@ -18,6 +15,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.latency import benchmark
 from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp, require_xllamacpp
 from llmsurgeon.evaluation.speed import Bench
+from llmsurgeon.evaluation.threads import threads_of_torch
 from llmsurgeon.export import export_gguf
 from llmsurgeon.formats.loading import check_device, dtype_of, load_model
 from llmsurgeon.planning.options import Options
@@ -101,7 +99,7 @@ def _in_transformers(wanted: Wanted) -> Bench:
         raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
     dtype, device = dtype_of(wanted.dtype), wanted.device
     check_device(device)
-    with _threads(wanted.threads):
+    with threads_of_torch(wanted.threads):
         student = load_model(wanted.model, dtype=dtype, device=device, revision=wanted.revision)
         parent = load_model(wanted.against, dtype=dtype, device=device) if wanted.against else None
         return benchmark(student, parent, batch=wanted.batch, **wanted.sizes)
@@ -130,14 +128,3 @@ def _as_gguf(wanted: Wanted, name: str, target: Path, revision: str | None = Non
     for note in made.notes:
         wanted.say(f"{name}: {note}")
     return made.path
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """So many threads of torch meanwhile."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -113,6 +113,21 @@ def _note(path: Path) -> Path:
     return path.with_name(path.name + SUM)
 
 
+def cache_folder(room: str) -> Path:
+    """The folder of this name in LLMSURGEON_CACHE, XDG_CACHE_HOME/llmsurgeon or ~/.cache/llmsurgeon.
+
+    Raises:
+        SurgeryError: nothing says where caches are to be.
+    """
+    own, shared = os.environ.get("LLMSURGEON_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own) / room
+    try:
+        return Path(shared or Path.home() / ".cache") / "llmsurgeon" / room
+    except RuntimeError as error:  # neither HOME nor an entry of this user among the accounts
+        raise SurgeryError(f"no folder for caches: {error}; set LLMSURGEON_CACHE to one") from error
+
+
 @contextmanager
 def writing(path: Path, then: str = "free some space and start the same command again") -> Iterator[None]:
     """Turn what goes wrong while something is written to `path` into one error that says what and where.

@@ -49,7 +49,7 @@ def benchmark(
         check_length(name_of(each), prompt + new_tokens, positions_of(each))
     vocab = min(each.config.vocab_size for each in models)
     ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    timed = in_turn([partial(_run, each, ids, new_tokens) for each in models], rounds)
+    timed = in_turn([partial(timed_round, each, ids, new_tokens) for each in models], rounds)
     speeds = [
         speed_of(parameter_bytes(each), kept, ids.numel(), batch, new_tokens)
         for each, kept in zip(models, timed, strict=True)
@@ -68,7 +68,7 @@ def benchmark(
 
 
 @torch.inference_mode()
-def _run(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Round:
+def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Round:
     """One prefill and one decode; of an encoder one forward pass."""
     model.eval()
     ids_BT = ids_BT.to(model.device)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from llmsurgeon.boundary.foreign import token_ids
-from llmsurgeon.checkpoint.kept import keep, kept
+from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.text.self_text import SelfText, sample_self_text
 
@@ -38,7 +36,7 @@ def cached_self_text(
     libraries = [version(library) for library in ("torch", "transformers")]
     parts = [fingerprint, *libraries, tokenizer_key(tokenizer), *asdict(wanted).values()]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.safetensors"
+    path = cache_folder("self") / f"{key}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):
         if kept(path):
             return load_file(path)["tokens"]
@@ -59,17 +57,6 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
     kept = {} if backend else {name: str(value) for name, value in tokenizer.init_kwargs.items()}
     parts = [type(tokenizer).__name__, content, special, framed, tokenizer.pad_token_id, kept]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where sampled text is kept: `self` in LLMSURGEON_CACHE, XDG_CACHE_HOME/llmsurgeon or ~/.cache/llmsurgeon."""
-    own, shared = os.environ.get("LLMSURGEON_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own) / "self"
-    try:
-        return Path(shared or Path.home() / ".cache") / "llmsurgeon" / "self"
-    except RuntimeError as error:  # neither HOME nor an entry of this user among the accounts
-        raise SurgeryError(f"no folder for caches: {error}; set LLMSURGEON_CACHE to one") from error
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:

@@ -47,7 +47,7 @@ def test_rounds_alternate_and_speedups_are_paired(monkeypatch):
         seconds = next(times[name])
         return Round(seconds, seconds * 2, 64, 64, None)
 
-    monkeypatch.setattr(latency, "_run", run)
+    monkeypatch.setattr(latency, "timed_round", run)
     bench = benchmark(model, parent, prompt=4, new_tokens=2, rounds=3)
     assert order == ["parent", "model"] * 4
     # Ratios 2, 3 and 2 of the pairs; the warm-up's 1 does not count.
@@ -67,7 +67,7 @@ def test_decoding_is_greedy_generation_without_a_stop(monkeypatch):
     spy.__signature__ = latency.inspect.signature(forward)
     monkeypatch.setattr(model, "forward", spy)
     prompt = torch.randint(64, (1, 9), generator=torch.Generator().manual_seed(0))
-    latency._run(model, prompt, 6)
+    latency.timed_round(model, prompt, 6)
     monkeypatch.undo()
     model.generation_config.eos_token_id = None
     expected = generate(model, prompt, max_new_tokens=6)

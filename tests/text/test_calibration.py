@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import byte_tokenizer, encoder_tokenizer, tiny_model
 
+from llmsurgeon.checkpoint.kept import cache_folder
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.text import cache, self_text
+from llmsurgeon.text import self_text
 from llmsurgeon.text.cache import model_fingerprint
 from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import Sampling, SelfText, sample_self_text
@@ -274,9 +275,9 @@ def test_fingerprint_tells_weights_apart():
 
 def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.cache_folder() == tmp_path / "cache" / "self"
+    assert cache_folder("self") == tmp_path / "cache" / "self"
     monkeypatch.delenv("LLMSURGEON_CACHE")
-    assert cache.cache_folder() == tmp_path / "xdg" / "llmsurgeon" / "self"
+    assert cache_folder("self") == tmp_path / "xdg" / "llmsurgeon" / "self"
 
 
 def test_sampling_errors(tokenizer):

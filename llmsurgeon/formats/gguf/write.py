@@ -7,11 +7,11 @@ the wanted type, written. The file lies in the folder OUT.gguf.partial until it 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ def write_gguf(
     job = {"verb": "export", "format": "gguf"}
     staged = FileStage.open(path, job=job, needed_bytes=sum(sizes.values()), **place)
     with staged as stage, explained(path, then=NOTHING):
-        with closing(_writer(stage.path, layout.architecture, fields, meta, kinds)) as writer:
+        with closing(opened_writer(stage.path, layout.architecture, fields, meta, kinds)) as writer:
             _write_tensors(writer, tensors, kinds, sizes, progress)
         if isinstance(root := root_of(model.weights), Checkpoint):
             root.check_unchanged()
@@ -157,7 +157,9 @@ def _general(name: str, kinds: Kinds) -> list[Field]:
     return fields
 
 
-def _writer(path: Path, architecture: str, fields: list[Field], meta: Mapping[str, Tensor], kinds: Kinds) -> GGUFWriter:
+def opened_writer(
+    path: Path, architecture: str, fields: Sequence[Field], meta: Mapping[str, Tensor], kinds: Kinds
+) -> GGUFWriter:
     """A writer that knows the metadata and what tensors there will be."""
     from gguf import GGUFValueType, GGUFWriter
 
@@ -178,12 +180,7 @@ def _write_tensors(
     progress: Callable[[int, int], None],
 ) -> None:
     """The whole file: header, metadata, and each tensor some rows at a time."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    assert writer.fout is not None
-    file, done, total = writer.fout[0], 0, sum(sizes.values())
-    writer.write_padding(file, file.tell())
+    file, done, total = begun(writer), 0, sum(sizes.values())
     for tensor, kind in kinds.of.items():
         for part in _encoded(tensors, tensor, kind, exact=kinds.ternary):
             file.write(part)
@@ -194,6 +191,17 @@ def _write_tensors(
             tensors.release()
     file.flush()
     os.fsync(file.fileno())
+
+
+def begun(writer: GGUFWriter) -> IO[bytes]:
+    """The file with header, metadata and names written, where the first tensor's bytes go."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    assert writer.fout is not None
+    file: IO[bytes] = writer.fout[0]
+    writer.write_padding(file, file.tell())
+    return file
 
 
 def _encoded(

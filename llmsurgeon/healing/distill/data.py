@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.boundary.foreign import token_ids
-from llmsurgeon.checkpoint.kept import forget, keep, kept, writing
+from llmsurgeon.checkpoint.kept import cache_folder, forget, keep, kept, writing
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
-from llmsurgeon.text.cache import cache_folder, tokenizer_key
+from llmsurgeon.text.cache import tokenizer_key
 from llmsurgeon.text.documents import dataset_revision, documents
 from llmsurgeon.text.files import check_text_file, text_sum
 from llmsurgeon.text.self_text import document_start
@@ -266,7 +266,7 @@ class Corpus:
 
 
 def _folder(kind: str) -> Path:
-    folder = cache_folder().parent / kind
+    folder = cache_folder(kind)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.kept import cache_folder
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.distill.answer_files import AnswerFiles
@@ -27,7 +28,6 @@ from llmsurgeon.healing.distill.data import Corpus
 from llmsurgeon.healing.distill.divergence import Target, TopTokens
 from llmsurgeon.healing.distill.tapped import TappedModel, masked
 from llmsurgeon.progress import remark
-from llmsurgeon.text.cache import cache_folder
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import Parts, walk
@@ -243,4 +243,4 @@ def distribution(answers: dict[str, Tensor], logits: Callable[[Tensor], Tensor])
 
 def _folder(fingerprint: str, data: str, wanted: Wanted) -> Path:
     key = json.dumps([LAYOUT, fingerprint, data, wanted.taps, wanted.top_k])
-    return cache_folder().parent / "targets" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    return cache_folder("targets") / hashlib.sha256(key.encode()).hexdigest()[:32]
