@@ -49,6 +49,12 @@ class Batches:
         """The mask [S] of the sequences that judge, in the order of `tokens`."""
         return torch.cat([torch.full((part.stop - part.start,), held) for part, held in self.parts])
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Tokens that fit and that judge, padding included."""
+        judging = int(self.held_out.sum()) * self.tokens.shape[1]
+        return self.tokens.numel() - judging, judging
+
     def rows(self, part: slice, values: Tensor) -> Tensor:
         """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""
         rows = values.reshape(self.tokens[part].numel(), -1)

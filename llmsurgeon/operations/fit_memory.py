@@ -17,11 +17,18 @@ BATCH = 8  # sequences that go through a layer together
 
 @dataclass(frozen=True)
 class Text:
-    """The text that is fitted on: tokens in all and in a sequence, and the bytes of one number of a hidden state."""
+    """The text that is fitted on: tokens in all and in a sequence, the bytes of one number of a hidden state, and the
+    share of the tokens that judge."""
 
     tokens: int
     sequence_length: int
     itemsize: int
+    held_out: float = 0.0
+
+    @property
+    def judging(self) -> int:
+        """Tokens that judge and fit nothing."""
+        return round(self.held_out * self.tokens)
 
     @property
     def batch(self) -> int:
@@ -29,10 +36,27 @@ class Text:
         return min(self.tokens, BATCH * self.sequence_length)
 
 
-def sums_bytes(features: int, outputs: int) -> int:
-    """Sums of one ridge regression and its solution: Gram matrices F^2 of what fits and what judges, as much as four
-    times F * O beside them (the sums with what is missing, twice; the best update; the one being tried)."""
-    return FLOAT * (2 * features**2 + 4 * features * outputs)
+def fits_in_dual(tokens: int, features: int) -> bool:
+    """Whether a regression keeps the tokens that fit, and not their Gram matrix: it and the tokens are then smaller."""
+    return 5 * tokens <= 3 * features
+
+
+def judges_as_rows(tokens: int, features: int) -> bool:
+    """Whether a regression keeps the tokens that judge, and not their Gram matrix."""
+    return tokens <= features
+
+
+def regression_bytes(features: int, outputs: int, text: Text) -> int:
+    """What one ridge regression keeps of the tokens that fit and of those that judge, and solves with.
+
+    The tokens themselves, in the dual with a matrix of their number squared, or Gram matrices F^2; what is missing, or
+    its sums; beside them the best update, the one being tried, and half a solution.
+    """
+    fitting, judging = text.tokens - text.judging, text.judging
+    of_rows, of_sums = features * text.itemsize + outputs * FLOAT, FLOAT * features * (features + outputs)
+    found = 3 * FLOAT * features * outputs
+    found += fitting * of_rows + FLOAT * fitting**2 if fits_in_dual(fitting, features) else of_sums
+    return found + (judging * of_rows if judges_as_rows(judging, features) else of_sums)
 
 
 def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
@@ -53,17 +77,17 @@ def _layer_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:
     attention, ffn = layer.attention, layer.ffn
     heads = attention.heads * attention.head_dim if attention is not None else hidden
     joined = heads + hidden * len(layer.parents) if attention is not None and ffn is not None else heads
-    sums = [sums_bytes(joined, hidden)]
+    sums = [regression_bytes(joined, hidden, text)]
     width = 0
     if isinstance(ffn, FFFSpec):
         # What its neurons read and what is missing, of all tokens, gathered and joined; sums of every leaf.
         width, leaves = ffn.active, 2**ffn.depth
         each = ffn.shared**2 + ffn.shared * ffn.leaf_width + ffn.leaf_width**2 + ffn.active * hidden
-        of_leaves = FLOAT * leaves * each if ffn.form == "leaf" else sums_bytes(ffn.width, hidden)
+        of_leaves = FLOAT * leaves * each if ffn.form == "leaf" else regression_bytes(ffn.width, hidden, text)
         sums.append(2 * text.tokens * hidden * (FLOAT + text.itemsize) + of_leaves)
     elif ffn is not None:
         width = ffn.width
-        sums.append(sums_bytes(ffn.width, hidden))
+        sums.append(regression_bytes(ffn.width, hidden, text))
     # Weights as they are loaded and as they are moved; what a batch is inside the FFN, in float32 where it is summed.
     weights = 2 * 3 * width * hidden * text.itemsize
     inside = text.batch * width * (3 * text.itemsize + FLOAT)

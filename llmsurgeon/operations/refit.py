@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -50,7 +51,7 @@ class Refit(Step):
         return self.tokens
 
     def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
-        return refit_bytes(parent, student.spec, text)
+        return refit_bytes(parent, student.spec, replace(text, held_out=self.held_out))
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -65,8 +65,8 @@ def align(
     mine, theirs = streams
 
     def batch(part: slice) -> tuple[Tensor, Tensor]:
-        own = norm(mine[part].to(here.student.device)).float()
-        return own, norm(theirs[part].to(here.student.device)).float() - own
+        own = norm(mine[part].to(here.student.device))
+        return own, norm(theirs[part].to(here.student.device)).float() - own.float()
 
     update, ridge, error = best_update(here.moments(batch), (here.options.align_ridge,))
     here.note(what, ridge, error)

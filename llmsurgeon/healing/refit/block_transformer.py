@@ -55,7 +55,8 @@ def affine_map(
     """
     x, y = features.float(), wanted.float()
     x_mean, y_mean = x[~held_out].mean(0), y[~held_out].mean(0)
-    moments = Moments()
+    judging = int(held_out.sum())
+    moments = Moments(len(x) - judging, judging)
     for held in (False, True):
         rows = held_out == held
         moments.add(x[rows] - x_mean, y[rows] - y_mean, held)

@@ -146,7 +146,8 @@ class LayerFit:
 
     def moments(self, batch: Callable[[slice], tuple[Tensor, Tensor]]) -> Moments:
         """The sums of a regression; `batch` gives the features and what is missing of some sequences."""
-        moments, text = Moments(), self.context.batches
+        text = self.context.batches
+        moments = Moments(*text.counts)
         for part, held in text.parts:
             features, missing = batch(part)
             moments.add(text.rows(part, features), text.rows(part, missing), held)

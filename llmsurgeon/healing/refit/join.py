@@ -21,6 +21,7 @@ from llmsurgeon.healing.refit.context import LayerFit
 from llmsurgeon.healing.refit.mixer import is_new as is_new_mixer
 from llmsurgeon.healing.refit.projection import OutputProjection, attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import joint_update
+from llmsurgeon.healing.refit.symmetric import units_of
 
 
 def can_take_over(here: LayerFit) -> bool:
@@ -40,7 +41,6 @@ def take_over(here: LayerFit) -> None:
     device, out = here.student.device, output_projection(here, "attention")
     # A mixture of experts has no one projection: its output counts as one group.
     down = None if here.family.experts else output_projection(here, "ffn")
-    columns = down.weight.float() if down else torch.empty(0)
     # Channels that no parent can be told to own count as one FFN.
     rows = [r for number in here.spec.parents if (r := rows_of(here, number))] or [slice(None)]
     groups: list[int] = []
@@ -56,7 +56,7 @@ def take_over(here: LayerFit) -> None:
         assert ffn is not None
         behind[part] = attended.cpu()
         heads_read.append(out.read.cpu())
-        outputs = [out.features(), *_ffn_outputs(down, columns, rows, ffn)]
+        outputs = [out.features(), *_ffn_outputs(down, rows, ffn)]
         groups[:] = [output.shape[1] for output in outputs]
         return torch.cat(outputs, dim=1), here.parent[part].to(device).float() - attended.float() - ffn.float()
 
@@ -72,9 +72,10 @@ def take_over(here: LayerFit) -> None:
     here.attended = behind
 
 
-def _ffn_outputs(down: OutputProjection | None, columns: Tensor, rows: list[slice], ffn: Tensor) -> list[Tensor]:
+def _ffn_outputs(down: OutputProjection | None, rows: list[slice], ffn: Tensor) -> list[Tensor]:
     """What each parent's rows of an FFN add to the stream, [n, D] each; `ffn` where it is not a sum of that."""
     if down is None or down.gain is not None:
         return [ffn.float().flatten(0, 1)]
-    inner = down.read.float().flatten(0, 1)
-    return [inner[:, r] @ columns[:, r].T * down.factor for r in rows]
+    inner, weight = down.read.flatten(0, 1), down.weight
+    with units_of(inner.dtype):
+        return [inner[:, r].float() @ weight[:, r].float().T * down.factor for r in rows]

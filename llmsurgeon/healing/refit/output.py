@@ -58,7 +58,7 @@ def refit_output(here: LayerFit) -> None:
             if out.gain is not None:
                 # Behind a post-norm the moments promise what holds for small updates: see what this one does.
                 judges = (part for part, held in here.context.batches.parts if held)
-                error = sum(missing(part).square().sum().item() for part in judges) / moments.square[1]
+                error = sum(missing(part).square().sum().item() for part in judges) / moments.judges.square
                 if not error < 1:
                     out.restore(before)
                     ridge, error = None, 1.0

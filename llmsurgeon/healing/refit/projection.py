@@ -85,8 +85,11 @@ class OutputProjection:
             tensor.copy_(copy)
 
     def features(self) -> Tensor:
-        """What an update multiplies to change the contribution, for the tokens seen last [n, F (+ 1 for the bias)]."""
-        features = self.read.float().flatten(0, -2)
+        """What an update multiplies to change the contribution, for the tokens seen last [n, F (+ 1 for the bias)].
+
+        In the dtype of the layer where it is what the projection reads, and no more.
+        """
+        features = self.read.flatten(0, -2)
         if self.bias is not None:
             features = torch.cat([features, features.new_ones(len(features), 1)], dim=1)
         if self.gain is not None:
@@ -94,7 +97,7 @@ class OutputProjection:
             if self.outer:
                 normed = normed - normed.mean(-1, keepdim=True)
             features = features * normed.square().mean(-1, keepdim=True).rsqrt()
-        return features if self.factor == 1 else features * self.factor
+        return features if self.factor == 1 else features.float() * self.factor
 
     def contribution(self, read: Tensor) -> Tensor:
         """What the part adds to the stream when its projection reads this."""

@@ -1,6 +1,10 @@
-"""Ridge regression from sums over tokens: some fit, others are held out and judge.
+"""Ridge regression over tokens: some fit, others are held out and judge.
 
-Shapes: n tokens, F features, O outputs.
+What is kept of the tokens is what is smaller: sums over them, or they themselves where they are fewer than the features
+(`operations/fit_memory.py` draws the line). From sums an update is (A^T A + D)^-1 A^T R; from the tokens it is the same
+in the dual, A^T (A A^T + d)^-1 R, where a matrix of the tokens' number is factored and none of the features'.
+
+Shapes: n tokens, F features, O outputs: features A [n, F]; what is missing R [n, O].
 """
 
 from __future__ import annotations
@@ -8,134 +12,191 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.healing.refit.symmetric import COLUMNS, add_gram, damped_solution, mirror
+from llmsurgeon.operations.fit_memory import fits_in_dual, judges_as_rows
 
-GRAM_COLUMNS = 512
+
+class Kept(Protocol):
+    """What is kept of tokens of one kind, those that fit or those that judge."""
+
+    square: float
+
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        """Add tokens: features [n, F], what is missing [n, O]."""
+
+    def complete(self) -> None:
+        """Everything was added."""
+
+    def update(self, ridge: float) -> Tensor:
+        """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, [F, O]."""
+
+    def error(self, update: Tensor) -> float:
+        """||A X - R||^2 for an update X [F, O]."""
+
+    def sums(self) -> Sums:
+        """The same tokens, summed."""
 
 
 @dataclass
-class Moments:
-    """Sums that ridge regression needs, in float32, for the tokens that fit and those held out.
+class Sums:
+    """Sums over tokens, float32: gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R;
+    square = ||R||^2. Before the first tokens they take no room."""
 
-    gram [F, F] = A^T A (the upper triangle until `complete`); cross [F, O] = A^T R; square = ||R||^2. Index 0 fits,
-    index 1 judges; without tokens of its kind, one takes no room.
+    gram: Tensor = field(default_factory=lambda: torch.empty(0))
+    cross: Tensor = field(default_factory=lambda: torch.empty(0))
+    square: float = 0.0
+
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        self.square += square_of(missing)
+        if not self.gram.numel():
+            f, o = features.shape[-1], missing.shape[-1]
+            self.gram = features.new_zeros(f, f, dtype=torch.float32)
+            self.cross = features.new_zeros(f, o, dtype=torch.float32)
+        add_gram(self.gram, features)
+        self.cross.addmm_(features.float().T, missing.float())
+
+    def complete(self) -> None:
+        mirror(self.gram)
+
+    def update(self, ridge: float) -> Tensor:
+        return ridge_solution(self.gram, self.cross, ridge)
+
+    def error(self, update: Tensor) -> float:
+        change = 0.0
+        for start in range(0, len(update), COLUMNS):
+            rows = slice(start, start + COLUMNS)
+            change += (update[rows] * (self.gram[rows] @ update - 2 * self.cross[rows])).sum().item()
+        return self.square + change
+
+    def sums(self) -> Sums:
+        return self
+
+
+class Rows:
+    """The tokens themselves, at most `tokens` of them: features in the dtype in which they come, R in float32."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.count, self.square = tokens, 0, 0.0
+        self.features = self.missing = torch.empty(0)
+        self._products: Tensor | None = None
+
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        self.square += square_of(missing)
+        if not self.count:
+            self.features = features.new_empty(self.tokens, features.shape[-1])
+            self.missing = missing.new_empty(self.tokens, missing.shape[-1], dtype=torch.float32)
+        own = slice(self.count, self.count + len(features))
+        self.features[own], self.missing[own] = features, missing
+        self.count = own.stop
+
+    def complete(self) -> None:
+        # Padding is announced and does not come.
+        self.features, self.missing = self.features[: self.count], self.missing[: self.count]
+
+    def update(self, ridge: float) -> Tensor:
+        if self._products is None:
+            self._products = row_products(self.features)
+        # The mean of F squared columns, from the sum of n squared rows.
+        mean = self._products.diagonal().sum() / self.features.shape[1]
+        weights = damped_solution(self._products, self.missing, (ridge * floored(mean)).expand(self.count))
+        return torch.cat([columns.float().T @ weights for columns in self.features.split(COLUMNS, dim=1)])
+
+    def error(self, update: Tensor) -> float:
+        parts = zip(self.features.split(COLUMNS), self.missing.split(COLUMNS), strict=True)
+        return sum((missing - features.float() @ update).square().sum().item() for features, missing in parts)
+
+    def sums(self) -> Sums:
+        found = Sums()
+        found.add(self.features, self.missing)
+        found.complete()
+        return found
+
+
+class Moments:
+    """What ridge regression keeps of the tokens that fit and of those that judge.
+
+    fitting, judging: how many of both will come, at the most; where nobody knows they are summed.
     """
 
-    gram: list[Tensor] = field(default_factory=lambda: [torch.empty(0), torch.empty(0)])
-    cross: list[Tensor] = field(default_factory=lambda: [torch.empty(0), torch.empty(0)])
-    square: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    def __init__(self, fitting: int | None = None, judging: int | None = None) -> None:
+        self.fitting, self.judging = fitting, judging
+        self.fits: Kept = Sums()
+        self.judges: Kept = Sums()
+        self._begun: set[bool] = set()
 
-    def add(self, features: Tensor, residual: Tensor, held_out: bool) -> None:
-        """Add tokens: features [n, F], residual [n, O]."""
-        if not self.gram[held_out].numel():
-            f, o = features.shape[-1], residual.shape[-1]
-            self.gram[held_out] = features.new_zeros(f, f, dtype=torch.float32)
-            self.cross[held_out] = features.new_zeros(f, o, dtype=torch.float32)
-        a, r = features.float(), residual.float()
-        for start in range(0, a.shape[1], GRAM_COLUMNS):
-            # The Gram matrix is symmetric: only blocks on and above the diagonal are computed.
-            columns = a[:, start : start + GRAM_COLUMNS]
-            self.gram[held_out][start : start + GRAM_COLUMNS, start:].addmm_(columns.T, a[:, start:])
-        self.cross[held_out].addmm_(a.T, r)
-        square = r.square().sum().item()
-        if not math.isfinite(square):
-            raise SurgeryError(
-                "refit: hidden states are not finite; run `llmsurgeon verify` on the source, and if it is sound, "
-                "calibrate in a wider dtype (--dtype float32)"
-            )
-        self.square[held_out] += square
+    def add(self, features: Tensor, missing: Tensor, held_out: bool) -> None:
+        """Add tokens: features [n, F], what is missing [n, O]; those held out judge.
+
+        Raises:
+            SurgeryError: what is missing is not finite.
+        """
+        if held_out not in self._begun:
+            self._begun.add(held_out)
+            self._begin(features.shape[-1], held_out)
+        (self.judges if held_out else self.fits).add(features, missing)
+
+    def _begin(self, features: int, held_out: bool) -> None:
+        if held_out and self.judging is not None and judges_as_rows(self.judging, features):
+            self.judges = Rows(self.judging)
+        if not held_out and self.fitting is not None and fits_in_dual(self.fitting, features):
+            self.fits = Rows(self.fitting)
 
     def complete(self) -> Moments:
-        """Mirror the Gram matrices once everything is added, a block at a time and in place."""
-        for gram in self.gram:
-            mirror(gram)
+        """Everything was added."""
+        self.fits.complete()
+        self.judges.complete()
         return self
 
     def held_out_error(self, update: Tensor) -> float:
         """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
-        before, change = self.square[1], 0.0
-        if before <= 0:
-            return 1.0
-        for start in range(0, len(update), GRAM_COLUMNS):
-            rows = slice(start, start + GRAM_COLUMNS)
-            moved = update[rows]
-            change += (moved * (self.gram[1][rows] @ update - 2 * self.cross[1][rows])).sum().item()
-        return (before + change) / before
+        before = self.judges.square
+        return self.judges.error(update) / before if before > 0 else 1.0
 
 
-def mirror(matrix: Tensor) -> None:
-    """Copy what is above the diagonal of a square matrix below it, in place."""
-    for start in range(0, len(matrix), GRAM_COLUMNS):
-        stop = start + GRAM_COLUMNS
-        square = matrix[start:stop, start:stop]
-        square.copy_(square.triu() + square.triu(1).T)
-        matrix[stop:, start:stop] = matrix[start:stop, stop:].T
+def square_of(missing: Tensor) -> float:
+    """||R||^2.
 
-
-def factor_below(matrix: Tensor) -> bool:
-    """Cholesky factorisation of a symmetric matrix [F, F]: the lower triangle becomes the factor, in place.
-
-    What is above the diagonal stays, so that `mirror` brings the matrix back once its diagonal is restored. Returns
-    False where the matrix is not positive definite to the precision of its numbers (it is then in part a factor).
+    Raises:
+        SurgeryError: it is not finite.
     """
-    size = len(matrix)
-    for start in range(0, size, GRAM_COLUMNS):
-        stop = min(start + GRAM_COLUMNS, size)
-        square = matrix[start:stop, start:stop]
-        # Reads the lower triangle alone.
-        factor, info = torch.linalg.cholesky_ex(square)
-        if info.item():
-            return False
-        square.copy_(factor + square.triu(1))
-        if stop == size:
-            break
-        panel = matrix[stop:, start:stop]
-        panel.copy_(torch.linalg.solve_triangular(factor.T, panel, upper=True, left=False))
-        for below in range(stop, size, GRAM_COLUMNS):
-            # What is on and below the diagonal of the rest, a block of columns at a time.
-            columns = slice(below, min(below + GRAM_COLUMNS, size))
-            own = matrix[columns, start:stop]
-            rest = matrix[columns.stop :, columns]
-            rest.addmm_(matrix[columns.stop :, start:stop], own.T, alpha=-1)
-            corner = matrix[columns, columns]
-            corner.copy_((corner - own @ own.T).tril() + corner.triu(1))
-    return True
+    square: float = missing.float().square().sum().item()
+    if not math.isfinite(square):
+        raise SurgeryError(
+            "refit: hidden states are not finite; run `llmsurgeon verify` on the source, and if it is sound, "
+            "calibrate in a wider dtype (--dtype float32)"
+        )
+    return square
+
+
+def row_products(features: Tensor) -> Tensor:
+    """A A^T [n, n] in float32 from A [n, F]."""
+    products = features.new_zeros(len(features), len(features), dtype=torch.float32)
+    for columns in features.split(COLUMNS, dim=1):
+        add_gram(products, columns.T)
+    mirror(products)
+    return products
+
+
+def floored(mean: Tensor) -> Tensor:
+    """A mean square that can be divided by."""
+    return mean.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[int] = ()) -> Tensor:
     """argmin_X ||A X - R||^2 + ridge * mean(diag(A^T A)) ||X||^2, from A^T A [F, F] and A^T R [F, O]. [F, O].
 
-    The Gram matrix is worked on in place, as it may be the largest thing in memory, and is again what it was in the
-    end. groups: sizes of feature groups that differ in scale; each is damped by its own mean.
+    The Gram matrix is worked on in place, and is again what it was in the end. groups: sizes of feature groups that
+    differ in scale; each is damped by its own mean.
     """
-    kept = gram.diagonal().clone()
-    damped = kept.clone()
-    for diagonal in damped.split(list(groups) or len(gram)):
-        diagonal.add_(ridge * diagonal.mean().clamp_min(torch.finfo(torch.float32).tiny))
-    try:
-        gram.diagonal().copy_(damped)
-        if factor_below(gram):
-            half = torch.linalg.solve_triangular(gram, cross, upper=False)
-            # Above the diagonal stands what the matrix was: the factor's transpose is read from below it.
-            return torch.linalg.solve_triangular(gram.T, half, upper=True)
-    finally:
-        restore(gram, kept)
-    # Rounding in the float32 sums can outweigh a small ridge and push eigenvalues below zero: raise them to it.
-    wide = gram.double()
-    wide.diagonal().copy_(damped)
-    values, vectors = torch.linalg.eigh(wide)
-    rounding = values[-1] * torch.finfo(torch.float32).eps
-    return (vectors @ ((vectors.T @ cross.double()) / values.clamp_min(rounding)[:, None])).float()
-
-
-def restore(matrix: Tensor, diagonal: Tensor) -> None:
-    """Undo `factor_below` on a matrix with this diagonal."""
-    matrix.diagonal().copy_(diagonal)
-    mirror(matrix)
+    diagonals = gram.diagonal().split(list(groups) or len(gram))
+    damping = torch.cat([(ridge * floored(part.mean())).expand(len(part)) for part in diagonals])
+    return damped_solution(gram, cross, damping)
 
 
 def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
@@ -145,7 +206,7 @@ def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | Non
     """
     best: tuple[Tensor | None, float | None, float] = (None, None, 1.0)
     for ridge in ridges:
-        update = ridge_solution(moments.gram[0], moments.cross[0], ridge)
+        update = moments.fits.update(ridge)
         error = moments.held_out_error(update)
         if error < best[2]:
             best = update, ridge, error
@@ -157,9 +218,9 @@ def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple
 
     No update where the first group does not lower the held-out error.
     """
-    own = groups[0]
-    joint = ridge_solution(moments.gram[0], moments.cross[0], ridge, groups)
+    own, sums = groups[0], moments.fits.sums()
+    joint = ridge_solution(sums.gram, sums.cross, ridge, groups)
     others = torch.zeros_like(joint)
-    others[own:] = ridge_solution(moments.gram[0][own:, own:], moments.cross[0][own:], ridge, groups[1:])
+    others[own:] = ridge_solution(sums.gram[own:, own:], sums.cross[own:], ridge, groups[1:])
     error = moments.held_out_error(joint) / moments.held_out_error(others)
     return (joint[:own], error) if error < 1 else (None, 1.0)

@@ -147,7 +147,7 @@ def _features(module: Any, read: Tensor, missing: Tensor, leaf: int) -> tuple[Te
 
 def fit_nodes(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges: Sequence[float]) -> tuple[Any, float]:
     """`fit_leaves` for the node form: one ridge regression on all neurons."""
-    moments = Moments()
+    moments = Moments(int((~held).sum()), int(held.sum()))
     for judge in (False, True):
         rows = held == judge
         active = module.visited(read[rows]).flatten(1).float()

@@ -70,7 +70,7 @@ def test_a_singular_system_still_has_a_solution():
 
 
 def test_gram_matrices_are_summed_in_blocks(monkeypatch):
-    monkeypatch.setattr("llmsurgeon.healing.refit.ridge.GRAM_COLUMNS", 3)
+    monkeypatch.setattr("llmsurgeon.healing.refit.symmetric.COLUMNS", 3)
     (a, r), (b, s) = rows(20, 8, 2), rows(9, 8, 2, seed=1)
     moments = Moments()
     for features, residual in ((a, r), (b, s)):
@@ -78,9 +78,9 @@ def test_gram_matrices_are_summed_in_blocks(monkeypatch):
     moments.add(b, s, True)
     both = torch.cat([a, b])
     moments.complete()
-    torch.testing.assert_close(moments.gram[0], both.T @ both)
-    torch.testing.assert_close(moments.gram[1], b.T @ b)
-    torch.testing.assert_close(moments.cross[0], both.T @ torch.cat([r, s]))
+    torch.testing.assert_close(moments.fits.gram, both.T @ both)
+    torch.testing.assert_close(moments.judges.gram, b.T @ b)
+    torch.testing.assert_close(moments.fits.cross, both.T @ torch.cat([r, s]))
 
 
 def test_held_out_error_is_the_error_on_the_held_out_rows():
@@ -89,7 +89,7 @@ def test_held_out_error_is_the_error_on_the_held_out_rows():
     moments.add(*(t[:17] for t in fit), False)
     moments.add(*(t[17:] for t in fit), False)
     moments.add(*judge, True)
-    update = ridge_solution(moments.gram[0], moments.cross[0], 0.1)
+    update = ridge_solution(moments.fits.gram, moments.fits.cross, 0.1)
     a, r = judge
     direct = (r - a @ update).square().sum() / r.square().sum()
     assert moments.held_out_error(update) == pytest.approx(direct.item(), rel=1e-4)
@@ -103,10 +103,10 @@ def test_the_ridge_that_errs_least_on_held_out_rows():
     moments.add(*rows(30, 6, 2)[:2], True)
     candidates = (1e-3, 1.0, 100.0)
     update, ridge, error = best_update(moments, candidates)
-    errors = {c: moments.held_out_error(ridge_solution(moments.gram[0], moments.cross[0], c)) for c in candidates}
+    errors = {c: moments.held_out_error(ridge_solution(moments.fits.gram, moments.fits.cross, c)) for c in candidates}
     assert ridge == min(errors, key=errors.get) and error == errors[ridge] < 1
     # Rows that judge fit nothing.
-    assert torch.equal(update, ridge_solution(moments.gram[0], moments.cross[0], ridge))
+    assert torch.equal(update, ridge_solution(moments.fits.gram, moments.fits.cross, ridge))
 
 
 def test_an_update_that_does_not_help_on_held_out_rows_is_not_made():
@@ -298,7 +298,7 @@ def test_behind_a_post_norm_an_update_is_kept_only_for_what_it_does(family_name,
     """However good it looks to the linear fit, an update that makes the held-out error larger is taken back."""
 
     def huge(moments, ridges):
-        return 100 * torch.ones_like(moments.cross[0]), ridges[0], 0.1
+        return 100 * torch.ones(len(moments.fits.update(0.1)), moments.fits.update(0.1).shape[1]), ridges[0], 0.1
 
     monkeypatch.setattr("llmsurgeon.healing.refit.output.best_update", huge)
     options = dict(tokens=some_tokens(batch=16, length=8), store=tmp_path / "store", align=False, join=False)
@@ -381,13 +381,16 @@ def test_one_matrix_is_as_much_as_is_taken_beside_the_sums():
 
 
 def test_what_a_refit_takes_is_in_the_plan():
-    from llmsurgeon.operations.fit_memory import Text, refit_bytes, sums_bytes
+    from llmsurgeon.operations.fit_memory import Text, refit_bytes, regression_bytes
 
     subject, _, _ = subject_of(tiny_model("llama", intermediate_size=4096))
     student = subject
     for step in (PruneAttention(layers=(2, 3)), FuseFFN(runs=((1, 2, 3),))):
         student = student.after(step.plan(student))
-    text = Text(1024, 16, 4)
+    text = Text(16384, 16, 4, 0.125)
     found = refit_bytes(subject.spec, student.spec, text)
-    assert sums_bytes(3 * 4096, 32) < found < 1.2 * sums_bytes(3 * 4096, 32)
+    assert regression_bytes(3 * 4096, 32, text) < found < 1.2 * regression_bytes(3 * 4096, 32, text)
     assert refit_bytes(subject.spec, subject.spec, text) == 0
+    # One Gram matrix, where the tokens that judge are fewer than the channels; none, where those that fit are, too.
+    assert 4 * 12288**2 < regression_bytes(12288, 32, text) < 1.3 * 4 * 12288**2
+    assert regression_bytes(12288, 32, Text(4096, 16, 2, 0.125)) < 0.4 * 4 * 12288**2
