@@ -22,10 +22,11 @@ if TYPE_CHECKING:
     from llmsurgeon.heal import heal
     from llmsurgeon.inspect import inspect
     from llmsurgeon.run import run
+    from llmsurgeon.search import search
     from llmsurgeon.verify import verify
 
 __version__ = "0.1.0"
-__all__ = ["analyze", "bench", "evaluate", "export", "heal", "inspect", "run", "verify"]
+__all__ = ["analyze", "bench", "evaluate", "export", "heal", "inspect", "run", "search", "verify"]
 
 
 class _Verbs(ModuleType):

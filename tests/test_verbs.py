@@ -13,7 +13,7 @@ import pytest
 
 import llmsurgeon
 
-VERBS = ("analyze", "bench", "evaluate", "export", "heal", "inspect", "run", "verify")
+VERBS = ("analyze", "bench", "evaluate", "export", "heal", "inspect", "run", "search", "verify")
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "yaml", "typer", "rich")
 
 

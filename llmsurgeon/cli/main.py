@@ -27,6 +27,7 @@ from llmsurgeon.cli import (
     output,
     prune,
     recipes,
+    search,
     ternary,
     verify,
 )
@@ -75,7 +76,7 @@ def _global_options(
 
 # In the order in which --help lists their commands.
 MODULES = (
-    *(analyze, convert, fuse, prune, heal, fff, ternary, matmulfree, block),
+    *(analyze, search, convert, fuse, prune, heal, fff, ternary, matmulfree, block),
     *(evaluate, bench, export, inspect, verify, recipes),
 )
 for _module in MODULES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
@@ -130,6 +130,22 @@ class Request:
     score: str
 
 
+@dataclass(frozen=True)
+class Offer:
+    """A way to have some neighbouring layers, for a search among such ways.
+
+    layers: of the parent; what it is about and nobody else may touch then.
+    part: of one layer, its attention or its FFN, beside which the other may be chosen freely; or all of the layers.
+    name: what is left, in a few words.
+    steps: what makes it so.
+    """
+
+    layers: tuple[int, ...]
+    part: Literal["attention", "ffn", "all"]
+    name: str
+    steps: tuple[Step, ...]
+
+
 class Step(BaseModel):
     """A step of a recipe: what the rest of the program asks of an operation, each with the answer of most.
 
@@ -224,6 +240,22 @@ class Step(BaseModel):
         """
         raise NotImplementedError
 
+    # What a search can choose of it.
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> Sequence[Offer]:
+        """Ways to have single layers, or a few neighbours, of the parent; none where there is nothing to choose.
+
+        Args:
+            grain: widths that an engine likes are multiples of it.
+        """
+        return ()
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> Sequence[Step]:
+        """Steps of this operation on different layers, as few steps as can say the same."""
+        return steps
+
     # What follows from it, once it is resolved.
 
     def made_ternary(self, student: Subject) -> dict[str, str]:
@@ -294,6 +326,12 @@ def lowest(scores: Sequence[float], allowed: Sequence[int], count: int, what: st
     return tuple(sorted(sorted(allowed, key=lambda layer: (float(scores[layer]), layer))[:count]))
 
 
+def shares_of(whole: int, shares: Sequence[float], multiple_of: int) -> list[int]:
+    """These shares of a number as multiples of another, each once, falling, less than the whole and more than none."""
+    wanted = (round(whole * share / multiple_of) * multiple_of for share in shares)
+    return sorted({number for number in wanted if 0 < number < whole}, reverse=True)
+
+
 def exactly_one(step: str, **given: object) -> None:
     """Raise ValueError (a recipe error) unless exactly one of `given` is set."""
     if sum(value is not None for value in given.values()) != 1:
@@ -311,7 +349,8 @@ def sorted_along(fields: Any, numbers: str) -> Any:
     if len(layers) != len(fields[numbers]):
         return fields
     order = sorted(range(len(layers)), key=layers.__getitem__)
-    return {**fields, numbers: [fields[numbers][place] for place in order]}
+    # A tuple: what comes out of here is strict Python, and no JSON any more.
+    return {**fields, numbers: tuple(fields[numbers][place] for place in order)}
 
 
 def _span(layers: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -22,8 +22,12 @@ from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import RunList
 from llmsurgeon.model.parts import FFNSpec, Touch
 from llmsurgeon.model.spec import LayerSpec
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Request, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Offer, Plan, Request, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.runs import choose_runs
+
+# Lengths of the runs that a search may fuse.
+SEARCHED_RUNS = (2, 3)
 
 
 def by_part(tensors: Sequence[Tensor], stacked: int) -> list[Tensor]:
@@ -149,6 +153,24 @@ class FuseFFN(Step):
                 "put a prune_attention step before this one"
             )
         return self.model_copy(update={"runs": runs})
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        # The model's last FFN is left alone: fusing it hurts most (section 4).
+        layers = subject.spec.layers[:-1]
+        offers = []
+        for start in range(len(layers)):
+            for run in (layers[start : start + size] for size in SEARCHED_RUNS if start + size <= len(layers)):
+                if all(each.ffn and each.ffn.plain and not each.branches and len(each.parents) == 1 for each in run):
+                    numbers = tuple(each.parents[0] for each in run)
+                    attending = tuple(each.parents[0] for each in run[1:] if each.attention)
+                    steps = (PruneAttention(layers=attending),) if attending else ()
+                    offers.append(Offer(numbers, "all", f"fused {_name(numbers)}", (*steps, cls(runs=(numbers,)))))
+        return offers
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> list[Step]:
+        return [cls(runs=tuple(sorted(run for step in steps if step.runs != "auto" for run in step.runs)))]
 
     @staticmethod
     def misfit(family: Family) -> str | None:

@@ -12,8 +12,8 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import NewLayer, Plan, Request, Subject, all_kept, assemble, exactly_one
-from llmsurgeon.operations.ranked import Ranked, Ranking, with_part
+from llmsurgeon.operations.base import NewLayer, Offer, Plan, Request, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.ranked import Ranked, Ranking, removals, with_part
 
 RANKINGS = {
     "joint": Ranking(
@@ -49,6 +49,10 @@ class PruneAttention(Ranked):
 
     def requests(self, subject: Subject) -> tuple[Request, ...]:
         return (*super().requests(subject), Dropped("ffn_dependency", self))
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        return removals(cls, with_part(subject, "attention"), "attention")
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import Plan, Step, Subject, all_kept, assemble, exactly_one
-from llmsurgeon.operations.ranked import Ranked, Ranking
+from llmsurgeon.operations.base import Offer, Plan, Step, Subject, all_kept, assemble, exactly_one
+from llmsurgeon.operations.ranked import Ranked, Ranking, removals
 
 RANKINGS = {
     "rescored": Ranking("block_order", order=("blocks", "")),
@@ -60,6 +60,10 @@ class PruneBlocks(Ranked):
         candidates = [float(distances[size - 1][start]) for start in range(len(distances) - size + 1)]
         start = candidates.index(min(candidates))
         return tuple(range(start, start + size))
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        return removals(cls, [layer.parents[0] for layer in subject.spec.layers], "all")
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

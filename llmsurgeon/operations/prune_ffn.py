@@ -7,9 +7,9 @@ from typing import ClassVar, Literal
 from pydantic import model_validator
 
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import Plan, Subject, exactly_one
+from llmsurgeon.operations.base import Offer, Plan, Subject, exactly_one
 from llmsurgeon.operations.prune_attention import drop_part
-from llmsurgeon.operations.ranked import Ranked, Ranking, with_part
+from llmsurgeon.operations.ranked import Ranked, Ranking, removals, with_part
 
 RANKINGS = {"kl": Ranking("ffn_kl"), "similarity": Ranking("ffn_similarity", highest=True)}
 
@@ -31,6 +31,10 @@ class PruneFFN(Ranked):
 
     def candidates(self, subject: Subject) -> list[int]:
         return with_part(subject, "ffn")
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        return removals(cls, with_part(subject, "ffn"), "ffn")
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -8,9 +8,9 @@ needs no text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -22,6 +22,7 @@ from llmsurgeon.model.parts import AttentionSpec, Touch
 from llmsurgeon.operations.base import (
     Computed,
     NewLayer,
+    Offer,
     Plan,
     Request,
     Step,
@@ -29,11 +30,15 @@ from llmsurgeon.operations.base import (
     all_kept,
     assemble,
     exactly_one,
+    shares_of,
     sorted_along,
 )
 from llmsurgeon.operations.prune_width import parents_scores, top_channels, widths_by_loss
+from llmsurgeon.operations.ranked import with_part
 
 Unit = Literal["group", "head"]
+# The shares of its query heads that a search may leave an attention.
+SHARES = (0.75, 0.5, 0.25)
 # Of tensors (values, output projection), or of none: the units that stay, ascending.
 Choice = Callable[..., Tensor]
 
@@ -149,6 +154,36 @@ class PruneHeads(Step):
             SurgeryError: a layer does not exist.
         """
         return subject.positions(self.layers, "attention", self.op)
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        offers = []
+        for number in with_part(subject, "attention"):
+            attention = subject.spec.layers[subject.position(number)].attention
+            if not isinstance(attention, AttentionSpec) or not attention.looks_back:
+                continue
+            shared = attention.heads > attention.kv_heads
+            for unit in ("group", "head") if shared else ("group",):
+                units = Units.of(attention, unit)
+                for heads in shares_of(attention.heads, SHARES, units.heads * units.groups):
+                    kv = f" in {attention.kv_heads} KV groups" if unit == "head" else ""
+                    step = cls(layers=(number,), counts=(heads,), unit=unit)
+                    offers.append(Offer((number,), "attention", f"{heads} heads{kv}", (step,)))
+        return offers
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> list[Step]:
+        units: dict[Unit, list[Self]] = {}
+        for step in steps:
+            units.setdefault(step.unit, []).append(step)
+        return [
+            cls(
+                layers=tuple(layer for step in alike for layer in step.layers or ()),
+                counts=tuple(count for step in alike for count in step.counts or ()),
+                unit=unit,
+            )
+            for unit, alike in units.items()
+        ]
 
     def resolve(self, subject: Subject) -> PruneHeads:
         if self.spread != "loss":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -12,7 +13,8 @@ from torch import Tensor
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.layers import LayerList
 from llmsurgeon.model.parts import AttentionSpec, Touch
-from llmsurgeon.operations.base import Computed, NewLayer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.base import Computed, NewLayer, Offer, Plan, Step, Subject, all_kept, assemble
+from llmsurgeon.operations.ranked import with_part
 
 
 def merge_heads(weight: Tensor, old_heads: int, new_heads: int) -> Tensor:
@@ -57,6 +59,26 @@ class PruneKVHeads(Step):
     def misfit(family: Family) -> str | None:
         has_heads = family.kv or family.fused_qkv
         return None if has_heads else "its classes cannot hold another number of key/value heads"
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        offers = []
+        for number in with_part(subject, "attention"):
+            attention = subject.spec.layers[subject.position(number)].attention
+            if isinstance(attention, AttentionSpec) and attention.looks_back:
+                fewer = [count for count in range(1, attention.kv_heads) if attention.kv_heads % count == 0]
+                offers += [
+                    Offer((number,), "attention", f"{count} merged KV heads", (cls(kv_heads=count, layers=(number,)),))
+                    for count in fewer[:-3:-1]
+                ]
+        return offers
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> list[Step]:
+        layers: dict[int, list[int]] = {}
+        for step in steps:
+            layers.setdefault(step.kv_heads, []).extend(step.layers or ())
+        return [cls(kv_heads=count, layers=tuple(sorted(each))) for count, each in sorted(layers.items(), reverse=True)]
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -8,9 +8,9 @@ section 2.2), `magnitude` the product of a channel's weight norms, which needs n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,6 +21,7 @@ from llmsurgeon.model.parts import FFNSpec, Touch
 from llmsurgeon.operations.base import (
     Computed,
     NewLayer,
+    Offer,
     Plan,
     Request,
     Step,
@@ -28,8 +29,10 @@ from llmsurgeon.operations.base import (
     all_kept,
     assemble,
     exactly_one,
+    shares_of,
     sorted_along,
 )
+from llmsurgeon.operations.ranked import with_part
 
 
 def channel_magnitudes(in_weights: tuple[Tensor, ...], out_weight: Tensor) -> Tensor:
@@ -71,6 +74,10 @@ SCORES = {
     "activation": ("ffn_channel",),
     "magnitude": (),
 }
+
+
+# The shares of its channels that a search may leave an FFN.
+SHARES = (0.875, 0.75, 0.625, 0.5, 0.25)
 
 
 def widths_by_loss(losses: Mapping[int, Tensor], keep: float, multiple_of: int) -> dict[int, int]:
@@ -161,6 +168,25 @@ class PruneWidth(Step):
             SurgeryError: a layer does not exist.
         """
         return subject.positions(self.layers, "ffn", self.op)
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        offers = []
+        for number in with_part(subject, "ffn"):
+            ffn = subject.spec.layers[subject.position(number)].ffn
+            if ffn is not None and ffn.plain:
+                # Of a narrow FFN no two of these shares may fall together.
+                multiple = min(grain, 2 ** max(0, (ffn.width // 16).bit_length() - 1))
+                offers += [
+                    Offer((number,), "ffn", f"{width} channels", (cls(layers=(number,), widths=(width,)),))
+                    for width in shares_of(ffn.width, SHARES, multiple)
+                ]
+        return offers
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> list[Step]:
+        layers = [layer for step in steps for layer in step.layers or ()]
+        return [cls(layers=tuple(layers), widths=tuple(width for step in steps for width in step.widths or ()))]
 
     def resolve(self, subject: Subject) -> PruneWidth:
         if self.spread != "loss":

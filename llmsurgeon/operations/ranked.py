@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
 from llmsurgeon.model.layers import LayerList
-from llmsurgeon.operations.base import Request, Step, Subject, lowest
+from llmsurgeon.operations.base import Offer, Request, Step, Subject, lowest
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class Ranked(Step):
             return self
         layers = self.ranking().first(subject, self.candidates(subject), self.count, self.op)
         return type(self).model_validate({"layers": layers})
+
+    @classmethod
+    def merged(cls, steps: Sequence[Self]) -> Sequence[Step]:
+        return (cls.model_validate({"layers": [layer for step in steps for layer in step.layers or ()]}),)
+
+
+def removals(step: type[Ranked], layers: Sequence[int], part: Literal["attention", "ffn", "all"]) -> list[Offer]:
+    """An offer for each of these layers to have it no more."""
+    gone = {"attention": "no attention", "ffn": "no FFN", "all": "gone"}[part]
+    return [Offer((layer,), part, gone, (step.model_validate({"layers": [layer]}),)) for layer in layers]
 
 
 def with_part(subject: Subject, part: str) -> list[int]:

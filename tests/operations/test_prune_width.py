@@ -17,6 +17,7 @@ from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.operations.prune_width import PruneWidth, top_channels, widths_by_loss
+from llmsurgeon.recipe.recipe import dump, loads
 
 
 def masked(model, kept):
@@ -184,3 +185,10 @@ def test_scores_are_for_channels_as_the_parent_has_them():
 
 def test_widths_belong_to_layers_as_they_are_written():
     assert PruneWidth(layers=[3, 1], widths=[64, 32]).widths == (32, 64)
+
+
+def test_a_recipe_file_may_name_widths_in_any_order():
+    steps = "- {op: prune_width, widths: [64, 32], layers: [2, 1]}\n- {op: prune_heads, counts: [6, 3], layers: [2, 1]}"
+    recipe = loads(f"version: 1\nsteps:\n{steps}\n")
+    assert recipe.steps[0].widths == (32, 64) and recipe.steps[1].counts == (3, 6)
+    assert loads(dump(recipe)) == recipe

@@ -117,13 +117,16 @@ def fitted_layer(here: LayerFit) -> Stored:
     return stored
 
 
-def try_updates(here: LayerFit) -> None:
-    """Every update that applies, and the parent's span in between. Layers in parallel branches stay as they are."""
+def try_updates(here: LayerFit, over_span: Callable[[LayerFit], None] | None = None) -> None:
+    """Every update that applies, and the parent's span in between. Layers in parallel branches stay as they are.
+
+    over_span: takes the parent's stream over the span, where somebody knows it; `walk_span` else.
+    """
     fitting = () if here.spec.branches else UPDATES.values()
     for each in fitting:
         if each.before_span and each.applies(here):
             each.update(here)
-    walk_span(here)
+    (over_span or walk_span)(here)
     for each in fitting:
         if not each.before_span and each.applies(here):
             each.update(here)

@@ -1,0 +1,181 @@
+"""`llmsurgeon search`: the best model under a budget."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsurgeon.cli import console, say, tell
+from llmsurgeon.cli.options import (
+    OVERWRITE,
+    Batch,
+    Seed,
+    TrustRemoteCode,
+    length_option,
+    short_name,
+    text_file,
+    tokens_option,
+    usable_device,
+)
+
+if TYPE_CHECKING:
+    from llmsurgeon.search import Preview
+    from llmsurgeon.searching.found import Found
+
+MOST_MINUTES = 100_000.0
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("search")(search_command)
+
+
+def search_command(
+    model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
+    target: Annotated[
+        list[str],
+        typer.Option(
+            help="What to reach: decode=1.5x, prefill=1.2x, params=0.7x, flops=0.5x, size=300MB, memory=0.6x, kv=0.5x; "
+            "may be given several times.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write; default: MODEL-search.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="What will run the result: llama.cpp:q8_0, transformers ...")
+    ] = None,
+    context: Annotated[int, length_option("Tokens that a sequence has read when speed is timed.")] = 512,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Text like what the model will meet: .txt, .jsonl or .parquet.", callback=text_file),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Such text on the hub, NAME[:CONFIG][:SPLIT].")] = None,
+    tokens: Annotated[int, tokens_option("How many tokens score each option.")] = 4096,
+    seq_len: Annotated[
+        int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
+    ] = None,
+    allow: Annotated[list[str] | None, typer.Option(help="An operation that may be used; default: all.")] = None,
+    forbid: Annotated[list[str] | None, typer.Option(help="An operation that may not.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="End, with the best that is known, about then.", min=0.01, max=MOST_MINUTES)
+    ] = None,
+    heal: Annotated[
+        float | None,
+        typer.Option(help="Let the recipe end with so many minutes of training.", min=0.01, max=MOST_MINUTES),
+    ] = None,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    batch: Batch = 8,
+    revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the space and what scoring it takes.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the best model under a budget, and write the recipe that makes it.
+
+    Each layer's options are scored after a closed-form fit of their own, one a layer is chosen by an integer program,
+    whole models are measured, and the best is made and timed in the engine. What was measured is kept: a search that
+    was killed goes on, and one for another target is quick.
+    """
+    from llmsurgeon.search import Wanted, preview, search
+
+    wanted = Wanted(
+        engine=engine,
+        context=context,
+        batch=batch,
+        text=text,
+        dataset=dataset,
+        tokens=tokens,
+        sequence_length=seq_len,
+        allow=tuple(allow or ()),
+        forbid=tuple(forbid or ()),
+        minutes=minutes,
+        heal=heal,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    if dry_run:
+        show_preview(preview(model, target, wanted, say), as_json)
+        return
+    folder = out or f"{short_name(model)}-search"
+    found = search(model, target, folder, wanted, overwrite=overwrite, say=say)
+    if as_json:
+        print(json.dumps(found.plain()))
+        return
+    show_found(found, Path(folder))
+
+
+def show_preview(made: Preview, as_json: bool) -> None:
+    """The options by operation, and what scoring them takes."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    space, work = made.space, made.work
+    kinds: dict[str, set[str]] = {}
+    layers: dict[str, set[int]] = {}
+    for option in space.options:
+        for offer in option.offers if option.single else ():
+            kinds.setdefault(offer.steps[-1].op, set()).add(offer.name)
+            layers.setdefault(offer.steps[-1].op, set()).update(offer.layers)
+    report: dict[str, Any] = {
+        "layers": len(space.parent.spec.layers),
+        "options": work.options,
+        "scored": work.scored,
+        "layer_evaluations": work.evaluations,
+        "seconds": round(work.seconds),
+        "measuring": list(made.measuring),
+        "operations": {op: sorted(names) for op, names in kinds.items()},
+        "targets": [meter.target.written for meter in space.meters],
+    }
+    if as_json:
+        print(json.dumps(report))
+        return
+    table = Table(title=f"{space.parent.name}: {report['layers']} layers", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("operation", "layers", "choices"):
+        table.add_column(column)
+    for op, names in kinds.items():
+        some = sorted(names)
+        shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
+        table.add_row(op, str(len(layers[op])), shown)
+    console().print(table)
+    tell(f"{work.options} options, {work.scored} of them scored by {work.evaluations:,} evaluations of a layer")
+    tell(f"about {work.seconds / 60:.0f} minutes of scoring here, before choosing and making")
+    for line in made.measuring:
+        tell(line)
+
+
+def show_found(found: Found, folder: Path) -> None:
+    """What was reached, and what lies in the folder now."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"{found.model}, {found.engine}", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("layers", "what stands there", "KL alone"):
+        table.add_column(column, justify="left")
+    for chosen in found.layers:
+        if chosen.kl or chosen.name != "as it is":
+            ends = dict.fromkeys((chosen.layers[0], chosen.layers[-1]))
+            table.add_row("-".join(map(str, ends)), chosen.name, f"{chosen.kl:.4f}")
+    console().print(table)
+    for bound in found.bounds:
+        measured = "" if bound.measured is None else f", measured {bound.measured:.4g}"
+        budget = f"at most {bound.budget:.4g} {bound.unit}, predicted {bound.predicted:.4g}{measured}"
+        tell(f"{bound.target}: {bound.ratio:.3g}x; {budget}")
+    for point in found.points:
+        if point.kind == "made":
+            told = "" if point.perplexity is None else f", perplexity {point.perplexity:.3f} times the parent's"
+            tell(f"made: KL {point.kl:.4f} on text that fitted and chose nothing{told}")
+    for note in found.notes:
+        tell(note)
+    for name in sorted(path.name for path in folder.iterdir()):
+        tell(f"wrote {folder / name}")
+    tell(f"next: llmsurgeon run {shlex.quote(str(folder / 'recipe.yaml'))} -o OUT")

@@ -1,0 +1,209 @@
+"""`search`: the best model under a budget. Options scored, one a layer chosen, made, timed, and chosen again."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save
+
+from llmsurgeon.checkpoint.out_place import existing
+from llmsurgeon.checkpoint.writer import Stage
+from llmsurgeon.formats.loading import check_device, dtype_of
+from llmsurgeon.planning.inputs import Inputs
+from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
+from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.texts import Texts
+from llmsurgeon.progress import Say, silent
+from llmsurgeon.recipe.recipe import calibration, dump
+from llmsurgeon.searching.costs import Engine, Meter, meters, parse_targets
+from llmsurgeon.searching.found import Found
+from llmsurgeon.searching.making import Making
+from llmsurgeon.searching.report import described
+from llmsurgeon.searching.seeking import Seeker
+from llmsurgeon.searching.setting import Work, scorer_of, work_of
+from llmsurgeon.searching.space import Space, chosen_operations
+from llmsurgeon.text.files import named_text
+
+SEQUENCE_LENGTH = 256
+REFIT_TOKENS = 65_536  # of the recipe; a search takes some of them
+FILES = ("recipe.yaml", "report.json", "scores.safetensors")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a search is asked beside its model and targets, with what it is when nobody says.
+
+    engine: "llama.cpp:q8_0", "transformers" ...; context: tokens that a sequence has read when it is timed.
+    text, dataset: what options are fitted and scored on; sampled from the model where neither is given.
+    tokens: how many score; sequence_length: of the windows.
+    allow, forbid: operations, by the names that recipes have for them; all may be used by default.
+    minutes: the search ends, with the best that it knows, about then; heal: minutes of training in the recipe.
+    """
+
+    engine: str | None = None
+    context: int = 512
+    batch: int = 8
+    text: str | os.PathLike[str] | None = None
+    dataset: str | None = None
+    tokens: int = 4096
+    sequence_length: int | None = None
+    allow: tuple[str, ...] = ()
+    forbid: tuple[str, ...] = ()
+    minutes: float | None = None
+    heal: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a search would choose among, and what that takes. measuring: what each target's meter has to measure."""
+
+    space: Space
+    work: Work
+    measuring: tuple[str, ...] = field(default=())
+
+
+def search(
+    model: str | os.PathLike[str],
+    targets: str | Sequence[str],
+    out: str | os.PathLike[str],
+    wanted: Wanted = Wanted(),
+    *,
+    overwrite: bool = False,
+    say: Say = silent,
+) -> Found:
+    """Search the best model under budgets, and write to the folder `out` the recipe that makes it, and what was found.
+
+    `out` holds recipe.yaml, which `run` takes as it is, report.json and scores.safetensors. What is measured is kept in
+    the cache: a search that was killed goes on, and one for another target on the same text measures little anew.
+
+    Args:
+        model: a hub id, a folder or a GGUF file.
+        targets: such as "decode=1.5x", "params=0.7x", "size=300MB"; several bound together.
+
+    Raises:
+        SurgeryError: a target that cannot be read, or is out of reach, a model, a text or an engine that cannot be
+            used, an `out` that cannot be written.
+    """
+    start = time.monotonic()
+    opened = _opened(model, targets, wanted, say)
+    inputs = Inputs.of("search", {"model": opened.parent.checkpoint}, None, Options())
+    if wanted.text:
+        inputs.watch_text("text", os.fspath(wanted.text))
+    read = (opened.parent.checkpoint.path, *existing(named_text(wanted.text), wanted.dataset))
+    with Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read) as stage:
+        clock = _Clock(start, wanted.minutes)
+        space = Space.of(opened.parent, opened.meters, opened.operations)
+        space = space.priced()
+        space.check_reach()
+        clock.lap("costs")
+        scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.in_time)
+        clock.lap("walk the parent")
+        seeker = Seeker(space, scorer, clock.in_time, say)
+        seeker.score()
+        clock.lap("score options")
+        alone = seeker.compare([1.0] * len(space.meters))
+        clock.lap("measure single operations")
+        making = Making(seeker, opened.parent.name, opened.texts.wanted, wanted.heal, opened.options, stage.scratch)
+        made = making.best(clock.in_time, say)
+        clock.lap("choose and make")
+        best = made[0].model
+        found = described(opened.found(clock.laps), seeker, best, made, alone)
+        stage.confirm(inputs.check)
+        stage.write_file("recipe.yaml", dump(making.recipe(best), Path(out)))
+        stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
+        stage.write_file("scores.safetensors", save({k: v.contiguous() for k, v in scorer.store.values.items()}))
+        stage.commit()
+    return found
+
+
+def preview(
+    model: str | os.PathLike[str], targets: str | Sequence[str], wanted: Wanted = Wanted(), say: Say = silent
+) -> Preview:
+    """What `search` would choose among, and what that takes: nothing but one layer is timed, nothing is written.
+
+    Raises:
+        SurgeryError: as `search`, but for what only measured costs tell.
+    """
+    opened = _opened(model, targets, wanted, say)
+    space = Space.of(opened.parent, opened.meters, opened.operations)
+    work = work_of(space, opened.parent, wanted.tokens, opened.texts.wanted.sequence_length, opened.options)
+    return Preview(space, work, tuple(filter(None, (meter.preparation(space.shapes) for meter in opened.meters))))
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A search before it measures anything."""
+
+    parent: OpenedCheckpoint
+    engine: str
+    meters: list[Meter]
+    operations: tuple[str, ...]
+    texts: Texts
+    options: Options
+
+    def found(self, timings: dict[str, float]) -> Found:
+        """What there is to say of it beside what it finds."""
+        tokens = self.texts.windows
+        return Found(
+            model=self.parent.name,
+            engine=self.engine,
+            text=self.texts.description,
+            tokens=tokens.numel(),
+            sequence_length=tokens.shape[1],
+            operations=self.operations,
+            timings=timings,
+        )
+
+
+def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted: Wanted, say: Say) -> _Opened:
+    bounds = parse_targets([targets] if isinstance(targets, str) else targets)
+    operations = chosen_operations(wanted.allow, wanted.forbid)
+    check_device(wanted.device)
+    engine = Engine.parse(wanted.engine, context=wanted.context) if wanted.engine else None
+    parent = open_model(os.fspath(model), wanted.revision, wanted.trust_remote_code)
+    options = Options(
+        device=wanted.device,
+        dtype=dtype_of(wanted.dtype),
+        batch=wanted.batch,
+        trust_remote_code=wanted.trust_remote_code,
+        say=say,
+    )
+    longest = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
+    asked = calibration(
+        text=named_text(wanted.text),
+        dataset=wanted.dataset,
+        tokens=max(REFIT_TOKENS, 4 * wanted.tokens),
+        sequence_length=longest if wanted.sequence_length is None else wanted.sequence_length,
+        seed=wanted.seed,
+    )
+    texts = Texts(parent, asked, asked.tokens, options)
+    made = meters(bounds, engine, parent)
+    return _Opened(parent, engine.written if engine else "none", made, operations, texts, options)
+
+
+class _Clock:
+    """Time that is left, and what phases took."""
+
+    def __init__(self, start: float, minutes: float | None) -> None:
+        self.start = self.last = start
+        self.seconds = None if minutes is None else 60 * minutes
+        self.laps: dict[str, float] = {}
+
+    def in_time(self) -> bool:
+        """True while time is left."""
+        return self.seconds is None or time.monotonic() - self.start < self.seconds
+
+    def lap(self, phase: str) -> None:
+        """A phase is over."""
+        now = time.monotonic()
+        self.laps[phase], self.last = round(now - self.last, 1), now

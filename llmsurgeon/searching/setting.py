@@ -1,0 +1,109 @@
+"""What a search stands on: the text shared out, the scores that its steps need, the ground, and what all that costs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmsurgeon import __version__
+from llmsurgeon.analysis.scores import compute_scores
+from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
+from llmsurgeon.planning.opened import OpenedCheckpoint
+from llmsurgeon.planning.texts import Texts
+from llmsurgeon.searching.fitting import Workshop
+from llmsurgeon.searching.ground import Ground, shared_out
+from llmsurgeon.searching.options import cuts
+from llmsurgeon.searching.scoring import Scorer
+from llmsurgeon.searching.space import Space
+from llmsurgeon.searching.store import ScoreStore
+from llmsurgeon.walk.runner import LayerRunner
+
+# Tokens that fit an option, and choose whether the fit is taken.
+FIT_TOKENS = 4096
+
+
+def scorer_of(space: Space, texts: Texts, tokens: int, batch: int, in_time: Callable[[], bool]) -> Scorer:
+    """What measures the models of a space, on `tokens` tokens of the texts.
+
+    Raises:
+        SurgeryError: too little text, or the disk fails.
+    """
+    parent = texts.parent
+    fits, scores = shared_out(texts.sequences, tokens, FIT_TOKENS)
+    folder = _folder(texts, fits.tokens, scores.tokens)
+    store = ScoreStore(folder)
+    found = _orders(space, texts, folder, batch)
+    ground = Ground.of(texts.runner, fits, scores.tokens, batch)
+    made = cuts(parent.subject(found), parent.weights, space.options)
+    return Scorer(ground, Workshop(parent.config, parent.spec, ground, made), store, in_time)
+
+
+def _folder(texts: Texts, fits: Tensor, scores: Tensor) -> Path:
+    """Where what is measured of this model on this text is kept."""
+    digest = sha256(f"{texts.parent_key} {__version__}".encode())
+    for tokens in (texts.windows, fits, scores):
+        digest.update(tokens.numpy().tobytes())
+    return cache_folder("search") / digest.hexdigest()[:32]
+
+
+def _orders(space: Space, texts: Texts, folder: Path, batch: int) -> Mapping[str, Any]:
+    """The scores by which steps know what goes first inside a layer, as a run of the recipe measures them."""
+    steps = [step for option in space.options if option.single for offer in option.offers for step in offer.steps]
+    wanted = sha256("\n".join(sorted({name for step in steps for name in step.needs()})).encode()).hexdigest()[:16]
+    file = folder / f"orders-{wanted}.safetensors"
+    if not kept(file):
+        found = compute_scores(steps, texts.runner, texts.windows, texts.parent.subject({}), batch)
+        flat = {
+            f"{name}/{layer}": tensor.contiguous() for name, each in found.items() for layer, tensor in each.items()
+        }
+        keep(file, lambda path: save_file(flat, path))
+    nested: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in load_file(file).items():
+        name, _, layer = key.rpartition("/")
+        nested.setdefault(name, {})[int(layer)] = tensor
+    return nested
+
+
+@dataclass(frozen=True)
+class Work:
+    """What scoring a space costs: options with a score of their own, evaluations of a layer, and about how long.
+
+    seconds: None where nothing was timed.
+    """
+
+    options: int
+    scored: int
+    evaluations: int
+    seconds: float
+
+
+def work_of(space: Space, parent: OpenedCheckpoint, tokens: int, length: int, options: Any) -> Work:
+    """How much there is to do, with one layer timed on random tokens."""
+    layers = len(parent.spec.layers)
+    singles = [option for option in space.options if option.single]
+    evaluations = sum(layers - option.layers[0] for option in singles)
+    dtype = parent.computed_in(options.dtype, options.device)
+    runner = LayerRunner(parent.config, parent.weights, dtype, options.device)
+    batch = min(options.batch, max(1, tokens // length))
+    once = _seconds_a_token(runner, torch.randint(0, parent.spec.vocab, (batch, length)))
+    # A fit walks its layer over the tokens that fit about four times: twice for each of two updates.
+    fitted = len(singles) * 4 * FIT_TOKENS
+    return Work(len(space.options), len(singles), evaluations, once * (evaluations * tokens + fitted))
+
+
+def _seconds_a_token(runner: LayerRunner, tokens: Tensor) -> float:
+    index = len(runner.layers) // 2
+    with torch.no_grad(), runner.loaded(index):
+        hidden = runner.embed(tokens)
+        runner.whole(index, hidden)
+        start = time.perf_counter()
+        runner.whole(index, hidden)
+        return (time.perf_counter() - start) / tokens.numel()

@@ -1,0 +1,126 @@
+"""All that a search may choose among: the options of a model, what each costs, and the program over them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.spec import LayerSpec
+from llmsurgeon.operations import OPERATIONS
+from llmsurgeon.planning.opened import DescribedModel
+from llmsurgeon.searching.costs.meter import Meter, shape_of
+from llmsurgeon.searching.options import Option, combined, cuts, offered, stays
+from llmsurgeon.searching.solving import Choice, Program
+
+
+@dataclass(frozen=True)
+class Space:
+    """options: of every layer, those that nothing stands against; meters: one a target; costs [options][targets]."""
+
+    parent: DescribedModel
+    meters: Sequence[Meter]
+    options: tuple[Option, ...]
+    costs: list[tuple[float, ...]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, parent: DescribedModel, meters: Sequence[Meter], operations: Collection[str]) -> Space:
+        """What the operations offer of a model, as far as every engine that is asked for can run it.
+
+        Raises:
+            SurgeryError: they offer nothing.
+        """
+        bare = parent.subject({})
+        offers = offered(bare, min(meter.grain for meter in meters), operations)
+        foreseen: dict[str, dict[int, object]] = {}
+        for offer in offers:
+            for step in offer.steps:
+                for name, values in step.foresee(bare).items():
+                    foreseen.setdefault(name, {}).update(values)
+        made = cuts(parent.subject(foreseen), parent.meta(), combined(len(parent.spec.layers), offers))
+        changed = [option for cut in made for option in cut.options if _runs(meters, bare.spec.layers[0], option)]
+        if not changed:
+            raise SurgeryError(
+                f"{parent.name}: {', '.join(operations)} offer nothing to choose among for {parent.family.model_type} "
+                "in this engine; allow other operations (--allow, --forbid), or take another engine"
+            )
+        kept = [stays(bare, layer) for layer in range(len(bare.spec.layers))]
+        ordered = sorted((*kept, *changed), key=lambda option: (option.layers, len(option.offers)))
+        return cls(parent, meters, tuple(ordered))
+
+    @property
+    def shapes(self) -> list[LayerSpec]:
+        """Every shape of a layer in it, once."""
+        return list(dict.fromkeys(shape_of(layer) for option in self.options for layer in option.instead))
+
+    def priced(self) -> Space:
+        """With the cost of every option, measured where it has to be."""
+        for meter in self.meters:
+            meter.prepare(self.shapes)
+        costs = [
+            tuple(sum(meter.layer(layer) for layer in option.instead) for meter in self.meters)
+            for option in self.options
+        ]
+        return replace(self, costs=costs)
+
+    @property
+    def budgets(self) -> tuple[float, ...]:
+        """What all layers together may cost, for each target."""
+        return tuple(meter.budget() - meter.rest(self.parent.spec) for meter in self.meters)
+
+    def program(self, scores: NDArray[np.float64], tightened: Sequence[float]) -> tuple[Program, list[int]]:
+        """The program over the options that have a score, with budgets `tightened` times, and the options' places."""
+        rests = [meter.rest(self.parent.spec) for meter in self.meters]
+        budgets = (meter.budget() * t - rest for meter, t, rest in zip(self.meters, tightened, rests, strict=True))
+        places = [place for place, score in enumerate(scores) if np.isfinite(score)]
+        choices = [Choice(self.options[p].layers, float(scores[p]), self.costs[p]) for p in places]
+        return Program(len(self.parent.spec.layers), choices, tuple(budgets)), places
+
+    def total(self, model: Sequence[int]) -> list[float]:
+        """What a model of these options costs, for each target."""
+        rests = [meter.rest(self.parent.spec) for meter in self.meters]
+        return [rest + sum(self.costs[place][t] for place in model) for t, rest in enumerate(rests)]
+
+    def check_reach(self) -> None:
+        """Raise SurgeryError where no choice meets the targets; it says what is in reach."""
+        program, places = self.program(np.zeros(len(self.options)), [1.0] * len(self.meters))
+        if program.best() is not None:
+            return
+        for target, meter in enumerate(self.meters):
+            alone = replace(program, budgets=tuple(b if t == target else np.inf for t, b in enumerate(program.budgets)))
+            least = alone.least(target)
+            assert least is not None
+            total = self.total([places[place] for place in least])[target]
+            if total > meter.budget():
+                raise SurgeryError(
+                    f"target {meter.target.written} is out of reach: with all that may be cut the nearest is "
+                    f"{meter.say(total)}; ask for that or less, or allow more operations (--allow, --forbid)"
+                )
+        written = " and ".join(meter.target.written for meter in self.meters)
+        raise SurgeryError(f"targets {written} are each in reach, but not together; ask for less of one of them")
+
+
+def chosen_operations(allow: Collection[str], forbid: Collection[str]) -> tuple[str, ...]:
+    """The operations that may be used: those allowed, or all, but those forbidden.
+
+    Raises:
+        SurgeryError: one of them is none, or none is left.
+    """
+    for name in (*allow, *forbid):
+        if name not in OPERATIONS:
+            raise SurgeryError(f"{name!r} is no operation; expected one of {', '.join(OPERATIONS)}")
+    left = tuple(name for name in OPERATIONS if name in (allow or OPERATIONS) and name not in forbid)
+    if not left:
+        raise SurgeryError("no operation is left: what --allow names, --forbid takes away")
+    return left
+
+
+def _runs(meters: Sequence[Meter], stem: LayerSpec, option: Option) -> bool:
+    """True where every engine can run a model with this option."""
+    first = option.layers[0] == 0
+    # Where the first layer goes, another is the first: one that may have lost its attention.
+    layers = option.instead or ((replace(stem, attention=None),) if first else ())
+    return not any(meter.misfit(layer, first) for meter in meters for layer in layers)

@@ -1,0 +1,103 @@
+"""The whole search on a tiny model: what it writes runs, what was killed goes on, and what cannot be is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from llmsurgeon import run as run_recipe
+from llmsurgeon import search
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.planning.opened import open_model
+from llmsurgeon.recipe.recipe import load
+from llmsurgeon.search import FILES, Wanted
+from llmsurgeon.searching.store import ScoreStore
+
+FEW = {"tokens": 128, "sequence_length": 32, "text": "text.txt", "allow": ("prune_width", "prune_attention")}
+
+
+@pytest.fixture
+def scene(folder, monkeypatch):
+    """The working folder, with a cache of its own and a text that is long enough."""
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(folder / "cache"))
+    return folder
+
+
+def test_the_recipe_makes_what_was_found(scene):
+    found = search("parent", ["params=0.85x", "flops=0.8x"], "out", Wanted(**FEW))
+    assert sorted(path.name for path in (scene / "out").iterdir() if path.suffix != ".sha256") == sorted(FILES)
+    report = json.loads((scene / "out" / "report.json").read_text())
+    assert report["bounds"][0]["target"] == "params=0.85x" and report["options"]
+    made = run_recipe(load(scene / "out" / "recipe.yaml"), None, "made")
+    student = open_model("made")
+    for bound, quantity in zip(found.bounds, ("parameters", "flops_per_token"), strict=True):
+        really = getattr(made.planned.after, quantity)
+        assert bound.predicted == bound.measured == really <= bound.budget < bound.parent
+    chosen = {layer: each.name for each in found.layers for layer in each.layers}
+    for layer in student.spec.layers:
+        name = chosen[layer.parents[0]]
+        assert (layer.attention is None) == ("no attention" in name)
+        width = next((int(word.split()[0]) for word in name.split(", ") if "channels" in word), 96)
+        assert layer.ffn.width == width
+
+
+def test_a_killed_search_goes_on_and_another_target_measures_little(scene, monkeypatch):
+    whole = search("parent", "params=0.85x", "whole", Wanted(**FEW))
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(scene / "other"))
+    kept, keep = [], ScoreStore.keep
+
+    def dies(store, new):
+        if kept:
+            raise KeyboardInterrupt
+        kept.append(sorted(new))
+        keep(store, new)
+
+    monkeypatch.setattr(ScoreStore, "keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        search("parent", "params=0.85x", "out", Wanted(**FEW))
+    later = []
+    monkeypatch.setattr(ScoreStore, "keep", lambda store, new: (later.append(sorted(new)), keep(store, new)))
+    again = search("parent", "params=0.85x", "out", Wanted(**FEW))
+    assert not {key for lot in later for key in lot} & set(kept[0])
+    assert (scene / "out" / "recipe.yaml").read_text() == (scene / "whole" / "recipe.yaml").read_text()
+    assert again.options == whole.options and again.points == whole.points
+    scored = sum(map(len, later))
+    later.clear()
+    search("parent", "params=0.8x", "second", Wanted(**FEW))
+    assert sum(map(len, later)) < scored / 2
+
+
+@pytest.mark.parametrize(
+    ("targets", "wanted", "said"),
+    [
+        (["params=0.05x"], {}, "target params=0.05x is out of reach: .* the nearest is 0.[0-9]+x params"),
+        (["params=1.2x"], {}, "leaves everything as it is"),
+        (["colour=0.5x"], {}, "expected QUANTITY=VALUE"),
+        ([], {}, "a search needs a target"),
+        (["params=0.8x", "params=0.9x"], {}, "bound the same"),
+        (["decode=1.2x"], {}, "name what is to be that fast"),
+        (["params=0.8x"], {"allow": ("prune_nothing",)}, "'prune_nothing' is no operation"),
+        (["params=0.8x"], {"allow": ("refit",)}, "offer nothing to choose among"),
+        (["params=0.8x"], {"forbid": FEW["allow"]}, "no operation is left"),
+        (["params=0.8x"], {"sequence_length": 128}, "too little text.*--text with at least 1,536 tokens"),
+        (["params=0.8x"], {"engine": "tensorrt"}, "expected one of"),
+    ],
+)
+def test_what_cannot_be_searched_is_said(scene, targets, wanted, said):
+    (scene / "text.txt").write_text((scene / "text.txt").read_text()[:1000])
+    with pytest.raises(SurgeryError, match=said):
+        search("parent", targets, "out", Wanted(**{**FEW, **wanted}))
+    assert not (scene / "out").exists()
+
+
+def test_the_command(scene, run):
+    short = ("--text", "text.txt", "--seq-len", 32)
+    code, out, _ = run("search", "parent", "--target", "params=0.9x", *short, "--dry-run", "--json")
+    space = json.loads(out)
+    assert code == 0 and space["scored"] < space["options"] and space["operations"]["prune_width"]
+    few = (*short, "--tokens", 128, "--allow", "prune_width", "-o", "out")
+    code, out, _ = run("search", "parent", "--target", "params=0.9x", *few)
+    assert code == 0 and "params=0.9x: 0.8" in out and "llmsurgeon run out/recipe.yaml" in out
+    code, _, err = run("search", "parent", "--target", "params=0.01x", *few, "--overwrite")
+    assert code == 2 and "out of reach" in err and (scene / "out" / "recipe.yaml").exists()
