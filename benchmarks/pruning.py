@@ -1,9 +1,9 @@
-"""Perplexity after a quarter of the FFN channels, or of the blocks, went: by each way of choosing them, then refitted.
+"""Perplexity after a quarter of the FFN channels, heads or blocks went: by each way of choosing them, then refitted.
 
     python benchmarks/pruning.py MODEL --text calibration.txt --unseen other.txt news.txt --out pruning.json
 
-Every row is one recipe: a cut, then `refit` on the calibration text. Perplexity ratios are to the parent, with 95 %
-intervals over windows, on texts that chose and fitted nothing.
+Every row is one recipe: a cut, then `refit` on the calibration text (`--no-refit`: nothing after the cut). Perplexity
+ratios are to the parent, with 95 % intervals over windows, on texts that chose and fitted nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +14,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from llmsurgeon import run  # noqa: E402
-from llmsurgeon.evaluation.decoders import evaluate_decoder  # noqa: E402
+from llmsurgeon.evaluation.bits_per_byte import scored_by  # noqa: E402
+from llmsurgeon.evaluation.perplexity import perplexity, perplexity_interval  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
+from llmsurgeon.run import Options, run  # noqa: E402
 from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
 from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
@@ -31,6 +38,8 @@ CUTS = {
     "channels, activation": "{op: prune_width, keep: KEEP, score: activation}",
     "channels, least squares": "{op: prune_width, keep: KEEP, score: least_squares}",
     "channels, least squares, spread by loss": "{op: prune_width, keep: KEEP, score: least_squares, spread: loss}",
+    "heads, magnitude": "{op: prune_heads, keep: KEEP, unit: head, score: magnitude}",
+    "heads, least squares": "{op: prune_heads, keep: KEEP, unit: head, score: least_squares}",
     "blocks, influence": "{op: prune_blocks, count: COUNT, score: influence}",
     "blocks, kl": "{op: prune_blocks, count: COUNT, score: kl}",
     "blocks, rescored": "{op: prune_blocks, count: COUNT, score: rescored}",
@@ -43,7 +52,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="calibration text")
     parser.add_argument("--unseen", nargs="+", required=True, help="texts to judge on")
-    parser.add_argument("--share", type=float, default=0.25, help="of channels or blocks that go")
+    parser.add_argument("--share", type=float, default=0.25, help="of channels, heads or blocks that go")
     parser.add_argument("--only", nargs="*", default=list(CUTS), help="rows to run")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--judge-tokens", type=int, default=8192)
@@ -55,25 +64,31 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     judging: dict[str, Any] = dict(tokens=arguments.judge_tokens, sequence_length=512)
     texts = {Path(t).stem: calibration_tokens(t, tokenizer, Calibration(text=t, **judging)) for t in arguments.unseen}
+    parents = {name: mean_losses(parent, windows) for name, windows in texts.items()}
+    del parent
     refit = "" if arguments.no_refit else "  - {op: refit}\n"
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label in arguments.only:
         cut = CUTS[label].replace("KEEP", str(1 - arguments.share)).replace("COUNT", str(count))
         made = f"{{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 512}}"
         text = f"version: 1\ncalibration: {made}\nsteps:\n  - {cut}\n{refit}"
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
-            outcome = run.run(recipe.loads(text), arguments.model, f"{folder}/out", run.Options())
-            seconds = time.monotonic() - began
-            student = load_model(f"{folder}/out")
-            row: dict[str, Any] = {"cut": label, "seconds": round(seconds)}
+            outcome = run(recipe.loads(text), arguments.model, f"{folder}/out", Options())
+            row: dict[str, Any] = {"cut": label, "seconds": round(time.monotonic() - began)}
             row["parameters"] = outcome.planned.after.parameters / outcome.planned.before.parameters
+            student = load_model(f"{folder}/out")
             for name, windows in texts.items():
-                found = evaluate_decoder(student, windows, parent)
-                row[name] = [found.perplexity_ratio, found.perplexity_ratio_interval]
+                change = mean_losses(student, windows) - parents[name]
+                row[name] = [perplexity(change.mean().item()), perplexity_interval(change)]
         rows.append(row)
         print(json.dumps(row), flush=True)
         Path(arguments.out).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def mean_losses(model: PreTrainedModel, windows: Tensor) -> Tensor:
+    """Mean log loss of each of the windows [S, L], in nats, [S]."""
+    return torch.stack([losses.double().mean() for losses in scored_by(model)(windows.tolist())])
 
 
 if __name__ == "__main__":

@@ -168,8 +168,11 @@ def bits_per_byte(found: Sequence[Passage], my_score: Score, their_score: Score)
     Args:
         my_score: log losses [T - 1] in nats of each of the model's sequences; `their_score` likewise of the parent's.
     """
-    mine = my_score([each.mine for each in found])
-    theirs = their_score([each.theirs for each in found])
+    return bits_of(found, my_score([each.mine for each in found]), their_score([each.theirs for each in found]))
+
+
+def bits_of(found: Sequence[Passage], mine: Sequence[Tensor], theirs: Sequence[Tensor]) -> BitsPerByte:
+    """The comparison on the passages, from log losses [T - 1] in nats of each of the two models' sequences."""
     # Token t is predicted at place t - 1.
     my_nats = _sums([losses[each.my_first - 1 :] for each, losses in zip(found, mine, strict=True)])
     their_nats = _sums([losses[each.their_first - 1 :] for each, losses in zip(found, theirs, strict=True)])

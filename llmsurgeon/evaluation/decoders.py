@@ -6,8 +6,8 @@ S sequences, L tokens each, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
-from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Passage, bits_per_byte, scored_by
+from llmsurgeon.evaluation.bits_per_byte import BitsPerByte
 from llmsurgeon.evaluation.encoders import name_of
 from llmsurgeon.evaluation.perplexity import (
     CHUNK,
@@ -25,7 +25,6 @@ from llmsurgeon.evaluation.perplexity import (
     mean_interval,
     perplexity,
     perplexity_interval,
-    rows,
     token_losses,
 )
 from llmsurgeon.progress import Progress
@@ -112,40 +111,19 @@ def evaluate_decoder(
     tokens: Tensor,
     parent: PreTrainedModel | None = None,
     *,
-    kept: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Evaluation:
     """Measure `model`, and against `parent` where given, on `tokens` (int64 [S, L], each row a text of its own).
 
     Logits exist for one batch at a time and are widened to float32 `chunk` rows at a time. Intervals are over
-    sequences (see `mean_interval`). Both models are put in eval mode. `kept` [V] holds the parent's id of each of the
-    model's tokens, where its vocabulary was trimmed: the parent is then asked about those alone. Raises SurgeryError
-    for tokens that do not fit the models, for differing vocabularies and for NaN logits.
+    sequences (see `mean_interval`). Both models are put in eval mode. Raises SurgeryError for tokens that do not fit
+    the models, for differing vocabularies and for NaN logits.
     """
     _check(model, tokens)
-    if parent is not None and kept is None:
+    if parent is not None:
         check_same_vocabulary(model, parent)
         _check(parent, tokens)
-    outside: list[float] = []
-    made = _summary(_sequence_means(tokens, _forward(model, parent, tokens, kept, outside), chunk), tokens)
-    return replace(made, outside_mass=sum(outside) / len(outside)) if outside else made
-
-
-def evaluate_across(
-    model: PreTrainedModel, parent: PreTrainedModel, found: Sequence[Passage], kept: Tensor | None
-) -> Evaluation:
-    """A model and a parent with another tokenizer, on the same text.
-
-    Bits per byte come from each one's own tokens. Where the model's tokens are some of the parent's (`kept`, as in
-    `evaluate_decoder`), KL and the like are taken on the model's tokens, of passages cut to one length; else there are
-    none.
-    """
-    bits = bits_per_byte(found, scored_by(model), scored_by(parent))
-    usual = sorted(len(each.mine) for each in found)[len(found) // 2]
-    rows = [each.mine for each in found if len(each.mine) > 0.9 * usual]
-    tokens = torch.tensor([row[: min(map(len, rows))] for row in rows])
-    made = evaluate_decoder(model, tokens, None if kept is None else parent, kept=kept)
-    return replace(made, bits=bits)
+    return _summary(_sequence_means(tokens, _forward(model, parent, tokens), chunk), tokens)
 
 
 def evaluate_hidden(
@@ -164,38 +142,21 @@ def evaluate_hidden(
 
 
 def _forward(
-    model: PreTrainedModel,
-    parent: PreTrainedModel | None,
-    tokens_SL: Tensor,
-    kept: Tensor | None,
-    outside: list[float],
+    model: PreTrainedModel, parent: PreTrainedModel | None, tokens_SL: Tensor
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Logits [L, V] of both models for each sequence, computed a batch at a time.
-
-    Of a parent that is asked about the `kept` tokens alone, the mass on the others is noted in `outside`.
-    """
+    """Logits [L, V] of both models for each sequence, computed a batch at a time."""
     bytes_a_sequence = tokens_SL.shape[1] * model.config.vocab_size * model.dtype.itemsize
     for ids_BL in tokens_SL.split(max(1, LOGIT_BYTES // bytes_a_sequence)):
-        logits = _logits(model, ids_BL)
-        if parent is None or kept is None:
-            yield from zip(logits, [None] * len(ids_BL) if parent is None else _logits(parent, ids_BL), strict=True)
-            continue
-        for mine, whole in zip(logits, _logits(parent, kept[ids_BL]), strict=True):
-            theirs = whole[:, kept.to(whole.device)]
-            outside.append(_outside(whole, theirs))
-            yield mine, theirs
+        logits = logits_of(model, ids_BL)
+        yield from zip(logits, [None] * len(ids_BL) if parent is None else logits_of(parent, ids_BL), strict=True)
 
 
-def _outside(whole_TV: Tensor, kept_TK: Tensor) -> float:
-    """Mean probability that the parent gives to tokens other than the kept ones."""
-    parts = [
-        1 - (inside.float().logsumexp(-1) - every.float().logsumexp(-1)).exp()
-        for every, inside in rows(CHUNK, whole_TV, kept_TK)
-    ]
-    return torch.cat(parts).mean().item()
+def logits_of(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    """Logits [B, L, V].
 
-
-def _logits(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    Raises:
+        SurgeryError: they are not finite; what first was not is named.
+    """
     inputs = {"input_ids": ids_BL.to(model.device), "use_cache": False}
     logits: Tensor = model.eval()(**inputs).logits
     if not is_finite(logits) and (error := first_not_finite(model, model.dtype, **inputs)):

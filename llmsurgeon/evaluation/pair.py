@@ -12,8 +12,9 @@ from torch import Tensor
 
 from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import CheckpointError, SurgeryError
+from llmsurgeon.evaluation.across import evaluate_across
 from llmsurgeon.evaluation.bits_per_byte import passages, texts_of
-from llmsurgeon.evaluation.decoders import Evaluation, check_same_tokens, evaluate_across, evaluate_decoder
+from llmsurgeon.evaluation.decoders import Evaluation, check_same_tokens, evaluate_decoder
 from llmsurgeon.evaluation.encoders import (
     EncoderEvaluation,
     encoder_family,

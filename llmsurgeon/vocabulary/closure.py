@@ -40,13 +40,29 @@ def kind_of(model: Model, where: str) -> str:
     return kind
 
 
-def closed(model: Model, wanted: Iterable[int], where: str = "the tokenizer") -> set[int]:
+# Id of one of the model's own tokens -> ids of all tokens that it takes to make it, itself included.
+Trees = Callable[[int], set[int]]
+
+
+def closed(model: Model, wanted: Iterable[int], where: str = "the tokenizer", trees: Trees | None = None) -> set[int]:
     """`wanted` ids of the model's own tokens with all that must stay beside them.
+
+    trees: `trees_of(model)`, where it is at hand.
 
     Raises:
         SurgeryError: as `kind_of`.
     """
-    return CLOSURES[kind_of(model, where)](model, set(wanted))
+    beside = CLOSURES[kind_of(model, where)](model)
+    return beside.union(*map(trees or trees_of(model), wanted))
+
+
+def trees_of(model: Model) -> Trees:
+    """What each token takes: merges make those of a BPE, pieces of other kinds stand alone."""
+    if kind_of(model, "the tokenizer") != "BPE":
+        return lambda i: {i}
+    merges, named = MergeTrees(model), {i: token for token, i in tokens_of(model).items()}
+    # Without a tree it is taken whole (ignore_merges, added tokens), or never.
+    return lambda i: merges.tree(named[i]) or {i}
 
 
 def byte_tokens(tokens: Iterable[str]) -> set[str]:
@@ -89,39 +105,33 @@ class MergeTrees:
         return found
 
 
-def _bpe(model: Model, wanted: set[int]) -> set[int]:
+def _bpe(model: Model) -> set[int]:
     ids = tokens_of(model)
-    named = {i: token for token, i in ids.items()}
     base = byte_tokens(ids) if model.get("byte_fallback") else {t for t in ids if len(t) == 1}
-    kept = {ids[token] for token in base}
-    if model.get("unk_token") in ids:
-        kept.add(ids[model["unk_token"]])
-    trees = MergeTrees(model)
-    for i in wanted:
-        # Without a tree it is taken whole (ignore_merges, added tokens), or never.
-        kept |= trees.tree(named[i]) or {i}
-    return kept
+    unknown = {ids[model["unk_token"]]} if model.get("unk_token") in ids else set()
+    return {ids[token] for token in base} | unknown
 
 
-def _word_piece(model: Model, wanted: set[int]) -> set[int]:
+def _word_piece(model: Model) -> set[int]:
     ids, prefix = tokens_of(model), model.get("continuing_subword_prefix") or ""
     single = {
         i for token, i in ids.items() if len(token) == 1 or (token.startswith(prefix) and len(token) == len(prefix) + 1)
     }
     unknown = {ids[model["unk_token"]]} if model.get("unk_token") in ids else set()
-    return wanted | single | unknown
+    return single | unknown
 
 
-def _unigram(model: Model, wanted: set[int]) -> set[int]:
+def _unigram(model: Model) -> set[int]:
     ids = tokens_of(model)
-    kept = wanted | {ids[token] for token in byte_tokens(ids)} | {i for token, i in ids.items() if len(token) == 1}
+    kept = {ids[token] for token in byte_tokens(ids)} | {i for token, i in ids.items() if len(token) == 1}
     if model.get("unk_id") is not None:
         kept.add(model["unk_id"])
     # What an unknown character costs is counted from the lowest score.
     return kept | {min(range(len(model["vocab"])), key=lambda i: model["vocab"][i][1])}
 
 
-CLOSURES: dict[str, Callable[[Model, set[int]], set[int]]] = {
+# What must stay whatever is wanted: that with which any text can be written.
+CLOSURES: dict[str, Callable[[Model], set[int]]] = {
     "BPE": _bpe,
     "WordPiece": _word_piece,
     "Unigram": _unigram,

@@ -11,7 +11,7 @@ from typing import Any
 
 from llmsurgeon.checkpoint.tokenizer_json import tokens_of
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.vocabulary.closure import MergeTrees, closed, kind_of
+from llmsurgeon.vocabulary.closure import closed, kind_of, trees_of
 
 # Pieces of a text that are encoded side by side.
 SIDE_BY_SIDE = 64
@@ -38,7 +38,7 @@ class Vocabulary:
 class Wish:
     """What was asked for: ids that stay, and how often tokens occur in the texts (they fill up first).
 
-    expected: how often other tokens are to be expected in such texts (they fill up next).
+    expected: how likely other tokens are in such texts, more for likelier ones (they fill up next).
     fixed: further ids that must stay, such as those that configs name; added tokens always do.
     """
 
@@ -153,13 +153,13 @@ def chosen(
         SurgeryError: more must stay than `rows`, nothing would go, or a tokenizer that cannot be trimmed.
     """
     model = description["model"]
-    kind = kind_of(model, where)
-    ids = tokens_of(model)
-    own = set(ids.values())
+    kind_of(model, where)
+    own = set(tokens_of(model).values())
     added = {entry["id"] for entry in description.get("added_tokens") or ()}
     asked = {i for i in wish.ids if i < size}
     needed = {i for i in asked | added | wish.fixed if i < size}
-    kept = {i for i in closed(model, needed & own, where) if i < size} | needed
+    trees = trees_of(model)
+    kept = {i for i in closed(model, needed & own, where, trees) if i < size} | needed
     goal = rows if rows is not None else min(size, -(-len(kept) // multiple_of) * multiple_of)
     if goal < len(kept):
         raise SurgeryError(
@@ -171,14 +171,12 @@ def chosen(
         raise SurgeryError(f"{where}: {goal:,} rows were asked for, and the model has {size:,}; ask for fewer")
     if goal == size:
         raise SurgeryError(f"{where}: all {size:,} rows would stay; ask for fewer tokens")
-    trees = MergeTrees(model) if kind == "BPE" else None
-    named = {i: token for token, i in ids.items()}
     for i in (*_ranked(wish.counts), *_ranked(wish.expected), *sorted(own), *range(size)):
         if len(kept) == goal:
             break
         if i in kept or i >= size:
             continue
-        more = {i} | ((trees.tree(named[i]) or set()) if trees and i in named else set())
+        more = trees(i) if i in own else {i}
         if len(kept) + len(more - kept) <= goal:
             kept |= more
     return Vocabulary(tuple(sorted(kept)), size, len(asked))

@@ -31,6 +31,7 @@ from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import tower_of
 from llmsurgeon.vocabulary.ids import moved_ids, named_ids
 from llmsurgeon.vocabulary.keep import Vocabulary, Wish, chosen, count_tokens, listed_tokens, same_tokens
+from llmsurgeon.vocabulary.likely import likely_tokens
 from llmsurgeon.vocabulary.tokenizer_files import REWRITTEN, TOKENIZER, read_description, with_ids, write_trimmed
 
 # Config keys that hold the size of the table.
@@ -71,7 +72,8 @@ def trim(
 ) -> TrimmedCheckpoint:
     """`checkpoint` with the tokens that `sources` ask for and what must stay beside them.
 
-    expected: how often tokens are to be expected in texts like the sources', which fill up `rows` after their own.
+    expected: how often a model expects tokens in the sources' texts; the tokens likely by that fill up `rows` after
+        those that occur there.
 
     Raises:
         SurgeryError: its tokenizer cannot be trimmed, more must stay than `rows`, or nothing would go.
@@ -84,7 +86,7 @@ def trim(
     refuse_huge_ids(files[TOKENIZER])
     tokenizer = Tokenizer.from_file(str(files[TOKENIZER]))
     size = _rows(checkpoint)
-    wish = Wish(expected=expected or {})
+    wish = Wish()
     known = tokenizer.get_vocab(with_added_tokens=True)
     for source in sources:
         if source.documents is not None:
@@ -97,6 +99,8 @@ def trim(
             wish.ids |= listed_tokens(source.file, known, size)
         else:
             wish.ids |= set(sorted(tokens_of(description["model"]).values())[: source.tokens])
+    if expected:
+        wish.expected = likely_tokens(tokens_of(description["model"]), wish.counts, expected)
     wish.fixed |= named_ids(checkpoint.config).union(*(_ids_in(name, path) for name, path in files.items()))
     vocabulary = chosen(description, wish, size, rows=rows, multiple_of=multiple_of, where=checkpoint.name)
     return TrimmedCheckpoint(checkpoint, vocabulary, description, files)

@@ -1,0 +1,91 @@
+"""Which tokens are likely in more of a text: the regression, the spelling, and what they are for."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from llmsurgeon.vocabulary.likely import PRIOR, RIDGE, Spelling, likely_tokens, logistic
+
+
+def words(letters: str, count: int, seed: int) -> list[str]:
+    chance = random.Random(seed)
+    made = {"".join(chance.choices(letters, k=chance.randint(3, 6))) for _ in range(3 * count)}
+    return sorted(made)[:count]
+
+
+def test_regression_is_at_its_minimum() -> None:
+    """Beside plain gradient descent on the loss as it is written down."""
+    seeded = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=seeded, dtype=torch.float64)
+    truth = torch.tensor([1.5, -2.0, 0.0], dtype=torch.float64)
+    answers = (torch.rand(400, generator=seeded) < torch.sigmoid(x @ truth - 1)).double()
+    found = logistic(x, answers)
+    slow = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    descent = torch.optim.LBFGS([slow], max_iter=500, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        descent.zero_grad()
+        chance = torch.sigmoid(x @ slow[:3] + slow[3])
+        made = (
+            -(answers * chance.log() + (1 - answers) * (1 - chance).log()).sum() + RIDGE / 2 * slow[:3].square().sum()
+        )
+        made.backward()
+        return made
+
+    descent.step(loss)
+    torch.testing.assert_close(found, slow.detach(), atol=1e-4, rtol=1e-4)
+    # One feature tells all apart: damping keeps the coefficients finite.
+    assert logistic(x, (x[:, 0] > 0).double()).isfinite().all()
+
+
+def test_spelling_counts_what_follows() -> None:
+    spelling = Spelling(["ab", "ac", "ab"])
+    # By hand: characters without context, then behind "a", then behind the beginning and "a".
+    alone = (2 + 0.01) / (9 + 300)
+    behind = (2 + PRIOR * alone) / (3 + PRIOR)
+    beginning = (2 + PRIOR * behind) / (3 + PRIOR)
+    start = (3 + PRIOR * (3 + 0.01) / (9 + 300)) / (3 + PRIOR)
+    mean, least = spelling.of("ab")
+    assert least == pytest.approx(math.log(min(start, beginning)))
+    assert mean == pytest.approx((math.log(start) + math.log(beginning)) / 2)
+    assert spelling.of("zz")[0] < spelling.of("ac")[0] < spelling.of("ab")[0]
+
+
+def test_words_of_the_texts_language_come_first() -> None:
+    """The model expects words of another language as much; their spelling and use in the text tell them apart."""
+    mine, others = words("abcde", 240, 1), words("vwxyz", 240, 2)
+    chance = random.Random(3)
+    names = [*mine, *others]
+    chance.shuffle(names)
+    ids = {name: i for i, name in enumerate(names)}
+    seen = mine[::2]
+    counts = {ids[name]: 1 + (place % 3) for place, name in enumerate(seen)}
+    expected = {i: chance.random() for i in ids.values()}
+    odds = likely_tokens(ids, counts, expected)
+    unseen = sorted((name for name in names if ids[name] not in counts), key=lambda name: -odds[ids[name]])
+    found = set(unseen[:120])
+    assert len(found & set(mine)) > 110
+    by_expectation = sorted((name for name in names if ids[name] not in counts), key=lambda name: -expected[ids[name]])
+    assert len(set(by_expectation[:120]) & set(mine)) < 80
+
+
+def test_what_is_expected_counts() -> None:
+    """Of tokens spelled alike, those that the model expects more."""
+    names = {name: i for i, name in enumerate(words("abcdefg", 300, 4))}
+    chance = random.Random(5)
+    expected = {i: chance.random() for i in names.values()}
+    counts = {i: 1 for i, share in expected.items() if share > 0.7 and chance.random() < 0.5}
+    odds = likely_tokens(names, counts, expected)
+    likely, unlikely = (i for i in expected if expected[i] > 0.9), (i for i in expected if expected[i] < 0.1)
+    mean = [sum(odds[i] for i in part) / len(part) for part in (list(likely), list(unlikely))]
+    assert mean[0] > mean[1] + 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_without_an_example_of_each_expectation_ranks_alone(count: int) -> None:
+    names = {"a": 0, "b": 1}
+    assert likely_tokens(names, {0: count, 1: count}, {0: 0.5, 1: 0.25, 7: 0.1}) == {0: 0.5, 1: 0.25, 7: 0.1}
