@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from safetensors.torch import save
@@ -22,7 +22,7 @@ from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration, dump
 from llmsurgeon.searching.costs import Engine, Meter, meters, parse_targets
 from llmsurgeon.searching.found import Found
-from llmsurgeon.searching.making import Making
+from llmsurgeon.searching.making import Making, Place
 from llmsurgeon.searching.report import described
 from llmsurgeon.searching.seeking import Seeker
 from llmsurgeon.searching.setting import Work, scorer_of, work_of
@@ -79,6 +79,7 @@ def search(
     wanted: Wanted = Wanted(),
     *,
     overwrite: bool = False,
+    discard_partial: bool = False,
     say: Say = silent,
 ) -> Found:
     """Search the best model under budgets, and write to the folder `out` the recipe that makes it, and what was found.
@@ -89,31 +90,25 @@ def search(
     Args:
         model: a hub id, a folder or a GGUF file.
         targets: such as "decode=1.5x", "params=0.7x", "size=300MB"; several bound together.
+        overwrite: replace `out` if it holds nothing but what llmsurgeon wrote; discard_partial: delete what an
+            unfinished run left beside it.
 
     Raises:
         SurgeryError: a target that cannot be read, or is out of reach, a model, a text or an engine that cannot be
             used, an `out` that cannot be written.
     """
-    start = time.monotonic()
+    clock = _Clock(wanted.minutes)
     opened = _opened(model, targets, wanted, say)
     inputs = Inputs.of("search", {"model": opened.parent.checkpoint}, None, Options())
     if wanted.text:
         inputs.watch_text("text", os.fspath(wanted.text))
     read = (opened.parent.checkpoint.path, *existing(named_text(wanted.text), wanted.dataset))
-    with Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read) as stage:
-        clock = _Clock(start, wanted.minutes)
-        space = Space.of(opened.parent, opened.meters, opened.operations)
-        space = space.priced()
-        space.check_reach()
-        clock.lap("costs")
-        scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.in_time)
-        clock.lap("walk the parent")
-        seeker = Seeker(space, scorer, clock.in_time, say)
-        seeker.score()
-        clock.lap("score options")
-        alone = seeker.compare([1.0] * len(space.meters))
+    staging = replace(opened.options, overwrite=overwrite, discard_partial=discard_partial).staging(*read)
+    with Stage.open(os.fspath(out), job=inputs.job(), **staging) as stage:
+        making = _prepared(opened, wanted, clock, stage.scratch, say)
+        seeker = making.seeker
+        alone = seeker.compare([1.0] * len(opened.meters))
         clock.lap("measure single operations")
-        making = Making(seeker, opened.parent.name, opened.texts.wanted, wanted.heal, opened.options, stage.scratch)
         made = making.best(clock.in_time, say)
         clock.lap("choose and make")
         best = made[0].model
@@ -121,9 +116,23 @@ def search(
         stage.confirm(inputs.check)
         stage.write_file("recipe.yaml", dump(making.recipe(best), Path(out)))
         stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
-        stage.write_file("scores.safetensors", save({k: v.contiguous() for k, v in scorer.store.values.items()}))
+        stage.write_file("scores.safetensors", save(dict(seeker.scorer.store.values)))
         stage.commit()
     return found
+
+
+def _prepared(opened: _Opened, wanted: Wanted, clock: _Clock, scratch: Path, say: Say) -> Making:
+    """What is measured once: what options cost, what the parent does on the text, what each option scores."""
+    space = Space.of(opened.parent, opened.meters, opened.operations).priced()
+    space.check_reach()
+    clock.lap("costs")
+    scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.in_time)
+    clock.lap("walk the parent")
+    seeker = Seeker(space, scorer, clock.in_time, say)
+    seeker.score()
+    clock.lap("score options")
+    place = Place(opened.parent.name, wanted.revision, opened.texts.wanted, scratch)
+    return Making(seeker, place, wanted.heal, opened.options)
 
 
 def preview(
@@ -194,8 +203,8 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
 class _Clock:
     """Time that is left, and what phases took."""
 
-    def __init__(self, start: float, minutes: float | None) -> None:
-        self.start = self.last = start
+    def __init__(self, minutes: float | None) -> None:
+        self.start = self.last = time.monotonic()
         self.seconds = None if minutes is None else 60 * minutes
         self.laps: dict[str, float] = {}
 

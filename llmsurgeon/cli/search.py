@@ -11,6 +11,7 @@ import typer
 
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
+    DISCARD,
     OVERWRITE,
     Batch,
     Seed,
@@ -74,6 +75,7 @@ def search_command(
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the space and what scoring it takes.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
+    discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -107,7 +109,7 @@ def search_command(
         show_preview(preview(model, target, wanted, say), as_json)
         return
     folder = out or f"{short_name(model)}-search"
-    found = search(model, target, folder, wanted, overwrite=overwrite, say=say)
+    found = search(model, target, folder, wanted, overwrite=overwrite, discard_partial=discard_partial, say=say)
     if as_json:
         print(json.dumps(found.plain()))
         return

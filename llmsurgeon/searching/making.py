@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 
 from llmsurgeon.evaluation.decoders import Evaluation
@@ -13,7 +14,7 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.planning.options import Options
 from llmsurgeon.progress import Say
-from llmsurgeon.recipe.recipe import Calibration, Recipe
+from llmsurgeon.recipe.recipe import Calibration, Recipe, dump
 from llmsurgeon.run import run
 from llmsurgeon.searching.options import steps_of
 from llmsurgeon.searching.seeking import Model, Seeker
@@ -34,15 +35,23 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Place:
+    """What recipes say of their model and text, and the folder in which models are made."""
+
+    name: str
+    revision: str | None
+    calibration: Calibration
+    scratch: Path
+
+
+@dataclass(frozen=True)
 class Making:
-    """How models are made. seeker: knows the space; calibration, heal: of their recipes; scratch: where they lie."""
+    """How models are made. seeker: knows the space; heal: minutes of training that recipes end with."""
 
     seeker: Seeker
-    name: str
-    calibration: Calibration
+    place: Place
     heal: float | None
     options: Options
-    scratch: Path
 
     def recipe(self, model: Model) -> Recipe:
         """The recipe that makes a model: its cuts, one refit of the whole, and training where that was asked for."""
@@ -53,18 +62,18 @@ class Making:
         return Recipe(
             version=1,
             description=f"found by llmsurgeon search: {told}",
-            model=self.name,
-            calibration=self.calibration,
+            model=self.place.name,
+            calibration=self.place.calibration,
             steps=(*steps_of(options), *heals),
         )
 
     def make(self, model: Model) -> Made:
         """Run a model's recipe without the training, and measure what it costs."""
-        out = self.scratch / "made"
         recipe = self.recipe(model)
         cut = recipe.model_copy(update={"steps": tuple(step for step in recipe.steps if not step.trains)})
-        shutil.rmtree(out, ignore_errors=True)
-        outcome = run(cut, None, out, replace(self.options, discard_partial=True))
+        # A name of its own: a run that was killed goes on.
+        out = self.place.scratch / f"made-{sha256(dump(cut).encode()).hexdigest()[:16]}"
+        outcome = run(cut, None, out, replace(self.options, overwrite=True), self.place.revision)
         parent = self.seeker.space.parent.original
         path = Path(parent.checkpoint.path)  # type: ignore[attr-defined]
         costs = tuple(meter.measured(out, path) for meter in self.seeker.space.meters)
