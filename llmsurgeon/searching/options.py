@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -47,10 +48,10 @@ class Option:
         """True where one offer makes it."""
         return len(self.offers) == 1
 
-    @property
+    @cached_property
     def key(self) -> str:
         """What it is called in files of scores: the steps that make it."""
-        return key_of([self])
+        return _spelled(steps_of([self]))
 
     def parts(self) -> tuple[Option, ...]:
         """An option for each of its offers alone."""
@@ -69,8 +70,13 @@ def steps_of(options: Iterable[Option]) -> tuple[Step, ...]:
 
 def key_of(options: Iterable[Option]) -> str:
     """The steps that make these options as one line of JSON, defaults left out."""
-    steps = [step.model_dump(mode="json", exclude_defaults=True) | {"op": step.op} for step in steps_of(options)]
-    return json.dumps(steps, separators=(",", ":"))
+    some = list(options)
+    return some[0].key if len(some) == 1 else _spelled(steps_of(some))
+
+
+def _spelled(steps: Sequence[Step]) -> str:
+    said = [step.model_dump(mode="json", exclude_defaults=True) | {"op": step.op} for step in steps]
+    return json.dumps(said, separators=(",", ":"))
 
 
 def offered(subject: Subject, grain: int, operations: Collection[str]) -> list[Offer]:

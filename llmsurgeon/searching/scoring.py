@@ -25,7 +25,7 @@ from llmsurgeon.walk.streams import Streams
 SIDE_BY_SIDE = 24
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Measured:
     """A KL in nats a token with its 95 % interval over sequences, and that of each sequence."""
 

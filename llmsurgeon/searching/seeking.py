@@ -22,7 +22,7 @@ A_ROUND, OVERLAPS, ROUNDS, PATIENCE = 6, (0.8, 0.9), 8, 2
 SURE = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """One whole model: places of its options, what they were thought to score together, and what it was measured at."""
 
@@ -76,26 +76,31 @@ class Seeker:
 
         Each round measures the best models that the scores know of, and corrects the scores by them.
         """
-        best: Model | None = None
-        without = 0
+        best, without = self._best(tightened), 0
         for round_ in range(ROUNDS):
-            proposals = self._proposals(tightened)
-            new = [places for places in proposals if places not in self.models]
-            if new:
-                self._measure(new)
-            found = min((self.models[p] for p in proposals if p in self.models), key=_kl, default=None)
-            if found is None:
-                break
-            better = best is None or _kl(found) < _kl(best)
-            without = 0 if better else without + 1
-            best = found if better else best
-            assert best is not None
-            self.say(f"round {round_ + 1}: KL {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
+            new = [places for places in self._proposals(tightened) if places not in self.models]
+            self._measure(new)
+            found = self._best(tightened)
+            without = without + 1 if found is best else 0
+            best = found
+            if best is not None:
+                self.say(f"round {round_ + 1}: KL {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
             if without == PATIENCE or not new or not self.in_time():
                 break
         if best is None:
             raise SurgeryError("search: time was up before a whole model was measured; the same command goes on")
         return best
+
+    def _best(self, tightened: Sequence[float]) -> Model | None:
+        """Of the models that were measured the best one within the budgets."""
+        meters = self.space.meters
+        most = [meter.budget() * share * (1 + 1e-9) for meter, share in zip(meters, tightened, strict=True)]
+        within = (
+            model
+            for model in self.models.values()
+            if all(cost <= budget for cost, budget in zip(self.space.total(model.places), most, strict=True))
+        )
+        return min(within, key=_kl, default=None)
 
     def compare(self, tightened: Sequence[float]) -> dict[str, Model]:
         """The best model that each operation makes alone, where it reaches the targets; by its name.
