@@ -5,11 +5,12 @@ B batch, T tokens.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,6 @@ def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Roun
     model.eval()
     ids_BT = ids_BT.to(model.device)
     encoder = encoder_family(model) is not None
-    # generate() asks for the last position's logits only; so does this, where the model can.
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cuda = model.device.type == "cuda"
     if cuda:
         held = torch.cuda.memory_allocated(model.device)
@@ -86,17 +85,41 @@ def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Roun
         model(input_ids=ids_BT[:, None] if type(model).__name__.endswith("MultipleChoice") else ids_BT)
         after_prefill = _now(model)
     else:
-        output, cache = cached_call(model, input_ids=ids_BT, **last_only)
+        output, cache = cached_call(model, input_ids=ids_BT, **_last_only(model))
         after_prefill = _now(model)
         prompt_cache = cache_bytes(cache)
-        decode_start = _now(model)
-        for _ in range(new_tokens):
-            token_B1 = output.logits[:, -1:].argmax(-1)
-            output, cache = cached_call(model, cache, input_ids=token_B1, **last_only)
-        decode = _now(model) - decode_start
+        decode, cache = _steps(model, output, cache, new_tokens)
     peak = torch.cuda.max_memory_allocated(model.device) - held + parameter_bytes(model) if cuda else None
     held_bytes = 0 if cache is None else cache_bytes(cache) + state_bytes(cache)
     return Round(after_prefill - start, decode, prompt_cache, held_bytes, peak)
+
+
+@torch.inference_mode()
+def prompt_read(model: PreTrainedModel, ids_BT: Tensor) -> tuple[Any, Cache]:
+    """What a model says after a prompt, and the cache behind it, for `timed_steps`."""
+    return cached_call(model.eval(), input_ids=ids_BT.to(model.device), **_last_only(model))
+
+
+@torch.inference_mode()
+def timed_steps(model: PreTrainedModel, read: tuple[Any, Cache], new_tokens: int) -> float:
+    """Seconds of greedy decode steps after a prompt that was read before; its cache stays as it is."""
+    output, cache = read
+    return _steps(model, output, copy.deepcopy(cache), new_tokens)[0]
+
+
+def _steps(model: PreTrainedModel, output: Any, cache: Cache, new_tokens: int) -> tuple[float, Cache]:
+    """Seconds of so many decode steps, and the cache behind them."""
+    last_only = _last_only(model)
+    start = _now(model)
+    for _ in range(new_tokens):
+        token_B1 = output.logits[:, -1:].argmax(-1)
+        output, cache = cached_call(model, cache, input_ids=token_B1, **last_only)
+    return _now(model) - start, cache
+
+
+def _last_only(model: PreTrainedModel) -> dict[str, int]:
+    """generate() asks for the last position's logits only; so does the bench, where the model can."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _now(model: PreTrainedModel) -> float:

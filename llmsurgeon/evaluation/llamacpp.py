@@ -93,13 +93,14 @@ class LlamaCpp:
         made: list[int] = self._post("completion", self._request(ids, new_tokens, return_tokens=True))["tokens"]
         return made
 
-    def time(self, ids: Sequence[int], new_tokens: int) -> Timing:
+    def time(self, ids: Sequence[int], new_tokens: int, *, again: bool = False) -> Timing:
         """Seconds of a prefill of `ids` and of `new_tokens` decode steps.
 
-        llama.cpp's clock of decoding starts when the first new token, which the prefill gave, is there.
+        llama.cpp's clock of decoding starts when the first new token, which the prefill gave, is there. `again`: what
+        the call before has read of `ids` need not be read anew, and the prefill's seconds mean nothing.
         """
-        timings = self._post("completion", self._request(ids, new_tokens + 1))["timings"]
-        if timings["prompt_n"] != len(ids) or timings["predicted_n"] != new_tokens + 1:
+        timings = self._post("completion", self._request(ids, new_tokens + 1, cache_prompt=again))["timings"]
+        if (not again and timings["prompt_n"] != len(ids)) or timings["predicted_n"] != new_tokens + 1:
             raise SurgeryError(f"{self.path}: llama.cpp ran {timings}, asked for {len(ids)} and {new_tokens} tokens")
         return Timing(timings["prompt_ms"] / 1000, timings["predicted_ms"] / 1000)
 
@@ -116,7 +117,7 @@ class LlamaCpp:
 
     def _request(self, ids: Sequence[int], new_tokens: int, **more: Any) -> dict[str, Any]:
         fixed = {"temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
-        return {"prompt": list(ids), "n_predict": new_tokens, **fixed, **more}
+        return {"prompt": list(ids), "n_predict": new_tokens, **(fixed | more)}
 
     def _post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Ask llama.cpp's server, which listens on this machine only."""

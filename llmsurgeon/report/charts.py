@@ -25,7 +25,7 @@ DASH = "\N{EN DASH}"
 
 @dataclass(frozen=True)
 class Scale:
-    """Maps values to px, linearly or by logarithm; what lies outside is drawn at the edge."""
+    """Maps values to px, linearly, by logarithm or by square root; what lies outside is drawn at the edge."""
 
     low: float
     high: float
@@ -33,6 +33,7 @@ class Scale:
     end: float
     log: bool
     ticks: tuple[float, ...]
+    root: bool = False
 
     @classmethod
     def over(cls, values: Sequence[float], start: float, end: float, bounds: Sequence[float] = ()) -> Scale:
@@ -49,11 +50,27 @@ class Scale:
         ticks = _linear_ticks(low, high)
         return cls(ticks[0], ticks[-1], start, end, False, ticks)
 
+    @classmethod
+    def narrow(cls, low: float, high: float, start: float, end: float) -> Scale:
+        """From `low` to `high`, for what has no use for a zero, such as a speedup; a little more than both."""
+        ticks = _linear_ticks(low, high, wanted=7)
+        return cls(ticks[0], ticks[-1], start, end, False, ticks)
+
+    @classmethod
+    def rooted(cls, high: float, start: float, end: float) -> Scale:
+        """From zero, by square root: what is small is told apart beside what is large."""
+        ticks = [0.0, *(m * 10.0**k for k in range(-6, 7) for m in (1, 2, 5))]
+        above = next((tick for tick in ticks if tick >= high), high)
+        kept = [tick for tick in ticks if tick <= above and (tick == 0 or tick > above / 100)]
+        return cls(0.0, above, start, end, False, tuple(float(f"{tick:.6g}") for tick in kept), root=True)
+
     def at(self, value: float) -> float:
         """Where `value` lies."""
         low, high, value = self.low, self.high, min(max(value, self.low), self.high)
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
+        elif self.root:
+            low, high, value = math.sqrt(low), math.sqrt(high), math.sqrt(value)
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
     @property
@@ -64,6 +81,8 @@ class Scale:
     @property
     def kind(self) -> str:
         """What a reader should know about the axis; nothing where it begins at zero."""
+        if self.root:
+            return "square-root scale"
         return "log scale" if self.log else "" if self.from_zero else f"axis begins at {self.low:g}"
 
 

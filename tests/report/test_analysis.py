@@ -8,12 +8,12 @@ import math
 import random
 import re
 from collections import Counter
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pages import Page
 
 from llmsurgeon.analysis.greedy import Choice
 from llmsurgeon.analysis.measure import LayerScore, Measurements
@@ -23,7 +23,6 @@ from llmsurgeon.report.analysis import html_report
 from llmsurgeon.report.charts import Scale, ramp_css, ranges, shade
 
 DOCS = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
-VOID = {"meta", "br", "hr", "img", "input", "link"}
 RECIPE = "# Suggested\nversion: 1\nsteps:\n- {op: refit}\n"
 
 
@@ -121,41 +120,6 @@ def fake_report(layers: int, model: str = "lab/model", missing: bool = False, se
         steps[-1]["candidates"] = {}
         steps[-1]["kl_after"] = None
     return json.loads(json.dumps(report, allow_nan=False))
-
-
-class Page(HTMLParser):
-    """Raises where tags do not nest; keeps tags with their attributes, and the text."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open and self.open[-1] == tag, f"</{tag}> closes {self.open[-3:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def count(self, tag: str, kind: str) -> int:
-        return sum(1 for name, attrs in self.tags if name == tag and kind in (attrs.get("class") or "").split())
-
-    @property
-    def text(self) -> str:
-        return "".join(self.words)
 
 
 @pytest.mark.parametrize("missing", [False, True])

@@ -12,12 +12,14 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.opened import DescribedModel
 from llmsurgeon.searching.costs.engines import ENGINES, Engine
 from llmsurgeon.searching.costs.exact import COUNTS, ExactMeter
+from llmsurgeon.searching.costs.measured import SECONDS, SecondsMeter
 from llmsurgeon.searching.costs.meter import Meter
 from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.target import Target, parse_targets
 
 # Quantity of a target -> what makes its meter.
 METERS: dict[str, Callable[[Target, Shapes, Engine], Meter]] = {
+    **{name: partial(SecondsMeter, **how) for name, how in SECONDS.items()},
     **{name: partial(ExactMeter, **how) for name, how in COUNTS.items()},
 }
 

@@ -30,17 +30,6 @@ class Setting:
     device: str = "cpu"
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """One round of an engine: seconds of reading `context` tokens, and of one decode step after them.
-
-    decode: None of encoders.
-    """
-
-    prefill: float
-    decode: float | None
-
-
 class Kind(ABC):
     """An engine. It is asked with a `Setting`, and keeps nothing."""
 
@@ -83,8 +72,9 @@ class Kind(ABC):
         """Why it cannot run this model, None where it can."""
 
     @abstractmethod
-    def timed(self, model: Described, setting: Setting, steps: int) -> AbstractContextManager[Callable[[], Seconds]]:
-        """The model with random weights, loaded: each call is a round, of `steps` decode steps."""
+    def timed(self, model: Described, setting: Setting, steps: int) -> AbstractContextManager[Callable[[], float]]:
+        """The model with random weights, loaded. Each call is a round: seconds of one of `steps` decode steps that
+        follow on the context, or of reading the context where there are no steps."""
 
     @abstractmethod
     def bench(self, model: Path, parent: Path, setting: Setting, rounds: int) -> Bench:

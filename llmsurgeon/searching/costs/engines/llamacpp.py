@@ -20,7 +20,7 @@ from llmsurgeon.export import export_gguf
 from llmsurgeon.formats.gguf.kinds import TERNARY, TYPES, chosen_kinds, known_type
 from llmsurgeon.formats.gguf.model import lay_out, misfit
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.searching.costs.engines.base import Kind, Seconds, Setting
+from llmsurgeon.searching.costs.engines.base import Kind, Setting
 from llmsurgeon.searching.costs.engines.random_weights import write_random_gguf
 from llmsurgeon.searching.costs.shapes import Described, Shapes
 
@@ -65,7 +65,7 @@ class LlamaCppKind(Kind):
         return misfit(spec, shapes.parent.family, shapes.parent.config)
 
     @contextmanager
-    def timed(self, model: Described, setting: Setting, steps: int) -> Iterator[Callable[[], Seconds]]:
+    def timed(self, model: Described, setting: Setting, steps: int) -> Iterator[Callable[[], float]]:
         assert setting.type
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.spec.vocab, (setting.context,), generator=generator).tolist()
@@ -74,9 +74,10 @@ class LlamaCppKind(Kind):
             context = setting.context + steps + 1
             with LlamaCpp(folder / "model.gguf", context=context, threads=setting.threads) as engine:
 
-                def run() -> Seconds:
-                    found = engine.time(ids, steps)
-                    return Seconds(found.prefill, found.decode / steps)
+                def run() -> float:
+                    if not steps:
+                        return engine.time(ids, 1).prefill
+                    return engine.time(ids, steps, again=True).decode / steps
 
                 yield run
 

@@ -14,13 +14,13 @@ import torch
 from llmsurgeon.bench import bench
 from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.latency import timed_round
+from llmsurgeon.evaluation.latency import prompt_read, timed_round, timed_steps
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.evaluation.threads import threads_of_torch
 from llmsurgeon.formats.loading import check_device
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.searching.costs.engines.base import Kind, Seconds, Setting
+from llmsurgeon.searching.costs.engines.base import Kind, Setting
 from llmsurgeon.searching.costs.engines.random_weights import RandomWeights
 from llmsurgeon.searching.costs.shapes import Described, Shapes
 
@@ -61,16 +61,18 @@ class TransformersKind(Kind):
         return None
 
     @contextmanager
-    def timed(self, model: Described, setting: Setting, steps: int) -> Iterator[Callable[[], Seconds]]:
+    def timed(self, model: Described, setting: Setting, steps: int) -> Iterator[Callable[[], float]]:
         dtype = self._dtype(model, setting)
         made = filled_model(model.config, RandomWeights(model.shapes, dtype), dtype, setting.device)
         size = (setting.batch, setting.context)
         ids_BT = torch.randint(model.spec.vocab, size, generator=torch.Generator().manual_seed(0))
 
-        def run() -> Seconds:
+        with threads_of_torch(setting.threads):
+            read = prompt_read(made, ids_BT) if steps else None
+
+        def run() -> float:
             with threads_of_torch(setting.threads):
-                found = timed_round(made, ids_BT, steps)
-            return Seconds(found.prefill, None if found.decode is None else found.decode / steps)
+                return timed_steps(made, read, steps) / steps if read else timed_round(made, ids_BT, 0).prefill
 
         yield run
 
