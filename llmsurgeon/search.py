@@ -20,6 +20,7 @@ from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration, dump
+from llmsurgeon.report.search import html_found
 from llmsurgeon.searching.costs import Engine, Meter, meters, parse_targets
 from llmsurgeon.searching.found import Found
 from llmsurgeon.searching.making import Making, Place
@@ -31,14 +32,15 @@ from llmsurgeon.text.files import named_text
 
 SEQUENCE_LENGTH = 256
 REFIT_TOKENS = 65_536  # of the recipe; a search takes some of them
-FILES = ("recipe.yaml", "report.json", "scores.safetensors")
+FILES = ("recipe.yaml", "report.html", "report.json", "scores.safetensors")
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What a search is asked beside its model and targets, with what it is when nobody says.
 
-    engine: "llama.cpp:q8_0", "transformers" ...; context: tokens that a sequence has read when it is timed.
+    engine: "llama.cpp:q8_0", "transformers" ...; context: tokens that a sequence has read when it is timed;
+        threads: of the CPU that it may use, all by default.
     text, dataset: what options are fitted and scored on; sampled from the model where neither is given.
     tokens: how many score; sequence_length: of the windows.
     allow, forbid: operations, by the names that recipes have for them; all may be used by default.
@@ -47,6 +49,7 @@ class Wanted:
 
     engine: str | None = None
     context: int = 512
+    threads: int | None = None
     batch: int = 8
     text: str | os.PathLike[str] | None = None
     dataset: str | None = None
@@ -84,8 +87,9 @@ def search(
 ) -> Found:
     """Search the best model under budgets, and write to the folder `out` the recipe that makes it, and what was found.
 
-    `out` holds recipe.yaml, which `run` takes as it is, report.json and scores.safetensors. What is measured is kept in
-    the cache: a search that was killed goes on, and one for another target on the same text measures little anew.
+    `out` holds recipe.yaml, which `run` takes as it is, report.html, report.json and scores.safetensors. What is
+    measured is kept in the cache: a search that was killed goes on, and one for another target on the same text
+    measures little anew.
 
     Args:
         model: a hub id, a folder or a GGUF file.
@@ -114,7 +118,9 @@ def search(
         best = made[0].model
         found = described(opened.found(clock.laps), seeker, best, made, alone)
         stage.confirm(inputs.check)
-        stage.write_file("recipe.yaml", dump(making.recipe(best), Path(out)))
+        recipe = dump(making.recipe(best), Path(out))
+        stage.write_file("recipe.yaml", recipe)
+        stage.write_file("report.html", html_found(found.plain(), recipe))
         stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
         stage.write_file("scores.safetensors", save(dict(seeker.scorer.store.values)))
         stage.commit()
@@ -178,7 +184,7 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
     bounds = parse_targets([targets] if isinstance(targets, str) else targets)
     operations = chosen_operations(wanted.allow, wanted.forbid)
     check_device(wanted.device)
-    engine = Engine.parse(wanted.engine, context=wanted.context) if wanted.engine else None
+    engine = Engine.parse(wanted.engine, context=wanted.context, threads=wanted.threads) if wanted.engine else None
     parent = open_model(os.fspath(model), wanted.revision, wanted.trust_remote_code)
     options = Options(
         device=wanted.device,

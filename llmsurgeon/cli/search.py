@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmsurgeon.boundary.limits import check_threads
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
     DISCARD,
@@ -50,6 +51,10 @@ def search_command(
         str | None, typer.Option(help="What will run the result: llama.cpp:q8_0, transformers ...")
     ] = None,
     context: Annotated[int, length_option("Tokens that a sequence has read when speed is timed.")] = 512,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="CPU threads of the engine; default: as many as there are.", callback=check_threads),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(help="Text like what the model will meet: .txt, .jsonl or .parquet.", callback=text_file),
@@ -90,6 +95,7 @@ def search_command(
     wanted = Wanted(
         engine=engine,
         context=context,
+        threads=threads,
         batch=batch,
         text=text,
         dataset=dataset,

@@ -30,14 +30,15 @@ class Columns:
     vocab: int
 
     @classmethod
-    def of(cls, layers: Iterable[LayerSpec], vocab: int) -> Columns:
-        """What it takes to tell these layers apart: of each kind of FFN the least, the middle and the largest width."""
-        layers = list(layers)
+    def of(cls, layers: Iterable[LayerSpec], parent: ModelSpec) -> Columns:
+        """What it takes to tell these layers apart, for models that are made of `parent`."""
+        layers, own = [*parent.layers, *layers], Counter(ffn.width for layer in parent.layers for ffn in layer.ffns)
+        usual = max(own, key=lambda width: own[width], default=0)
         attentions = dict.fromkeys(part for layer in layers for part in layer.attentions)
         widths: dict[FFNSpec, set[int]] = defaultdict(set)
         for ffn in (ffn for layer in layers for ffn in layer.ffns):
             widths[_kind(ffn)].add(ffn.width)
-        return cls(tuple(attentions), {kind: _knots(found) for kind, found in widths.items()}, vocab)
+        return cls(tuple(attentions), {kind: _knots(found, usual) for kind, found in widths.items()}, parent.vocab)
 
     @property
     def ffns(self) -> tuple[FFNSpec, ...]:
@@ -85,9 +86,10 @@ def _kind(ffn: FFNSpec) -> FFNSpec:
     return replace(ffn, width=0)
 
 
-def _knots(widths: set[int]) -> tuple[int, ...]:
-    """All of three widths or fewer; of more the ends and the one nearest to their middle."""
-    low, high = min(widths), max(widths)
+def _knots(widths: set[int], usual: int) -> tuple[int, ...]:
+    """All of three widths or fewer; of more the ends, the usual one, and the one midway between it and the least."""
     if len(widths) <= 3:
         return tuple(sorted(widths))
-    return low, min(widths - {low, high}, key=lambda width: abs(width - (low + high) / 2)), high
+    ends = {min(widths), max(widths), min(widths, key=lambda width: abs(width - usual))}
+    middle = (min(widths) + min(usual, max(widths))) / 2
+    return tuple(sorted(ends | {min(widths - ends, key=lambda width: abs(width - middle))}))

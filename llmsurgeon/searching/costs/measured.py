@@ -108,7 +108,7 @@ class SecondsMeter(Meter):
         return self._layers | dict.fromkeys(shape for shape in shapes if not shape.empty), self._vocabs | vocabs
 
     def _designed(self, layers: Iterable[LayerSpec], vocabs: set[int]) -> list[ModelSpec]:
-        columns = Columns.of(layers, self.parent.vocab)
+        columns = Columns.of(layers, self.parent)
 
         def fits(spec: ModelSpec) -> bool:
             return self.engine.kind.misfit(self.shapes, spec) is None
@@ -123,7 +123,7 @@ class SecondsMeter(Meter):
         return self._found
 
     def _find(self) -> None:
-        columns = Columns.of(self._layers, self.parent.vocab)
+        columns = Columns.of(self._layers, self.parent)
         self.timings.of(self._designed(self._layers, self._vocabs))
         rows, ratios = [columns.row(self.timings.base)], [(1.0, 0.0)]
         for spec, ratio in self.timings.known.items():

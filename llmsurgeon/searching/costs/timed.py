@@ -21,7 +21,7 @@ from llmsurgeon.progress import Progress
 from llmsurgeon.searching.costs.engines import Engine
 from llmsurgeon.searching.costs.meter import shape_of
 from llmsurgeon.searching.costs.shapes import Shapes
-from llmsurgeon.searching.costs.timing import FEWEST_ROUNDS, Ratio, time_in_turn
+from llmsurgeon.searching.costs.timing import Ratio, time_in_turn
 
 STEPS = 32  # of a decode
 AT_ONCE = 4  # models beside the base
@@ -47,9 +47,10 @@ class Timings:
         missing = self.missing(specs)
         if missing:
             self.engine.kind.require()
-            with Progress("costs", len(missing) * FEWEST_ROUNDS, "rounds") as progress:
+            with Progress(f"time {self.quantity}", len(missing), "models") as progress:
                 for group in self._groups(missing):
-                    self._time(group, progress)
+                    self._time(group)
+                    progress.advance(len(group))
         return {spec: self._known[spec] for spec in specs}
 
     @property
@@ -62,14 +63,14 @@ class Timings:
         size = max(1, min(AT_ONCE, MOST_IN_MEMORY // weight - 1))
         return [specs[start : start + size] for start in range(0, len(specs), size)]
 
-    def _time(self, specs: list[ModelSpec], progress: Progress) -> None:
+    def _time(self, specs: list[ModelSpec]) -> None:
         kind, setting, decode = self.engine.kind, self.engine.setting, self.quantity == "decode"
         with ExitStack() as stack:
             runs = [
                 stack.enter_context(kind.timed(self.shapes.of(spec), setting, STEPS if decode else 0))
                 for spec in (self.base, *specs)
             ]
-            found = time_in_turn(runs[0], runs[1:], lambda: progress.advance(len(specs)))
+            found = time_in_turn(runs[0], runs[1:])
         for spec, ratio in zip(specs, found, strict=True):
             self._known[spec] = ratio
             self._keep(self._path(spec), ratio)

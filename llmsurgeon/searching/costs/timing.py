@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import median
 
+from llmsurgeon.evaluation.speed import Spread
+
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 25
 PRECISION = 0.006  # half of the 95 % interval, of a ratio
-# Of a median of n normal values: its standard deviation is 1.2533 / sqrt(n) of theirs, which is 1.4826 times the median
-# of their distances to it. (Rousseeuw and Croux 1993.)
-TO_DEVIATION = 1.2533 * 1.4826
+# Of a median of n normal values: its standard deviation is 1.2533 / sqrt(n) of theirs, which is the distance of their
+# quartiles / 1.349. A few rounds in which something else ran move neither.
+TO_DEVIATION = 1.2533 / 1.349
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,13 @@ class Ratio:
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Ratio:
         """Of rounds of (base's seconds, model's seconds)."""
-        ratios = [mine / theirs for theirs, mine in pairs]
-        middle = median(ratios)
-        spread = median(abs(ratio - middle) for ratio in ratios)
-        half = 1.96 * TO_DEVIATION * spread / sqrt(len(ratios))
-        return cls(middle, half, len(ratios), median(theirs for theirs, _ in pairs))
+        spread = Spread.of([mine / theirs for theirs, mine in pairs])
+        between = spread.upper_quartile - spread.lower_quartile
+        half = 1.96 * TO_DEVIATION * between / sqrt(len(pairs))
+        return cls(spread.median, half, len(pairs), median(theirs for theirs, _ in pairs))
 
 
-def time_in_turn(
-    base: Callable[[], float], models: Sequence[Callable[[], float]], after_round: Callable[[], object] = lambda: None
-) -> list[Ratio]:
+def time_in_turn(base: Callable[[], float], models: Sequence[Callable[[], float]]) -> list[Ratio]:
     """The ratio of each model to the base: base, first, second ..., base ... until all are known to PRECISION.
 
     One round before the first warms up. MOST_ROUNDS bound it.
@@ -51,7 +50,6 @@ def time_in_turn(
         theirs = base()
         for kept, model in zip(pairs, models, strict=True):
             kept.append((theirs, model()))
-        after_round()
         found = [Ratio.of(kept) for kept in pairs]
         if number >= FEWEST_ROUNDS and all(ratio.half <= PRECISION * ratio.value for ratio in found):
             break

@@ -193,9 +193,11 @@ def test_an_encoder_decodes_nothing(tmp_path, monkeypatch):
 
 def test_columns_mix_knots(parent):
     layers = options_of(parent.spec.layers[0])
-    columns = Columns.of(layers, parent.spec.vocab)
+    columns = Columns.of(layers, parent.spec)
     ffn = parent.spec.layers[0].ffn
     assert [each.width for each in columns.ffns] == [32, 64, 96]
+    fused = [replace(layers[0], ffn=replace(ffn, width=width)) for width in (160, 192, 288)]
+    assert [each.width for each in Columns.of([*layers, *fused], parent.spec).ffns] == [32, 64, 96, 288]
     row = columns.row(parent.spec.with_layers([replace(layers[0], ffn=replace(ffn, width=80))]))
     assert row == {
         REST: 1,
@@ -214,7 +216,7 @@ def test_no_timed_model_is_much_larger_than_the_base(parent):
     spec = parent.spec
     layer = spec.layers[0]
     wide = replace(layer, attention=None, ffn=replace(layer.ffn, width=4 * layer.ffn.width))
-    made = design(spec, Columns.of([*spec.layers, wide], spec.vocab), set(), lambda _: True)
+    made = design(spec, Columns.of([wide], spec), set(), lambda _: True)
     most = sum(each.ffn.width for each in spec.layers)
     assert all(sum(each.ffn.width for each in one.layers if each.ffn) <= most for one in made)
     assert any(each.ffn == wide.ffn for one in made for each in one.layers)
