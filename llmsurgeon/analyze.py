@@ -19,7 +19,8 @@ from llmsurgeon.analysis.score import few
 from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.loading import check_device, dtype_of
+from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.operations.fuse_ffn import FuseFFN
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import open_model
@@ -45,7 +46,7 @@ def analyze(
     drop: int | None = None,
     max_run: int = 3,
     seed: int = 0,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     batch: int = 8,
     revision: str | None = None,
@@ -64,7 +65,7 @@ def analyze(
         drop: attentions to drop; None: about a quarter of the layers.
         max_run: the longest run of FFNs to fuse.
         seed: of sampled text.
-        device: "cpu", "cuda" ...
+        device: "auto" (a card where there is one), "cpu", "cuda" ...
         dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         batch: sequences that go through a layer together.
         revision: of `model`, on the hub; trust_remote_code: let code that its tokenizer brings along run.
@@ -76,8 +77,7 @@ def analyze(
         SurgeryError: a model or a text that cannot be read, an `out` that cannot be written, nothing that can go.
     """
     text = named_text(text)
-    check_device(device)
-    options = Options(device=device, dtype=dtype_of(dtype), batch=batch, say=say)
+    options = Options(device=chosen_device(device), dtype=dtype_of(dtype), batch=batch, say=say)
     parent = open_model(os.fspath(model), revision, trust_remote_code)
     longest = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
     length = longest if sequence_length is None else sequence_length

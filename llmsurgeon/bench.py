@@ -17,7 +17,8 @@ from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp, require_xllamacpp
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.evaluation.threads import threads_of_torch
 from llmsurgeon.export import export_gguf
-from llmsurgeon.formats.loading import check_device, dtype_of, load_model
+from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import dtype_of, load_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.progress import Say, silent
 
@@ -49,7 +50,7 @@ def bench(
     new_tokens: int | None = None,
     rounds: int = 5,
     threads: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     type: str | None = None,
     revision: str | None = None,
@@ -65,7 +66,7 @@ def bench(
         engine: "transformers" or "llama.cpp".
         prompt, new_tokens: None: 512 and 64, or less where the models have fewer positions.
         threads: of the CPU; None: as many as there are.
-        device: "cpu", "cuda" ...; in llama.cpp "cpu".
+        device: "auto" (a card where there is one), "cpu", "cuda" ...; llama.cpp computes on the CPU.
         dtype: in transformers: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         type: in llama.cpp: the type in which models that are no GGUF file are tried, "F16" unless given.
         revision: of `model`, on the hub.
@@ -97,8 +98,7 @@ def bench(
 def _in_transformers(wanted: Wanted) -> Bench:
     if wanted.type:
         raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
-    dtype, device = dtype_of(wanted.dtype), wanted.device
-    check_device(device)
+    dtype, device = dtype_of(wanted.dtype), chosen_device(wanted.device)
     with threads_of_torch(wanted.threads):
         student = load_model(wanted.model, dtype=dtype, device=device, revision=wanted.revision)
         parent = load_model(wanted.against, dtype=dtype, device=device) if wanted.against else None
@@ -106,7 +106,7 @@ def _in_transformers(wanted: Wanted) -> Bench:
 
 
 def _in_llamacpp(wanted: Wanted) -> Bench:
-    if wanted.batch != 1 or wanted.device != "cpu" or wanted.dtype:
+    if wanted.batch != 1 or wanted.device not in ("auto", "cpu") or wanted.dtype:
         raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
     require_xllamacpp()  # before anything is exported
     with passing() as folder:

@@ -11,7 +11,8 @@ from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.pair import Pair, check_encoder
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
-from llmsurgeon.formats.loading import check_device, dtype_of
+from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.text.files import named_text
 from llmsurgeon.text.wanted import Calibration
@@ -54,7 +55,7 @@ def evaluate(
     tokens: int = 32_768,
     sequence_length: int | None = None,
     tasks: Sequence[str] = (),
-    device: str = "cpu",
+    device: str = "auto",
     dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -68,7 +69,7 @@ def evaluate(
     Args:
         tokens: how many to measure on, in windows of `sequence_length`: 512, or as many as the models have positions.
         tasks: names of tasks of lm-eval, the evaluation harness, which the extra `eval` installs.
-        device: "cpu", "cuda" ...
+        device: "auto" (a card where there is one), "cpu", "cuda" ...
         dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         revision: of `model`, on the hub.
         trust_remote_code: let code that a tokenizer brings along run.
@@ -79,8 +80,7 @@ def evaluate(
     """
     model, against = os.fspath(model), None if against is None else os.fspath(against)
     text = named_text(text)
-    check_device(device)
-    pair = Pair(model, against, dtype_of(dtype), device, revision, trust_remote_code)
+    pair = Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code)
     if tasks:
         check_tasks_available()
     if sequence_length is not None:

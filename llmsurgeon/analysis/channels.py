@@ -68,7 +68,7 @@ class ReadBy:
     def __init__(self, runner: LayerRunner, out: nn.Module, behind: Behind, order: Order = eliminate) -> None:
         self.runner, self.behind, self.order = runner, behind, order
         weight: Any = out.weight
-        self.rows = (weight if runner.family.transposed else weight.T).detach().float().cpu().clone()
+        self.rows = (weight if runner.family.transposed else weight.T).detach().float().clone()
         self.active: Tensor | None = None
         self.moments, self.stream = Moments(outer=True), Moments(outer=False)
         self.hook = out.register_forward_pre_hook(self._keep)
@@ -81,8 +81,8 @@ class ReadBy:
         if self.active is None:
             return
         real = self.runner.real(parts.entered).flatten()
-        self.moments.add(self.active.flatten(0, -2)[real].float().cpu())
-        self.stream.add(self.behind(parts).flatten(0, -2)[real].float().cpu())
+        self.moments.add(self.active.flatten(0, -2)[real].float())
+        self.stream.add(self.behind(parts).flatten(0, -2)[real].float())
         self.active = None
 
     def found(self) -> Elimination:
@@ -90,7 +90,7 @@ class ReadBy:
         self.hook.remove()
         order, lost = self.order(self.moments.covariance(), self.rows)
         scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
-        return Elimination(order, lost.flip(0) / scale)
+        return Elimination(order.cpu(), lost.cpu().flip(0) / scale)
 
 
 class Moments:
@@ -105,7 +105,7 @@ class Moments:
         if self.centre is None:
             self.centre = rows.mean(0)
             self.first = torch.zeros_like(self.centre, dtype=torch.float64)
-            self.second = torch.zeros(rows.shape[1], rows.shape[1]) if self.outer else torch.zeros(())
+            self.second = rows.new_zeros((rows.shape[1],) * 2 if self.outer else ())
         rows = rows - self.centre
         self.count += len(rows)
         self.first += rows.sum(0)

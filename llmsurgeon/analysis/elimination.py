@@ -28,14 +28,14 @@ def eliminate(gram: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-12))
     inverse, rows = torch.cholesky_inverse(torch.linalg.cholesky(damped)), down.clone()
-    gone = torch.zeros(count, dtype=torch.bool)
-    order, lost = torch.zeros(count), torch.zeros(count + 1)
+    gone = torch.zeros(count, dtype=torch.bool, device=gram.device)
+    order, lost = gram.new_zeros(count), gram.new_zeros(count + 1)
     step = max(1, int(count * AT_ONCE))
     for start in range(0, count, step):
         cost = rows.square().sum(1) / inverse.diagonal()
         cost[gone] = torch.inf
         least = cost.topk(min(step, count - start), largest=False).indices
-        order[least] = torch.arange(start, start + len(least), dtype=torch.float32)
+        order[least] = torch.arange(start, start + len(least), dtype=torch.float32, device=gram.device)
         correction = torch.linalg.solve(inverse[least][:, least], torch.cat([inverse[least], rows[least]], dim=1))
         # Of those that go together each one's part is in proportion to what it would cost alone.
         together = (rows[least] * correction[:, count:]).sum().clamp_min(0)
@@ -67,7 +67,7 @@ def eliminate_groups(gram: Tensor, out: Tensor, size: int) -> tuple[Tensor, Tens
     damped.diagonal().add_(DAMPING * gram.diagonal().mean().clamp_min(1e-12))
     inverse, rows = torch.cholesky_inverse(torch.linalg.cholesky(damped)), out.clone()
     left = list(range(count))
-    order, lost = torch.zeros(count), torch.zeros(count + 1)
+    order, lost = gram.new_zeros(count), gram.new_zeros(count + 1)
     for place in range(count):
         costs = torch.stack([_cost(inverse, rows, group, size) for group in left])
         at = int(costs.argmin())

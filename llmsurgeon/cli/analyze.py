@@ -11,6 +11,7 @@ import typer
 
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
+    DEVICE,
     OVERWRITE,
     Batch,
     Seed,
@@ -50,7 +51,7 @@ def analyze_command(
     drop: Annotated[int | None, whole("Attentions to drop; default: about a quarter of the layers.", 0)] = None,
     max_run: Annotated[int, whole("Longest run of FFNs to fuse.")] = 3,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE, callback=usable_device)] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     batch: Batch = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,

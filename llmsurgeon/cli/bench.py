@@ -10,7 +10,7 @@ import typer
 
 from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES, check_threads
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import Rounds, TrustRemoteCode, usable_device, whole
+from llmsurgeon.cli.options import DEVICE, Rounds, TrustRemoteCode, usable_device, whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,9 +52,7 @@ def bench_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=check_threads)
     ] = None,
-    device: Annotated[
-        str, typer.Option(help="cpu, cuda, cuda:1 ...; cpu in llama.cpp.", callback=usable_device)
-    ] = "cpu",
+    device: Annotated[str, typer.Option(help=f"{DEVICE} llama.cpp: cpu.", callback=usable_device)] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="transformers: float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None,

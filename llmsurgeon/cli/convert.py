@@ -15,6 +15,7 @@ import typer
 from llmsurgeon.cli import output, say
 from llmsurgeon.cli.made import outcome_report, plan_report, print_outcome, print_plan, shown
 from llmsurgeon.cli.options import (
+    DEVICE,
     DISCARD,
     OVERWRITE,
     TrustRemoteCode,
@@ -43,7 +44,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop
 Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 Discard = Annotated[bool, typer.Option("--discard-partial", help=DISCARD)]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
-Device = Annotated[str, typer.Option(help="Where calibration runs: cpu, cuda ...", callback=usable_device)]
+Device = Annotated[str, typer.Option(help=f"Where calibration runs. {DEVICE}", callback=usable_device)]
 Dtype = Annotated[str | None, typer.Option(help="Dtype of calibration: float32, bfloat16; default: the checkpoint's.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -128,7 +129,7 @@ def _shared(
     overwrite: Overwrite = False,
     discard_partial: Discard = False,
     max_shard_size: ShardSize = "5GB",
-    device: Device = "cpu",
+    device: Device = "auto",
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,

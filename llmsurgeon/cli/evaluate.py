@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import TrustRemoteCode, length_option, text_file, tokens_option, usable_device
+from llmsurgeon.cli.options import DEVICE, TrustRemoteCode, length_option, text_file, tokens_option, usable_device
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +36,7 @@ def evaluate_command(
         int | None, length_option("Tokens in a window; default: 512, or the models' positions if fewer.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated (needs the eval extra).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE, callback=usable_device)] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     trust_remote_code: TrustRemoteCode = False,

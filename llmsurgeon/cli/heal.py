@@ -13,6 +13,7 @@ from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.convert import built, load
 from llmsurgeon.cli.made import plan_report, print_plan, shown, warning
 from llmsurgeon.cli.options import (
+    DEVICE,
     DISCARD,
     OVERWRITE,
     TrustRemoteCode,
@@ -55,8 +56,8 @@ def heal_command(
     discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
     device: Annotated[
-        str, typer.Option(help="cpu, cuda ...; under accelerate launch, what it was told.", callback=usable_device)
-    ] = "cpu",
+        str, typer.Option(help=f"{DEVICE} Under accelerate launch: what it was told.", callback=usable_device)
+    ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

@@ -17,6 +17,7 @@ TrustRemoteCode = Annotated[
 
 
 OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
+DEVICE = "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 ..."
 DISCARD = "Delete what an unfinished run left in OUT.partial, be it of another job, and begin anew."
 
 
@@ -37,12 +38,11 @@ def length_option(help: str) -> Any:
 
 def usable_device(name: str) -> str:
     """What --device names; one that this build of torch or this machine does not have is said before any work."""
-    if name == "cpu":
+    if name in ("auto", "cpu"):
         return name
-    from llmsurgeon.formats.loading import check_device
+    from llmsurgeon.formats.devices import chosen_device
 
-    check_device(name)
-    return name
+    return chosen_device(name)
 
 
 Seed = Annotated[int, whole("Seed of sampled calibration text.", 0, LARGEST_SEED)]

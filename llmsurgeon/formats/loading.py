@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmsurgeon.boundary.foreign import first_lines, foreign, local_path, shortened
+from llmsurgeon.boundary.foreign import foreign, local_path
 from llmsurgeon.checkpoint.companions import companions_of
 from llmsurgeon.checkpoint.files import refuse_huge_ids, refuse_special
 from llmsurgeon.checkpoint.gguf.parts import open_gguf
@@ -72,20 +72,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise SurgeryError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def check_device(name: str) -> None:
-    """Raise SurgeryError where `name` is no device, or one that this build of torch or this machine does not have."""
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=device)
-    except Exception as error:  # each kind of device raises errors of its own
-        raise SurgeryError(
-            f"device {shortened(name)}: cannot be used here ({first_lines(error, 160)}); expected cpu, or "
-            "cuda, cuda:1, mps ... where torch was built for it and the machine has it"
-        ) from error
 
 
 def load_tokenizer(

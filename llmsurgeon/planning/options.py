@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.formats.loading import check_device
+from llmsurgeon.formats.devices import AUTO, chosen_device
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.recipe.files import find_recipe
 from llmsurgeon.recipe.recipe import Recipe, load
@@ -23,6 +23,7 @@ Say = Callable[[str], None]
 class Options:
     """Where and how to run; nothing here changes what is computed but dtype and device.
 
+    device: "auto" (a card where there is one, else the CPU), "cpu", "cuda" ...
     overwrite: replace an OUT that this tool wrote.
     discard_partial: delete what an unfinished run left in OUT.partial.
     reads: files that were read already, as the recipe, and must survive.
@@ -30,7 +31,7 @@ class Options:
     trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
     """
 
-    device: str = "cpu"
+    device: str = "auto"
     dtype: torch.dtype | None = None
     overwrite: bool = False
     max_shard_size: str = "5GB"
@@ -49,18 +50,18 @@ class Options:
 
 def device_kind(device: str) -> str:
     """cpu, cuda ...: what is computed is the same to the last bit on one of a kind only."""
-    return torch.device(device).type
+    return torch.device(chosen_device(device) if device == AUTO else device).type
 
 
 def as_given(recipe: Recipe | str | os.PathLike[str], options: Options | None = None) -> tuple[Recipe, Options]:
-    """A recipe, and options with its file among those that must survive, where it is a file or a built-in one's name.
+    """A recipe, and options: with the device that "auto" stands for, and the recipe's file among what must survive.
 
     Raises:
         RecipeError: there is no such recipe, or with every problem found in it.
         SurgeryError: the device cannot be used here.
     """
     options = options or Options()
-    check_device(options.device)
+    options = replace(options, device=chosen_device(options.device))
     if isinstance(recipe, Recipe):
         return recipe, options
     name = os.fspath(recipe)

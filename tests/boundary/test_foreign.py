@@ -18,7 +18,8 @@ from llmsurgeon.boundary.foreign import (
     token_ids,
 )
 from llmsurgeon.errors import CheckpointError, RecipeError, SurgeryError
-from llmsurgeon.formats.loading import check_device, load_tokenizer
+from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import load_tokenizer
 
 SHORT = ("--tokens", "64", "--seq-len", "16")
 
@@ -99,9 +100,9 @@ def test_token_ids_beyond_the_embedding():
 
 @pytest.mark.parametrize("name", ["cuda:99", "nonsense", "", "meta"])
 def test_devices_that_are_not_there(name):
-    with pytest.raises(SurgeryError, match=r"cannot be used here .*expected cpu"):
-        check_device(name)
-    check_device("cpu")
+    with pytest.raises(SurgeryError, match=r"cannot be used here .*expected auto, cpu"):
+        chosen_device(name)
+    chosen_device("cpu")
 
 
 def with_field(folder, key, value):

@@ -53,7 +53,7 @@ def fit_trees(here: LayerFit) -> None:
         start = text.rows(part, behind[part].to(device)).float()
         read.append(inputs)
         missing.append((wanted - start) / here.module.residual_multiplier - module(inputs).float())
-        judges.append(torch.full((len(inputs),), held))
+        judges.append(torch.full((len(inputs),), held, device=device))
     fit = fit_leaves if isinstance(here.spec.ffn, FFFSpec) and here.spec.ffn.form == "leaf" else fit_nodes
     ridge, error = fit(module, torch.cat(read), torch.cat(missing), torch.cat(judges), here.options.ridges)
     here.note(here.family.fast_ffn, ridge, error)
