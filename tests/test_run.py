@@ -123,6 +123,7 @@ def test_the_files_of_a_run(parent, text, tmp_path):
         "surgeon_fff_numba.py",
         "surgeon_fff_triton.py",
         "surgeon_mlgru.py",
+        "surgeon_mlgru_triton.py",
         "surgeon_versions.py",
         "recipe.yaml",
         "surgery.json",

@@ -25,8 +25,8 @@ LOADS = (
 )
 # surgeon_blocks.py and what it imports.
 BLOCKS = (
-    *("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py", "surgeon_mlgru.py"),
-    "surgeon_versions.py",
+    *("surgeon_blocks.py", "surgeon_fff.py", "surgeon_fff_numba.py", "surgeon_fff_triton.py"),
+    *("surgeon_mlgru.py", "surgeon_mlgru_triton.py", "surgeon_versions.py"),
 )
 BLOCK_TRANSFORMER = ("surgeon_block_transformer.py",)
 

@@ -1,14 +1,16 @@
-"""Packed ternary linears inside a loaded model: 2 bits a weight in memory, on any CPU, without rounding activations.
+"""Packed ternary linears inside a loaded model: 2 bits a weight in memory, on CPUs and GPUs.
 
     model = load_model("OUT")            # or AutoModelForCausalLM.from_pretrained
     pack_linears(model)
 
-A few tokens are multiplied straight from the packed weights (numba). For more, a linear's weights are unpacked into
-room that all linears share, and multiplied by torch's product. What is computed is what the plain checkpoint computes.
+On a CPU a few tokens are multiplied straight from the packed weights (numba). For more, a linear's weights are unpacked
+into room that all linears share, and multiplied by torch's product. On a GPU all products are made from the packed
+weights (triton). What is computed is what the plain checkpoint computes, unless activations are rounded on request.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -25,6 +27,7 @@ ROWS = 4  # of one byte
 DECODED = {torch.float32: 32}
 # What stands for a dtype that numba does not know.
 INTEGER = {torch.bfloat16: torch.int16}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 Kernels = tuple[Callable[..., Any], Callable[..., Any]]
 
 
@@ -33,6 +36,8 @@ class PackedLinear(nn.Module):
 
     bits: uint8 [O / 4, I], byte [r, c] holds the codes + 1 of rows r, r + R, r + 2 R, r + 3 R. scale: float32 [O].
     """
+
+    rounded = False  # whether activations are 8 bits and a scale a token, on a GPU
 
     def __init__(self, codes_OI: Tensor, scale_O: Tensor, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -48,6 +53,9 @@ class PackedLinear(nn.Module):
         rows = x.reshape(-1, self.in_features)
         kernels = _kernels() if x.device.type == "cpu" and not x.requires_grad else None
         scale: Any = self.scale
+        if on_triton(x):
+            made = _triton_product()(rows, self.bits, scale, self.bias, rounded=self.rounded)
+            return made.view(*x.shape[:-1], self.out_features)
         if kernels and len(rows) <= DECODED.get(rows.dtype, 8):
             made = self._straight(rows.detach(), kernels[0])
         elif kernels and rows.dtype in (torch.float32, torch.bfloat16):
@@ -80,8 +88,11 @@ class PackedLinear(nn.Module):
         return torch.cat([(bits >> shift) & 3 for shift in (0, 2, 4, 6)]).to(torch.int8) - 1
 
 
-def pack_linears(model: nn.Module) -> tuple[str, ...]:
-    """Pack the model's ternary linears in place. Returns their names; others, and groups in rows, stay."""
+def pack_linears(model: nn.Module, rounded: bool = False) -> tuple[str, ...]:
+    """Pack the model's ternary linears in place. Returns their names; others, and groups in rows, stay.
+
+    rounded: on a GPU, multiply 8-bit activations with a scale a token, as BitLinears are trained to bear.
+    """
     packed = []
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear) or module.out_features % ROWS or not is_ternary(module.weight):
@@ -90,7 +101,9 @@ def pack_linears(model: nn.Module) -> tuple[str, ...]:
         if grid.granularity == "group":
             continue
         codes, scale = taken_apart(module.weight, grid)
-        put_in_place(model, name, PackedLinear(codes, scale[:, 0], module.bias, module.weight.dtype))
+        made = PackedLinear(codes, scale[:, 0], module.bias, module.weight.dtype)
+        made.rounded = rounded
+        put_in_place(model, name, made)
         packed.append(name)
     return tuple(packed)
 
@@ -126,6 +139,22 @@ def _kernels() -> Kernels | None:
     except ImportError:
         return None
     return product, unpack
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether triton multiplies: it is installed, the tensor is on a GPU (or triton is interpreted), nothing learns."""
+    possible = x.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return possible and not x.requires_grad and x.dtype in FLOATS and _triton_product() is not None
+
+
+@cache
+def _triton_product() -> Any:
+    """The product of packed weights on GPUs, None where triton is not installed."""
+    try:
+        from llmsurgeon.kernels.packed_triton import product
+    except ImportError:
+        return None
+    return product
 
 
 __all__ = ["PackedLinear", "pack_linears", "resident_bytes", "scratch_bytes"]

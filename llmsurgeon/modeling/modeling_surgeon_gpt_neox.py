@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .surgeon_fff_numba import dot  # noqa: F401
     from .surgeon_fff_triton import activated  # noqa: F401
     from .surgeon_mlgru import MLGRU  # noqa: F401
+    from .surgeon_mlgru_triton import scan  # noqa: F401
 
 
 needs("5.14", "a GPT-NeoX in this form")

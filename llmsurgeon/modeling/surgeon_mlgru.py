@@ -8,14 +8,17 @@ The state h is all that a layer remembers: its cache has one size whatever the c
 two levels (`linear_recurrence`), token by token the same recurrence goes on. `BitLinear` is the paper's linear layer of
 ternary weights and 8-bit activations behind a norm of its own.
 
-This file ships inside converted checkpoints and needs nothing but torch and transformers.
+This file ships inside converted checkpoints and needs nothing but torch and transformers; triton makes it faster on
+GPUs where it is installed. LLMSURGEON_MLGRU_KERNEL=torch does without.
 
 Shapes: B batch, T tokens, D model width, W state width, N tokens of a flattened batch, I and O in and out features.
 """
 
 import inspect
 import math
-from functools import partial
+import os
+from functools import cache, partial
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +104,23 @@ def linear_recurrence(keep_BTW, write_BTW, start_BW):
     return _LinearRecurrence.apply(keep_BTW, write_BTW, start_BW)
 
 
+def on_triton(tensor):
+    """Whether triton's kernels compute: they are not switched off, triton is installed, and the tensor is on a GPU."""
+    forced = os.environ.get("LLMSURGEON_MLGRU_KERNEL", "auto")
+    if forced not in ("auto", "torch", "triton"):
+        raise RuntimeError(f"LLMSURGEON_MLGRU_KERNEL={forced}: no such kernel; expected auto, torch, triton")
+    possible = tensor.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    if forced == "triton" and not (possible and _installed()):
+        reason = f"the tensors are on {tensor.device.type}" if _installed() else "triton is not installed"
+        raise RuntimeError(f"LLMSURGEON_MLGRU_KERNEL=triton: {reason}; unset the variable or set it to torch")
+    return forced != "torch" and possible and _installed() and not torch.compiler.is_compiling()
+
+
+@cache
+def _installed():
+    return find_spec("triton") is not None
+
+
 class _LinearRecurrence(torch.autograd.Function):
     """Keeps factors and states; the gradient is a recurrence of the same kind that runs backwards."""
 
@@ -115,15 +135,21 @@ class _LinearRecurrence(torch.autograd.Function):
         keep, states, start = ctx.saved_tensors
         # What reaches h_t: its own gradient, and keep_(t+1) of what reaches h_(t+1).
         later = torch.cat([keep[:, 1:], torch.zeros_like(keep[:, :1])], dim=1)
-        reached = _scan(later.flip(1), grad.flip(1), torch.zeros_like(start)).flip(1)
+        reached = _scan(later, grad, torch.zeros_like(start), backwards=True)
         before = torch.cat([start[:, None], states[:, :-1]], dim=1)
         return reached * before, reached, reached[:, 0] * keep[:, 0]
 
 
-def _scan(keep_BTW, write_BTW, start_BW):
+def _scan(keep_BTW, write_BTW, start_BW, backwards=False):
     batch, tokens, width = keep_BTW.shape
     if tokens == 1:
         return keep_BTW * start_BW[:, None] + write_BTW
+    if keep_BTW.dtype == torch.float32 and on_triton(keep_BTW):
+        from .surgeon_mlgru_triton import scan
+
+        return scan(keep_BTW, write_BTW, start_BW, backwards)
+    if backwards:
+        return _scan(keep_BTW.flip(1), write_BTW.flip(1), start_BW).flip(1)
     size = math.isqrt(tokens - 1) + 1
     chunks = -(-tokens // size)
     padding = (0, 0, 0, chunks * size - tokens)
@@ -209,12 +235,15 @@ class _FusedBitLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, gain, weight, bias, share, eps):
+        ctx.share, ctx.biased, ctx.dtype = share, bias is not None, x.dtype
+        ctx.triton = share == 1 and on_triton(x)
+        if ctx.triton:
+            return _forward_on_triton(ctx, x, gain, weight, bias, eps)
         rms = _rms(x, eps)
         y = (x.float() * rms).to(x.dtype) * gain
         codes, scale = eight_bits(y)
         y = y + share * (codes * scale - y)
         ctx.save_for_backward(codes.to(torch.int8), scale, rms, gain, weight)
-        ctx.share, ctx.biased, ctx.dtype = share, bias is not None, x.dtype
         return F.linear(y, weight + share * (ternary(weight) - weight), bias)
 
     @staticmethod
@@ -226,14 +255,33 @@ class _FusedBitLinear(torch.autograd.Function):
         blended = weight + ctx.share * (ternary(weight) - weight)
         grad_y = (grad_NO @ blended.to(dtype)).view(y.shape).float()
         grad_weight = (grad_NO.T @ y.flatten(0, -2).to(dtype)).to(weight.dtype)
+        grad_bias = grad_NO.sum(0).to(weight.dtype) if ctx.biased else None
+        if ctx.triton:
+            from .surgeon_mlgru_triton import normed_back
+
+            rows = (each.flatten(0, -2) for each in (grad_y, codes, scale, rms))
+            grad_x, grad_gain = normed_back(*rows, gain, ctx.dtype)
+            return grad_x.view(y.shape), grad_gain.to(gain.dtype), grad_weight, grad_bias, None, None
         # The normed input; a closed channel passes nothing on and says nothing about itself.
         open_gain = torch.where(gain.abs() < 1e-12, torch.inf, gain.float())
         normed = y.float() / open_gain
         grad_gain = (grad_y * normed).flatten(0, -2).sum(0).to(gain.dtype)
         grad_y = grad_y * gain.float()
         grad_x = rms * (grad_y - normed * (grad_y * normed).mean(-1, keepdim=True))
-        grad_bias = grad_NO.sum(0).to(weight.dtype) if ctx.biased else None
         return grad_x.to(ctx.dtype), grad_gain, grad_weight, grad_bias, None, None
+
+
+def _forward_on_triton(ctx, x, gain, weight, bias, eps):
+    """The forward pass where all is ternary: norm and rounding in one pass, and a product of whole numbers."""
+    from .surgeon_mlgru_triton import codes_product, normed_codes, ternary_codes
+
+    codes_NI, scale_N1, rms_N1 = normed_codes(x.flatten(0, -2), gain, eps, SMALLEST_SCALE / 127)
+    whole = [each.view(*x.shape[:-1], each.shape[-1]) for each in (codes_NI, scale_N1, rms_N1)]
+    ctx.save_for_backward(*whole, gain, weight)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.result_type(x, weight)
+    made_NO = codes_product(codes_NI, scale_N1, *ternary_codes(weight, SMALLEST_SCALE), bias, dtype)
+    return made_NO.view(*x.shape[:-1], len(weight))
 
 
 class Absent:
