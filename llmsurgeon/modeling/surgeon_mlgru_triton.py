@@ -51,7 +51,7 @@ def scan_kernel(
 
 
 def scan(keep_BTW, write_BTW, start_BW, backwards=False):
-    """h_t = keep_t h_(t-1) + write_t from h_0 = start, float32 [B, T, W]; `backwards` from the last step to the first."""
+    """h_t = keep_t h_(t-1) + write_t from h_0 = start, float32 [B, T, W]; `backwards` from the last step."""
     keep_BTW, write_BTW, start_BW = (each.float().contiguous() for each in (keep_BTW, write_BTW, start_BW))
     batch, tokens, width = keep_BTW.shape
     states_BTW = torch.empty_like(keep_BTW)

@@ -1,4 +1,4 @@
-"""Triton's kernels in triton's interpreter, where triton is installed: in a process of its own, which nothing else sees."""
+"""Triton's kernels in triton's interpreter, where triton is installed: in a process that nothing else sees."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from llmsurgeon.modeling import surgeon_mlgru as mlgru  # noqa: E402
 from llmsurgeon.modeling import surgeon_mlgru_triton as kernels  # noqa: E402
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
-few = settings(deadline=None, max_examples=12 if DEVICE == "cpu" else 60)
+few = settings(deadline=None, max_examples=6 if DEVICE == "cpu" else 60)
 
 
 def drawn(seed, *shape, dtype=torch.float32):
@@ -42,6 +42,7 @@ def weights(rows, inputs, seed=0):
 
 def distance(found, expected):
     """Relative, in float64; NaN is far."""
+    found, expected = found.detach(), expected.detach()
     return float((found.double() - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
@@ -75,7 +76,7 @@ def test_products_of_packed_weights(tokens, inputs, rows, dtype, how, biased, se
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 130])
 def test_codes_taken_out_by_ptx(tokens, rounded):
-    bits, codes, scale = weights(100, 517)
+    bits, _, scale = weights(100, 517)
     x = drawn(1, tokens, 517, dtype=torch.bfloat16)
     plain = product(x, bits, scale, rounded=rounded)
     assert distance(product(x, bits, scale, rounded=rounded, asm=True), plain.double()) < CLOSE[torch.bfloat16]
@@ -109,16 +110,15 @@ def ran(asm, byte):
             made = int((pairs[0] - pairs[1]).to(torch.bfloat16).view(torch.int32)) & 0xFFFFFFFF
         else:
             a, b = given
-            made = {"shl": a << b, "shr": a >> b, "and": a & b, "or": a | b, "xor": a ^ b, "sub": a - b}[
-                kind
-            ] & 0xFFFFFFFF
+            made = {"shl": a << b, "shr": a >> b, "and": a & b, "or": a | b, "xor": a ^ b, "sub": a - b}[kind]
+            made &= 0xFFFFFFFF
         (outputs if target.startswith("$") else registers)[target] = made
     return [outputs[f"${place}"] for place in range(len(outputs))]
 
 
 def test_what_the_ptx_means():
     generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
+    for _ in range(4):
         codes = torch.randint(0, 3, (4, 4), generator=generator)  # place, byte
         word = sum(int(codes[place, byte]) << (8 * byte + 2 * place) for place in range(4) for byte in range(4))
         narrow = torch.tensor(ran(packed_triton.INT8_CODES, word)).to(torch.int32).view(torch.int8).view(4, 4)
@@ -157,15 +157,12 @@ def test_tiles_cover_what_they_are_made_for():
     seed=st.integers(0, 9),
 )
 def test_the_scan_and_its_gradients(batch, tokens, width, seed, kernel_of):
-    given_ = [
-        torch.sigmoid(2 * drawn(seed, batch, width, tokens)).mT,
-        drawn(seed, batch, tokens, width),
-        drawn(seed, batch, width),
-    ]
+    keep = torch.sigmoid(2 * drawn(seed, batch, width, tokens)).mT  # not contiguous
+    drawn_ = [keep, drawn(seed, batch, tokens, width), drawn(seed, batch, width)]
     found = {}
     for name in ("torch", "triton"):
         kernel_of(name)
-        inputs = [each.detach().clone(memory_format=torch.preserve_format).requires_grad_() for each in given_]
+        inputs = [each.detach().clone(memory_format=torch.preserve_format).requires_grad_() for each in drawn_]
         states = mlgru.linear_recurrence(*inputs)
         (states * torch.arange(1, width + 1, device=DEVICE)).square().sum().backward()
         found[name] = [states, *(each.grad for each in inputs)]
