@@ -13,7 +13,8 @@ from safetensors.torch import save
 
 from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.checkpoint.writer import Stage
-from llmsurgeon.formats.loading import check_device, dtype_of
+from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
 from llmsurgeon.planning.options import Options
@@ -60,7 +61,7 @@ class Wanted:
     minutes: float | None = None
     heal: float | None = None
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
@@ -183,11 +184,11 @@ class _Opened:
 def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted: Wanted, say: Say) -> _Opened:
     bounds = parse_targets([targets] if isinstance(targets, str) else targets)
     operations = chosen_operations(wanted.allow, wanted.forbid)
-    check_device(wanted.device)
+    device = chosen_device(wanted.device)
     engine = Engine.parse(wanted.engine, context=wanted.context, threads=wanted.threads) if wanted.engine else None
     parent = open_model(os.fspath(model), wanted.revision, wanted.trust_remote_code)
     options = Options(
-        device=wanted.device,
+        device=device,
         dtype=dtype_of(wanted.dtype),
         batch=wanted.batch,
         trust_remote_code=wanted.trust_remote_code,

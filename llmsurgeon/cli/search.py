@@ -12,6 +12,7 @@ import typer
 from llmsurgeon.boundary.limits import check_threads
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
+    DEVICE,
     DISCARD,
     OVERWRITE,
     Batch,
@@ -74,7 +75,7 @@ def search_command(
         typer.Option(help="Let the recipe end with so many minutes of training.", min=0.01, max=MOST_MINUTES),
     ] = None,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...", callback=usable_device)] = "cpu",
+    device: Annotated[str, typer.Option(help=DEVICE, callback=usable_device)] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     batch: Batch = 8,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,

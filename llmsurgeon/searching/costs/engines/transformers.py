@@ -17,7 +17,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.latency import prompt_read, timed_round, timed_steps
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.evaluation.threads import threads_of_torch
-from llmsurgeon.formats.loading import check_device
+from llmsurgeon.formats.devices import chosen_device
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.searching.costs.engines.base import Kind, Setting
@@ -40,7 +40,7 @@ class TransformersKind(Kind):
         return TYPES.get(text, text)
 
     def check(self, setting: Setting) -> None:
-        check_device(setting.device)
+        chosen_device(setting.device)
 
     def require(self) -> None:
         """It came with this tool."""
