@@ -153,26 +153,35 @@ def models(arguments: argparse.Namespace) -> list[Side]:
     return sides
 
 
-def filled(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def filled(config: dict[str, Any], dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model of a config with small random weights."""
     torch.manual_seed(0)
     model = empty_model(config)
-    state = {name: torch.randn(p.shape).mul_(0.02).to(dtype) for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    state = {name: torch.randn(shape, device=device).mul_(0.02).to(dtype) for name, shape in shapes.items()}
     model.load_state_dict(state, strict=False, assign=True)
     model.tie_weights()
-    return model.eval().requires_grad_(False)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def now(model: Any) -> float:
+    """The time in seconds when the device has finished what it was given."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.inference_mode()
 def prefill(side: Side, context: int, rounds: int) -> tuple[float, Any]:
     """Median seconds to read `context` tokens of one sequence, the prompt ending where a block ends; and its cache."""
     ids = torch.randint(side.spec.vocab, (1, context), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(side.model.device)
     halves = {"block_padding": -context % side.length} if side.spec.block_transformer else {}
     taken, cache = [], None
     for _ in range(rounds + 1):
-        start = time.perf_counter()
+        start = now(side.model)
         _, cache = cached_call(side.model, input_ids=ids, logits_to_keep=1, **halves)
-        taken.append(time.perf_counter() - start)
+        taken.append(now(side.model) - start)
     return statistics.median(taken[1:]), cache
 
 
@@ -210,14 +219,14 @@ def decode(sides: list[Side], caches: list[Any], context: int, batch: int, argum
         held = batch * (room // side.length + 1) * held_per_entry(side)
         if held <= arguments.memory * 1e9:
             runs.append((side, repeated(side, cache, batch, room // side.length + 2), []))
-    tokens = torch.zeros(batch, 1, dtype=torch.long)
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=sides[0].model.device)
     for number in range(arguments.rounds + 1):
         for side, cache, taken in runs:
-            start = time.perf_counter()
+            start = now(side.model)
             for _ in range(STEPS):
                 cached_call(side.model, cache, input_ids=tokens, logits_to_keep=1)
             if number:
-                taken.append(time.perf_counter() - start)
+                taken.append(now(side.model) - start)
     speeds = {side.name: STEPS * batch / statistics.median(taken) for side, _, taken in runs}
     return [
         {
