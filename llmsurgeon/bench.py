@@ -38,6 +38,7 @@ class Wanted:
     revision: str | None
     trust_remote_code: bool
     say: Say
+    graph: bool
 
 
 def bench(
@@ -54,6 +55,7 @@ def bench(
     dtype: str | None = None,
     type: str | None = None,
     revision: str | None = None,
+    graph: bool = False,
     trust_remote_code: bool = False,
     say: Say = silent,
 ) -> Bench:
@@ -70,6 +72,7 @@ def bench(
         dtype: in transformers: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         type: in llama.cpp: the type in which models that are no GGUF file are tried, "F16" unless given.
         revision: of `model`, on the hub.
+        graph: decode as replays of one CUDA graph, as engines do; the cache has its full size from the start.
         trust_remote_code: let code that a tokenizer brings along run.
         say: is told what an export to GGUF has to remark.
 
@@ -91,6 +94,7 @@ def bench(
         revision,
         trust_remote_code,
         say,
+        graph,
     )
     return ENGINES[engine](wanted)
 
@@ -102,12 +106,14 @@ def _in_transformers(wanted: Wanted) -> Bench:
     with threads_of_torch(wanted.threads):
         student = load_model(wanted.model, dtype=dtype, device=device, revision=wanted.revision)
         parent = load_model(wanted.against, dtype=dtype, device=device) if wanted.against else None
-        return benchmark(student, parent, batch=wanted.batch, **wanted.sizes)
+        return benchmark(student, parent, batch=wanted.batch, graph=wanted.graph, **wanted.sizes)
 
 
 def _in_llamacpp(wanted: Wanted) -> Bench:
-    if wanted.batch != 1 or wanted.device not in ("auto", "cpu") or wanted.dtype:
-        raise SurgeryError("--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype")
+    if wanted.batch != 1 or wanted.device not in ("auto", "cpu") or wanted.dtype or wanted.graph:
+        raise SurgeryError(
+            "--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype, --graph"
+        )
     require_xllamacpp()  # before anything is exported
     with passing() as folder:
         student = _as_gguf(wanted, wanted.model, folder / "model.gguf", wanted.revision)

@@ -59,6 +59,7 @@ def bench_command(
     type: Annotated[
         str | None, typer.Option(help="llama.cpp: type in which models that are no GGUF file are tried; default: F16.")
     ] = None,
+    graph: Annotated[bool, typer.Option("--graph", help="Decode as replays of a CUDA graph, as engines do.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -81,6 +82,7 @@ def bench_command(
         device=device,
         dtype=dtype,
         type=type,
+        graph=graph,
         revision=revision,
         trust_remote_code=trust_remote_code,
         say=say,
@@ -96,7 +98,8 @@ def bench_table(bench: Bench) -> Table:
     from rich.table import Table
 
     decoded = f", {bench.new_tokens} new tokens" if bench.new_tokens else ""
-    title = f"batch {bench.batch}, prompt {bench.prompt}{decoded}, {bench.rounds} rounds"
+    graph = ", a CUDA graph" if bench.graph else ""
+    title = f"batch {bench.batch}, prompt {bench.prompt}{decoded}{graph}, {bench.rounds} rounds"
     table = Table(
         title=f"{title}; {bench.engine}, {bench.device}, {bench.dtype}, {bench.threads} threads", title_justify="left"
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.encoders import encoder_family, name_of, positions_of
+from llmsurgeon.evaluation.graphs import GraphedSteps
 from llmsurgeon.evaluation.speed import Bench, Round, bench_of, check_length, check_sizes, in_turn, lengths, speed_of
 from llmsurgeon.formats.caches import cached_call
 
@@ -32,11 +33,13 @@ def benchmark(
     prompt: int | None = None,
     new_tokens: int | None = None,
     rounds: int = 5,
+    graph: bool = False,
 ) -> Bench:
     """Time `prompt` tokens of prefill and `new_tokens` greedy decode steps, `rounds` times, parent and model in turn.
 
     Interleaving parent, model, parent, model ... lets a machine that slows down or speeds up hit both alike; one
     untimed round warms up. Every decode has the same number of steps, the end-of-text token does not stop it.
+    graph: decode as replays of a CUDA graph, with a cache of its full size.
     Left out, prompt and new_tokens are 512 and 64, or less where the models have fewer positions.
     Raises SurgeryError for sizes below one or beyond the models' positions, and for differing vocabularies.
     """
@@ -48,9 +51,11 @@ def benchmark(
     check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoders[0] else {"new_tokens": new_tokens}))
     for each in models:
         check_length(name_of(each), prompt + new_tokens, positions_of(each))
+    if graph and any(each.device.type != "cuda" or encoder for each, encoder in zip(models, encoders, strict=True)):
+        raise SurgeryError("bench: --graph records the decode steps of a decoder on a CUDA device; leave it out")
     vocab = min(each.config.vocab_size for each in models)
     ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    timed = in_turn([partial(timed_round, each, ids, new_tokens) for each in models], rounds)
+    timed = in_turn([partial(timed_round, each, ids, new_tokens, graph) for each in models], rounds)
     speeds = [
         speed_of(parameter_bytes(each), kept, ids.numel(), batch, new_tokens)
         for each, kept in zip(models, timed, strict=True)
@@ -65,12 +70,13 @@ def benchmark(
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
+        graph=graph,
     )
 
 
 @torch.inference_mode()
-def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Round:
-    """One prefill and one decode; of an encoder one forward pass."""
+def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int, graph: bool = False) -> Round:
+    """One prefill and one decode, as a CUDA graph where asked for; of an encoder one forward pass."""
     model.eval()
     ids_BT = ids_BT.to(model.device)
     encoder = encoder_family(model) is not None
@@ -78,20 +84,23 @@ def timed_round(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> Roun
     if cuda:
         held = torch.cuda.memory_allocated(model.device)
         torch.cuda.reset_peak_memory_stats(model.device)
-    start = _now(model)
+    start = _mark(model)
     decode, prompt_cache, cache = None, 0, None
     if encoder:
         # A multiple-choice head takes [batch, choices, tokens].
         model(input_ids=ids_BT[:, None] if type(model).__name__.endswith("MultipleChoice") else ids_BT)
-        after_prefill = _now(model)
+        after_prefill = _mark(model)
     else:
         output, cache = cached_call(model, input_ids=ids_BT, **_last_only(model))
-        after_prefill = _now(model)
+        after_prefill = _mark(model)
         prompt_cache = cache_bytes(cache)
-        decode, cache = _steps(model, output, cache, new_tokens)
+        if graph:
+            decode, cache = _replays(model, ids_BT, new_tokens)
+        else:
+            decode, cache = _steps(model, output, cache, new_tokens)
     peak = torch.cuda.max_memory_allocated(model.device) - held + parameter_bytes(model) if cuda else None
     held_bytes = 0 if cache is None else cache_bytes(cache) + state_bytes(cache)
-    return Round(after_prefill - start, decode, prompt_cache, held_bytes, peak)
+    return Round(_between(start, after_prefill), decode, prompt_cache, held_bytes, peak)
 
 
 @torch.inference_mode()
@@ -110,11 +119,20 @@ def timed_steps(model: PreTrainedModel, read: tuple[Any, Cache], new_tokens: int
 def _steps(model: PreTrainedModel, output: Any, cache: Cache, new_tokens: int) -> tuple[float, Cache]:
     """Seconds of so many decode steps, and the cache behind them."""
     last_only = _last_only(model)
-    start = _now(model)
+    start = _mark(model)
     for _ in range(new_tokens):
         token_B1 = output.logits[:, -1:].argmax(-1)
         output, cache = cached_call(model, cache, input_ids=token_B1, **last_only)
-    return _now(model) - start, cache
+    return _between(start, _mark(model)), cache
+
+
+def _replays(model: PreTrainedModel, ids_BT: Tensor, new_tokens: int) -> tuple[float, Cache]:
+    """The same as replays of one CUDA graph."""
+    steps = GraphedSteps(model, ids_BT, new_tokens, _last_only(model))
+    start = _mark(model)
+    for _ in range(new_tokens):
+        steps.step()
+    return _between(start, _mark(model)), steps.cache
 
 
 def _last_only(model: PreTrainedModel) -> dict[str, int]:
@@ -122,11 +140,21 @@ def _last_only(model: PreTrainedModel) -> dict[str, int]:
     return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
-def _now(model: PreTrainedModel) -> float:
-    """The time in seconds when the device has finished what it was given."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
+def _mark(model: PreTrainedModel) -> Any:
+    """A point in time: on a card an event behind all that it was given, elsewhere the clock's seconds."""
+    if model.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(first: Any, last: Any) -> float:
+    """Seconds from one mark to another; waits until a card has reached the last one."""
+    if not hasattr(last, "elapsed_time"):
+        return float(last - first)
+    last.synchronize()
+    return float(first.elapsed_time(last)) / 1000
 
 
 def parameter_bytes(model: PreTrainedModel) -> int:

@@ -98,6 +98,7 @@ class Bench:
     dtype: str
     threads: int
     engine: str = "transformers"
+    graph: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, for JSON."""

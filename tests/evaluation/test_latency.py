@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from rich.console import Console
 
 from llmsurgeon.cli.bench import bench_table
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation import latency
+from llmsurgeon.evaluation import graphs, latency
 from llmsurgeon.evaluation.latency import benchmark, cache_bytes, parameter_bytes
 from llmsurgeon.evaluation.speed import Round, Speedup, Spread, bench_of, speed_of
 from llmsurgeon.formats.caches import cached_call
@@ -41,7 +42,7 @@ def test_rounds_alternate_and_speedups_are_paired(monkeypatch):
     model, parent = tiny_model("llama", num_hidden_layers=1), tiny_model("llama")
     order, times = [], {"parent": iter([9, 4, 6, 20]), "model": iter([9, 2, 2, 10])}
 
-    def run(each, ids, new_tokens):
+    def run(each, ids, new_tokens, graph):
         name = "parent" if each is parent else "model"
         order.append(name)
         seconds = next(times[name])
@@ -145,3 +146,53 @@ def test_sizes_that_do_not_fit():
         benchmark(model, new_tokens=0, prompt=4)
     with pytest.raises(SurgeryError, match="make 129 positions, its limit is 128; lower --prompt or --new-tokens"):
         benchmark(model, prompt=100, new_tokens=29)
+
+
+def test_steps_of_a_graph_are_greedy_generation(monkeypatch):
+    """Without a card the recorded step is run as it is: token, cache and positions stay where a replay reads them."""
+    model, prompt = tiny_model("llama"), torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(graphs, "captured", lambda function: function)
+    with torch.inference_mode():
+        steps = graphs.GraphedSteps(model, prompt, 6, {"logits_to_keep": 1})
+        place = steps.token_B1.data_ptr()
+        written = [steps.token_B1.clone(), *(steps.step().clone() for _ in range(5))]
+        assert steps.token_B1.data_ptr() == place
+    model.generation_config.eos_token_id = None
+    assert torch.equal(torch.cat(written, 1), generate(model, prompt, max_new_tokens=6)[:, -6:])
+    made = latency._replays(model, prompt, 3)
+    assert made[0] > 0 and cache_bytes(made[1]) == 6 * 2 * 16 * 4 * 2 * (9 + 3 + graphs.WARM_UP + 1)
+
+
+def test_what_no_graph_can_hold_is_refused(monkeypatch):
+    model = tiny_model("llama")
+    with pytest.raises(SurgeryError, match="--graph records the decode steps of a decoder on a CUDA device"):
+        benchmark(model, prompt=4, new_tokens=2, graph=True)
+
+    def refuses(function):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "captured", refuses)
+    with pytest.raises(SurgeryError, match=r"cannot be recorded as a CUDA graph \(operation not .*leave out --graph"):
+        graphs.GraphedSteps(model, torch.zeros(1, 4, dtype=torch.long), 2, {})
+
+
+def test_a_card_is_timed_by_its_events(monkeypatch):
+    marks = iter([1.0, 4.5])
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.waited = False
+
+        def record(self):
+            self.at = next(marks)
+
+        def synchronize(self):
+            self.waited = True
+
+        def elapsed_time(self, other):
+            assert other.waited
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    card = SimpleNamespace(device=torch.device("cuda"))
+    assert latency._between(latency._mark(card), latency._mark(card)) == 3.5
