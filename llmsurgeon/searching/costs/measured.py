@@ -23,8 +23,7 @@ from llmsurgeon.searching.costs.fit import Fitted, fit
 from llmsurgeon.searching.costs.meter import Meter, shape_of
 from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.target import Target
-from llmsurgeon.searching.costs.timed import Timings
-from llmsurgeon.searching.costs.timing import MOST_ROUNDS
+from llmsurgeon.searching.costs.timed import MOST_ROUNDS, STEPS, Timings
 
 ROUNDS = 9  # of a written model's bench
 REST_SHARE = 0.1  # of the base's time, before anything is measured
@@ -62,8 +61,10 @@ class SecondsMeter(Meter):
         if not missing:
             return ""
         weight = self.engine.weight_bytes(self.shapes.of(self.timings.base))
-        tokens = 40 if self.target.name == "decode" else self.engine.setting.context / 8
-        minutes = 1.3 * len(missing) * MOST_ROUNDS / 2 * weight * SECONDS_A_BYTE * tokens / 60
+        # A prompt's tokens are multiplied together, about eight for the time of one that is read from memory.
+        steps = STEPS if self.target.name == "decode" else self.engine.setting.context / 8
+        rounds = MOST_ROUNDS[self.target.name] / 2
+        minutes = 1.3 * len(missing) * rounds * steps * weight * SECONDS_A_BYTE / 60
         return (
             f"{len(missing)} models of random weights to be timed for {self.target.name}, about {minutes:.1f} minutes"
         )

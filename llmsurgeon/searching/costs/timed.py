@@ -23,7 +23,9 @@ from llmsurgeon.searching.costs.meter import shape_of
 from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.timing import Ratio, time_in_turn
 
-STEPS = 32  # of a decode
+# Of a decode: few, so that what else runs for a moment spoils one round of many.
+STEPS = 8
+MOST_ROUNDS = {"decode": 80, "prefill": 25}
 AT_ONCE = 4  # models beside the base
 MOST_IN_MEMORY = 4_000_000_000  # bytes of their weights
 
@@ -70,7 +72,7 @@ class Timings:
                 stack.enter_context(kind.timed(self.shapes.of(spec), setting, STEPS if decode else 0))
                 for spec in (self.base, *specs)
             ]
-            found = time_in_turn(runs[0], runs[1:])
+            found = time_in_turn(runs[0], runs[1:], MOST_ROUNDS[self.quantity])
         for spec, ratio in zip(specs, found, strict=True):
             self._known[spec] = ratio
             self._keep(self._path(spec), ratio)

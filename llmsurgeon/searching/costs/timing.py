@@ -12,7 +12,7 @@ from statistics import median
 
 from llmsurgeon.evaluation.speed import Spread
 
-FEWEST_ROUNDS, MOST_ROUNDS = 7, 25
+FEWEST_ROUNDS = 9
 PRECISION = 0.006  # half of the 95 % interval, of a ratio
 # Of a median of n normal values: its standard deviation is 1.2533 / sqrt(n) of theirs, which is the distance of their
 # quartiles / 1.349. A few rounds in which something else ran move neither.
@@ -37,19 +37,19 @@ class Ratio:
         return cls(spread.median, half, len(pairs), median(theirs for theirs, _ in pairs))
 
 
-def time_in_turn(base: Callable[[], float], models: Sequence[Callable[[], float]]) -> list[Ratio]:
-    """The ratio of each model to the base: base, first, second ..., base ... until all are known to PRECISION.
+def time_in_turn(base: Callable[[], float], models: Sequence[Callable[[], float]], most: int) -> list[Ratio]:
+    """The ratio of each model to the base: base, first, base, second ... until all are known to PRECISION.
 
-    One round before the first warms up. MOST_ROUNDS bound it.
+    One round before the first warms up; there are `most` at most.
     """
     runs = [base, *models]
     for run in runs:
         run()
     pairs: list[list[tuple[float, float]]] = [[] for _ in models]
-    for number in range(1, MOST_ROUNDS + 1):
-        theirs = base()
+    for number in range(1, most + 1):
         for kept, model in zip(pairs, models, strict=True):
-            kept.append((theirs, model()))
+            # One measurement of the base for each: what spoils it then spoils one ratio, not all alike.
+            kept.append((base(), model()))
         found = [Ratio.of(kept) for kept in pairs]
         if number >= FEWEST_ROUNDS and all(ratio.half <= PRECISION * ratio.value for ratio in found):
             break

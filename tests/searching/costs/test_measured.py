@@ -19,7 +19,8 @@ from llmsurgeon.searching.costs.design import base_of, design
 from llmsurgeon.searching.costs.engines.llamacpp import LlamaCppKind
 from llmsurgeon.searching.costs.engines.transformers import TransformersKind
 from llmsurgeon.searching.costs.fit import fit
-from llmsurgeon.searching.costs.timing import FEWEST_ROUNDS, MOST_ROUNDS, Ratio, time_in_turn
+from llmsurgeon.searching.costs.timed import MOST_ROUNDS
+from llmsurgeon.searching.costs.timing import FEWEST_ROUNDS, Ratio, time_in_turn
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +106,7 @@ def test_noise_is_told(parent, monkeypatch):
     meter = decode_of(parent)
     layers = options_of(meter.parent.layers[0])
     meter.prepare(layers)
-    assert all(FEWEST_ROUNDS <= ratio.rounds <= MOST_ROUNDS for ratio in meter.timings.known.values())
+    assert all(FEWEST_ROUNDS <= ratio.rounds <= MOST_ROUNDS["decode"] for ratio in meter.timings.known.values())
     mixed = meter.parent.with_layers(random.Random(1).choices(layers, k=6))
     assert 0 < meter.half(mixed) < 0.1 * meter.total(mixed)
     assert abs(meter.total(mixed) - seconds_of(mixed)) < 2 * meter.half(mixed) + 0.02 * seconds_of(mixed)
@@ -241,14 +242,18 @@ def test_rounds_go_on_until_ratios_are_known():
 
         return run
 
-    steady = time_in_turn(of("a", [1.0] * 30), [of("b", [2.0] * 30)])
+    steady = time_in_turn(of("a", [1.0] * 30), [of("b", [2.0] * 30)], 25)
     assert steady == [Ratio(2.0, 0.0, FEWEST_ROUNDS, 1.0)]
     assert calls == ["a", "b"] * (FEWEST_ROUNDS + 1)
-    shaky = time_in_turn(of("a", [1.0] * 30), [of("b", [1.0, 3.0] * 15)])
-    assert shaky[0].rounds == MOST_ROUNDS
+    shaky = time_in_turn(of("a", [1.0] * 30), [of("b", [1.0, 3.0] * 15)], 25)
+    assert shaky[0].rounds == 25
+    calls.clear()
+    both = time_in_turn(of("a", [1.0] * 99), [of("b", [2.0] * 30), of("c", [3.0] * 30)], 25)
+    assert calls == [*"abc", *"abac" * FEWEST_ROUNDS]
+    assert [ratio.value for ratio in both] == [2.0, 3.0]
     # A machine that becomes half as fast midway changes no ratio.
     slower = [1.0] * 4 + [2.0] * 26
-    assert time_in_turn(of("a", slower), [of("b", [0.5 * s for s in slower])])[0].value == 0.5
+    assert time_in_turn(of("a", slower), [of("b", [0.5 * s for s in slower])], 25)[0].value == 0.5
 
 
 def test_fit_weighs_what_is_known_better():
