@@ -57,6 +57,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = 16
 
 
+# Inputs that a tile of few tokens takes at a time, by what its codes become: more would not fit an H100's registers.
+AT_ONCE = {"float32": 32, "16 bits": 64, "lean": 256}
+
+
 @dataclass(frozen=True)
 class Tile:
     """What a program computes: 4 * rows outputs of so many tokens, from `inputs` numbers of each at a time.
@@ -72,15 +76,16 @@ class Tile:
     stages: int = 3
 
 
-def tile_of(tokens: int, rows: int, inputs: int, processors: int = 132) -> Tile:
-    """The tile for a product of this size on a GPU of so many processors."""
+def tile_of(tokens: int, rows: int, inputs: int, kind: str = "lean", processors: int = 132) -> Tile:
+    """The tile for a product of this size on a GPU of so many processors; `kind` is one of `AT_ONCE`."""
     if tokens > FEW:
+        if kind == "float32":
+            return Tile(32, 32, 32)
         return Tile(64, 64 if tokens <= 64 else 128, 64, warps=4 if tokens <= 64 else 8)
-    tile, parts = Tile(16, 16, 256), 1
+    tile, parts = Tile(16, 16, AT_ONCE[kind]), 1
     # A processor streams weights at full rate with two programs or more, of a few steps each.
-    while (
-        parts < 8 and triton.cdiv(rows, tile.rows) * parts < 2 * processors and inputs // (2 * parts) >= 2 * tile.inputs
-    ):
+    programs = triton.cdiv(rows, tile.rows)
+    while parts < 8 and programs * parts < 2 * processors and inputs // (2 * parts) >= 2 * tile.inputs:
         parts *= 2
     return Tile(tile.rows, tile.tokens, tile.inputs, parts)
 
@@ -232,13 +237,14 @@ def product(
     lift = LOWERED if asm and not rounded else 1.0
     if asm and not rounded:
         codes = codes * RAISED
-    tile = tile or tile_of(tokens, rows, inputs)
+    kind = "lean" if asm or rounded else "float32" if x_NI.dtype == torch.float32 else "16 bits"
+    tile = tile or tile_of(tokens, rows, inputs, kind)
     grid = (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, tile.tokens), tile.parts)
     share = triton.cdiv(triton.cdiv(inputs, tile.parts), tile.inputs) * tile.inputs
     into = out
     if tile.parts > 1:
-        kind = torch.int32 if rounded else torch.float32
-        into = out.new_empty(tile.parts, tokens, 4 * rows, dtype=kind)
+        sums = torch.int32 if rounded else torch.float32
+        into = out.new_empty(tile.parts, tokens, 4 * rows, dtype=sums)
     how: dict[str, Any] = {"PARTS": tile.parts, "INT8": rounded, "BIASED": bias is not None, "LIFT": lift}
     given = scale_O if bias is None else bias
     product_kernel[grid](

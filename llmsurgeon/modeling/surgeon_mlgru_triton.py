@@ -148,9 +148,9 @@ def codes_product(codes_NI, scale_N1, weight_OI, weight_scale, bias, dtype):
     if count:
         tokens = 128 if count > 64 else 64
         given = scale_N1 if bias is None else bias
-        codes_product_kernel[(triton.cdiv(count, tokens), triton.cdiv(outputs, 128))](
+        codes_product_kernel[(triton.cdiv(count, tokens), triton.cdiv(outputs, 64))](
             codes_NI, weight_OI, scale_N1, weight_scale, given, out, count, outputs, inputs,
-            TOKENS=tokens, OUTPUTS=128, INPUTS=64, BIASED=bias is not None, num_warps=8, num_stages=4,
+            TOKENS=tokens, OUTPUTS=64, INPUTS=64, BIASED=bias is not None, num_warps=8, num_stages=4,
         )  # fmt: skip
     return out
 

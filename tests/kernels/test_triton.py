@@ -5,6 +5,7 @@ tests/kernels/test_interpreted.py runs this file in a process of its own.
 
 from __future__ import annotations
 
+import operator
 import os
 
 import pytest
@@ -82,6 +83,16 @@ def test_codes_taken_out_by_ptx(tokens, rounded):
     assert distance(product(x, bits, scale, rounded=rounded, asm=True), plain.double()) < CLOSE[torch.bfloat16]
 
 
+WHOLE = {
+    "shl": operator.lshift,
+    "shr": operator.rshift,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "sub": operator.sub,
+}
+
+
 def ran(asm, byte):
     """What PTX of these few kinds does to a word of four bytes: its outputs, as words."""
     registers = {}
@@ -109,16 +120,14 @@ def ran(asm, byte):
             pairs = torch.tensor(given, dtype=torch.int64).to(torch.int32).view(torch.bfloat16).view(2, 2).double()
             made = int((pairs[0] - pairs[1]).to(torch.bfloat16).view(torch.int32)) & 0xFFFFFFFF
         else:
-            a, b = given
-            made = {"shl": a << b, "shr": a >> b, "and": a & b, "or": a | b, "xor": a ^ b, "sub": a - b}[kind]
-            made &= 0xFFFFFFFF
+            made = WHOLE[kind](*given) & 0xFFFFFFFF
         (outputs if target.startswith("$") else registers)[target] = made
     return [outputs[f"${place}"] for place in range(len(outputs))]
 
 
 def test_what_the_ptx_means():
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+    for _ in range(20):
         codes = torch.randint(0, 3, (4, 4), generator=generator)  # place, byte
         word = sum(int(codes[place, byte]) << (8 * byte + 2 * place) for place in range(4) for byte in range(4))
         narrow = torch.tensor(ran(packed_triton.INT8_CODES, word)).to(torch.int32).view(torch.int8).view(4, 4)
