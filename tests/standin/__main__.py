@@ -19,27 +19,18 @@ from standin.device import NAME, StandIn, use_stand_in
 LETTERS = "abcdefghij ,.klmnop"
 TEXT = ("--text", "text.txt")
 SHORT = ("--set", "calibration.tokens=128", "--set", "calibration.sequence_length=16")
+SET_LESS = ("--set", "calibration.tokens=64")
 JUDGED = ("--tokens", "64", "--seq-len", "16")
 TRAINED = (*TEXT, *SHORT, "--set", "distill.steps=2", "--set", "distill.tokens=128")
 COMMANDS = {
     "analyze": ("analyze", "parent", "-o", "analysis", *TEXT, "--tokens", "64", "--seq-len", "16"),
     "fuse": ("fuse", "parent", "-o", "fused", "--drop-count", "2", *TEXT, *SHORT),
-    "fuse, on sampled text": ("fuse", "parent", "-o", "sampled", "--drop-attention", "1", *SHORT),
+    "fuse, on sampled text": ("fuse", "parent", "-o", "sampled", "--drop-attention", "1", *SHORT, *SET_LESS),
     "prune": ("prune", "parent", "-o", "pruned", "--blocks", "2", *TEXT, *SHORT),
-    "ternary": ("ternary", "parent", "-o", "ternary", "--share", "0.2", *TEXT, *SHORT),
+    "ternary": ("ternary", "parent", "-o", "ternary", "--layers", "1", *TEXT, *SHORT),
     "fff": (
-        "fff",
-        "parent",
-        "-o",
-        "trees",
-        "--depth",
-        "1",
-        "--leaf-width",
-        "32",
-        *TEXT,
-        *SHORT,
-        "--set",
-        "fff.min_tokens=8",
+        *("fff", "parent", "-o", "trees", "--layers", "1", "--depth", "1", "--leaf-width", "32"),
+        *(*TEXT, *SHORT, "--set", "fff.min_tokens=8"),
     ),
     "matmulfree": ("matmulfree", "parent", "-o", "mixers", "--count", "1", *TEXT, *SHORT),
     "block": ("block", "parent", "-o", "blocks", *TEXT, *SHORT),
