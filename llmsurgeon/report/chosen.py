@@ -34,8 +34,8 @@ def strip_of(chosen: Sequence[Mapping[str, Any]], parent: Sequence[Sequence[int]
 
 def _rows(scale: Scale) -> list[str]:
     named = [("attention", ATTENTION), ("FFN", FFN), ("KL alone", SCORE)]
-    parts = [label(LEFT - 44, (top + floor) / 2 + 4, name, "end") for name, (top, floor) in named]
-    parts.append(label(LEFT - 44, 12, "layer", "end"))
+    parts = [label(LEFT - 54, (top + floor) / 2 + 4, name, "end") for name, (top, floor) in named]
+    parts.append(label(LEFT - 54, 12, "layer", "end"))
     for tick in scale.ticks:
         parts.append(f'<path class="grid" d="M{LEFT} {scale.at(tick):.1f}H{PAGE - 10}"/>')
         parts.append(f'<text class="end" x="{LEFT - 6}" y="{scale.at(tick) + 4:.1f}">{tick:g}</text>')

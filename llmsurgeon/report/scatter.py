@@ -36,7 +36,8 @@ class Dot:
 class Frame:
     """What the axes are called, and the size of the drawing in px.
 
-    downhill: the x axis runs from high to low. root: the y axis, of values from zero on, by square root.
+    downhill: the x axis runs from high to low. root: the y axis, of values from zero on, by square root; even: in even
+    steps, however far apart values are.
     """
 
     across: str
@@ -45,6 +46,7 @@ class Frame:
     height: int = 440
     downhill: bool = False
     root: bool = False
+    even: bool = False
 
 
 def scatter(dots: Sequence[Dot], frame: Frame, title: str, line: Sequence[tuple[float, float]] = ()) -> Markup:
@@ -70,6 +72,8 @@ def _scales(dots: Sequence[Dot], frame: Frame) -> tuple[Scale, Scale]:
     ys, floor = [dot.y for dot in dots], frame.height - BOTTOM
     if frame.root and ys and min(ys) >= 0:
         return across, Scale.rooted(max(*ys, *bounds, 1e-6), floor, TOP)
+    if frame.even and ys:
+        return across, Scale.narrow(min(*ys, *bounds), max(*ys, *bounds), floor, TOP)
     return across, Scale.over(ys, floor, TOP, bounds)
 
 

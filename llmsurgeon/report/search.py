@@ -16,6 +16,7 @@ from llmsurgeon.report.scatter import Dot, Frame, scatter
 
 Plain = Mapping[str, Any]
 SPEEDS = ("decode", "prefill")
+UNNAMED = ("measured", "made")
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _curve(points: Sequence[Plain], target: str) -> Any:
             y=point["kl"],
             kind=_kind(point),
             tip=f"{point['name']}: {point['ratios'][target]:.3g} x, KL {point['kl']:.4g}",
-            name="" if point["kind"] == "measured" and not point.get("chosen") else str(point["name"]),
+            name="searched" if _kind(point) == "chosen" else "" if _kind(point) in UNNAMED else str(point["name"]),
             low=point["low"],
             high=point["high"],
             left=(point.get("ratio_low") or {}).get(target),
@@ -206,7 +207,7 @@ def _sums(points: Sequence[Plain]) -> Any:
         return None
     most = max(max(dot.x for dot in dots), max(dot.y for dot in dots))
     least = min(min(dot.x for dot in dots), min(dot.y for dot in dots))
-    frame = Frame("sum of single scores", "KL of the whole model", width=564, height=360)
+    frame = Frame("sum of single scores", "KL of the whole model", width=564, height=360, even=True)
     return scatter(dots, frame, "joint KL against the sum of scores", [(least, least), (most, most)])
 
 
