@@ -25,7 +25,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.models import empty_model, fill
 from llmsurgeon.healing.distill.answer_files import AnswerFiles
 from llmsurgeon.healing.distill.data import Corpus
-from llmsurgeon.healing.distill.divergence import Target, TopTokens
+from llmsurgeon.healing.distill.divergence import Target, TopTokens, compared
 from llmsurgeon.healing.distill.tapped import TappedModel, masked
 from llmsurgeon.progress import remark
 from llmsurgeon.walk.runner import LayerRunner
@@ -37,6 +37,8 @@ from llmsurgeon.walk.walk import Parts, walk
 AHEAD = 64
 # Changes with the form of the files.
 LAYOUT = 2
+# Columns of logits that are compared before any is sorted.
+GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -223,9 +225,28 @@ def _answer(
 
 def top_tokens(logits: Tensor, k: int) -> TopTokens:
     """The `k` likeliest tokens of each row of logits [L, V]."""
-    found, ids = logits.topk(min(k, logits.shape[-1]))
-    totals = torch.cat([torch.logsumexp(part.float(), -1) for part in logits.split(256)])
+    found, ids = largest(logits, min(k, logits.shape[-1]))
+    totals = torch.cat([torch.logsumexp(logits[rows].float(), -1) for rows in compared(logits)])
     return TopTokens(ids.int(), (found.float() - totals[:, None]).half())
+
+
+def largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(k)` of rows [L, V]: (values, places), largest first.
+
+    Columns that are V / GROUP apart are a group. The k largest are in the k groups with the largest maxima: those alone
+    are sorted, a third of the time.
+    """
+    count = values.shape[-1] // GROUP
+    if count < k:
+        top = values.topk(k)
+        return top.values, top.indices
+    groups, rest = values[:, : count * GROUP].unflatten(1, (GROUP, count)), values[:, count * GROUP :]
+    chosen = groups.amax(1).topk(k).indices[:, None].expand(-1, GROUP, -1)
+    places = chosen + count * torch.arange(GROUP, device=values.device)[:, None]
+    candidates = torch.cat([groups.gather(2, chosen).flatten(1), rest], 1)
+    after = torch.arange(count * GROUP, values.shape[-1], device=values.device).expand(len(values), -1)
+    top = candidates.topk(k)
+    return top.values, torch.cat([places.flatten(1), after], 1).gather(1, top.indices)
 
 
 def _stacked(rows: Sequence[TopTokens]) -> dict[str, Tensor]:

@@ -15,8 +15,8 @@ from torch import Tensor
 COLUMNS = 512
 
 
-def add_gram(gram: Tensor, features: Tensor) -> None:
-    """gram += A^T A in float32, on and above the diagonal. features: A [n, F].
+def add_gram(gram: Tensor, features: Tensor, weight: float = 1.0) -> None:
+    """gram += weight A^T A in float32, on and above the diagonal. features: A [n, F].
 
     Products of bfloat16 numbers are exact in float32, so where features are bfloat16 the units for it may compute them,
     at several times the rate.
@@ -25,7 +25,7 @@ def add_gram(gram: Tensor, features: Tensor) -> None:
     with units_of(features.dtype):
         for start in range(0, len(gram), COLUMNS):
             columns = wide[:, start : start + COLUMNS]
-            gram[start : start + COLUMNS, start:].addmm_(columns.T, wide[:, start:])
+            gram[start : start + COLUMNS, start:].addmm_(columns.T, wide[:, start:], alpha=weight)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from healing.distill.test_distill import cache, case_of, settings_of  # noqa: F4
 from llmsurgeon.healing.distill.distill import distill
 from llmsurgeon.healing.distill.divergence import TopTokens, chunked_kl, cosine_distance, kl_rows, normalised_mse
 from llmsurgeon.healing.distill.losses import LOSSES, Loss, weights_of
+from llmsurgeon.healing.distill.targets import largest
 from llmsurgeon.healing.distill.whole import wanted_of
 from llmsurgeon.operations.distill import Distill, Trees
 
@@ -36,6 +37,13 @@ def cells(logits, ids):
     return torch.cat([named, 1 - named.sum(-1, keepdim=True)], dim=-1)
 
 
+@pytest.fixture(params=[1, 3, 1000])
+def compared(request, monkeypatch):
+    """However few rows are compared at a time."""
+    monkeypatch.setattr("llmsurgeon.healing.distill.divergence.COMPARED_ON_CPU", request.param * V)
+
+
+@pytest.mark.usefixtures("compared")
 @pytest.mark.parametrize("chunk", [5, 23, 100])
 def test_chunked_kl_is_kl_div_with_its_gradients(chunk):
     hidden, weight, bias, parent = case(dtype=torch.float32)
@@ -49,6 +57,7 @@ def test_chunked_kl_is_kl_div_with_its_gradients(chunk):
         torch.testing.assert_close(tensor.grad, gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("compared")
 @pytest.mark.parametrize("k", [1, 4, V - 1])
 def test_top_kl_is_the_kl_of_the_cells_with_its_gradients(k):
     hidden, weight, _, parent = case(dtype=torch.float32)
@@ -145,3 +154,16 @@ def test_a_loss_is_a_function_and_a_line(tmp_path, monkeypatch, family):
     for line in made.log:
         assert line["loss"] == pytest.approx(0.5 * line["kl"] + 2.0 * line["spread"], rel=1e-5)
         assert "hidden" not in line
+
+
+@pytest.mark.parametrize("width", [7, 64, 65, 1000, 1003])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_the_largest_are_those_of_topk(width, k):
+    values = torch.randn(50, width, generator=torch.Generator().manual_seed(width))
+    found, places = largest(values, k)
+    assert torch.equal(found, values.topk(k).values) and torch.equal(places, values.topk(k).indices)
+    # Where numbers are alike, as those of 16 bits often are, any of them will do.
+    alike = values.mul(2).round().bfloat16()
+    found, places = largest(alike, k)
+    assert torch.equal(found, alike.topk(k).values) and torch.equal(alike.gather(1, places), found)
+    assert all(len(set(row)) == k for row in places.tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmsurgeon.healing.refit.ridge import Moments, Rows, Sums, best_update, joint_update
+from llmsurgeon.healing.refit.ridge import TEXT, Moments, Rows, Sums, best_update, joint_update
 from llmsurgeon.healing.refit.symmetric import add_gram, units_of
 from llmsurgeon.operations.fit_memory import fits_in_dual, judges_as_rows
 
@@ -29,10 +29,10 @@ def slow(a, r, ridge):
 
 
 def moments_of(fit, judge, known=True, parts=3):
-    moments = Moments(len(fit[0]), len(judge[0])) if known else Moments()
-    for (a, r), held in ((fit, False), (judge, True)):
+    moments = Moments(len(fit[0]), {TEXT: len(judge[0])}) if known else Moments()
+    for (a, r), add in ((fit, moments.fit), (judge, moments.judge)):
         for features, missing in zip(a.chunk(parts), r.chunk(parts), strict=True):
-            moments.add(features, missing, held)
+            add(features, missing)
     return moments.complete()
 
 
@@ -43,7 +43,7 @@ def moments_of(fit, judge, known=True, parts=3):
 def test_the_best_update_is_that_of_the_slow_solution(fitting, judging, kept, dtype):
     fit, judge = text(fitting, 600, 5, dtype), text(judging, 600, 5, dtype, seed=1)
     moments = moments_of(fit, judge)
-    assert (type(moments.fits), type(moments.judges)) == kept
+    assert (type(moments.fits), type(moments.judges[TEXT])) == kept
     solutions = {ridge: slow(*fit, ridge) for ridge in RIDGES}
     errors = {
         ridge: float((judge[1].double() - judge[0].double() @ found).square().sum() / judge[1].double().square().sum())
@@ -60,9 +60,9 @@ def test_the_best_update_is_that_of_the_slow_solution(fitting, judging, kept, dt
 def test_fewer_tokens_may_come_than_were_announced():
     """Padding is left out."""
     fit, judge = text(200, 600, 5), text(40, 600, 5, seed=1)
-    announced = Moments(300, 90)
-    for (a, r), held in ((fit, False), (judge, True)):
-        announced.add(a, r, held)
+    announced = Moments(300, {TEXT: 90})
+    announced.fit(*fit)
+    announced.judge(*judge)
     update, ridge, error = best_update(announced.complete(), RIDGES)
     expected, same, as_good = best_update(moments_of(fit, judge, parts=1), RIDGES)
     assert (ridge, error) == (same, pytest.approx(as_good))
