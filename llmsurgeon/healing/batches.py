@@ -50,25 +50,10 @@ class Batches:
         return torch.cat([torch.full((part.stop - part.start,), held) for part, held in self.parts])
 
     @property
-    def fitting(self) -> int:
-        """Tokens that fit, padding included."""
-        return int((~self.held_out).sum()) * self.tokens.shape[1]
-
-    @property
-    def judging(self) -> dict[str, int]:
-        """Tokens that judge, of each kind, padding included."""
-        held = [kind for kind, judges in zip(self.kinds, self.held_out, strict=True) if judges]
-        return {kind: held.count(kind) * self.tokens.shape[1] for kind in dict.fromkeys(held)}
-
-    def rows_by_kind(self, part: slice) -> list[tuple[str, Tensor | slice]]:
-        """(kind, which of the rows that `rows` gives of a part are of it)."""
-        kinds = self.kinds[part]
-        named = list(dict.fromkeys(kinds))
-        if len(named) == 1:
-            return [(named[0], slice(None))]
-        places = torch.tensor([named.index(kind) for kind in kinds])[:, None].expand(self.tokens[part].shape)
-        flat = self.rows(part, places)[:, 0]
-        return [(kind, flat == place) for place, kind in enumerate(named)]
+    def counts(self) -> tuple[int, int]:
+        """Tokens that fit and that judge, padding included."""
+        judging = int(self.held_out.sum()) * self.tokens.shape[1]
+        return self.tokens.numel() - judging, judging
 
     def rows(self, part: slice, values: Tensor) -> Tensor:
         """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""

@@ -22,8 +22,7 @@ from llmsurgeon.healing.refit.ridge import best_update
 def feeds_trees(here: LayerFit) -> bool:
     """True where trees read behind an attention that itself reads something new."""
     drifts = here.options.align and here.drifted and here.spec.attention is not None
-    wanted = here.has_trees or (here.options.outputs == "both" and not here.changed)
-    return wanted and drifts and not here.student.parallel_residual
+    return here.has_trees and drifts and not here.student.parallel_residual
 
 
 def refit_attention(here: LayerFit) -> None:

@@ -34,7 +34,7 @@ from llmsurgeon.healing.batches import embedded, passes
 from llmsurgeon.healing.refit.context import Context, Update
 from llmsurgeon.healing.refit.projection import OutputProjection, attention_out, ffn_out
 from llmsurgeon.healing.refit.refit import Refitted
-from llmsurgeon.healing.refit.ridge import TEXT, Moments, best_update
+from llmsurgeon.healing.refit.ridge import Moments, best_update
 from llmsurgeon.healing.spans import changed, spans
 from llmsurgeon.healing.store import moved
 from llmsurgeon.model.spec import BlockTransformerSpec
@@ -56,10 +56,10 @@ def affine_map(
     x, y = features.float(), wanted.float()
     x_mean, y_mean = x[~held_out].mean(0), y[~held_out].mean(0)
     judging = int(held_out.sum())
-    moments = Moments(len(x) - judging, {TEXT: judging})
-    for held, add in ((False, moments.fit), (True, moments.judge)):
+    moments = Moments(len(x) - judging, judging)
+    for held in (False, True):
         rows = held_out == held
-        add(x[rows] - x_mean, y[rows] - y_mean)
+        moments.add(x[rows] - x_mean, y[rows] - y_mean, held)
     update, ridge, error = best_update(moments.complete(), ridges)
     weight = x.new_zeros(y.shape[1], x.shape[1]) if update is None else update.T
     return weight, y_mean - weight @ x_mean, ridge, error
@@ -254,8 +254,7 @@ def through_part(
                 reached = (rows + contribution)[:, decoder.places].float()
                 missing = wanted[part].flatten(0, 1).to(rows.device).float() - reached
                 features = out.features().unflatten(0, rows.shape[:2])[:, decoder.places]
-                add = moments.judge if held else moments.fit
-                add(features.flatten(0, 1), missing.flatten(0, 1))
+                moments.add(features.flatten(0, 1), missing.flatten(0, 1), held)
     update = None
     if wanted is not None:
         update, ridge, error = best_update(moments.complete(), context.options.ridges)

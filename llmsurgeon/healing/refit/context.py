@@ -31,9 +31,6 @@ class RefitOptions:
     align_ridge: float = 0.03
     join: bool = True
     join_ridge: float = 0.3
-    outputs: str = "changed"
-    verdict: str = "pooled"
-    balance: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,6 @@ class LayerFit:
     summed: Tensor
     read: Tensor = field(default_factory=lambda: torch.empty(0))
     attended: Tensor | None = None
-    weights: dict[str, float] = field(default_factory=dict)
     updates: list[Update] = field(default_factory=list)
 
     @property
@@ -151,17 +147,10 @@ class LayerFit:
     def moments(self, batch: Callable[[slice], tuple[Tensor, Tensor]]) -> Moments:
         """The sums of a regression; `batch` gives the features and what is missing of some sequences."""
         text = self.context.batches
-        moments = Moments(text.fitting, text.judging)
+        moments = Moments(*text.counts)
         for part, held in text.parts:
-            features, missing = (text.rows(part, values) for values in batch(part))
-            if not held and not self.weights:
-                moments.fit(features, missing)
-                continue
-            for kind, own in text.rows_by_kind(part):
-                if held:
-                    moments.judge(features[own], missing[own], kind)
-                else:
-                    moments.fit(features[own], missing[own], self.weights[kind])
+            features, missing = batch(part)
+            moments.add(text.rows(part, features), text.rows(part, missing), held)
             del features, missing  # the widest tensors there are: not beside those of the next batch
         return moments.complete()
 

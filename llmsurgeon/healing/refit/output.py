@@ -24,8 +24,7 @@ def can_move(here: LayerFit) -> bool:
     Not so trees, a mixture of experts, and an attention without FFN whose output goes through two norms.
     """
     family = here.family
-    moves = here.changed or (here.options.outputs in ("all", "both") and here.drifted)
-    if not moves or not (here.spec.ffn is None or here.spec.ffn.as_family):
+    if not here.changed or not (here.spec.ffn is None or here.spec.ffn.as_family):
         return False
     if here.spec.ffn is None:
         return not family.post_norm and not here.is_ternary(attention_out(family))
@@ -52,14 +51,14 @@ def refit_output(here: LayerFit) -> None:
 
     with out:
         moments = here.moments(batch)
-        update, ridge, error = best_update(moments, here.options.ridges, here.options.verdict)
+        update, ridge, error = best_update(moments, here.options.ridges)
         if update is not None:
             before = out.copies()
             out.move(update)
             if out.gain is not None:
                 # Behind a post-norm the moments promise what holds for small updates: see what this one does.
                 judges = (part for part, held in here.context.batches.parts if held)
-                error = sum(missing(part).square().sum().item() for part in judges) / sum(kept.square for kept in moments.judges.values())
+                error = sum(missing(part).square().sum().item() for part in judges) / moments.judges.square
                 if not error < 1:
                     out.restore(before)
                     ridge, error = None, 1.0

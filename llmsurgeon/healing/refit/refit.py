@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmsurgeon.healing.batches import Batches, embedded, left, passes
+from llmsurgeon.healing.batches import embedded, left, passes
 from llmsurgeon.healing.refit.align import align_attention, align_ffn, attention_drifts, ffn_drifts
 from llmsurgeon.healing.refit.attention import feeds_trees, refit_attention
 from llmsurgeon.healing.refit.context import Context, LayerFit, Update
@@ -32,7 +32,6 @@ from llmsurgeon.healing.spans import changed, holds_ternary, spans
 from llmsurgeon.healing.store import Stored, layer_name, moved, on_copies
 from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.text.sequences import of_kind
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.streams import Streams
 
@@ -89,7 +88,6 @@ def refit(context: Context[LayerRunner]) -> Refitted:
             with student.loaded(index) as module:
                 new = changed(layer, span, context.parent_spec) or holds_ternary(module, context.family.transposed)
                 here = LayerFit(context, index, layer, span, module, new, drifted, x, p, summed)
-                here.weights = kind_weights(batches, x, p, context.options.balance)
                 if new or drifted:
                     stored = fitted_layer(here)
                     files |= stored.files
@@ -100,27 +98,6 @@ def refit(context: Context[LayerRunner]) -> Refitted:
             drifted = drifted or new
             progress.advance()
     return Refitted(files, tuple(updates))
-
-
-def kind_weights(batches: Batches, x: Tensor, p: Tensor, power: float) -> dict[str, float]:
-    """How often each token of a kind counts in fits: by the kind's mean squared drift to the power -`power`, so that
-    the kinds which drifted most do not have all the say. One on average; nothing where all count alike."""
-    kinds = dict.fromkeys(batches.kinds)
-    if not power or len(kinds) < 2:
-        return {}
-    fits = ~batches.held_out
-    drift, counts = {}, {}
-    for kind in kinds:
-        own = torch.nonzero(of_kind(batches.kinds, kind) & fits).flatten()
-        if not len(own):
-            continue
-        drift[kind] = sum((x[row].float() - p[row].float()).square().sum().item() for row in own) / len(own)
-        counts[kind] = len(own)
-    if not all(drift.values()):
-        return {}
-    raw = {kind: each**-power for kind, each in drift.items()}
-    mean = sum(raw[kind] * counts[kind] for kind in raw) / sum(counts.values())
-    return {kind: each / mean for kind, each in raw.items()}
 
 
 def fitted_layer(here: LayerFit) -> Stored:

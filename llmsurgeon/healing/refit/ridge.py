@@ -10,7 +10,7 @@ Shapes: n tokens, F features, O outputs: features A [n, F]; what is missing R [n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,11 +18,8 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.refit.symmetric import COLUMNS, add_gram, damped_solution, mirror
+from llmsurgeon.healing.refit.symmetric import COLUMNS, ROWS, add_gram, damped_solution, mirror, square_zeros
 from llmsurgeon.operations.fit_memory import fits_in_dual, judges_as_rows
-
-# The kind of tokens whose kind nobody asks about.
-TEXT = "text"
 
 
 class Kept(Protocol):
@@ -30,8 +27,8 @@ class Kept(Protocol):
 
     square: float
 
-    def add(self, features: Tensor, missing: Tensor, weight: float = 1.0) -> None:
-        """Add tokens: features [n, F], what is missing [n, O]; each counts `weight` times."""
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        """Add tokens: features [n, F], what is missing [n, O]."""
 
     def complete(self) -> None:
         """Everything was added."""
@@ -55,14 +52,15 @@ class Sums:
     cross: Tensor = field(default_factory=lambda: torch.empty(0))
     square: float = 0.0
 
-    def add(self, features: Tensor, missing: Tensor, weight: float = 1.0) -> None:
-        self.square += weight * square_of(missing)
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        self.square += square_of(missing)
         if not self.gram.numel():
             f, o = features.shape[-1], missing.shape[-1]
-            self.gram = features.new_zeros(f, f, dtype=torch.float32)
+            self.gram = square_zeros(f, features)
             self.cross = features.new_zeros(f, o, dtype=torch.float32)
-        add_gram(self.gram, features, weight)
-        self.cross.addmm_(features.float().T, missing.float(), alpha=weight)
+        add_gram(self.gram, features)
+        for part, rest in zip(features.split(ROWS), missing.split(ROWS), strict=True):
+            self.cross.addmm_(part.float().T, rest.float())
 
     def complete(self) -> None:
         mirror(self.gram)
@@ -86,114 +84,80 @@ class Rows:
 
     def __init__(self, tokens: int) -> None:
         self.tokens, self.count, self.square = tokens, 0, 0.0
-        self.features = self.missing = self.weights = torch.empty(0)
+        self.features = self.missing = torch.empty(0)
         self._products: Tensor | None = None
 
-    def add(self, features: Tensor, missing: Tensor, weight: float = 1.0) -> None:
-        self.square += weight * square_of(missing)
+    def add(self, features: Tensor, missing: Tensor) -> None:
+        self.square += square_of(missing)
         if not self.count:
             self.features = features.new_empty(self.tokens, features.shape[-1])
             self.missing = missing.new_empty(self.tokens, missing.shape[-1], dtype=torch.float32)
-            self.weights = missing.new_empty(self.tokens, 1, dtype=torch.float32)
         own = slice(self.count, self.count + len(features))
-        self.features[own], self.missing[own], self.weights[own] = features, missing, weight
+        self.features[own], self.missing[own] = features, missing
         self.count = own.stop
 
     def complete(self) -> None:
         # Padding is announced and does not come.
-        came = slice(self.count)
-        self.features, self.missing, self.weights = self.features[came], self.missing[came], self.weights[came]
+        self.features, self.missing = self.features[: self.count], self.missing[: self.count]
 
     def update(self, ridge: float) -> Tensor:
-        roots = self.weights.sqrt()
         if self._products is None:
-            self._products = row_products(self.features).mul_(roots).mul_(roots.T)
+            self._products = row_products(self.features)
         # The mean of F squared columns, from the sum of n squared rows.
         mean = self._products.diagonal().sum() / self.features.shape[1]
-        found = damped_solution(self._products, roots * self.missing, (ridge * floored(mean)).expand(self.count))
-        return torch.cat([columns.float().T @ (roots * found) for columns in self.features.split(COLUMNS, dim=1)])
+        weights = damped_solution(self._products, self.missing, (ridge * floored(mean)).expand(self.count))
+        return torch.cat([columns.float().T @ weights for columns in self.features.split(COLUMNS, dim=1)])
 
     def error(self, update: Tensor) -> float:
-        parts = zip(*(each.split(COLUMNS) for each in (self.features, self.missing, self.weights)), strict=True)
-        return sum((w * (r - a.float() @ update).square()).sum().item() for a, r, w in parts)
+        parts = zip(self.features.split(COLUMNS), self.missing.split(COLUMNS), strict=True)
+        return sum((missing - features.float() @ update).square().sum().item() for features, missing in parts)
 
     def sums(self) -> Sums:
         found = Sums()
-        for weight in self.weights.unique().tolist():
-            own = (self.weights == weight)[:, 0]
-            found.add(self.features[own], self.missing[own], weight)
+        found.add(self.features, self.missing)
         found.complete()
         return found
 
 
 class Moments:
-    """What ridge regression keeps of the tokens that fit, and of those that judge by their kinds.
+    """What ridge regression keeps of the tokens that fit and of those that judge.
 
-    fitting: how many will fit, at the most; judging: of each kind of text, how many will judge. Where nobody knows they
-    are summed.
+    fitting, judging: how many of both will come, at the most; where nobody knows they are summed.
     """
 
-    def __init__(self, fitting: int | None = None, judging: Mapping[str, int] | None = None) -> None:
-        self.fitting, self.judging = fitting, judging or {}
+    def __init__(self, fitting: int | None = None, judging: int | None = None) -> None:
+        self.fitting, self.judging = fitting, judging
         self.fits: Kept = Sums()
-        self.judges: dict[str, Kept] = {}
-        self._begun = False
+        self.judges: Kept = Sums()
+        self._begun: set[bool] = set()
 
-    def fit(self, features: Tensor, missing: Tensor, weight: float = 1.0) -> None:
-        """Add tokens that fit: features [n, F], what is missing [n, O]; each counts `weight` times.
+    def add(self, features: Tensor, missing: Tensor, held_out: bool) -> None:
+        """Add tokens: features [n, F], what is missing [n, O]; those held out judge.
 
         Raises:
             SurgeryError: what is missing is not finite.
         """
-        if not self._begun and self.fitting is not None and fits_in_dual(self.fitting, features.shape[-1]):
+        if held_out not in self._begun:
+            self._begun.add(held_out)
+            self._begin(features.shape[-1], held_out)
+        (self.judges if held_out else self.fits).add(features, missing)
+
+    def _begin(self, features: int, held_out: bool) -> None:
+        if held_out and self.judging is not None and judges_as_rows(self.judging, features):
+            self.judges = Rows(self.judging)
+        if not held_out and self.fitting is not None and fits_in_dual(self.fitting, features):
             self.fits = Rows(self.fitting)
-        self._begun = True
-        self.fits.add(features, missing, weight)
-
-    def judge(self, features: Tensor, missing: Tensor, kind: str = TEXT) -> None:
-        """Add tokens that judge, all of one kind: features [n, F], what is missing [n, O].
-
-        Raises:
-            SurgeryError: what is missing is not finite.
-        """
-        if kind not in self.judges:
-            known = self.judging.get(kind)
-            as_rows = known is not None and judges_as_rows(known, features.shape[-1])
-            self.judges[kind] = Rows(known) if known is not None and as_rows else Sums()
-        self.judges[kind].add(features, missing)
 
     def complete(self) -> Moments:
         """Everything was added."""
-        for kept in (self.fits, *self.judges.values()):
-            kept.complete()
+        self.fits.complete()
+        self.judges.complete()
         return self
 
-    def held_out_errors(self, update: Tensor) -> list[tuple[float, float]]:
-        """Of each kind the squared error on the tokens that judge: (before, after adding `update` [F, O])."""
-        return [(kept.square, kept.error(update)) for kept in self.judges.values() if kept.square > 0]
-
     def held_out_error(self, update: Tensor) -> float:
-        """Squared error on all held-out tokens after adding `update` [F, O], relative to before."""
-        return pooled(self.held_out_errors(update))
-
-
-def pooled(errors: Sequence[tuple[float, float]]) -> float:
-    """The error of all kinds together, relative to before; errors as of `Moments.held_out_errors`."""
-    return sum(after for _, after in errors) / sum(before for before, _ in errors) if errors else 1.0
-
-
-def worst(errors: Sequence[tuple[float, float]]) -> float:
-    """The error of the kind that gains least, relative to before."""
-    return max((after / before for before, after in errors), default=1.0)
-
-
-def mean(errors: Sequence[tuple[float, float]]) -> float:
-    """The errors of the kinds relative to before, each as much as the others."""
-    return sum(after / before for before, after in errors) / len(errors) if errors else 1.0
-
-
-# How kinds of text judge an update together.
-VERDICTS = {"pooled": pooled, "worst": worst, "mean": mean}
+        """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
+        before = self.judges.square
+        return self.judges.error(update) / before if before > 0 else 1.0
 
 
 def square_of(missing: Tensor) -> float:
@@ -213,7 +177,7 @@ def square_of(missing: Tensor) -> float:
 
 def row_products(features: Tensor) -> Tensor:
     """A A^T [n, n] in float32 from A [n, F]."""
-    products = features.new_zeros(len(features), len(features), dtype=torch.float32)
+    products = square_zeros(len(features), features)
     for columns in features.split(COLUMNS, dim=1):
         add_gram(products, columns.T)
     mirror(products)
@@ -236,20 +200,28 @@ def ridge_solution(gram: Tensor, cross: Tensor, ridge: float, groups: Sequence[i
     return damped_solution(gram, cross, damping)
 
 
-def best_update(
-    moments: Moments, ridges: Sequence[float], verdict: str = "pooled"
-) -> tuple[Tensor | None, float | None, float]:
+def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | None, float | None, float]:
     """(update [F, O], ridge, held-out error relative to before); no update where none lowers that error.
 
-    The held-out tokens choose the ridge and enter no fit: what is measured on them afterwards is of unseen text.
+    The held-out tokens choose the ridge and enter no fit: what is measured on them afterwards is of unseen text. Their
+    error falls and rises again with the ridge, so it is followed downhill from the middle one: the others need no
+    solution, which is what wide fits take their time for.
     """
-    best: tuple[Tensor | None, float | None, float] = (None, None, 1.0)
-    for ridge in ridges:
-        update = moments.fits.update(ridge)
-        error = VERDICTS[verdict](moments.held_out_errors(update))
-        if error < best[2]:
-            best = update, ridge, error
-    return best
+    ordered = sorted(ridges)
+
+    def tried(place: int) -> tuple[Tensor, float, float]:
+        update = moments.fits.update(ordered[place])
+        return update, ordered[place], moments.held_out_error(update)
+
+    middle = len(ordered) // 2
+    best = tried(middle)
+    for way in (1, -1):
+        place = middle + way
+        while 0 <= place < len(ordered) and (found := tried(place))[2] < best[2]:
+            best, place = found, place + way
+        if best[1] != ordered[middle]:
+            break
+    return best if best[2] < 1 else (None, None, 1.0)
 
 
 def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:

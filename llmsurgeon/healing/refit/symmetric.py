@@ -6,26 +6,42 @@ says all of it: the Cholesky factor is made below, and mirrored away in the end.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-COLUMNS = 512
+# Columns that are summed and mirrored at a time; factored at a time; brought up to date behind those at a time.
+COLUMNS, FACTORED, UPDATED = 512, 512, 1024
+# Rows of features that are in float32 at a time; bytes from which a matrix has pages of its own.
+ROWS, OWN_PAGES = 2048, 1 << 26
 
 
-def add_gram(gram: Tensor, features: Tensor, weight: float = 1.0) -> None:
-    """gram += weight A^T A in float32, on and above the diagonal. features: A [n, F].
+def square_zeros(size: int, like: Tensor) -> Tensor:
+    """A float32 matrix of zeros [size, size], on the device of `like`.
+
+    On a CPU a large one has pages of its own, which the kernel gets back with it: other memory that is freed is kept
+    (walk/memory.py), and would hold room for the widest matrix beside all that came in between.
+    """
+    bytes_ = 4 * size**2
+    if like.device.type != "cpu" or bytes_ < OWN_PAGES:
+        return like.new_zeros(size, size, dtype=torch.float32)
+    return torch.frombuffer(mmap.mmap(-1, bytes_), dtype=torch.float32).view(size, size)
+
+
+def add_gram(gram: Tensor, features: Tensor) -> None:
+    """gram += A^T A in float32, on and above the diagonal. features: A [n, F].
 
     Products of bfloat16 numbers are exact in float32, so where features are bfloat16 the units for it may compute them,
     at several times the rate.
     """
-    wide = features.float()
     with units_of(features.dtype):
-        for start in range(0, len(gram), COLUMNS):
-            columns = wide[:, start : start + COLUMNS]
-            gram[start : start + COLUMNS, start:].addmm_(columns.T, wide[:, start:], alpha=weight)
+        for wide in (rows.float() for rows in features.split(ROWS)):
+            for start in range(0, len(gram), COLUMNS):
+                columns = wide[:, start : start + COLUMNS]
+                gram[start : start + COLUMNS, start:].addmm_(columns.T, wide[:, start:])
 
 
 @contextmanager
@@ -56,27 +72,30 @@ def factor_below(matrix: Tensor) -> bool:
     False where the matrix is not positive definite to the precision of its numbers (it is then in part a factor).
     """
     size = len(matrix)
-    for start in range(0, size, COLUMNS):
-        stop = min(start + COLUMNS, size)
+    for start in range(0, size, FACTORED):
+        stop = min(start + FACTORED, size)
         square = matrix[start:stop, start:stop]
         # Reads the lower triangle alone.
         factor, info = torch.linalg.cholesky_ex(square)
         if info.item():
             return False
-        square.copy_(factor + square.triu(1))
-        if stop == size:
-            break
-        panel = matrix[stop:, start:stop]
-        panel.copy_(torch.linalg.solve_triangular(factor.T, panel, upper=True, left=False))
-        for below in range(stop, size, COLUMNS):
+        put_below(square, factor)
+        for first in range(stop, size, UPDATED):
+            panel = matrix[first : first + UPDATED, start:stop]
+            panel.copy_(torch.linalg.solve_triangular(factor, panel.T, upper=False).T)
+        for first in range(stop, size, UPDATED):
             # What is on and below the diagonal of the rest, a block of columns at a time.
-            columns = slice(below, min(below + COLUMNS, size))
-            own = matrix[columns, start:stop]
-            rest = matrix[columns.stop :, columns]
-            rest.addmm_(matrix[columns.stop :, start:stop], own.T, alpha=-1)
+            columns = slice(first, min(first + UPDATED, size))
+            own, below = matrix[columns, start:stop], slice(columns.stop, size)
+            matrix[below, columns].addmm_(matrix[below, start:stop], own.T, alpha=-1)
             corner = matrix[columns, columns]
-            corner.copy_((corner - own @ own.T).tril() + corner.triu(1))
+            put_below(corner, torch.addmm(corner, own, own.T, alpha=-1))
     return True
+
+
+def put_below(square: Tensor, other: Tensor) -> None:
+    """Copy what is on and below the diagonal of `other` to `square`."""
+    square.copy_(torch.where(torch.ones_like(square, dtype=torch.bool).tril_(), other, square))
 
 
 def damped_solution(matrix: Tensor, sides: Tensor, damping: Tensor) -> Tensor:

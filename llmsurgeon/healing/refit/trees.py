@@ -20,7 +20,7 @@ from torch import Tensor
 
 from llmsurgeon.healing.refit.align import align
 from llmsurgeon.healing.refit.context import LayerFit
-from llmsurgeon.healing.refit.ridge import TEXT, Moments, best_update
+from llmsurgeon.healing.refit.ridge import Moments, best_update
 from llmsurgeon.model.parts import FFFSpec
 
 
@@ -147,12 +147,11 @@ def _features(module: Any, read: Tensor, missing: Tensor, leaf: int) -> tuple[Te
 
 def fit_nodes(module: Any, read: Tensor, missing: Tensor, held: Tensor, ridges: Sequence[float]) -> tuple[Any, float]:
     """`fit_leaves` for the node form: one ridge regression on all neurons."""
-    moments = Moments(int((~held).sum()), {TEXT: int(held.sum())})
+    moments = Moments(int((~held).sum()), int(held.sum()))
     for judge in (False, True):
         rows = held == judge
         active = module.visited(read[rows]).flatten(1).float()
-        add = moments.judge if judge else moments.fit
-        add(torch.cat([active, active.new_ones(len(active), 1)], dim=1), missing[rows])
+        moments.add(torch.cat([active, active.new_ones(len(active), 1)], dim=1), missing[rows], judge)
     update, ridge, error = best_update(moments.complete(), ridges)
     if update is not None:
         _add(module.node_down.data, update[:-1].view(module.node_down.shape))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmsurgeon.healing.refit.ridge import Moments, best_update
+from llmsurgeon.healing.refit.ridge import Moments, Sums, best_update
 from llmsurgeon.healing.ternary.context import DenseLayer, Group, LayerCodes
 from llmsurgeon.healing.ternary.linears import TernaryLinear
 from llmsurgeon.model.ternary import compensated, fitted_gain
@@ -34,7 +34,7 @@ def fit_group(here: LayerCodes, group: Group, dense: DenseLayer, behind: Tensor 
     moments = _moments(here, group, dense, behind, aligns)
     update, _, moved = best_update(moments, context.ridges) if aligns else (None, None, 1.0)
     gram = moments.fits.sums().gram
-    moments.judges.clear()  # they have judged, and what follows takes several of its size
+    moments.judges = Sums()  # they have judged, and what follows takes several of its size
     sizes = [here.weight(name).shape[0] for name in group.modules]
     changes = update.T.split(sizes) if update is not None else [None] * len(sizes)
     for name, change in zip(group.modules, changes, strict=True):
@@ -77,7 +77,7 @@ def _moments(here: LayerCodes, group: Group, dense: DenseLayer, behind: Tensor |
         if weights is not None:
             each = weights[part].to(features.device).reshape(-1, 1)
             features, residual = features.float() * each, residual * each
-        (moments.judge if held else moments.fit)(features, residual)
+        moments.add(features, residual, held)
     return moments.complete()
 
 

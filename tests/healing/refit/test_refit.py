@@ -74,21 +74,21 @@ def test_gram_matrices_are_summed_in_blocks(monkeypatch):
     (a, r), (b, s) = rows(20, 8, 2), rows(9, 8, 2, seed=1)
     moments = Moments()
     for features, residual in ((a, r), (b, s)):
-        moments.fit(features, residual)
-    moments.judge(b, s)
+        moments.add(features, residual, False)
+    moments.add(b, s, True)
     both = torch.cat([a, b])
     moments.complete()
     torch.testing.assert_close(moments.fits.gram, both.T @ both)
-    torch.testing.assert_close(moments.judges["text"].gram, b.T @ b)
+    torch.testing.assert_close(moments.judges.gram, b.T @ b)
     torch.testing.assert_close(moments.fits.cross, both.T @ torch.cat([r, s]))
 
 
 def test_held_out_error_is_the_error_on_the_held_out_rows():
     fit, judge = rows(40, 6, 2), rows(15, 6, 2, seed=1)
     moments = Moments()
-    moments.fit(*(t[:17] for t in fit))
-    moments.fit(*(t[17:] for t in fit))
-    moments.judge(*judge)
+    moments.add(*(t[:17] for t in fit), False)
+    moments.add(*(t[17:] for t in fit), False)
+    moments.add(*judge, True)
     update = ridge_solution(moments.fits.gram, moments.fits.cross, 0.1)
     a, r = judge
     direct = (r - a @ update).square().sum() / r.square().sum()
@@ -99,8 +99,8 @@ def test_held_out_error_is_the_error_on_the_held_out_rows():
 def test_the_ridge_that_errs_least_on_held_out_rows():
     a, r = rows(30, 6, 2)
     moments = Moments()
-    moments.fit(a, r)
-    moments.judge(*rows(30, 6, 2)[:2])
+    moments.add(a, r, False)
+    moments.add(*rows(30, 6, 2)[:2], True)
     candidates = (1e-3, 1.0, 100.0)
     update, ridge, error = best_update(moments, candidates)
     errors = {c: moments.held_out_error(ridge_solution(moments.fits.gram, moments.fits.cross, c)) for c in candidates}
@@ -113,8 +113,8 @@ def test_an_update_that_does_not_help_on_held_out_rows_is_not_made():
     """What fits is the opposite of what judges."""
     a, r = rows(30, 6, 2)
     moments = Moments()
-    moments.fit(a, r)
-    moments.judge(a, -r)
+    moments.add(a, r, False)
+    moments.add(a, -r, True)
     assert best_update(moments, (1e-3, 0.1)) == (None, None, 1.0)
 
 
@@ -122,7 +122,7 @@ def test_states_that_are_not_finite_are_refused():
     a, r = rows(5, 6, 2)
     r[0, 0] = float("nan")
     with pytest.raises(SurgeryError, match="hidden states are not finite; run `llmsurgeon verify`"):
-        Moments().fit(a, r)
+        Moments().add(a, r, False)
 
 
 def prepared(model, *steps, tokens, store, held_out=4, batch=8, scores=None, **options):
@@ -297,7 +297,7 @@ def test_a_multiplier_is_part_of_the_linear_map():
 def test_behind_a_post_norm_an_update_is_kept_only_for_what_it_does(family_name, tmp_path, monkeypatch):
     """However good it looks to the linear fit, an update that makes the held-out error larger is taken back."""
 
-    def huge(moments, ridges, verdict):
+    def huge(moments, ridges):
         return 100 * torch.ones(len(moments.fits.update(0.1)), moments.fits.update(0.1).shape[1]), ridges[0], 0.1
 
     monkeypatch.setattr("llmsurgeon.healing.refit.output.best_update", huge)
@@ -372,8 +372,8 @@ def test_one_matrix_is_as_much_as_is_taken_beside_the_sums():
     """Neither mirroring nor solving makes another of its size: peak memory of torch's own allocations."""
     torch.manual_seed(0)
     moments, size = Moments(), 1500
-    for add in (moments.fit, moments.judge):
-        add(torch.randn(1600, size), torch.randn(1600, 4))
+    for held in (False, True):
+        moments.add(torch.randn(1600, size), torch.randn(1600, 4), held)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         best_update(moments.complete(), (0.1, 0.3))
     largest = max(event.cpu_memory_usage for event in profile.events())

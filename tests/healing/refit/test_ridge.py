@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from llmsurgeon.healing.refit.ridge import TEXT, Moments, Rows, Sums, best_update, joint_update
+from llmsurgeon.healing.refit.ridge import Moments, Rows, Sums, best_update, joint_update
 from llmsurgeon.healing.refit.symmetric import add_gram, units_of
 from llmsurgeon.operations.fit_memory import fits_in_dual, judges_as_rows
 
@@ -29,10 +31,10 @@ def slow(a, r, ridge):
 
 
 def moments_of(fit, judge, known=True, parts=3):
-    moments = Moments(len(fit[0]), {TEXT: len(judge[0])}) if known else Moments()
-    for (a, r), add in ((fit, moments.fit), (judge, moments.judge)):
+    moments = Moments(len(fit[0]), len(judge[0])) if known else Moments()
+    for (a, r), held in ((fit, False), (judge, True)):
         for features, missing in zip(a.chunk(parts), r.chunk(parts), strict=True):
-            add(features, missing)
+            moments.add(features, missing, held)
     return moments.complete()
 
 
@@ -43,7 +45,7 @@ def moments_of(fit, judge, known=True, parts=3):
 def test_the_best_update_is_that_of_the_slow_solution(fitting, judging, kept, dtype):
     fit, judge = text(fitting, 600, 5, dtype), text(judging, 600, 5, dtype, seed=1)
     moments = moments_of(fit, judge)
-    assert (type(moments.fits), type(moments.judges[TEXT])) == kept
+    assert (type(moments.fits), type(moments.judges)) == kept
     solutions = {ridge: slow(*fit, ridge) for ridge in RIDGES}
     errors = {
         ridge: float((judge[1].double() - judge[0].double() @ found).square().sum() / judge[1].double().square().sum())
@@ -60,9 +62,9 @@ def test_the_best_update_is_that_of_the_slow_solution(fitting, judging, kept, dt
 def test_fewer_tokens_may_come_than_were_announced():
     """Padding is left out."""
     fit, judge = text(200, 600, 5), text(40, 600, 5, seed=1)
-    announced = Moments(300, {TEXT: 90})
-    announced.fit(*fit)
-    announced.judge(*judge)
+    announced = Moments(300, 90)
+    for (a, r), held in ((fit, False), (judge, True)):
+        announced.add(a, r, held)
     update, ridge, error = best_update(announced.complete(), RIDGES)
     expected, same, as_good = best_update(moments_of(fit, judge, parts=1), RIDGES)
     assert (ridge, error) == (same, pytest.approx(as_good))
@@ -103,3 +105,27 @@ def test_where_the_line_between_tokens_and_sums_lies():
                 assert tokens * features <= features**2
     assert fits_in_dual(3584, 14592) and not fits_in_dual(14336, 14592)
     assert judges_as_rows(2048, 14592) and not judges_as_rows(2048, 896)
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_the_error_is_followed_downhill(place, monkeypatch):
+    """The best ridge of a valley is found wherever it lies, and what lies beyond its neighbours is not solved for."""
+    ridges, asked = (0.01, 0.1, 1.0, 10.0, 100.0), []
+    moments = moments_of(text(90, 8, 2), text(40, 8, 2, seed=1))
+
+    def update(ridge):
+        asked.append(ridge)
+        return torch.full((8, 2), ridge)
+
+    monkeypatch.setattr(moments.fits, "update", update)
+    wanted = ridges[place]
+    monkeypatch.setattr(moments, "held_out_error", lambda found: abs(math.log(float(found[0, 0]) / wanted)) / 100)
+    assert best_update(moments, ridges)[1] == wanted
+    assert len(asked) == len(set(asked)) <= 4
+
+
+def test_a_large_matrix_has_pages_of_its_own(monkeypatch):
+    monkeypatch.setattr("llmsurgeon.healing.refit.symmetric.OWN_PAGES", 1)
+    fit, judge = text(900, 60, 5), text(40, 60, 5, seed=1)
+    update, ridge, _ = best_update(moments_of(fit, judge), RIDGES)
+    assert (update.double() - slow(*fit, ridge)).norm() < 1e-5 * update.norm()
