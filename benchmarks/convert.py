@@ -2,11 +2,12 @@
 
     python benchmarks/convert.py                                # about 6 GB, needs 20 GB of disk
     python benchmarks/convert.py --gigabytes 1 --repeats 3
+    python benchmarks/convert.py --checksums blake3 sha256 none
     python benchmarks/convert.py --mergekit-python ~/mk/bin/python
 
 The source is sharded, untied, and warm in the page cache. Runs are interleaved (cp, llmsurgeon, mergekit, cp, ...),
 with everything flushed to disk before each. llmsurgeon drops attentions and fuses FFN runs with their norms folded
-in, hashes every file and flushes it to disk; `cp` does neither, so `cp + sync` stands beside it. Interpreter start
+in, sums every file and flushes it to disk; `cp` does neither, so `cp + sync` stands beside it. Interpreter start
 and imports are outside the time of llmsurgeon and mergekit, and reported.
 """
 
@@ -24,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,12 +34,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = """
 import sys
 import llmsurgeon.cli.main  # whose way of ending is the command's
-from llmsurgeon import run
+from llmsurgeon.run import Options, run
 from llmsurgeon.recipe import recipe
 import llmsurgeon.formats.write, transformers.models.llama.modeling_llama
 job = recipe.load(sys.argv[1])
 print("ready", flush=True); sys.stdin.readline()
-run.run(job, sys.argv[2], sys.argv[3], run.Options(max_shard_size=sys.argv[4]))
+run(job, sys.argv[2], sys.argv[3], Options(max_shard_size=sys.argv[4], checksum=sys.argv[5]))
 """
 MERGEKIT = """
 import sys
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=6.0, help="size of the source")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-shard-size", default="2GB", help="of what llmsurgeon writes")
+    parser.add_argument("--checksums", nargs="+", default=["blake3"], help="of what llmsurgeon writes, each timed")
     parser.add_argument("--folder", help="where to put source and outputs (default: the temporary folder)")
     parser.add_argument("--mergekit-python", help="interpreter of an environment that has mergekit")
     parser.add_argument("--json", action="store_true")
@@ -72,10 +75,11 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict:
     (folder / "recipe.yaml").write_text(recipe(dropped, runs))
     (folder / "merge.yaml").write_text(passthrough(source, config["num_hidden_layers"], runs))
     ours = [sys.executable, "-c", OURS, str(folder / "recipe.yaml"), str(source), str(out), arguments.max_shard_size]
+    ways = {f"llmsurgeon, {checksum}": [*ours, checksum] for checksum in arguments.checksums}
     contenders: dict[str, Callable[[], dict[str, float]]] = {
         "cp -r": lambda: copied(source, out, sync=False),
         "cp -r + sync": lambda: copied(source, out, sync=True),
-        "llmsurgeon": lambda: converted(ours),
+        **{name: partial(converted, command) for name, command in ways.items()},
     }
     if arguments.mergekit_python:
         other = [arguments.mergekit_python, "-c", MERGEKIT, str(folder / "merge.yaml"), str(source), str(out)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
+from llmsurgeon.evaluation.layerwise import pair_of
 from llmsurgeon.evaluation.pair import Pair, check_encoder
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
 from llmsurgeon.formats.devices import chosen_device
@@ -63,6 +64,7 @@ def evaluate(
 ) -> Evaluated:
     """Measure `model` (hub id, folder or GGUF file) on text, and against its parent where `against` names one.
 
+    Models that memory does not hold are walked layer by layer; they want text.
     Without `text` (a .txt, .jsonl or .parquet file) and `dataset` (NAME[:CONFIG][:SPLIT] on the hub) the text is
     sampled from the parent, or from the model where there is none. Intervals are of 95 % confidence, over windows.
 
@@ -80,7 +82,7 @@ def evaluate(
     """
     model, against = os.fspath(model), None if against is None else os.fspath(against)
     text = named_text(text)
-    pair = Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code)
+    pair = pair_of(Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code))
     if tasks:
         check_tasks_available()
     if sequence_length is not None:

@@ -71,7 +71,7 @@ def export(
         **place,
     ) as stage:
         weights = student.written.published(student.weights, parent.family)
-        stage.write_weights(weights, max_shard_size=options.max_shard_size)
+        stage.write_weights(weights, max_shard_size=options.max_shard_size, checksum=options.checksum)
         before = write_export_records(stage, parent, student)
         stage.confirm(inputs.check)
         return Exported(stage.commit(), to, student.written.loads, before, student.costs)

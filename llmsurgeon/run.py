@@ -121,7 +121,7 @@ def finish(stage: Stage, out: str, records: RunRecords, options: Options, inputs
     """
     planned, healed = records.planned, records.healed
     weights = planned.written.published(healed.weights, planned.parent.family)
-    stage.write_weights(weights, max_shard_size=options.max_shard_size)
+    stage.write_weights(weights, max_shard_size=options.max_shard_size, checksum=options.checksum)
     short = missed(planned.recipe.gate, healed.evaluation)
     records.write(stage, short)
     stage.confirm(inputs.check)

@@ -25,6 +25,7 @@ from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.plan import _group_bytes
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.text.files import file_text
+from llmsurgeon.walk.memory import Room
 from llmsurgeon.walk.streams import Streams
 
 
@@ -164,7 +165,7 @@ def test_the_peak_of_many_edits_is_found_in_one_pass():
 
 def test_streams_take_their_room_at_once(tmp_path, monkeypatch):
     """A page of a map that finds no room would end the process."""
-    monkeypatch.setattr("llmsurgeon.walk.streams.STREAM_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr("llmsurgeon.walk.streams.room", lambda: Room(1000, "a test"))
 
     def refuse(*args):
         raise OSError(28, "No space left on device")
@@ -173,7 +174,7 @@ def test_streams_take_their_room_at_once(tmp_path, monkeypatch):
     with pytest.raises(SurgeryError, match=r"the disk is full; hidden states take 48,000 bytes there: set TMPDIR"):
         Streams(3, (10, 20, 20), torch.float32)
     monkeypatch.undo()
-    monkeypatch.setattr("llmsurgeon.walk.streams.STREAM_BYTES_IN_MEMORY", 1000)
+    monkeypatch.setattr("llmsurgeon.walk.streams.room", lambda: Room(1000, "a test"))
     assert Streams(3, (10, 20, 20), torch.float32).data.shape == (3, 10, 20, 20)
 
 

@@ -128,7 +128,7 @@ def test_the_files_of_a_run(parent, text, tmp_path):
         "recipe.yaml",
         "surgery.json",
         "README.md",
-        "checksums.sha256",
+        "checksums.b3",
     } | (names & {"special_tokens_map.json"})
     assert not list(tmp_path.glob("*.partial"))
     config = json.loads((out / "config.json").read_text())

@@ -9,15 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmsurgeon.checkpoint.atomic import exchange
-from llmsurgeon.checkpoint.manifest import MANIFEST, file_sha256, strangers
+from llmsurgeon.checkpoint.checksums import file_sha256
+from llmsurgeon.checkpoint.manifest import own_manifest, strangers
 
 
 def identity(path: Path, single_file: bool) -> str | None:
     """What tells one result from another; None where there is none."""
     if single_file:
         return "there" if os.path.lexists(path) else None
-    manifest = path / MANIFEST
-    return file_sha256(manifest) if manifest.is_file() else None
+    manifest = own_manifest(path)
+    return file_sha256(manifest) if manifest else None
 
 
 def swap_folders(result: Path, out: Path, aside: Path) -> None:
@@ -35,9 +36,11 @@ def swap_folders(result: Path, out: Path, aside: Path) -> None:
 
 def remove_written(folder: Path) -> bool:
     """Delete the files that a folder's manifest names, and the folder; False where others are in it, which stay."""
-    for name in strangers(folder).ours:
+    found = strangers(folder)
+    for name in found.ours:
         (folder / name).unlink(missing_ok=True)
-    (folder / MANIFEST).unlink(missing_ok=True)
+    if found.manifest:
+        found.manifest.unlink(missing_ok=True)
     for inside in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
         with suppress(OSError):
             inside.rmdir()

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmsurgeon.boundary.foreign import local_path
-from llmsurgeon.checkpoint.manifest import MANIFEST, strangers
+from llmsurgeon.checkpoint.manifest import strangers
 from llmsurgeon.errors import SurgeryError
 
 LONGEST_INSIDE = "x" * 80  # names of files inside
@@ -112,9 +112,9 @@ def check_existing(target: Path, overwrite: bool, single_file: bool) -> None:
     if not overwrite:
         raise SurgeryError(f"{target}: exists already; choose another output folder or pass --overwrite")
     found = strangers(target)
-    if not found.marked:
+    if not found.manifest:
         raise SurgeryError(
-            f"{target}: holds files and was not written by llmsurgeon (there is no {MANIFEST} of it), so it is not "
+            f"{target}: holds files and was not written by llmsurgeon (there is no checksums file of it), so it is not "
             "overwritten; delete it yourself"
         )
     if found.foreign:

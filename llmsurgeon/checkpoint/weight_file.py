@@ -12,14 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.checksums import Checksum
 from llmsurgeon.checkpoint.finite import is_finite
-from llmsurgeon.checkpoint.manifest import FollowingHash
+from llmsurgeon.checkpoint.following import FollowingSum
 from llmsurgeon.checkpoint.shards import Shard
 from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.transform import TransformedWeights, blocks, root_of
 from llmsurgeon.errors import CheckpointError, SurgeryError
 
 COPY_STEP = 1 << 26
+UNIT = 1 << 16  # a multiple of the block of every file system
 
 Progress = Callable[[int, int], None]
 
@@ -36,28 +38,32 @@ class Reporter:
             self.progress(self.done, self.total)
 
 
+@dataclass(frozen=True)
+class Manner:
+    """How weight files are written: by which checksum, whether computed numbers must be finite, who hears of it."""
+
+    checksum: Checksum
+    check_finite: bool
+    report: Reporter
+
+
 def write_shard(
-    folder: Path,
-    shard: Shard,
-    weights: Mapping[str, Tensor],
-    meta: Mapping[str, Tensor],
-    check_finite: bool,
-    report: Reporter,
-) -> FollowingHash:
-    """Write one file; return the hash that follows it."""
+    folder: Path, shard: Shard, weights: Mapping[str, Tensor], meta: Mapping[str, Tensor], manner: Manner
+) -> FollowingSum:
+    """Write one file; return the sum that follows it."""
     path = folder / shard.file
     path.unlink(missing_ok=True)  # a link that stands there is not followed
     with path.open("xb") as file:
         os.truncate(file.fileno(), shard.size)
-        following = FollowingHash(path, shard.size, shard.key)
+        following = FollowingSum(path, shard.size, shard.key, manner.checksum)
         try:
-            out = _Output(file.fileno(), following, report)
+            out = _Output(file.fileno(), following, manner.report)
             out.write(shard.header)
-            for source in _steps(shard, weights):
-                if isinstance(source, _Range):
+            for source in steps(shard, weights):
+                if isinstance(source, Range):
                     out.copy(source)
                 else:
-                    _write_computed(out, source, weights, meta[source], check_finite)
+                    _write_computed(out, source, weights, meta[source], manner.check_finite)
         except BaseException:
             following.abandon()
             raise
@@ -67,19 +73,21 @@ def write_shard(
 
 
 @dataclass(frozen=True)
-class _Range:
+class Range:
+    """Bytes `start` to `end` of a file."""
+
     path: Path
     start: int
     end: int
 
 
-def _steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[_Range | str]:
+def steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[Range | str]:
     """The shard's tensors in order: names to compute and byte ranges to copy, neighbours merged."""
-    pending: _Range | None = None
+    pending: Range | None = None
     for name in shard.names:
         found = _location(weights, name)
         if found and pending and found.path == pending.path and found.start == pending.end:
-            pending = _Range(found.path, pending.start, found.end)
+            pending = Range(found.path, pending.start, found.end)
             continue
         if pending:
             yield pending
@@ -90,13 +98,24 @@ def _steps(shard: Shard, weights: Mapping[str, Tensor]) -> Iterator[_Range | str
         yield pending
 
 
-def _location(weights: Mapping[str, Tensor], name: str) -> _Range | None:
+def copied(shard: Shard, weights: Mapping[str, Tensor], meta: Mapping[str, Tensor]) -> Iterator[tuple[int, Range]]:
+    """What is copied to which place of the shard."""
+    at = len(shard.header)
+    for source in steps(shard, weights):
+        if isinstance(source, Range):
+            yield at, source
+            at += source.end - source.start
+        else:
+            at += meta[source].numel() * meta[source].dtype.itemsize
+
+
+def _location(weights: Mapping[str, Tensor], name: str) -> Range | None:
     root = root_of(weights)
     origin = weights.origin(name) if isinstance(weights, TransformedWeights) else name
     if origin is None or not isinstance(root, Checkpoint):
         return None
     location = root.location(origin)
-    return _Range(*location) if location else None
+    return Range(*location) if location else None
 
 
 def _write_computed(
@@ -129,7 +148,7 @@ def raise_unless_finite(name: str, tensor: Tensor) -> None:
 class _Output:
     """A file being written from its beginning on."""
 
-    def __init__(self, fd: int, following: FollowingHash, report: Reporter) -> None:
+    def __init__(self, fd: int, following: FollowingSum, report: Reporter) -> None:
         self.fd, self.following, self.report, self.at = fd, following, report, 0
 
     def _advance(self, count: int) -> None:
@@ -144,12 +163,14 @@ class _Output:
             self._advance(count)
             view = view[count:]
 
-    def copy(self, source: _Range) -> None:
+    def copy(self, source: Range) -> None:
         fd = os.open(source.path, os.O_RDONLY)
         try:
             at = source.start
             while at < source.end:
-                count = copy_bytes(fd, self.fd, at, self.at, min(COPY_STEP, source.end - at))
+                # From one whole unit to another: where both files have blocks there, the file system may share them.
+                step = COPY_STEP if at % UNIT == 0 else UNIT - at % UNIT
+                count = copy_bytes(fd, self.fd, at, self.at, min(step, source.end - at))
                 if not count:
                     raise CheckpointError(
                         f"{source.path}: the file became shorter while it was being read; start again"

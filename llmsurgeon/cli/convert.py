@@ -18,6 +18,7 @@ from llmsurgeon.cli.options import (
     DEVICE,
     DISCARD,
     OVERWRITE,
+    ChecksumKind,
     TrustRemoteCode,
     length_option,
     recipe_paths,
@@ -62,6 +63,7 @@ class Job:
     overwrite: bool
     discard_partial: bool
     max_shard_size: str
+    checksum: str
     device: str
     dtype: str | None
     revision: str | None
@@ -129,6 +131,7 @@ def _shared(
     overwrite: Overwrite = False,
     discard_partial: Discard = False,
     max_shard_size: ShardSize = "5GB",
+    checksum: ChecksumKind = "blake3",
     device: Device = "auto",
     dtype: Dtype = None,
     revision: Revision = None,
@@ -229,6 +232,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         reads=recipe_paths(job.recipe),
         trust_remote_code=job.trust_remote_code,
         say=say,
+        checksum=job.checksum,
     )
     if not (job.as_json or output.quiet):
         options = replace(options, planned=print_plan)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsurgeon.cli import say, tell
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, TrustRemoteCode, short_name
+from llmsurgeon.cli.options import DISCARD, OVERWRITE, ChecksumKind, TrustRemoteCode, short_name
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.names import FormName
 
@@ -35,6 +35,7 @@ def export_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    checksum: ChecksumKind = "blake3",
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -60,6 +61,7 @@ def export_command(
         discard_partial=discard_partial,
         trust_remote_code=trust_remote_code,
         say=say,
+        checksum=checksum,
     )
     if to == "gguf":
         kind = type or "F16"

@@ -16,6 +16,7 @@ from llmsurgeon.cli.options import (
     DEVICE,
     DISCARD,
     OVERWRITE,
+    ChecksumKind,
     TrustRemoteCode,
     recipe_paths,
     short_name,
@@ -55,6 +56,7 @@ def heal_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)] = False,
     discard_partial: Annotated[bool, typer.Option("--discard-partial", help=DISCARD)] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest size of a weight file.")] = "5GB",
+    checksum: ChecksumKind = "blake3",
     device: Annotated[
         str, typer.Option(help=f"{DEVICE} Under accelerate launch: what it was told.", callback=usable_device)
     ] = "auto",
@@ -87,6 +89,7 @@ def heal_command(
         reads=recipe_paths(recipe),
         trust_remote_code=trust_remote_code,
         say=say,
+        checksum=checksum,
     )
     target = out or f"{short_name(student)}-healed"
     work = partial(heal, student, parent, wanted, target, options, revision=revision, resume=resume)

@@ -37,6 +37,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "after": planned.after.to_dict(),
         "peak_edit_bytes": planned.peak_bytes,
         "healing_bytes": planned.healing_bytes,
+        "stream_bytes": planned.stream_bytes,
         "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
         "blocks": [list(layer.parents) for layer in planned.spec.layers],
         "notes": list(planned.notes),
@@ -97,6 +98,20 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
     out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
     if planned.healing_bytes:
         out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
+    if planned.stream_bytes:
+        out.print(f"hidden states of the text: {human(planned.stream_bytes)}B each time; {_place()}", highlight=False)
+
+
+def _place() -> str:
+    """Where hidden states go that memory does not hold."""
+    import tempfile
+
+    from llmsurgeon.model.costs import human
+    from llmsurgeon.walk.memory import room
+
+    free = room()
+    bound = f"half of the {human(free.bytes)}B that are free" if free else "what memory holds"
+    return f"above {bound} they go into a file in {tempfile.gettempdir()} (TMPDIR)"
 
 
 def print_outcome(outcome: Outcome) -> None:

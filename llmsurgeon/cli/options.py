@@ -9,12 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
+from llmsurgeon.checkpoint.checksums import ChecksumName
 
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let code run that a model's tokenizer brings along; read it first."),
 ]
 
+ChecksumKind = Annotated[
+    ChecksumName,
+    typer.Option("--checksum", help="Of the written files: blake3, sha256 (slower; the hub's own kind) or none."),
+]
 
 OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
 DEVICE = "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 ..."

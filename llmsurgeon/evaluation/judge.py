@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 def judge(
     student: LayerRunner,
-    parent: LayerRunner,
+    parent: LayerRunner | None,
     tokens: Tensor,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     batch: int,
 ) -> Evaluation | EncoderEvaluation:
-    """What an evaluation of both models on `tokens` [S, T] would say, their layers read one at a time."""
+    """What an evaluation of both models on `tokens` [S, T] would say, their layers read one at a time.
+
+    A decoder may be without a parent.
+    """
 
     def left(runner: LayerRunner, inputs: Tensor) -> Tensor:
         return walk(runner, inputs, [Variant()], batch=batch)[0]
@@ -35,7 +38,10 @@ def judge(
     def by_row(output: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[int], Tensor]:
         return lambda row: output(hidden[row][student.real(hidden[row])].to(student.device))
 
-    mine, theirs = left(student, tokens), left(parent, tokens)
+    mine = left(student, tokens)
+    if parent is None:
+        return evaluate_hidden(tokens, by_row(student.final, mine))
+    theirs = left(parent, tokens)
     if not student.family.encoder:
         return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs))
     masking = masking_of(tokenizer(), tokens, student.family, vocab=student.vocab)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.streams import Streams, copied
 from llmsurgeon.walk.walk import Parts, through
 
 
@@ -66,7 +67,14 @@ class Batches:
 
 def embedded(runner: LayerRunner, batches: Batches) -> Tensor:
     """What enters the first layer; the runner also learns how its layers are called."""
-    return torch.cat([runner.embed(batches.tokens[part]).cpu() for part, _ in batches.parts])
+    stream: Tensor | None = None
+    for part, _ in batches.parts:
+        hidden = runner.embed(batches.tokens[part]).cpu()
+        if stream is None:
+            stream = Streams(1, (len(batches.tokens), *hidden.shape[1:]), hidden.dtype).data[0]
+        stream[part] = hidden
+    assert stream is not None
+    return stream
 
 
 def passes(runner: LayerRunner, batches: Batches, index: int, stream: Tensor) -> Iterator[tuple[slice, Parts]]:
@@ -77,7 +85,7 @@ def passes(runner: LayerRunner, batches: Batches, index: int, stream: Tensor) ->
 
 def attended(runner: LayerRunner, batches: Batches, index: int, stream: Tensor) -> Tensor:
     """The stream behind the loaded layer's attention."""
-    behind = stream.clone()
+    behind = copied(stream)
     for part, _ in batches.parts:
         contribution = runner.attend(index, stream[part].to(runner.device))
         if contribution is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmsurgeon.checkpoint.checksums import checksum_of
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.devices import AUTO, chosen_device
 from llmsurgeon.planning.plan import Planned
@@ -27,8 +28,12 @@ class Options:
     overwrite: replace an OUT that this tool wrote.
     discard_partial: delete what an unfinished run left in OUT.partial.
     reads: files that were read already, as the recipe, and must survive.
+    checksum: the kind of the written files' checksums: blake3, sha256 or none.
     planned: is told the plan before anything is healed or written.
     trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
+
+    Raises:
+        SurgeryError: there is no such kind of checksum.
     """
 
     device: str = "auto"
@@ -41,6 +46,10 @@ class Options:
     planned: Callable[[Planned], None] = field(default=lambda planned: None)
     discard_partial: bool = False
     reads: tuple[Path, ...] = ()
+    checksum: str = "blake3"
+
+    def __post_init__(self) -> None:
+        checksum_of(self.checksum)
 
     def staging(self, *sources: Path) -> dict[str, Any]:
         """What Stage is to be told of OUT, where `sources` are read beside `reads`."""

@@ -72,6 +72,15 @@ class Planned:
         return max((_group_bytes(self.meta, name) for name in self.meta), default=0)
 
     @property
+    def stream_bytes(self) -> int:
+        """What one hidden state of each token of the calibration text takes; 0 where nothing reads text."""
+        wanted = self.recipe.calibration
+        if not (self.heals or self.recipe.gate or wanted.text or wanted.dataset):
+            return 0
+        tokens = max([wanted.tokens, *(step.calibration_tokens() or 0 for step in self.recipe.steps)])
+        return tokens * self.parent.spec.hidden * self.parent.dtype.itemsize
+
+    @property
     def healing_bytes(self) -> int:
         """About the most that closed-form fits (refit, ternary codes that compensate) take beside the process itself.
 

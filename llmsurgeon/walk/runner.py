@@ -18,6 +18,7 @@ from llmsurgeon.formats.experts import class_form
 from llmsurgeon.formats.models import embedding_rows, empty_model
 from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.model.families import family_of
+from llmsurgeon.walk.memory import room
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -89,12 +90,10 @@ class LayerRunner:
         self.model = empty_model(detailed)
         self.layers = list(self.model.get_submodule(self.family.layers))
         # Heads and towers that go along beside the model stay on the disk.
-        own = set(self.model.state_dict())
-        outside = {
-            name: weights[name].to(device=device, dtype=dtype)
-            for name in weights
-            if name in own and not name.startswith(f"{self.family.layers}.")
-        }
+        own = self.model.state_dict()
+        names = [name for name in weights if name in own and not name.startswith(f"{self.family.layers}.")]
+        self._refuse_too_large(sum(own[name].numel() for name in names) * dtype.itemsize)
+        outside = {name: weights[name].to(device=device, dtype=dtype) for name in names}
         self.model.load_state_dict(outside, strict=False, assign=True)
         self.model.tie_weights()
         self.base = self.model.base_model
@@ -105,6 +104,18 @@ class LayerRunner:
                 setattr(buffer_owner, name, buffer.to(device))
         self._calls: dict[Any, list[_Call]] = {}
         self._length = 0
+
+    def _refuse_too_large(self, outside: int) -> None:
+        """Raise SurgeryError where one layer beside the `outside` bytes is more than this process may take."""
+        free = room() if torch.device(self.device).type == "cpu" else None
+        largest = max((sum(t.numel() for t in layer.state_dict().values()) for layer in self.layers), default=0)
+        layer = largest * self.dtype.itemsize
+        if free and free.bytes < layer + outside:
+            fewer = "" if self.dtype.itemsize == 2 else ", or compute in --dtype bfloat16"
+            raise SurgeryError(
+                f"one layer of this model takes {layer:,} bytes, beside {outside:,} of embedding and head, and this "
+                f"process may take {free.bytes:,} more ({free.limit}); give it more memory{fewer}"
+            )
 
     def embed(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [s, T] -> [s, T, D]; also learns how the model calls each layer."""

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.kept import allocate, writing
+from llmsurgeon.progress import remark
+from llmsurgeon.walk.memory import room
 
-# Streams above this many bytes live in a temporary file instead of memory.
+# Streams above this share of the memory that is free live in a temporary file; the rest is for a layer's work.
+SHARE_IN_MEMORY = 0.5
+# And above this many bytes, where the system does not tell what is free.
 STREAM_BYTES_IN_MEMORY = 6 << 30
 
 
@@ -19,13 +23,20 @@ class Streams:
     """Hidden states [S, T, D] of several variants; kept in a temporary file when memory would not hold them."""
 
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        size = count * torch.Size(shape).numel() * dtype.itemsize
-        if size > STREAM_BYTES_IN_MEMORY:
-            then = f"hidden states take {size:,} bytes there: set TMPDIR to a folder with room, or take fewer tokens"
-            with writing(Path(tempfile.gettempdir()), then):
-                self.data = self._mapped(size, dtype).view(count, *shape)
-        else:
+        numbers = torch.Size(shape).numel()
+        size, free = count * numbers * dtype.itemsize, room()
+        if size <= (SHARE_IN_MEMORY * free.bytes if free else STREAM_BYTES_IN_MEMORY):
             self.data = torch.empty((count, *shape), dtype=dtype)
+            return
+        folder = tempfile.gettempdir()
+        told = f", of {free.bytes / 1e9:.1f} GB that are free ({free.limit})" if free else ""
+        remark(
+            f"hidden states take {size / 1e9:.1f} GB ({count} x {numbers // shape[-1]:,} tokens x {shape[-1]:,} x "
+            f"{dtype.itemsize} bytes){told}: they go into a file in {folder} (TMPDIR)"
+        )
+        then = f"hidden states take {size:,} bytes there: set TMPDIR to a folder with room, or take fewer tokens"
+        with writing(Path(folder), then):
+            self.data = self._mapped(size, dtype).view(count, *shape)
 
     def _mapped(self, size: int, dtype: torch.dtype) -> Tensor:
         """A tensor that is a temporary file, all of its room on the disk taken."""
@@ -35,3 +46,8 @@ class Streams:
                 return torch.from_file(file.name, shared=True, size=size // dtype.itemsize, dtype=dtype)
             finally:
                 os.unlink(file.name)  # mapped, it needs no name, and a kill leaves none
+
+
+def copied(stream: Tensor) -> Tensor:
+    """Another stream [S, T, D] that holds the same, in memory or in a file."""
+    return Streams(1, tuple(stream.shape), stream.dtype).data[0].copy_(stream)

@@ -127,14 +127,15 @@ def _set_out(
     """Streams [variants, S, T, D] and a lane for each; variant 0's holds what enters the first layer."""
     layers, counts = len(runner.layers), rows or [len(tokens)] * len(variants)
     first = runner.embed(tokens[parts[0]])
-    streams = Streams(len(variants), (*tokens.shape, first.shape[-1]), first.dtype).data
+    anchored = [place for place, variant in enumerate(variants) if variant.runs]
+    both = Streams(len(variants) + len(anchored), (*tokens.shape, first.shape[-1]), first.dtype).data
+    streams, anchors = both[: len(variants)], dict(zip(anchored, both[len(variants) :], strict=True))
     for sequences in parts:
         streams[0, sequences] = runner.embed(tokens[sequences]).cpu()
     lanes = []
     for place, (variant, count) in enumerate(zip(variants, counts, strict=True)):
         start = variant.first_difference(variants[0], layers) if place else 0
-        anchor = Streams(1, tuple(streams.shape[1:]), first.dtype).data[0] if variant.runs else None
-        lanes.append(_Lane(variant, start, count, streams[place], anchor))
+        lanes.append(_Lane(variant, start, count, streams[place], anchors.get(place)))
     return streams, lanes
 
 

@@ -16,7 +16,7 @@ NAMES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors", "model.safetensors.index.json", "adapter_config.json", "recipe.yaml", "surgery.json",
-    "checksums.sha256",
+    "checksums.b3", "checksums.sha256", "checksums.none",
     "modeling_surgeon_qwen3.py", "tokenizer.model", "added_tokens.json", "vocab.json",
 )  # fmt: skip
 KINDS = (

@@ -39,7 +39,7 @@ FOREIGN = ("OUT.replaced/thesis.txt", "OUT.old/thesis.txt", "OUT.partial.txt", "
 # What Python's tempfile writes for an instant to see whether a folder can be written.
 PROBE = re.compile(r"[a-z0-9_]{8}")
 # What a file holds of times, which differ from run to run.
-TIMED = ("surgery.json", "README.md", "loss.jsonl", "report.html", "checksums.sha256")
+TIMED = ("surgery.json", "README.md", "loss.jsonl", "report.html", "checksums.b3")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llmsurgeon.checkpoint.atomic import exchange, move, write_whole
+from llmsurgeon.checkpoint.checksums import CHECKSUMS, file_sum
 from llmsurgeon.checkpoint.commit import remove
 from llmsurgeon.checkpoint.journal import HOW_FAR
 from llmsurgeon.checkpoint.manifest import strangers, verify_files
@@ -43,9 +44,9 @@ def begun(out: Path, job: dict[str, str] = JOB) -> Path:
     return out.with_name(f"{out.name}.partial")
 
 
-def finished(out: Path, **options) -> Path:
+def finished(out: Path, checksum: str = "blake3", value: float = 1, **options) -> Path:
     with Stage.open(out, job=JOB, **options) as stage:
-        stage.write_weights({"a": torch.ones(2)})
+        stage.write_weights({"a": torch.full((2,), float(value))}, checksum=checksum)
         stage.write_file("config.json", "{}")
         return stage.commit()
 
@@ -189,7 +190,7 @@ def test_links_inside_the_result_are_replaced_not_followed(tmp_path):
     precious.write_text("mine")
     (tmp_path / "source").write_text("copied")
     with Stage.open(tmp_path / "out", job=JOB) as stage:
-        for name in ("model.safetensors", "config.json", "copied.json", "checksums.sha256"):
+        for name in ("model.safetensors", "config.json", "copied.json", "checksums.b3"):
             (stage.path / name).symlink_to(precious)
         stage.write_weights({"a": torch.ones(2)})
         stage.write_file("config.json", "{}")
@@ -226,29 +227,63 @@ def test_overwrite_refuses_what_it_did_not_write_by_name(tmp_path, name):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("manifest", [None, "sha256sum"])
-def test_overwrite_refuses_a_checkpoint_of_others(tmp_path, manifest):
+@pytest.mark.parametrize("kind", [None, *CHECKSUMS])
+def test_overwrite_refuses_a_checkpoint_of_others(tmp_path, kind):
     """A config.json is no proof, and neither are sums that somebody else wrote."""
     out = tmp_path / "out"
     out.mkdir()
-    (out / "config.json").write_text("{}")
-    if manifest:
-        sums = subprocess.run(["sha256sum", "config.json"], cwd=out, capture_output=True, text=True, check=True)
-        (out / "checksums.sha256").write_text(sums.stdout)
+    for name in ("config.json", "notes.txt"):
+        (out / name).write_text("{}")
+    if kind:
+        made = [f"{file_sum(out / name, CHECKSUMS[kind])}  {name}\n" for name in ("config.json", "notes.txt")]
+        (out / CHECKSUMS[kind].manifest).write_text("".join(made))
+        assert verify_files(out) == []
     before = tree(tmp_path)
     with pytest.raises(SurgeryError, match="was not written by llmsurgeon"):
         Stage.open(out, job=JOB, overwrite=True)
     assert tree(tmp_path) == before
 
 
-def test_the_manifest_is_still_one_for_sha256sum(tmp_path):
-    out = finished(tmp_path / "out")
-    done = subprocess.run(
-        ["sha256sum", "--strict", "-c", "checksums.sha256"], cwd=out, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (out / "config.json").write_text("{ }")
-    assert any("config.json" in problem for problem in verify_files(out))
+@pytest.mark.parametrize("before", CHECKSUMS)
+@pytest.mark.parametrize("after", CHECKSUMS)
+def test_an_output_is_replaced_whatever_its_checksums(tmp_path, before, after):
+    out = finished(tmp_path / "out", before)
+    assert strangers(out).foreign == () and strangers(out).manifest == out / CHECKSUMS[before].manifest
+    finished(tmp_path / "out", after, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", CHECKSUMS[after].manifest}
+    assert verify_files(out) == []
+
+
+def test_an_output_of_an_older_version_is_replaced(tmp_path):
+    """Its manifest has the mark alone before its sums."""
+    out = finished(tmp_path / "out", "sha256")
+    lines = (out / "checksums.sha256").read_text().splitlines(keepends=True)
+    (out / "checksums.sha256").write_text("".join([lines[0], *lines[2:]]))
+    assert verify_files(out) == [] and len(lines) == 4
+    assert verify_files(finished(out, overwrite=True)) == []
+
+
+@pytest.mark.parametrize("kind", CHECKSUMS)
+@pytest.mark.parametrize("when", ["before the swap", "after it"])
+def test_a_commit_that_was_killed_tells_two_outputs_of_one_size_apart(tmp_path, monkeypatch, kind, when):
+    out = finished(tmp_path / "out", kind, value=1)
+    real = Stage._swap
+
+    def killed(stage):
+        if when == "after it":
+            real(stage)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stage, "_swap", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finished(out, kind, value=2, overwrite=True)
+    monkeypatch.undo()
+    said = "It is whole" if when == "after it" else "exists already"
+    with pytest.raises(SurgeryError, match=said):
+        Stage.open(out, job=JOB)
+    assert load_file(out / "model.safetensors")["a"].tolist() == [2 if when == "after it" else 1] * 2
+    assert verify_files(finished(out, kind, value=2, overwrite=True)) == []
+    assert load_file(out / "model.safetensors")["a"].tolist() == [2, 2]
 
 
 def test_links_in_a_replaced_out_are_foreign(tmp_path):

@@ -226,7 +226,7 @@ def test_existing_output(folder, tmp_path):
     out.mkdir()
     convert(folder, out)  # an empty folder is no obstacle
     refused("exists already", folder, out)
-    (out / "checksums.sha256").unlink()
+    (out / "checksums.b3").unlink()
     refused("was not written by llmsurgeon", folder, out, overwrite=True)
     (tmp_path / "file").write_text("x")
     refused("is not a folder", folder, tmp_path / "file", overwrite=True)

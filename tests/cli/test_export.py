@@ -49,7 +49,7 @@ def test_the_files(run, folder):
     """Card, recipe and measurements of the student go along; so do tokenizer and code."""
     assert run("export", "student", "--to", "nemotron-nas", "-o", "nas", "--max-shard-size", "100KB")[0] == 0
     names = {path.name for path in (folder / "nas").iterdir()}
-    assert {"config.json", "tokenizer.json", "recipe.yaml", "surgery.json", "checksums.sha256"} <= names
+    assert {"config.json", "tokenizer.json", "recipe.yaml", "surgery.json", "checksums.b3"} <= names
     assert {"configuration_decilm.py", "modeling_decilm.py", "model.safetensors.index.json"} <= names
     assert (folder / "nas" / "recipe.yaml").read_text() == (folder / "student" / "recipe.yaml").read_text()
     card = (folder / "nas" / "README.md").read_text()

@@ -24,7 +24,7 @@ from tests.golden.parents import Unit, text
 
 # Files of an output that are written down as they are; of all others a hash is.
 AS_THEY_ARE = (".json", ".yaml", ".md", ".html", ".jsonl")
-HASHED = ("tokenizer.json", "checksums.sha256")
+HASHED = ("tokenizer.json", "checksums.b3")
 TIMES = {"seconds", "minutes_taken", "tokens_per_second", "time", "hours", "elapsed"}
 
 
@@ -180,7 +180,7 @@ def written_down(out: Path, folder: Path) -> dict[str, str]:
             tensors += [f"{name} {line}" for line in _safetensors(path)]
         elif path.suffix == ".gguf":
             tensors += [f"{name} {line}" for line in _gguf(path)]
-        elif path.name != "checksums.sha256":
+        elif path.name != "checksums.b3":
             (code if path.suffix == ".py" else hashes).append(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}")
     files["files.txt"] = "".join(f"{path.relative_to(base).as_posix()}\n" for path in paths)
     files["tensors.txt"] = "".join(f"{line}\n" for line in tensors)

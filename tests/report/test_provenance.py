@@ -32,7 +32,7 @@ def test_what_run_writes_is_read(student):
     {"parent": 7},    {"gate_missed": "no"}, {"parents": [[-1]]}, {"parents": [0, 1]}, {"calibration": 5},
 ])  # fmt: skip
 def test_what_is_not_of_our_form_is_left_out_and_said(student, run, change):
-    (student / "checksums.sha256").unlink()
+    (student / "checksums.b3").unlink()
     surgery = json.loads((student / "surgery.json").read_text())
     (student / "surgery.json").write_text(json.dumps({**surgery, **change}))
     assert read_records(student) is None
@@ -43,7 +43,7 @@ def test_what_is_not_of_our_form_is_left_out_and_said(student, run, change):
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b'{"a": ' + b"1" * 5000 + b"}"])
 def test_heal_and_export_of_a_student_whose_records_is_damaged(student, run, content):
-    (student / "checksums.sha256").unlink()
+    (student / "checksums.b3").unlink()
     for name in ("surgery.json", "recipe.yaml"):
         (student / name).write_bytes(content)
     assert run("export", "student", "--to", "surgeon", "-o", "OUT")[0] == 0

@@ -15,6 +15,7 @@ from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
 from llmsurgeon.walk import streams as streams_module
+from llmsurgeon.walk.memory import Room
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import Course, walk
@@ -162,7 +163,7 @@ def test_large_streams_live_in_a_file(monkeypatch, tmp_path):
     model, tokens = tiny_model("llama"), some_tokens(batch=5)
     variants = [variant for variant, _ in CUTS]
     expected = walk(runner_of(model), tokens, variants, batch=2)
-    monkeypatch.setattr(streams_module, "STREAM_BYTES_IN_MEMORY", 1024)
+    monkeypatch.setattr(streams_module, "room", lambda: Room(1024, "a test"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     made = []
     real = streams_module.tempfile.NamedTemporaryFile

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmsurgeon.checkpoint.atomic import fsync
+from llmsurgeon.checkpoint.checksums import file_sha256
 from llmsurgeon.checkpoint.journal import HOW_FAR
 from llmsurgeon.checkpoint.kept import forget, keep, whole
-from llmsurgeon.checkpoint.manifest import file_sha256
 from llmsurgeon.healing.distill.training import Run, State
 from llmsurgeon.progress import remark
 

@@ -33,7 +33,7 @@ from llmsurgeon.healing.store import Stored, layer_name, moved, on_copies
 from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
-from llmsurgeon.walk.streams import Streams
+from llmsurgeon.walk.streams import Streams, copied
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def refit(context: Context[LayerRunner]) -> Refitted:
     student, batches, spec = context.student, context.batches, context.spec
     embedded(context.parent, batches)  # it learns how its layers are called
     x = embedded(student, batches)
-    p = x.clone()
+    p = copied(x)
     summed = torch.empty_like(x) if context.family.post_norm else p
     files: dict[str, Path] = {}
     updates: list[Update] = []

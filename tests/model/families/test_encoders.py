@@ -252,7 +252,7 @@ def test_files_of_sentence_transformers_go_along(tmp_path):
     out = run(loads(RECIPE + BLOCK), str(parent), str(tmp_path / "out"), Options()).out
     assert (out / "1_Pooling" / "config.json").read_text() == '{"pooling_mode_cls_token": true}'
     assert (out / "modules.json").exists() and (out / "sentence_bert_config.json").exists()
-    assert "  1_Pooling/config.json" in (out / "checksums.sha256").read_text()
+    assert "  1_Pooling/config.json" in (out / "checksums.b3").read_text()
     card = (out / "README.md").read_text()
     assert "AutoModel.from_pretrained" in card and "pipeline_tag: feature-extraction" in card and "KV cache" not in card
 
