@@ -31,7 +31,7 @@ from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.heal import heal  # noqa: E402
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
-from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.calibration import calibration_sequences  # noqa: E402
 from llmsurgeon.text.files import file_text  # noqa: E402
 from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
@@ -106,6 +106,7 @@ def converted(arguments: argparse.Namespace, step: str, judge, distil: bool):  #
 version: 1
 calibration:
   text: {arguments.text}
+  self_share: 0
   tokens: {arguments.tokens}
   sequence_length: {arguments.sequence_length}
   sentences: {str(arguments.sentences).lower()}
@@ -172,9 +173,9 @@ class Windows:
     def __init__(self, arguments: argparse.Namespace, tokens: int = 16384) -> None:
         tokenizer = load_tokenizer(arguments.model)
         self.windows = {
-            Path(name).name: calibration_tokens(
+            Path(name).name: calibration_sequences(
                 name, tokenizer, Calibration(text=name, tokens=tokens, sequence_length=256)
-            )
+            ).tokens
             for name in arguments.unseen
         }
 

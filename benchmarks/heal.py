@@ -24,7 +24,7 @@ from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.heal import heal
 from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options
-from llmsurgeon.text.calibration import calibration_tokens
+from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.walk.memory import keep_freed_memory
 
@@ -34,9 +34,9 @@ def quality(student: str, parent: str, texts: list[str], tokens: int, length: in
     tokenizer, models = load_tokenizer(parent), (load_model(student), load_model(parent))
     found = {}
     for text in texts:
-        windows = calibration_tokens(
+        windows = calibration_sequences(
             parent, tokenizer, Calibration(text=text, tokens=tokens, sequence_length=length, seed=SEED)
-        )
+        ).tokens
         measured = evaluate_decoder(models[0], windows, models[1])
         found[Path(text).name] = {
             "perplexity_ratio": measured.perplexity_ratio,
@@ -59,7 +59,7 @@ def healed(arguments: argparse.Namespace, mode: str, out: Path) -> dict[str, Any
     plain = "version: 1\nsteps: [{op: distill, top_k: 64, hidden_layers: 6}]\n"
     recipe = load(arguments.recipe, changes) if arguments.recipe else loads(plain, "defaults", changes)
     if arguments.text:
-        calibration = recipe.calibration.model_copy(update={"text": arguments.text, "dataset": None})
+        calibration = recipe.calibration.model_copy(update={"text": arguments.text, "dataset": None, "self_share": 0.0})
         recipe = recipe.model_copy(update={"calibration": calibration})
     options = Options(say=lambda line: print(line, file=sys.stderr, flush=True))
     outcome = heal(arguments.student, arguments.parent, recipe.model_copy(update={"gate": None}), str(out), options)

@@ -213,7 +213,7 @@ def qualities(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for heals in ("", "  - {op: refit}\n"):
             text = f"""
 version: 1
-calibration: {{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 512}}
+calibration: {{text: {arguments.text}, self_share: 0, tokens: {arguments.tokens}, sequence_length: 512}}
 steps:
   - {{op: matmulfree, count: {count}}}
 {heals}"""

@@ -30,7 +30,7 @@ from llmsurgeon.evaluation.perplexity import perplexity, perplexity_interval  # 
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
 from llmsurgeon.run import Options, run  # noqa: E402
-from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.calibration import calibration_sequences  # noqa: E402
 from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
 CUTS = {
@@ -63,14 +63,17 @@ def main() -> None:
     count = round(arguments.share * parent.config.num_hidden_layers)
     tokenizer = load_tokenizer(arguments.model)
     judging: dict[str, Any] = dict(tokens=arguments.judge_tokens, sequence_length=512)
-    texts = {Path(t).stem: calibration_tokens(t, tokenizer, Calibration(text=t, **judging)) for t in arguments.unseen}
+    texts = {
+        Path(t).stem: calibration_sequences(t, tokenizer, Calibration(text=t, **judging)).tokens
+        for t in arguments.unseen
+    }
     parents = {name: mean_losses(parent, windows) for name, windows in texts.items()}
     del parent
     refit = "" if arguments.no_refit else "  - {op: refit}\n"
     rows: list[dict[str, Any]] = []
     for label in arguments.only:
         cut = CUTS[label].replace("KEEP", str(1 - arguments.share)).replace("COUNT", str(count))
-        made = f"{{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 512}}"
+        made = f"{{text: {arguments.text}, self_share: 0, tokens: {arguments.tokens}, sequence_length: 512}}"
         text = f"version: 1\ncalibration: {made}\nsteps:\n  - {cut}\n{refit}"
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()

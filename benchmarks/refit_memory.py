@@ -56,7 +56,7 @@ def measure(folder: Path, arguments: argparse.Namespace) -> None:
     layers = list(range(1, arguments.run + 1))
     fused = f"{{op: prune_attention, layers: {layers[1:]}}}, {{op: fuse_ffn, runs: [{layers[0]}-{layers[-1]}]}}"
     steps = f"{{op: ternary, layers: {layers[-2:]}}}" if arguments.ternary else f"{fused}, {{op: refit}}"
-    calibration = f"{{text: {folder}/text.txt, tokens: {arguments.tokens}, sequence_length: 128}}"
+    calibration = f"{{text: {folder}/text.txt, self_share: 0, tokens: {arguments.tokens}, sequence_length: 128}}"
     recipe = loads(f"version: 1\ncalibration: {calibration}\nsteps: [{steps}]\n")
     said: dict[str, int] = {}
 

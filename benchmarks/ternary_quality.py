@@ -28,7 +28,7 @@ from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.formats.models import empty_model  # noqa: E402
 from llmsurgeon.planning.opened import open_model  # noqa: E402
 from llmsurgeon.recipe import recipe  # noqa: E402
-from llmsurgeon.text.calibration import calibration_tokens  # noqa: E402
+from llmsurgeon.text.calibration import calibration_sequences  # noqa: E402
 from llmsurgeon.text.wanted import Calibration  # noqa: E402
 
 
@@ -71,7 +71,7 @@ def converted(arguments: argparse.Namespace, share: float, method: str, judge) -
     which = f"share: {share}, " if share < 1 else ""
     text = f"""
 version: 1
-calibration: {{text: {arguments.text}, tokens: {arguments.tokens}, sequence_length: 256}}
+calibration: {{text: {arguments.text}, self_share: 0, tokens: {arguments.tokens}, sequence_length: 256}}
 steps:
   - {{op: ternary, {which}method: {method}{more}}}
 """
@@ -98,9 +98,9 @@ def judges(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """folder -> perplexity on windows of each unseen text."""
     tokenizer = load_tokenizer(arguments.model)
     texts = {
-        Path(name).name: calibration_tokens(
+        Path(name).name: calibration_sequences(
             name, tokenizer, Calibration(text=name, tokens=arguments.judge_tokens, sequence_length=256)
-        )
+        ).tokens
         for name in arguments.unseen
     }
 

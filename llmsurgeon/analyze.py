@@ -41,6 +41,7 @@ def analyze(
     *,
     text: str | os.PathLike[str] | None = None,
     dataset: str | None = None,
+    self_share: float | None = None,
     tokens: int = 8192,
     sequence_length: int | None = None,
     drop: int | None = None,
@@ -61,6 +62,7 @@ def analyze(
     holds report.html, report.json (docs/report.md), scores.safetensors and suggested.yaml, which `run` takes as it is.
 
     Args:
+        self_share: the share that the model writes beside `text` or `dataset`, of all kinds; None: half, of encoders 0.
         tokens: how many to measure on, in windows of `sequence_length`: 256, or as many as the model has positions.
         drop: attentions to drop; None: about a quarter of the layers.
         max_run: the longest run of FFNs to fuse.
@@ -81,8 +83,9 @@ def analyze(
     parent = open_model(os.fspath(model), revision, trust_remote_code)
     longest = min(SEQUENCE_LENGTH, parent.spec.max_positions or SEQUENCE_LENGTH)
     length = longest if sequence_length is None else sequence_length
-    wanted = calibration(text=text, dataset=dataset, tokens=tokens, sequence_length=length, seed=seed)
-    refit_on = {"text": text, "dataset": dataset, "tokens": max(tokens, REFIT_TOKENS), "sequence_length": length}
+    given = {"text": text, "dataset": dataset, "self_share": self_share, "sequence_length": length}
+    wanted = calibration(**given, tokens=tokens, seed=seed)
+    refit_on = {**given, "tokens": max(tokens, REFIT_TOKENS)}
     inputs = Inputs.of("analyze", {"model": parent.checkpoint}, None, Options())
     if text:
         inputs.watch_text("text", text)

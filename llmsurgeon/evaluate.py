@@ -16,7 +16,7 @@ from llmsurgeon.formats.devices import chosen_device
 from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.text.files import named_text
-from llmsurgeon.text.wanted import Calibration
+from llmsurgeon.text.wanted import Calibration, Source
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
 SEED = 1
@@ -52,6 +52,7 @@ def evaluate(
     against: str | os.PathLike[str] | None = None,
     *,
     text: str | os.PathLike[str] | None = None,
+    texts: Sequence[str | os.PathLike[str]] = (),
     dataset: str | None = None,
     tokens: int = 32_768,
     sequence_length: int | None = None,
@@ -66,9 +67,11 @@ def evaluate(
 
     Models that memory does not hold are walked layer by layer; they want text.
     Without `text` (a .txt, .jsonl or .parquet file) and `dataset` (NAME[:CONFIG][:SPLIT] on the hub) the text is
-    sampled from the parent, or from the model where there is none. Intervals are of 95 % confidence, over windows.
+    sampled from the parent, or from the model where there is none, of every kind that it writes. Each kind has figures
+    of its own, and so has each of several files. Intervals are of 95 % confidence, over windows.
 
     Args:
+        texts: several files in place of one, each of which gets the same part of the tokens.
         tokens: how many to measure on, in windows of `sequence_length`: 512, or as many as the models have positions.
         tasks: names of tasks of lm-eval, the evaluation harness, which the extra `eval` installs.
         device: "auto" (a card where there is one), "cpu", "cuda" ...
@@ -82,16 +85,17 @@ def evaluate(
     """
     model, against = os.fspath(model), None if against is None else os.fspath(against)
     text = named_text(text)
+    several = tuple(Source(named_text(each)) for each in texts)
     pair = pair_of(Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code))
     if tasks:
         check_tasks_available()
     if sequence_length is not None:
-        Calibration(text, dataset, tokens, sequence_length)  # what cannot be is said before a model is loaded
+        Calibration(text, dataset, tokens, sequence_length, texts=several)  # what cannot be is said at once
     if pair.encoder:
-        check_encoder(pair.encoder, model, against, text or dataset, tasks)
+        check_encoder(pair.encoder, model, against, bool(text or dataset or several), tasks)
     length = min([SEQUENCE_LENGTH, *pair.positions]) if sequence_length is None else sequence_length
-    source = Calibration(text, dataset, tokens, length, seed=SEED)
-    windows = pair.windows(source)
+    source = Calibration(text, dataset, tokens, length, seed=SEED, texts=several)
+    windows = pair.sequences(source)
     described = source.describe(windows, "text", "the parent" if against else "the model itself")
     say(described)
     evaluation = pair.judge(windows, say)

@@ -227,6 +227,14 @@ def byte_tokenizer() -> Any:
     )
 
 
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_the_session(tmp_path_factory) -> Iterator[None]:
+    """What is kept for later is kept in a folder of the session, and never in that of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMSURGEON_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """No test leaves torch with another number of threads: sums would round otherwise in those behind it."""

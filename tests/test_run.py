@@ -102,7 +102,7 @@ def text(tmp_path):
 
 
 def healing(text, *steps, more=""):
-    calibration = f"calibration: {{text: {text}, tokens: 768, sequence_length: 16}}\n"
+    calibration = f"calibration: {{text: {text}, self_share: 0, tokens: 768, sequence_length: 16}}\n"
     return loads(recipe_of(*steps, "{op: refit}", more=calibration + more))
 
 

@@ -15,6 +15,7 @@ from llmsurgeon.cli.options import (
     OVERWRITE,
     Batch,
     Seed,
+    SelfShare,
     TrustRemoteCode,
     length_option,
     short_name,
@@ -44,6 +45,7 @@ def analyze_command(
         str | None, typer.Option(help="Calibration text: .txt, .jsonl or .parquet.", callback=text_file)
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration dataset on the hub, NAME[:CONFIG][:SPLIT].")] = None,
+    self_share: SelfShare = None,
     tokens: Annotated[int, tokens_option("How many tokens to measure on.")] = 8192,
     seq_len: Annotated[
         int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
@@ -72,6 +74,7 @@ def analyze_command(
         folder,
         text=text,
         dataset=dataset,
+        self_share=self_share,
         tokens=tokens,
         sequence_length=seq_len,
         drop=drop,

@@ -19,6 +19,7 @@ from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
     ChecksumKind,
+    SelfShare,
     TrustRemoteCode,
     length_option,
     recipe_paths,
@@ -125,6 +126,7 @@ def _shared(
     sets: Sets = None,
     text: Text = None,
     dataset: Dataset = None,
+    self_share: SelfShare = None,
     tokens: Tokens = None,
     seq_len: SeqLen = None,
     dry_run: DryRun = False,
@@ -151,9 +153,10 @@ def run_command(
 
 
 def calibration_of(values: dict[str, Any]) -> tuple[list[str], str | None, str | None]:
-    """Take out of a command's values what changes a recipe: (--set, --tokens and --seq-len, --text, --dataset)."""
-    sizes = {"tokens": values.pop("tokens"), "sequence_length": values.pop("seq_len")}
-    sets = [f"calibration.{key}={value}" for key, value in sizes.items() if value is not None]
+    """Take out of a command's values what changes a recipe: (--set and numbers, --text, --dataset)."""
+    flags = {"tokens": "tokens", "sequence_length": "seq_len", "self_share": "self_share"}
+    numbers = {key: values.pop(flag) for key, flag in flags.items()}
+    sets = [f"calibration.{key}={value}" for key, value in numbers.items() if value is not None]
     return [*(values.pop("sets") or ()), *sets], values.pop("text"), values.pop("dataset")
 
 
@@ -189,7 +192,7 @@ def with_text(recipe: Recipe, text: str | None, dataset: str | None) -> Recipe:
         raise SurgeryError("give --text or --dataset, not both")
     if not (text or dataset):
         return recipe
-    calibration = recipe.calibration.model_copy(update={"text": text, "dataset": dataset})
+    calibration = recipe.calibration.model_copy(update={"text": text, "dataset": dataset, "texts": None})
     return recipe.model_copy(update={"calibration": calibration})
 
 

@@ -7,8 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llmsurgeon.cli import console, say
-from llmsurgeon.cli.options import DEVICE, TrustRemoteCode, length_option, text_file, tokens_option, usable_device
+from llmsurgeon.cli import console, say, tell
+from llmsurgeon.cli.options import (
+    DEVICE,
+    TrustRemoteCode,
+    length_option,
+    text_file,
+    text_files,
+    tokens_option,
+    usable_device,
+)
+from llmsurgeon.errors import SurgeryError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,9 +35,17 @@ def register(app: typer.Typer) -> None:
 
 def evaluate_command(
     model: Annotated[str, typer.Argument(help="Hub id, folder or GGUF file.", show_default=False)],
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(help="Further files of --texts.", metavar="[TEXT]...", show_default=False),
+    ] = None,
     against: Annotated[str | None, typer.Option(help="The parent: adds KL, top-1 agreement and the ratio.")] = None,
     text: Annotated[
         str | None, typer.Option(help="Text to measure on: .txt, .jsonl or .parquet.", callback=text_file)
+    ] = None,
+    texts: Annotated[
+        list[str] | None,
+        typer.Option(help="Several texts, each judged by itself: --texts a.txt b.txt.", callback=text_files),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to measure on, NAME[:CONFIG][:SPLIT].")] = None,
     tokens: Annotated[int, tokens_option("How many tokens.")] = 32768,
@@ -44,17 +61,21 @@ def evaluate_command(
 ) -> None:
     """Measure perplexity, and against a parent KL divergence and top-1 agreement, with 95 % confidence intervals.
 
-    Without --text or --dataset the text is sampled from the parent (from MODEL where no parent is given). Of an encoder
-    (text needed): the cosine of hidden and pooled states to the parent's, and with a masked-LM head how both predict
-    masked tokens.
+    Without --text, --texts or --dataset the text is sampled from the parent (from MODEL where no parent is given), of
+    all kinds that it writes, and each kind has a row of its own. Of an encoder (text needed): the cosine of hidden and
+    pooled states to the parent's, and with a masked-LM head how both predict masked tokens.
     """
     from llmsurgeon.evaluate import evaluate
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
+    from llmsurgeon.evaluation.kinds import much_worse
 
+    if more and not texts:
+        raise SurgeryError(f"eval takes one model, and {more[0]} is a second; texts to judge on follow --texts")
     found = evaluate(
         model,
         against,
         text=text,
+        texts=[*(texts or ()), *(more or ())],
         dataset=dataset,
         tokens=tokens,
         sequence_length=seq_len,
@@ -70,6 +91,10 @@ def evaluate_command(
         return
     measured = found.evaluation
     console().print(_encoder_table(measured) if isinstance(measured, EncoderEvaluation) else _decoder_table(measured))
+    if measured.kinds:
+        console().print(_kinds_table(measured))
+        for line in much_worse({kind: figures.to_dict() for kind, figures in measured.kinds.items()}):
+            tell(line)
     if found.tasks:
         console().print(_task_table(found.tasks, found.parent_tasks))
 
@@ -96,6 +121,34 @@ def _decoder_table(result: Evaluation) -> Table:
     if result.outside_mass is not None:
         table.add_row("parent's probability on tokens that are gone", f"{result.outside_mass:.4g}", "")
     return table
+
+
+def _kinds_table(result: Evaluation | EncoderEvaluation) -> Table:
+    """A row for each kind of text."""
+    from rich.table import Table
+
+    columns = {
+        "perplexity": "perplexity",
+        "ratio": "perplexity_ratio",
+        "KL": "kl",
+        "top-1": "top1_agreement",
+        "hidden cosine": "hidden_cosine",
+        "pooled cosine": "pooled_cosine",
+        "masked KL": "masked_kl",
+    }
+    figures = list(result.kinds.values())
+    known = {label: name for label, name in columns.items() if getattr(figures[0], name, None) is not None}
+    table = Table(title="by kind of text, 95 % intervals", title_justify="left")
+    for column in ("kind", "tokens", *known):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, found in result.kinds.items():
+        cells = [_cell(getattr(found, name), getattr(found, f"{name}_interval", None)) for name in known.values()]
+        table.add_row(kind, f"{found.tokens:,}", *cells)
+    return table
+
+
+def _cell(value: float, interval: tuple[float, float] | None) -> str:
+    return f"{value:.4g}" + (f"\n{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
 
 
 def _encoder_table(result: EncoderEvaluation) -> Table:

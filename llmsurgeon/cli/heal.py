@@ -11,12 +11,13 @@ import typer
 
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.convert import built, load
-from llmsurgeon.cli.made import plan_report, print_plan, shown, warning
+from llmsurgeon.cli.made import kinds_lines, plan_report, print_plan, shown, warning
 from llmsurgeon.cli.options import (
     DEVICE,
     DISCARD,
     OVERWRITE,
     ChecksumKind,
+    SelfShare,
     TrustRemoteCode,
     recipe_paths,
     short_name,
@@ -48,6 +49,7 @@ def heal_command(
         str | None, typer.Option(help="Text to train on: .txt, .jsonl or .parquet.", callback=text_file)
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset to train on, NAME[:CONFIG][:SPLIT].")] = None,
+    self_share: SelfShare = None,
     revision: Annotated[str | None, typer.Option(help="Revision of the parent on the hub.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check models and recipe and print the plan; train nothing.")
@@ -73,7 +75,8 @@ def heal_command(
     from llmsurgeon.heal import heal, prepare
     from llmsurgeon.run import Options
 
-    changes = [*(sets or ()), *([f"distill.minutes={minutes}"] if minutes is not None else [])]
+    numbers = {"distill.minutes": minutes, "calibration.self_share": self_share}
+    changes = [*(sets or ()), *(f"{key}={value}" for key, value in numbers.items() if value is not None)]
     given = (changes, text, dataset)
     wanted = load(recipe, *given) if recipe else built([{"op": "distill"}], *given)
     if dry_run:
@@ -115,7 +118,8 @@ def print_healed(outcome: Outcome) -> None:
     for line in (line for result in outcome.results.values() for line in result.lines()):
         out.print(line, highlight=False, soft_wrap=True)
     if outcome.evaluation:
-        out.print(f"held-out text: {outcome.evaluation.sentence()}", highlight=False, soft_wrap=True)
+        for line in (f"held-out text: {outcome.evaluation.sentence()}", *kinds_lines(outcome.evaluation)):
+            out.print(line, highlight=False, soft_wrap=True)
     if collapsed := warning(outcome):
         tell(f"WARNING: {collapsed}")
     out.print(f"wrote {outcome.out} (curves: {Path(outcome.out) / 'report.html'})", highlight=False, soft_wrap=True)

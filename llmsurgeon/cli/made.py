@@ -11,6 +11,8 @@ from llmsurgeon.cli import console, tell
 from llmsurgeon.errors import GateFailed
 
 if TYPE_CHECKING:
+    from llmsurgeon.evaluation.decoders import Evaluation
+    from llmsurgeon.evaluation.encoders import EncoderEvaluation
     from llmsurgeon.planning.plan import Planned
     from llmsurgeon.run import Outcome
 
@@ -39,6 +41,7 @@ def plan_report(planned: Planned) -> dict[str, Any]:
         "healing_bytes": planned.healing_bytes,
         "stream_bytes": planned.stream_bytes,
         "steps": [step.model_dump(mode="json") for step in planned.recipe.steps],
+        "calibration": planned.text_shares,
         "blocks": [list(layer.parents) for layer in planned.spec.layers],
         "notes": list(planned.notes),
     }
@@ -96,6 +99,9 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
     out.print(f"format: {planned.written.format} ({planned.written.why})", highlight=False, soft_wrap=True)
     out.print(planned.written.loads, highlight=False, soft_wrap=True)
     out.print(f"largest edit in memory: {human(planned.peak_bytes)}B", highlight=False)
+    if planned.text_shares:
+        told = ", ".join(f"{100 * share:.0f} % {source}" for source, share in planned.text_shares.items())
+        out.print(f"calibration text: {told}", highlight=False, soft_wrap=True)
     if planned.healing_bytes:
         out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
     if planned.stream_bytes:
@@ -114,10 +120,20 @@ def _place() -> str:
     return f"above {bound} they go into a file in {tempfile.gettempdir()} (TMPDIR)"
 
 
+def kinds_lines(evaluation: Evaluation | EncoderEvaluation) -> list[str]:
+    """A line for each kind of text that was judged, and for those that fare much worse than the rest."""
+    from llmsurgeon.evaluation.kinds import much_worse
+
+    lines = [f"  {kind}: {figures.sentence()}" for kind, figures in evaluation.kinds.items()]
+    return lines + much_worse({kind: figures.to_dict() for kind, figures in evaluation.kinds.items()})
+
+
 def print_outcome(outcome: Outcome) -> None:
     """What came of the plan, in a few lines."""
     if outcome.evaluation:
         tell(f"held-out calibration text: {outcome.evaluation.sentence()}")
+        for line in kinds_lines(outcome.evaluation):
+            tell(line)
     else:
         command = f"llmsurgeon eval {quote(str(outcome.out))} --against {quote(outcome.planned.parent.name)}"
         tell(f"quality: not measured; {command} does")

@@ -67,6 +67,24 @@ def text_file(name: str | None) -> str | None:
     return named_text(name)
 
 
+def text_files(names: list[str] | None) -> list[str] | None:
+    """What --texts names, as `text_file`."""
+    for name in names or ():
+        text_file(name)
+    return names
+
+
+SelfShare = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=0.95,
+        help="Share that the model writes beside --text or --dataset, of all kinds; default: the recipe's, else "
+        "half (of encoders nothing).",
+    ),
+]
+
+
 def recipe_paths(recipe: str | None) -> tuple[Path, ...]:
     """The file that --recipe names, or the one of a built-in recipe, which the run reads."""
     from llmsurgeon.recipe.files import find_recipe

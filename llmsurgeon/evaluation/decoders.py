@@ -6,8 +6,8 @@ S sequences, L tokens each, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte
 from llmsurgeon.evaluation.encoders import name_of
+from llmsurgeon.evaluation.kinds import by_kind
 from llmsurgeon.evaluation.perplexity import (
     CHUNK,
     Interval,
@@ -46,7 +47,8 @@ class Evaluation:
 
     `tokens` counts predicted tokens (all but the first of each sequence); `kl` is KL(parent || model) in nats per
     token; `top1_agreement` a share from 0 to 1; `perplexity_ratio` is perplexity / parent_perplexity, its interval
-    from the paired differences of log loss, which is much narrower than the two perplexities' own.
+    from the paired differences of log loss, which is much narrower than the two perplexities' own. `kinds` has the
+    figures of each kind of text, where there are several.
     """
 
     perplexity: float
@@ -64,12 +66,14 @@ class Evaluation:
     top1_agreement_interval: Interval | None = None
     outside_mass: float | None = None
     bits: BitsPerByte | None = None
+    kinds: Mapping[str, Evaluation] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields under their own names, intervals as [low, high]; `outside_mass` and `bits` if measured."""
+        """The fields under their own names, intervals as [low, high]; the last three if they were measured."""
         made = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
         extra = {"outside_mass": made.pop("outside_mass"), "bits": self.bits and self.bits.to_dict()}
-        del made["bits"]
+        extra["kinds"] = {name: figures.to_dict() for name, figures in self.kinds.items()} or None
+        del made["bits"], made["kinds"]
         return made | {name: value for name, value in extra.items() if value is not None}
 
     # Where its figures are taken; nothing to say of tokens of a text.
@@ -112,18 +116,19 @@ def evaluate_decoder(
     parent: PreTrainedModel | None = None,
     *,
     chunk: int = CHUNK,
+    kinds: Sequence[str] = (),
 ) -> Evaluation:
     """Measure `model`, and against `parent` where given, on `tokens` (int64 [S, L], each row a text of its own).
 
     Logits exist for one batch at a time and are widened to float32 `chunk` rows at a time. Intervals are over
-    sequences (see `mean_interval`). Both models are put in eval mode. Raises SurgeryError for tokens that do not fit
-    the models, for differing vocabularies and for NaN logits.
+    sequences (see `mean_interval`). Both models are put in eval mode. `kinds` [S] says what kind of text each row is.
+    Raises SurgeryError for tokens that do not fit the models, for differing vocabularies and for NaN logits.
     """
     _check(model, tokens)
     if parent is not None:
         check_same_vocabulary(model, parent)
         _check(parent, tokens)
-    return _summary(_sequence_means(tokens, _forward(model, parent, tokens), chunk), tokens)
+    return _by_kind(_sequence_means(tokens, _forward(model, parent, tokens), chunk), tokens, kinds)
 
 
 def evaluate_hidden(
@@ -132,13 +137,14 @@ def evaluate_hidden(
     parent_logits: Callable[[int], Tensor] | None = None,
     *,
     chunk: int = CHUNK,
+    kinds: Sequence[str] = (),
 ) -> Evaluation:
     """As `evaluate_decoder`, from logits [L, V] of a sequence at a time: `model_logits(row)` for each row of `tokens`.
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
     """
     pairs = ((model_logits(row), parent_logits(row) if parent_logits else None) for row in range(len(tokens)))
-    return _summary(_sequence_means(tokens, pairs, chunk), tokens)
+    return _by_kind(_sequence_means(tokens, pairs, chunk), tokens, kinds)
 
 
 def _forward(
@@ -190,6 +196,12 @@ def _sequence_means(tokens_SL: Tensor, pairs: Iterable[tuple[Tensor, Tensor | No
                 note("top1", top1_agreement(parent_scores, scores), row)
             progress.advance(len(ids))
     return {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}
+
+
+def _by_kind(means: dict[str, Tensor], tokens: Tensor, kinds: Sequence[str]) -> Evaluation:
+    """The figures of all sequences, and of those of each kind."""
+    of = by_kind(kinds, lambda mask: _summary({name: values[mask] for name, values in means.items()}, tokens[mask]))
+    return replace(_summary(means, tokens), kinds=of)
 
 
 def _summary(means: dict[str, Tensor], tokens: Tensor) -> Evaluation:

@@ -6,8 +6,8 @@ S sequences, L tokens each, D model width, V vocabulary, M masked tokens of a se
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
+from llmsurgeon.evaluation.kinds import by_kind
 from llmsurgeon.evaluation.perplexity import Interval, mean_interval, perplexity, perplexity_interval, token_losses
 from llmsurgeon.model.families import ENCODERS, Family
 from llmsurgeon.progress import Progress
@@ -40,6 +41,7 @@ class EncoderEvaluation:
     pooled_cosine: cos of the means over each sequence's tokens, which sentence embeddings are mostly made of.
     masked_*: at the `masked_tokens` positions that were masked, None without a masked-LM head: KL(parent || model) in
         nats, share of equal most likely tokens, exp of the mean log loss (a perplexity of masked tokens, not of text).
+    kinds: the figures of each kind of text, where there are several.
     """
 
     tokens: int
@@ -60,10 +62,14 @@ class EncoderEvaluation:
     masked_kl_interval: Interval | None = None
     masked_top1_agreement: float | None = None
     masked_top1_agreement_interval: Interval | None = None
+    kinds: Mapping[str, EncoderEvaluation] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields under their own names, intervals as [low, high]."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        """The fields under their own names, intervals as [low, high]; `kinds` if there are several."""
+        made = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+        del made["kinds"]
+        of = {name: figures.to_dict() for name, figures in self.kinds.items()}
+        return made | ({"kinds": of} if of else {})
 
     # Where KL and agreement are taken.
     where: ClassVar[str] = " at masked tokens"
@@ -147,9 +153,15 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def evaluate_encoder(
-    model: PreTrainedModel, tokens: Tensor, parent: PreTrainedModel | None = None, masking: Masking | None = None
+    model: PreTrainedModel,
+    tokens: Tensor,
+    parent: PreTrainedModel | None = None,
+    masking: Masking | None = None,
+    kinds: Sequence[str] = (),
 ) -> EncoderEvaluation:
     """Measure `model` on `tokens` (int64 [S, L]): against `parent` where given, at masked tokens with a `masking`.
+
+    kinds: what kind of text each sequence is.
 
     Raises:
         SurgeryError: neither parent nor masking, tokens or models that do not fit, states that are not finite.
@@ -179,6 +191,7 @@ def evaluate_encoder(
         (states(model), states(parent)) if parent is not None else None,
         masking,
         (logits(model, masking), logits(parent, masking) if parent is not None else None) if masking else None,
+        kinds,
     )
 
 
@@ -188,6 +201,7 @@ def evaluate_states(
     states: tuple[ByRow, ByRow] | None,
     masking: Masking | None = None,
     logits: tuple[ByRow, ByRow | None] | None = None,
+    kinds: Sequence[str] = (),
 ) -> EncoderEvaluation:
     """As `evaluate_encoder`, from the model's and the parent's `states` on `tokens` and their `logits` on masked ones.
 
@@ -214,9 +228,13 @@ def evaluate_states(
             if masking and logits:
                 _note_masked(note, tokens[row], row, masking, logits)
             progress.advance(tokens.shape[1])
-    return _summary(
-        {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}, tokens, masking
-    )
+    found = {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}
+
+    def of(mask: Tensor) -> EncoderEvaluation:
+        chosen = {name: values[mask] for name, values in found.items()}
+        return _summary(chosen, tokens[mask], masking and Masking(masking.inputs[mask], masking.masked[mask]))
+
+    return replace(_summary(found, tokens, masking), kinds=by_kind(kinds, of))
 
 
 def _note_masked(

@@ -12,6 +12,7 @@ from llmsurgeon.evaluation.bits_per_byte import Score
 from llmsurgeon.evaluation.decoders import Evaluation, evaluate_hidden
 from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, masking_of
 from llmsurgeon.evaluation.perplexity import token_losses
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import walk
@@ -23,14 +24,15 @@ if TYPE_CHECKING:
 def judge(
     student: LayerRunner,
     parent: LayerRunner | None,
-    tokens: Tensor,
+    text: Sequences,
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     batch: int,
 ) -> Evaluation | EncoderEvaluation:
-    """What an evaluation of both models on `tokens` [S, T] would say, their layers read one at a time.
+    """What an evaluation of both models on `text` would say, their layers read one at a time.
 
     A decoder may be without a parent.
     """
+    tokens, kinds = text.tokens, text.kinds
 
     def left(runner: LayerRunner, inputs: Tensor) -> Tensor:
         return walk(runner, inputs, [Variant()], batch=batch)[0]
@@ -40,20 +42,23 @@ def judge(
 
     mine = left(student, tokens)
     if parent is None:
-        return evaluate_hidden(tokens, by_row(student.final, mine))
+        return evaluate_hidden(tokens, by_row(student.final, mine), kinds=kinds)
     theirs = left(parent, tokens)
     if not student.family.encoder:
-        return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs))
+        return evaluate_hidden(tokens, by_row(student.final, mine), by_row(parent.final, theirs), kinds=kinds)
     masking = masking_of(tokenizer(), tokens, student.family, vocab=student.vocab)
     logits = None
     if masking:
         masked = left(student, masking.inputs), left(parent, masking.inputs)
         logits = by_row(student.final, masked[0]), by_row(parent.final, masked[1])
-    return evaluate_states(tokens, (by_row(student.states, mine), by_row(parent.states, theirs)), masking, logits)
+    return evaluate_states(
+        tokens, (by_row(student.states, mine), by_row(parent.states, theirs)), masking, logits, kinds
+    )
 
 
-def judge_whole(student: PreTrainedModel, parent: LayerRunner, tokens: Tensor, batch: int) -> Evaluation:
+def judge_whole(student: PreTrainedModel, parent: LayerRunner, text: Sequences, batch: int) -> Evaluation:
     """As `judge`, of a student that is no stack of layers: in memory as a whole."""
+    tokens = text.tokens
     theirs = walk(parent, tokens, [Variant()], batch=batch)[0]
 
     def mine(row: int) -> Tensor:
@@ -61,7 +66,7 @@ def judge_whole(student: PreTrainedModel, parent: LayerRunner, tokens: Tensor, b
             logits: Tensor = student(input_ids=tokens[row, None].to(student.device), use_cache=False).logits
         return logits[0]
 
-    return evaluate_hidden(tokens, mine, lambda row: parent.final(theirs[row].to(parent.device)))
+    return evaluate_hidden(tokens, mine, lambda row: parent.final(theirs[row].to(parent.device)), kinds=text.kinds)
 
 
 def walked(runner: LayerRunner, batch: int) -> Score:

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.checkpoint.opening import open_checkpoint
@@ -24,6 +23,7 @@ from llmsurgeon.formats.reading import Reading, read_model
 from llmsurgeon.model.families import Family
 from llmsurgeon.progress import Say, remark
 from llmsurgeon.text.calibration import calibration_sequences
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.walk.memory import room
 from llmsurgeon.walk.runner import LayerRunner
@@ -103,20 +103,20 @@ class LayerPair(Pair):
         specs = [reading.family.describe(reading.config) for reading in self.readings]
         return [spec.max_positions for spec in specs if spec.max_positions]
 
-    def windows(self, source: Calibration) -> Tensor:
-        if not (source.text or source.dataset):
+    def sequences(self, source: Calibration) -> Sequences:
+        if len(source.named) < len(source.sources):
             raise self._too_large("sampling text needs it in memory as a whole; give --text FILE or --dataset NAME")
-        return calibration_sequences(self.against or self.model, self.tokenizer, source).tokens
+        return calibration_sequences(self.against or self.model, self.tokenizer, source)
 
-    def judge(self, windows: Tensor, say: Say) -> Evaluation | EncoderEvaluation:
+    def judge(self, text: Sequences, say: Say) -> Evaluation | EncoderEvaluation:
         if self.encoder and self.against is None:
             raise self._too_large("such an encoder is judged beside its parent alone; give --against PARENT")
-        check_token_ids(int(windows.min()), int(windows.max()), _vocabulary(self.readings[0]), self.model)
+        check_token_ids(int(text.tokens.min()), int(text.tokens.max()), _vocabulary(self.readings[0]), self.model)
         runners = [
             LayerRunner(each.config, each.weights, computed_in(each.dtype, self.dtype, self.device), self.device)
             for each in self.readings
         ]
-        return judge(runners[0], runners[1] if len(runners) > 1 else None, windows, lambda: self.tokenizer, BATCH)
+        return judge(runners[0], runners[1] if len(runners) > 1 else None, text, lambda: self.tokenizer, BATCH)
 
     def _too_large(self, why: str) -> SurgeryError:
         return SurgeryError(f"{self.against or self.model}: is larger than the memory that is free, and {why}")

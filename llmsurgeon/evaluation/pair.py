@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,13 @@ from llmsurgeon.evaluation.encoders import (
     masking_of,
     positions_of,
 )
+from llmsurgeon.evaluation.kinds import by_kind
 from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
 from llmsurgeon.formats.models import embedding_rows
 from llmsurgeon.model.families import Family
-from llmsurgeon.progress import Say
+from llmsurgeon.progress import Say, silent
 from llmsurgeon.text.calibration import calibration_sequences
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import window_start
 from llmsurgeon.vocabulary.keep import same_tokens
@@ -110,23 +112,27 @@ class Pair:
         models = [self.student, *([self.parent] if self.parent is not None else [])]
         return [limit for each in models if (limit := positions_of(each))]
 
-    def windows(self, source: Calibration) -> Tensor:
-        """Tokens [S, L] to judge on; with neither text nor dataset sampled from the parent, or from the model."""
+    def sequences(self, source: Calibration) -> Sequences:
+        """Tokens [S, L] to judge on, each with its kind; what is sampled comes from the parent, or from the model."""
         sampled = self.student if self.parent is None else self.parent
-        return calibration_sequences(self.against or self.model, self.tokenizer, source, sampled).tokens
+        return calibration_sequences(self.against or self.model, self.tokenizer, source, sampled)
 
-    def judge(self, windows: Tensor, say: Say) -> Evaluation | EncoderEvaluation:
-        """Figures of the model on `windows` [S, L], beside the parent's; `say` is told what cannot be measured.
+    def judge(self, text: Sequences, say: Say) -> Evaluation | EncoderEvaluation:
+        """Figures of the model on `text`, beside the parent's; `say` is told what cannot be measured.
 
         Raises:
             SurgeryError: the two cannot be compared, or values that are not finite.
         """
+        windows, kinds = text.tokens, text.kinds
         if self.encoder:
             masking = masking_of(self.tokenizer, windows, self.student, self.parent, vocab=embedding_rows(self.student))
-            return evaluate_encoder(self.student, windows, self.parent, masking)
+            return evaluate_encoder(self.student, windows, self.parent, masking, kinds)
         if self.parent is not None and self._differ(self.parent):
-            return self._across(self.parent, windows, say)
-        return evaluate_decoder(self.student, windows, self.parent)
+            whole = self._across(self.parent, windows, say)
+            # Passages of different text need not be as many as windows, so each kind is judged by itself.
+            each = by_kind(kinds, lambda mask: self._across(self.parent, windows[mask], silent))
+            return replace(whole, kinds=each)
+        return evaluate_decoder(self.student, windows, self.parent, kinds=kinds)
 
     def _across(self, parent: PreTrainedModel, windows: Tensor, say: Say) -> Evaluation:
         """Different tokenizers, on what the parent's `windows` say: bits per byte, and figures of tokens where the
@@ -144,10 +150,10 @@ class Pair:
         return evaluate_across(self.student, parent, found, kept)
 
 
-def check_encoder(family: Family, model: str, against: str | None, text: str | None, tasks: Sequence[str]) -> None:
+def check_encoder(family: Family, model: str, against: str | None, text: bool, tasks: Sequence[str]) -> None:
     """Raise SurgeryError for what an encoder cannot be asked.
 
-    text: a file or a dataset, `tasks`: of the evaluation harness.
+    text: True where a file or a dataset is given, `tasks`: of the evaluation harness.
     """
     if not text:
         raise SurgeryError(

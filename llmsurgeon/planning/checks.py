@@ -9,12 +9,14 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.gate import check_gate
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
+from llmsurgeon.planning.sources import check_kinds
 from llmsurgeon.recipe.recipe import Calibration, Recipe
 
 
 def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
     """Raise SurgeryError for what needs no planning to be refused."""
     check_gate(recipe.gate, parent.family)
+    check_kinds(recipe, bool(parent.family.encoder))
     check_order(recipe.steps)
     for step in recipe.steps:
         parent.subject({}).check(step)
@@ -42,6 +44,16 @@ def check_order(steps: Sequence[Step]) -> None:
         step.check_place(before)
 
 
+def settled(parent: DescribedModel, recipe: Recipe) -> Recipe:
+    """The recipe with what its calibration leaves open: a window's length, and what is sampled beside named text."""
+    recipe = within_positions(parent, recipe)
+    wanted = recipe.calibration
+    if not (wanted.text or wanted.dataset):
+        return recipe
+    share = wanted.sampled_share(parent.family.encoder)
+    return recipe.model_copy(update={"calibration": wanted.model_copy(update={"self_share": share})})
+
+
 def within_positions(parent: DescribedModel, recipe: Recipe) -> Recipe:
     """The recipe with a window's length that it leaves open lowered to what the model and the tokens hold.
 
@@ -57,8 +69,9 @@ def within_positions(parent: DescribedModel, recipe: Recipe) -> Recipe:
 
 
 def check_text(parent: DescribedModel, wanted: Calibration) -> None:
-    """Raise SurgeryError where text is needed, none is given, and the model cannot sample any."""
-    if parent.family.encoder and not (wanted.text or wanted.dataset):
+    """Raise SurgeryError where text is needed and the model cannot sample what is not given."""
+    sampled = not wanted.sources or wanted.self_share or any(source.self for source in wanted.sources)
+    if parent.family.encoder and sampled:
         raise SurgeryError(
             f"{parent.name}: {parent.family.model_type} is an encoder and cannot sample text from itself; "
             "give --text FILE or --dataset NAME (in a recipe: under calibration). Only cuts by layer or by weights "

@@ -42,7 +42,7 @@ def heal_and_judge(planned: Planned, texts: Texts, folder: Path, logs: Path) -> 
     `folder` keeps what is done through a kill; trackers write to `logs`.
     """
     # Whoever gives text should hear what the cut did to it.
-    given = planned.recipe.calibration.text or planned.recipe.calibration.dataset
+    given = planned.recipe.calibration.sources
     if not planned.heals and planned.recipe.gate is None and not given:
         return Healed(planned.weights)
     sequences = texts.sequences
@@ -57,7 +57,7 @@ def heal_and_judge(planned: Planned, texts: Texts, folder: Path, logs: Path) -> 
         made = HEALERS[step.op](here, step)
         context = replace(context, weights=overlay(context.weights, made.files))
         results[step.op] = made.behind(results[step.op]) if step.op in results else made
-    evaluation = _judged(planned, texts, context.weights, sequences.tokens[judges])
+    evaluation = _judged(planned, texts, context.weights, sequences[judges])
     return Healed(context.weights, {op: results[op] for op in HEALERS if op in results}, evaluation)
 
 
@@ -111,17 +111,17 @@ def _context(planned: Planned, texts: Texts, judges: Tensor, folder: Path, logs:
 
 
 def _judged(
-    planned: Planned, texts: Texts, weights: Mapping[str, Tensor], windows: Tensor
+    planned: Planned, texts: Texts, weights: Mapping[str, Tensor], text: Sequences
 ) -> Evaluation | EncoderEvaluation:
-    """The student beside its parent on `windows` [S, T]."""
+    """The student beside its parent on `text`."""
     batch = texts.options.batch
     if planned.spec.block_transformer:
         whole = filled_model(planned.written.student, weights, texts.dtype, texts.options.device)
-        found = judge_whole(whole, texts.runner, windows, batch)
-        return replace(found, bits=texts.bits(scored_by(whole), windows))
+        found = judge_whole(whole, texts.runner, text, batch)
+        return replace(found, bits=texts.bits(scored_by(whole), text.tokens))
     config = normalised(planned.written.student)
     student = LayerRunner(config, weights, texts.dtype, texts.options.device, texts.runner.padding)
-    judged = judge(student, texts.runner, windows, texts.tokenizer, batch)
+    judged = judge(student, texts.runner, text, texts.tokenizer, batch)
     if isinstance(judged, Evaluation):
-        return replace(judged, bits=texts.bits(walked(student, batch), windows))
+        return replace(judged, bits=texts.bits(walked(student, batch), text.tokens))
     return judged

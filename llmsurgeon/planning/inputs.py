@@ -117,8 +117,7 @@ class Inputs:
 
 def computes(recipe: Recipe) -> bool:
     """True where something of the recipe's result is computed on text."""
-    given = recipe.calibration.text or recipe.calibration.dataset
-    return bool(given or recipe.gate or any(step.computes() for step in recipe.steps))
+    return bool(recipe.calibration.sources or recipe.gate or any(step.computes() for step in recipe.steps))
 
 
 def leaves(recipe: Recipe) -> Iterator[tuple[str, Any]]:

@@ -59,6 +59,5 @@ def _opening(recipe: Recipe) -> Step | None:
 
 def files_of(recipe: Recipe) -> tuple[Path, ...]:
     """The files and folders that a recipe names and a run of it reads."""
-    calibration = recipe.calibration
     named = (name for step in recipe.steps for name in step.reads())
-    return existing(calibration.text, calibration.dataset, *named)
+    return existing(*recipe.calibration.files, *named)

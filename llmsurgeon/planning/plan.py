@@ -67,6 +67,14 @@ class Planned:
         return tuple(step for step in self.recipe.steps if step.heals)
 
     @property
+    def text_shares(self) -> dict[str, float]:
+        """What the calibration text is, and how much of each; {} where nothing is computed on text."""
+        recipe = self.recipe
+        if not (recipe.calibration.sources or recipe.gate or any(step.computes() for step in recipe.steps)):
+            return {}
+        return recipe.calibration.shares(self.parent.family.encoder)
+
+    @property
     def peak_bytes(self) -> int:
         """The most that one computed tensor and what it is made from take, when weights are edited."""
         return max((_group_bytes(self.meta, name) for name in self.meta), default=0)

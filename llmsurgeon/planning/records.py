@@ -42,7 +42,7 @@ class RunRecords:
         for result in results.values():
             for name, content in result.pages(Path(stage.out).name).items():
                 stage.write_file(name, content)
-        known = (planned.parent.name, planned.recipe.calibration.text, planned.recipe.calibration.dataset)
+        known = (planned.parent.name, *planned.recipe.calibration.files)
         surgery = everywhere(self._surgery(missed), lambda text: without_folders(text, *known))
         stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
         made = Made(

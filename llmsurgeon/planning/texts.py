@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
@@ -14,20 +15,22 @@ from torch import Tensor
 
 from llmsurgeon import __version__
 from llmsurgeon.boundary.foreign import check_token_ids
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byte, passages, texts_of
 from llmsurgeon.evaluation.judge import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
+from llmsurgeon.model.costs import human
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
+from llmsurgeon.planning.sources import text_wanted
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
 from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import SelfText
 from llmsurgeon.text.sequences import Sequences
-from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import window_start
 from llmsurgeon.walk.runner import LayerRunner
 
@@ -42,9 +45,7 @@ class Texts:
         self, parent: OpenedCheckpoint, wanted: recipe_file.Calibration, tokens: int, options: Options
     ) -> None:
         self.parent, self.options, self.wanted = parent, options, wanted
-        self.calibration = Calibration(
-            wanted.text, wanted.dataset, tokens, wanted.sequence_length, wanted.seed, wanted.sentences
-        )
+        self.calibration = text_wanted(wanted, tokens, parent.family.encoder)
         self.description = "none"
         self._sequences: Sequences | None = None
         self._runner: LayerRunner | None = None
@@ -54,14 +55,16 @@ class Texts:
         """Calibration tokens [S, T], and the kind of each sequence."""
         if self._sequences is None:
             check_text(self.parent, self.wanted)
+            setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
+            if self.calibration.named:
+                check_length(self.parent, self.calibration.sequence_length, setting)
             found = calibration_sequences(
                 self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key
             )
-            setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
             check_length(self.parent, found.tokens.shape[1], setting)
             self._check_ids(found.tokens)
             self._sequences = found
-            self.description = self.calibration.describe(found.tokens)
+            self.description = self.calibration.describe(found)
             self.options.say(self.description)
         return self._sequences
 
@@ -70,13 +73,13 @@ class Texts:
         """Calibration tokens [S, T]."""
         return self.sequences.tokens
 
-    def training(self, step: Distill, windows: Tensor) -> list[Rows]:
+    def training(self, step: Distill, windows: Sequences) -> list[Rows]:
         """What a distillation trains on; `windows` where nothing but the parent's own text is at hand."""
         check_length(self.parent, step.sequence_length, "distill.sequence_length")
         tokenizer = self.tokenizer()
 
         def sample(tokens: int, length: int, seed: int) -> Tensor:
-            return cached_self_text(self._model, tokenizer, self.parent_key, SelfText(tokens, length, seed))
+            return cached_self_text(self._model, tokenizer, self.parent_key, SelfText(tokens, length, seed)).tokens
 
         rows = training_rows(step, self.calibration, windows, tokenizer, sample)
         for source in rows:
@@ -94,7 +97,18 @@ class Texts:
         return _tokenizer(self.parent)
 
     def _model(self) -> PreTrainedModel:
-        """The parent in memory as a whole, to sample from."""
+        """The parent in memory as a whole, to sample from.
+
+        Raises:
+            SurgeryError: it is larger than the memory of this machine.
+        """
+        size = sum(each.numel() for each in self.parent.meta().values()) * self.dtype.itemsize
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if device_kind(self.options.device) == "cpu" and size > room:
+            raise SurgeryError(
+                f"{self.parent.name}: text is sampled from the whole model, {human(size)}B, memory has {human(room)}B; "
+                "give --text FILE with --self-share 0, which reads layers one at a time"
+            )
         return model_of(self.parent.checkpoint, dtype=self.dtype, device=self.options.device)
 
     @property

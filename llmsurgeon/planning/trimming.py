@@ -72,7 +72,10 @@ def expected_tokens(parent: OpenedCheckpoint, text: str, options: Options) -> Ma
     """
     length = min(WINDOW, parent.spec.max_positions or WINDOW)
     texts = Texts(
-        parent, Calibration(text=text, tokens=EXPECTED_TOKENS, sequence_length=length), EXPECTED_TOKENS, options
+        parent,
+        Calibration(text=text, self_share=0, tokens=EXPECTED_TOKENS, sequence_length=length),
+        EXPECTED_TOKENS,
+        options,
     )
     windows = texts.windows
     hidden = walk(texts.runner, windows, [Variant()], batch=options.batch)[0]

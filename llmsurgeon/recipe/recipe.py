@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
@@ -34,6 +34,7 @@ from llmsurgeon.recipe.files import (
     recipes_dir,
 )
 from llmsurgeon.text.files import TextFile
+from llmsurgeon.text.kinds import ALL, one_kind
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.base import Step as AnyStep
@@ -47,13 +48,52 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+OfItself = Annotated[str, AfterValidator(one_kind)]
+# The share of calibration text that is sampled from the model beside what a user names, where nobody says another.
+SELF_SHARE = 0.5
+
+
+class TextSource(_Part):
+    """One of several sources of calibration text: a file, a hub dataset, or a kind of text that the model writes."""
+
+    text: TextFile | None = Field(default=None, description="a .txt (UTF-8), .jsonl or .parquet file")
+    dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
+    self: OfItself | None = Field(default=None, description="a kind of text sampled from the model, or all of them")
+    weight: float = Field(default=1.0, gt=0, description="how much of it there is beside the other sources")
+
+    @property
+    def words(self) -> str:
+        """What it is, for a reader."""
+        return self.text or (f"dataset {self.dataset}" if self.dataset else f"what the model writes ({self.self})")
+
+    @model_validator(mode="after")
+    def _one(self) -> TextSource:
+        given = [name for name in ("text", "dataset", "self") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"takes exactly one of text, dataset and self, got {', '.join(given) or 'none'}")
+        return self
+
+
 class Calibration(_Part):
-    """The text that scores and refits are computed on. Neither text nor dataset: sampled from the model itself."""
+    """The text that scores and refits are computed on.
+
+    `text` or `dataset`, beside which a share of it is sampled from the model, or `texts`, several sources; with none of
+    them all of it is sampled.
+    """
 
     text: TextFile | None = Field(
         default=None, description="a .txt (UTF-8), .jsonl or .parquet file; relative to the working folder"
     )
     dataset: str | None = Field(default=None, description="name of a dataset on the Hugging Face hub")
+    texts: tuple[TextSource, ...] | None = Field(
+        default=None, min_length=1, description="several sources in place of text or dataset, by their weights"
+    )
+    self_share: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="share that is sampled from the model beside text or dataset; left out: 0.5, of encoders 0",
+    )
     tokens: int = Field(default=65_536, ge=1, le=MOST_TOKENS, description="how many tokens to use at most")
     sequence_length: int = Field(
         default=512,
@@ -67,10 +107,48 @@ class Calibration(_Part):
     )
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED, description="seed of sampling and shuffling")
 
+    @property
+    def sources(self) -> tuple[TextSource, ...]:
+        """The sources that are named; () where all text is sampled from the model."""
+        if self.texts is not None:
+            return self.texts
+        return (TextSource(text=self.text, dataset=self.dataset),) if self.text or self.dataset else ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files and datasets that are named."""
+        return tuple(name for source in self.sources if (name := source.text or source.dataset))
+
+    def shares(self, encoder: bool) -> dict[str, float]:
+        """What each source is, in words, and its share of the text; they add up to 1."""
+        share = self.sampled_share(encoder)
+        own = TextSource(self=ALL, weight=share or 1.0)
+        if self.texts is not None:
+            sources = self.texts
+        elif not self.sources:
+            sources = (own,)
+        else:
+            named = self.sources[0].model_copy(update={"weight": 1 - share})
+            sources = (named, own) if share else (named,)
+        total = sum(source.weight for source in sources)
+        return {source.words: source.weight / total for source in sources}
+
+    def sampled_share(self, encoder: bool) -> float:
+        """What is sampled from the model beside text or dataset; nothing where it cannot write such text."""
+        if self.self_share is not None:
+            return self.self_share
+        return SELF_SHARE if (self.text or self.dataset) and not encoder and not self.sentences else 0.0
+
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:
         if self.text is not None and self.dataset is not None:
             raise ValueError("takes text or dataset, not both")
+        if self.texts is not None and (self.text or self.dataset):
+            raise ValueError("takes texts alone, without text or dataset beside them: name them among texts")
+        if self.self_share is not None and self.texts is not None:
+            raise ValueError("self_share is of what is beside text or dataset; of texts the weights say it")
+        if self.sentences and any(source.self for source in self.sources):
+            raise ValueError("sentences are of text or dataset: the model writes none")
         if self.tokens < self.sequence_length and "sequence_length" in self.model_fields_set:
             raise ValueError(
                 f"tokens ({self.tokens}) must cover one sequence_length ({self.sequence_length}); "
@@ -85,6 +163,9 @@ class Gate(_Part):
     max_perplexity_ratio: float | None = Field(default=None, gt=0, description="perplexity / the parent's perplexity")
     max_bits_per_byte_ratio: float | None = Field(
         default=None, gt=0, description="bits per byte / the parent's; also where a vocabulary was trimmed"
+    )
+    kinds: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, min_length=1, description="perplexity ratio of single kinds of text, `all` for each of them"
     )
     max_kl: float | None = Field(default=None, ge=0, description="KL(parent || result) in nats a token")
     min_top1_agreement: float | None = Field(
@@ -205,8 +286,8 @@ def _report(error: ValidationError, document: Document) -> None:
         if path in document.reported:
             continue
         given = _at(document.data, path)
-        if path == ("steps",) and given and isinstance(given, list):
-            continue  # pydantic counts only the steps that passed; the others have problems of their own
+        if path in (("steps",), ("calibration", "texts")) and given and isinstance(given, list):
+            continue  # pydantic counts only the entries that passed; the others have problems of their own
         # Where a field takes a word or a list, say only what is wrong with the kind that was written.
         word = [d for d in details if d["type"] == "literal_error"]
         other = [d for d in details if d["type"] != "literal_error"]
@@ -266,6 +347,8 @@ def _keys(path: KeyPath, data: Any) -> Sequence[str]:
             return list(OPERATIONS[_at(data, path)["op"]].model_fields)
         case ("calibration",):
             return list(Calibration.model_fields)
+        case ("calibration", "texts", int()):
+            return list(TextSource.model_fields)
         case ("gate",):
             return list(Gate.model_fields)
         case ():

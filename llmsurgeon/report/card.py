@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from llmsurgeon.boundary.foreign import printable
+from llmsurgeon.evaluation.kinds import much_worse
 from llmsurgeon.formats.form import Written
 from llmsurgeon.model.costs import Costs, human
 from llmsurgeon.model.families import FAMILIES
@@ -93,6 +94,7 @@ def model_card(written: Written, made: Made) -> str:
         warning=collapse(made.evaluation),
         human=human,
         quality=_quality(made.evaluation) if made.evaluation else [],
+        worse=much_worse((made.evaluation or {}).get("kinds", {})),
         recipe=fenced(printable(made.recipe.strip()), "yaml") if made.recipe else "",
     )
 
@@ -114,6 +116,7 @@ def _quality(evaluation: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("KL to the parent, nats a token", "0", f"{found['kl']:.3f}"),
             ("top-1 agreement", "100 %", f"{100 * found['top1_agreement']:.1f} %"),
             *_bits(found.get("bits")),
+            *_kinds(found.get("kinds")),
         ]
     rows = [
         ("cosine of the last hidden states to the parent's", "1", f"{found['hidden_cosine']:.4f}"),
@@ -136,3 +139,14 @@ def _bits(bits: dict[str, Any] | None) -> list[tuple[str, str, str]]:
         ("perplexity per word", f"{bits['parent_word_perplexity']:.1f}", f"{bits['word_perplexity']:.1f}"),
         ("tokens of the same text", "100 %", f"{100 + 100 * bits['more_tokens']:.1f} %"),
     ]
+
+
+def _kinds(kinds: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """A row for each kind of text, with the perplexity ratio and its interval of 95 % confidence."""
+    rows = []
+    for name, found in (kinds or {}).items():
+        interval = found["perplexity_ratio_interval"]
+        between = f", {interval[0]:.2f} to {interval[1]:.2f}" if interval else ""
+        here = f"{found['perplexity']:.2f} (ratio {found['perplexity_ratio']:.2f}{between})"
+        rows.append((f"perplexity, {name}", f"{found['parent_perplexity']:.2f}", here))
+    return rows

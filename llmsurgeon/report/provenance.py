@@ -23,6 +23,15 @@ class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
+class OfAKind(_Part):
+    """The quality of a decoder on one kind of text."""
+
+    perplexity: float
+    parent_perplexity: float = Field(gt=0)
+    perplexity_ratio: float
+    perplexity_ratio_interval: list[float] | None = Field(default=None, min_length=2, max_length=2)
+
+
 class Predictions(_Part):
     """The quality of a decoder, beside its parent's."""
 
@@ -31,6 +40,7 @@ class Predictions(_Part):
     parent_perplexity: float = Field(gt=0)
     kl: float
     top1_agreement: float
+    kinds: dict[str, OfAKind] = Field(default_factory=dict)
 
 
 class States(_Part):
@@ -41,6 +51,7 @@ class States(_Part):
     pooled_cosine: float
     masked_kl: float | None
     masked_top1_agreement: float | None
+    kinds: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
 
 class Surgery(_Part):
@@ -92,4 +103,4 @@ def read_records(folder: Path) -> Records | None:
     surgery, recipe = read_surgery(folder), read_recipe(folder)
     if surgery is None or recipe is None:
         return None
-    return Records(surgery.model_dump(mode="json"), recipe, surgery.before)
+    return Records(surgery.model_dump(mode="json", exclude_unset=True), recipe, surgery.before)

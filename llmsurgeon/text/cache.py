@@ -10,12 +10,15 @@ from dataclasses import asdict
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
 
 from llmsurgeon.boundary.foreign import token_ids
 from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.text.conversation import template_of
+from llmsurgeon.text.kinds import KINDS
 from llmsurgeon.text.self_text import SelfText, sample_self_text
+from llmsurgeon.text.sequences import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,27 +26,32 @@ if TYPE_CHECKING:
 
 def cached_self_text(
     load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, fingerprint: str, wanted: SelfText
-) -> Tensor:
+) -> Sequences:
     """`sample_self_text`, remembered on disk; `load` is called only where the text is not there yet.
 
     `fingerprint` names the weights and how they compute (dtype, kind of device): another model, another text. So do the
-    libraries, and the tokenizer, whose openers the text begins with. A damaged or unwritable cache only costs
-    time.
+    libraries, the tokenizer, the openers that the text begins with and what the chat template puts between turns. A
+    damaged or unwritable cache only costs time.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     libraries = [version(library) for library in ("torch", "transformers")]
-    parts = [fingerprint, *libraries, tokenizer_key(tokenizer), *asdict(wanted).values()]
+    begins = [[name, dict(KINDS[name].variants)] for name in wanted.kinds]
+    spoken = template_of(tokenizer)
+    turns = asdict(spoken) if spoken and any(KINDS[name].chat for name in wanted.kinds) else None
+    parts = [fingerprint, *libraries, tokenizer_key(tokenizer), *asdict(wanted).values(), begins, turns]
     key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
     path = cache_folder("self") / f"{key}.safetensors"
-    with suppress(OSError, SafetensorError, KeyError):
+    with suppress(OSError, SafetensorError, KeyError, IndexError):
         if kept(path):
-            return load_file(path)["tokens"]
+            found = load_file(path)
+            return Sequences(found["tokens"], tuple(wanted.kinds[place] for place in found["kinds"].tolist()))
     text = sample_self_text(load(), tokenizer, wanted)
+    kinds = torch.tensor([wanted.kinds.index(kind) for kind in text.kinds])
     with suppress(OSError, SurgeryError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        keep(path, lambda partial: save_file({"tokens": text}, partial))
+        keep(path, lambda partial: save_file({"tokens": text.tokens, "kinds": kinds}, partial))
     return text
 
 

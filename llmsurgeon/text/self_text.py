@@ -5,7 +5,9 @@ S sequences, L tokens each, B batch, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from llmsurgeon.boundary.foreign import check_token_ids, token_ids
+from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.checkpoint.finite import first_not_finite, is_finite
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.progress import Progress
-from llmsurgeon.text.openers import OPENERS
+from llmsurgeon.text.conversation import Template, Turns, special_ids, template_of
+from llmsurgeon.text.kinds import KINDS
+from llmsurgeon.text.sequences import Sequences, spread
+from llmsurgeon.text.shares import Part, shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,65 +66,83 @@ def _empty_cache(model: PreTrainedModel, length: int) -> DynamicCache | None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How text is drawn: a sequence is the document start, an opener, and what the model makes of it.
-
-    `plain`: every so many-th sequence has no opener (0: none). A token is drawn from softmax(logits / temperature)
-    among the `top_k` likeliest that are at least `min_p` times as likely as the first of them.
-    """
+    """How text is drawn: a token from softmax(logits / temperature) among the `top_k` likeliest that are at least
+    `min_p` times as likely as the first of them."""
 
     temperature: float = 1.0
     min_p: float = 0.0
     top_k: int = 64
-    plain: int = 0
-    openers: tuple[str, ...] = OPENERS
 
 
 @dataclass(frozen=True)
 class SelfText:
-    """Which text is wanted: about `tokens` tokens in sequences of `sequence_length`, `batch` of them at a time."""
+    """Which text is wanted: about `tokens` tokens of `kinds` in sequences of `sequence_length`, `batch` at a time."""
 
     tokens: int
     sequence_length: int
     seed: int = 0
     batch: int = 128
     sampling: Sampling = Sampling()
+    kinds: tuple[str, ...] = tuple(KINDS)
 
 
-def sample_self_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: SelfText) -> Tensor:
-    """Text from the model, int64 [S, L]; the same call gives the same text.
+def sample_self_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: SelfText) -> Sequences:
+    """Text from the model [S, L], kinds by the shares that `shares` gives them; the same call gives the same text.
 
-    Special tokens are never drawn, so every sequence runs to its full length. Raises SurgeryError for NaN logits and
-    for sequences longer than the model's positions.
+    A sequence is the document start, an opener of its kind, and what the model makes of it; a conversation is the chat
+    template with all turns drawn. No other special tokens are drawn, so every sequence runs to its full length.
+
+    Raises:
+        SurgeryError: NaN logits, sequences longer than the model's positions, no kind that can be sampled.
     """
     length, limit = wanted.sequence_length, getattr(model.config, "max_position_embeddings", None)
     if limit and length > limit:
         raise SurgeryError(f"sequences of {length} tokens, the model's limit is {limit}; lower --seq-len")
-    generator = torch.Generator(model.device).manual_seed(wanted.seed)
-    count = max(1, wanted.tokens // length)
-    forced_SL = _prompts(tokenizer, model.config.vocab_size, count, length, wanted.sampling, wanted.seed)
-    banned = _never_drawn(tokenizer, model.config.vocab_size)
-    batch = max(1, min(wanted.batch, CACHE_BYTES // (length * _cache_bytes_per_token(model))))
-    with Progress("sample calibration text", count * length, "tokens") as progress:
-        parts = [
-            _continue(model, forced_BL, banned, wanted.sampling, generator, progress.advance)
-            for forced_BL in forced_SL.split(batch)
-        ]
-    return torch.cat(parts)
+    start, template = document_start(tokenizer), template_of(tokenizer)
+    if template and (len(template.start) >= length or max(template.ids) >= model.config.vocab_size):
+        template = None
+    parts = spread(shares(model, tokenizer, wanted, start, template is not None), max(1, wanted.tokens // length))
+    texts = _prompts(tokenizer, model.config.vocab_size, parts, template, wanted)
+    rows = _cache_rows(model, wanted)
+    draw = Draw(wanted.sampling, _never_drawn(tokenizer, model.config.vocab_size), wanted.seed, model.device)
+    with Progress("sample calibration text", texts.numel(), "tokens") as progress:
+        for place in range(0, len(parts), rows):
+            spoken = [KINDS[part.kind].chat for part in parts[place : place + rows]]
+            turns = Turns(template, spoken, length) if template and any(spoken) else None
+            texts[place : place + rows] = _continue(model, texts[place : place + rows], draw, turns, progress.advance)
+    return Sequences(texts, tuple(part.kind for part in parts))
+
+
+@dataclass
+class Draw:
+    """How the next token of each row is drawn: never one that is `banned`, with a generator of its own."""
+
+    sampling: Sampling
+    banned: Tensor
+    seed: int
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self.banned = self.banned.to(self.device)
+        self.generator = torch.Generator(self.device).manual_seed(self.seed)
+
+    def __call__(self, logits_BV: Tensor, ends_B: Tensor | None) -> Tensor:
+        """One token a row; `ends_B` may be drawn although it is banned, where it is not -1."""
+        allowed_BV = logits_BV.index_fill(1, self.banned, -torch.inf)
+        if ends_B is not None:
+            rows = torch.nonzero(ends_B >= 0).flatten().to(self.device)
+            ends = ends_B.to(self.device)[rows]
+            allowed_BV[rows, ends] = logits_BV[rows, ends]
+        return _draw(allowed_BV, self.sampling, self.generator)
 
 
 @torch.no_grad()
 def _continue(
-    model: PreTrainedModel,
-    forced_BL: Tensor,
-    banned: Tensor,
-    sampling: Sampling,
-    generator: torch.Generator,
-    advance: Callable[[int], None],
+    model: PreTrainedModel, forced_BL: Tensor, draw: Draw, turns: Turns | None, advance: Callable[[int], None]
 ) -> Tensor:
     """Fill every -1 of `forced_BL` with a drawn token, left to right. Prompts of differing length need no padding."""
     model.eval()
     text_BL = forced_BL.to(model.device)
-    banned = banned.to(model.device)
     cache = _empty_cache(model, text_BL.shape[1])
     for step in range(text_BL.shape[1] - 1):
         output, cache = cached_call(model, cache, input_ids=text_BL[:, step : step + 1])
@@ -127,8 +150,10 @@ def _continue(
             raise first_not_finite(model, model.dtype, input_ids=text_BL[:, : step + 1]) or SurgeryError(
                 f"the model's logits hold NaN or infinity at token {step}: text cannot be sampled from it"
             )
-        drawn_B = _draw(output.logits[:, -1].index_fill(1, banned, -torch.inf), sampling, generator)
+        drawn_B = draw(output.logits[:, -1], turns.ends(step + 1) if turns else None)
         text_BL[:, step + 1] = torch.where(text_BL[:, step + 1] < 0, drawn_B, text_BL[:, step + 1])
+        if turns:
+            turns.heard(text_BL, step + 1)
         advance(len(text_BL))
     advance(len(text_BL))
     return text_BL.cpu()
@@ -147,20 +172,27 @@ def _draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> 
 
 
 def _prompts(
-    tokenizer: PreTrainedTokenizerBase, vocab: int, count: int, length: int, sampling: Sampling, seed: int
+    tokenizer: PreTrainedTokenizerBase, vocab: int, parts: Sequence[Part], template: Template | None, wanted: SelfText
 ) -> Tensor:
-    """The given tokens of each sequence, -1 where one is to be drawn: int64 [count, length]."""
+    """The given tokens of each sequence, -1 where one is to be drawn: int64 [S, L]."""
+    count, length = len(parts), wanted.sequence_length
     forced = torch.full((count, length), -1)
     start = document_start(tokenizer)
     if start is None:
-        forced[:, 0] = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(seed))
+        forced[:, 0] = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(wanted.seed))
     else:
         forced[:, 0] = start
-    openers = [token_ids(tokenizer, text, add_special_tokens=False) for text in sampling.openers]
-    opened = [row for row in range(count) if openers and (not sampling.plain or row % sampling.plain)]
-    for number, row in enumerate(opened):
-        ids = openers[number % len(openers)][: length - 1]
+    used = Counter[Part]()
+    for row, part in enumerate(parts):
+        if KINDS[part.kind].chat:
+            assert template is not None
+            forced[row, : len(template.start)] = torch.tensor(template.start)
+            continue
+        # Another seed begins with other openers.
+        order = random.Random(f"{wanted.seed} {part.kind} {part.variant}").sample(part.openers, len(part.openers))
+        ids = order[used[part] % len(order)][: length - 1]
         forced[row, 1 : 1 + len(ids)] = torch.tensor(ids, dtype=torch.long)
+        used[part] += 1
     check_token_ids(0, int(forced.max()), vocab, str(tokenizer.name_or_path))
     return forced
 
@@ -177,9 +209,14 @@ def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
 def _never_drawn(tokenizer: PreTrainedTokenizerBase, vocab: int) -> Tensor:
     """Ids of special tokens, and of rows that pad the head beyond the tokenizer's vocabulary."""
-    known = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    known = set(tokenizer.get_vocab().values()) - special_ids(tokenizer)
     banned = [index for index in range(vocab) if index not in known]
     return torch.tensor(banned if len(banned) < vocab else [], dtype=torch.long)
+
+
+def _cache_rows(model: PreTrainedModel, wanted: SelfText) -> int:
+    """How many sequences go together: `wanted.batch`, or as many as the cache may hold."""
+    return max(1, min(wanted.batch, CACHE_BYTES // (wanted.sequence_length * _cache_bytes_per_token(model))))
 
 
 @torch.no_grad()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from llmsurgeon.errors import SurgeryError
+
+Item = TypeVar("Item", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,17 @@ def held_out(kinds: Sequence[str], share: float) -> Tensor:
     mask = torch.zeros(count, dtype=torch.bool)
     mask[[order[int((place + 0.5) * count / held)] for place in range(held)]] = True
     return mask
+
+
+def spread(weights: Mapping[Item, float], count: int) -> list[Item]:
+    """`count` items, each as often as its weight says, in an order of which every beginning has about these shares.
+
+    Next comes the item that is furthest behind its share; of two alike the one that is named first.
+    """
+    total = sum(weights.values())
+    drawn, found = dict.fromkeys(weights, 0), list[Item]()
+    for place in range(1, count + 1):
+        item = max(weights, key=lambda each: weights[each] / total * place - drawn[each])
+        drawn[item] += 1
+        found.append(item)
+    return found

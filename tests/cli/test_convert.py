@@ -93,7 +93,10 @@ def test_the_plan_of_a_width_needs_no_text(run, folder):
     code, out, _ = run(*flags, "--text", "text.txt", *SMALL, "-o", "out")
     made = json.loads(out)
     assert code == 0 and foreseen["after"]["parameters"] < foreseen["before"]["parameters"]
-    assert {key: foreseen[key] for key in foreseen if key != "model"} == {k: made[k] for k in foreseen if k != "model"}
+    same = foreseen.keys() - {"model", "calibration"}
+    assert {key: foreseen[key] for key in same} == {key: made[key] for key in same}
+    assert foreseen["calibration"] == {"what the model writes (all)": 1.0}
+    assert made["calibration"] == {"text.txt": 0.5, "what the model writes (all)": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +324,9 @@ def test_bad_text(run, folder, text, message):
     else:
         (folder / "text.txt").write_text(text)
     before = sorted(folder.iterdir())
-    code, _, err = run("prune", "parent", "--blocks", "2", "-o", "out", "--text", "text.txt", *SMALL)
+    code, _, err = run(
+        "prune", "parent", "--blocks", "2", "-o", "out", "--text", "text.txt", "--self-share", "0", *SMALL
+    )
     assert code == 2 and message in err
     assert sorted(folder.iterdir()) == before
 

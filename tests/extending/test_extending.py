@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
-RECIPE = "version: 1\ncalibration: {{text: {text}, tokens: 8192, sequence_length: 64}}\nsteps:\n{steps}"
+RECIPE = "version: 1\ncalibration: {{text: {text}, self_share: 0, tokens: 8192, sequence_length: 64}}\nsteps:\n{steps}"
 
 
 def letters(seed, count):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-CALIBRATION = "{text: text.txt, tokens: 256, sequence_length: 16}"
+# The named text alone: what a tiny model writes of all kinds has a case of its own.
+CALIBRATION = "{text: text.txt, self_share: 0, tokens: 256, sequence_length: 16}"
 # Short training of a student, the same in every case that trains.
 TRAINING = "steps: 2, batch: 2, sequence_length: 16, warmup: 0, evaluations: 1, evaluation_tokens: 64"
 HEAL = (
-    "--text text.txt --set distill.steps=2 --set distill.batch=2 --set distill.sequence_length=16 "
+    "--text text.txt --self-share 0 --set distill.steps=2 --set distill.batch=2 --set distill.sequence_length=16 "
     "--set distill.evaluations=1 --set calibration.tokens=256 --set calibration.sequence_length=16"
 )
 
@@ -137,7 +138,11 @@ CHAINS = (
 # Verbs with flags in place of a recipe, and what reads checkpoints.
 VERBS = (
     command("verb-fuse", "fuse parent --drop-attention 4,5 --runs 3-5 --no-refit", out=True, thorough=True),
-    command("verb-prune", "prune parent --blocks 1 --width 64 --text text.txt --tokens 256 --seq-len 16", out=True),
+    command(
+        "verb-prune",
+        "prune parent --blocks 1 --width 64 --text text.txt --self-share 0 --tokens 256 --seq-len 16",
+        out=True,
+    ),
     command("verb-ternary", "ternary parent --linears ffn --method round", out=True, thorough=True),
     command("heal", f"heal prune-attention-layers --parent parent {HEAL}", out=True, thorough=True),
     command("to-native", "export prune-attention-layers --to native", out=True),
@@ -156,7 +161,9 @@ VERBS = (
     command("verify", "verify chain-fuse-prune --json", thorough=True),
     command("eval", "eval prune-attention-layers --against parent --text text.txt --tokens 256 --seq-len 16 --json"),
     command("dry-run", "run chain-fuse-prune.yaml parent --dry-run", thorough=True),
-    command("analyze", "analyze parent --text text.txt --tokens 256 --seq-len 16", out=True, thorough=True),
+    command(
+        "analyze", "analyze parent --text text.txt --self-share 0 --tokens 256 --seq-len 16", out=True, thorough=True
+    ),
 )
 ALL = (*OPERATIONS, *CHAINS, *VERBS)
 BRIEF = (

@@ -244,10 +244,11 @@ def test_rows_fill_up_with_what_the_model_expects(family: str, place: Path, run)
     assert code == 0, err
     parent = open_model(str(place / "parent"))
     length = min(256, parent.spec.max_positions or 256)
-    windows = Texts(parent, Calibration(text="text.txt", tokens=8192, sequence_length=length), 8192, Options()).windows
+    wanted = Calibration(text="text.txt", self_share=0, tokens=8192, sequence_length=length)
+    windows = Texts(parent, wanted, 8192, Options(device="cpu")).windows
     with torch.no_grad():
         expected = sum(model(window[None]).logits[0].softmax(-1).sum(0) for window in windows)
-    found = expected_tokens(parent, "text.txt", Options())
+    found = expected_tokens(parent, "text.txt", Options(device="cpu"))
     torch.testing.assert_close(torch.tensor([found[i] for i in range(len(expected))]), expected, atol=1e-3, rtol=1e-3)
     seen = set(AutoTokenizer.from_pretrained(place / "parent")(TEXT).input_ids)
     kept = set(mapped(place / "out", place / "parent").tolist())

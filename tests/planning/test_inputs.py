@@ -23,7 +23,7 @@ from llmsurgeon.planning.inputs import Inputs, leaves
 from llmsurgeon.recipe.recipe import loads
 from llmsurgeon.run import Options, run
 from llmsurgeon.text.cache import cached_self_text
-from llmsurgeon.text.self_text import Sampling, SelfText
+from llmsurgeon.text.self_text import SelfText
 
 
 @pytest.fixture(autouse=True)
@@ -249,7 +249,7 @@ def test_sampled_text_is_kept_by_model_and_tokenizer(tmp_path):
     from conftest import byte_tokenizer
 
     model, sampled = tiny_model("llama"), []
-    wanted = SelfText(64, 16, sampling=Sampling(openers=("abc",)))
+    wanted = SelfText(64, 16, kinds=("prose",))
 
     def get(key, tokenizer):
         return cached_self_text(lambda: sampled.append(key) or model, tokenizer, key, wanted)

@@ -15,8 +15,9 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.text import self_text
 from llmsurgeon.text.cache import model_fingerprint
 from llmsurgeon.text.calibration import calibration_sequences
+from llmsurgeon.text.kinds import KINDS, Kind
 from llmsurgeon.text.self_text import Sampling, SelfText, sample_self_text
-from llmsurgeon.text.sequences import held_out
+from llmsurgeon.text.sequences import Sequences, held_out
 from llmsurgeon.text.wanted import Calibration
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -82,7 +83,7 @@ def test_a_short_text_gives_fewer_windows_and_says_so(tmp_path, tokenizer):
     assert windows.shape == (3, 8)
     text = "".join(tokenizer.convert_ids_to_tokens(windows.flatten().tolist()))
     assert text == LETTERS[:24]
-    line = Calibration(text="t.txt", tokens=800, sequence_length=8).describe(windows)
+    line = Calibration(text="t.txt", tokens=800, sequence_length=8).describe(Sequences(windows, ("t.txt",) * 3))
     assert line == "calibration: 24 tokens of t.txt; 800 were asked for"
 
 
@@ -177,14 +178,18 @@ def test_one_window_cannot_be_split():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])  # mistral slides over a window shorter than the text
-def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
+def test_greedy_sampling_equals_the_slow_way(family, tokenizer, monkeypatch):
+    openers = ("ab", "cdefg", "h")
+    monkeypatch.setitem(KINDS, "prose", Kind({"": openers}))
     model = tiny_model(family)
-    text = sample_self_text(
-        model, tokenizer, SelfText(60, 20, sampling=Sampling(top_k=1, plain=2, openers=("ab", "cdefg")))
-    )
+    wanted = SelfText(60, 20, sampling=Sampling(top_k=1), kinds=("prose",))
+    text = sample_self_text(model, tokenizer, wanted).tokens
     assert text.shape == (3, 20)
     banned = torch.tensor(tokenizer.all_special_ids)
-    for row, opener in zip(text, ("", "ab", ""), strict=True):
+    said = {tuple(tokenizer(opener, add_special_tokens=False)["input_ids"]): opener for opener in openers}
+    begun = [next(text for ids, text in said.items() if tuple(row[1 : 1 + len(ids)].tolist()) == ids) for row in text]
+    assert sorted(begun) == sorted(openers), "each opener once before any comes again"
+    for row, opener in zip(text, begun, strict=True):
         ids = [tokenizer.bos_token_id, *tokenizer(opener, add_special_tokens=False)["input_ids"]]
         while len(ids) < 20:
             with torch.no_grad():
@@ -196,7 +201,9 @@ def test_greedy_sampling_equals_the_slow_way(family, tokenizer):
 def test_sampling_is_reproducible_and_leaves_the_global_generator_alone(tokenizer):
     model = tiny_model("llama")
     state = torch.random.get_rng_state()
-    first, again, other = (sample_self_text(model, tokenizer, SelfText(640, 64, seed=s, batch=4)) for s in (0, 0, 1))
+    first, again, other = (
+        sample_self_text(model, tokenizer, SelfText(640, 64, seed=s, batch=4)).tokens for s in (0, 0, 1)
+    )
     assert torch.equal(state, torch.random.get_rng_state())
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -216,15 +223,15 @@ def test_draws_follow_the_distribution():
 
 def test_tokens_beyond_the_tokenizer_are_never_drawn(tokenizer):
     model = tiny_model("llama", vocab_size=80)
-    assert sample_self_text(model, tokenizer, SelfText(320, 16)).max() < 64
+    assert sample_self_text(model, tokenizer, SelfText(320, 16)).tokens.max() < 64
 
 
 def test_tokenizer_without_bos_or_eos(tokenizer):
     model = tiny_model("llama")
     tokenizer.bos_token = None
-    assert sample_self_text(model, tokenizer, SelfText(16, 8))[:, 0].tolist() == [2, 2]
+    assert sample_self_text(model, tokenizer, SelfText(16, 8)).tokens[:, 0].tolist() == [2, 2]
     tokenizer.eos_token = None
-    starts = sample_self_text(model, tokenizer, SelfText(160, 8))[:, 0]
+    starts = sample_self_text(model, tokenizer, SelfText(160, 8)).tokens[:, 0]
     assert len(starts.unique()) > 3
 
 
@@ -251,8 +258,8 @@ def test_self_text_is_kept_on_disk(tokenizer, tmp_path):
     for file in files:
         file.write_bytes(b"damaged")
     assert torch.equal(get(), first) and len(loads) == 4
-    line = Calibration(tokens=32, sequence_length=16).describe(first)
-    assert line == "calibration: 32 tokens sampled from the model itself (no --text given)"
+    line = Calibration(tokens=32, sequence_length=16).describe(Sequences(first, ("prose", "code")))
+    assert line == "calibration: 32 tokens sampled from the model itself (no --text given): prose 50 %, code 50 %"
 
 
 def test_an_unwritable_cache_is_no_error(tokenizer, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from llmsurgeon.text.cache import tokenizer_key
 from llmsurgeon.text.documents import dataset_revision, documents
 from llmsurgeon.text.files import check_text_file, text_sum
 from llmsurgeon.text.self_text import document_start
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 from llmsurgeon.text.windows import padded, sentences_of, window_end, window_start
 
@@ -34,16 +35,22 @@ if TYPE_CHECKING:
 
 # A row that shares this many tokens in a row with the held-out text is not trained on.
 OVERLAP = 24
+# What is told of text that the parent wrote.
+OWN = "the parent's own text"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Packed text of one source: `tokens` uint32 [N, L], on disk. `key` changes with text, tokenizer and packing."""
+    """Packed text of one source: `tokens` uint32 [N, L], on disk. `key` changes with text, tokenizer and packing.
+
+    own: sampled from the parent, apart from all that judges.
+    """
 
     name: str
     key: str
     tokens: np.ndarray
     weight: float = 1.0
+    own: bool = False
 
 
 def packed(
@@ -139,35 +146,65 @@ def rows_of(windows: Tensor, length: int, name: str, weight: float = 1.0) -> Row
 def training_rows(
     settings: Distill,
     calibration: Calibration,
-    windows: Tensor,
+    windows: Sequences,
     tokenizer: PreTrainedTokenizerBase,
     sample: Callable[[int, int, int], Tensor],
 ) -> list[Rows]:
     """The rows to train on, of each of the recipe's sources.
 
     Args:
-        windows: calibration sequences that do not judge [S, T], trained on where calibration reads no text.
+        windows: calibration sequences that do not judge [S, T], trained on where calibration is sampled.
         sample: (tokens, length, seed) -> text from the parent [S, length].
     """
-    own, length, seed = "the parent's own text", settings.sequence_length, settings.seed
+    length, seed = settings.sequence_length, settings.seed
     found = []
     for source in settings.sources:
         limits: dict[str, Any] = {"limit": source.tokens, "seed": seed, "sentences": calibration.sentences}
         if source.sampled is not None:
             # Calibration samples with seed 0, eval with 1.
-            rows = rows_of(sample(min(source.sampled, source.tokens), length, seed + 2), length, own)
+            text = sample(min(source.sampled, source.tokens), length, seed + 2)
+            rows = replace(rows_of(text, length, OWN), own=True)
         elif not source.calibration:
             rows = read_rows(tokenizer, length, Text(source.text, source.dataset, **limits))
-        elif calibration.text or calibration.dataset:
-            rows = read_rows(tokenizer, length, Text(calibration.text, calibration.dataset, **limits))
         else:
-            rows = rows_of(windows[: max(1, source.tokens // windows.shape[1])], length, own)
+            parts = calibration_rows(calibration, windows, tokenizer, length, limits)
+            found += [replace(part, weight=part.weight * source.weight) for part in parts]
+            continue
         found.append(replace(rows, weight=source.weight))
     return found
 
 
+def calibration_rows(
+    calibration: Calibration,
+    windows: Sequences,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    limits: Mapping[str, Any],
+) -> list[Rows]:
+    """The text that calibration reads: files and datasets whole, and of `windows` what the model wrote, by the weights
+    of the sources, which add up to 1."""
+    total = sum(source.weight for source in calibration.sources)
+    found, written = [], 0.0
+    for source in calibration.sources:
+        if source.kinds:
+            written += source.weight / total
+            continue
+        rows = read_rows(tokenizer, length, Text(source.text, source.dataset, **limits))
+        found.append(replace(rows, weight=source.weight / total))
+    if written:
+        own = windows[torch.tensor([kind not in calibration.labels for kind in windows.kinds])].tokens
+        limit = max(1, limits["limit"] // windows.tokens.shape[1])
+        found.append(replace(rows_of(own[:limit], length, OWN, written), own=True))
+    return found
+
+
 def without_overlap(rows: Rows, held_out: Tensor, overlap: int = OVERLAP) -> np.ndarray:
-    """Numbers of the rows that share no `overlap` tokens in a row with the held-out sequences, int64 [S, T]."""
+    """Numbers of the rows that share no `overlap` tokens in a row with the held-out sequences, int64 [S, T].
+
+    What the parent wrote shares nothing with them but what its chat template puts before every conversation.
+    """
+    if rows.own:
+        return np.arange(len(rows.tokens))
     overlap = min(overlap, held_out.shape[1], rows.tokens.shape[1])
     judged = np.unique(_shingles(held_out.numpy().astype(np.uint64), overlap))
     clean = [

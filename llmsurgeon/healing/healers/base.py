@@ -12,6 +12,7 @@ from torch import Tensor
 from llmsurgeon.healing.distill.data import Rows
 from llmsurgeon.model.families import Family
 from llmsurgeon.model.spec import ModelSpec
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.walk.runner import LayerRunner
 
 
@@ -38,7 +39,7 @@ class HealingContext:
     windows: Tensor
     kinds: tuple[str, ...]
     held_out: Tensor
-    training: Callable[[Any, Tensor], list[Rows]]
+    training: Callable[[Any, Sequences], list[Rows]]
     folder: Path
     logs: Path
     device: str

@@ -14,6 +14,7 @@ from llmsurgeon.healing.distill.distill import Distilled, distill
 from llmsurgeon.healing.healers.base import HealingContext
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.report.curve import html_curves
+from llmsurgeon.text.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def distilled(context: HealingContext, step: Distill) -> Trained:
         config=context.config,
         spec=context.spec,
         weights=context.weights,
-        text=context.training(step, context.windows[~context.held_out]),
+        text=context.training(step, Sequences(context.windows, context.kinds)[~context.held_out]),
         held_out=context.windows[context.held_out],
         folder=context.folder,
         logs=context.logs,

@@ -21,6 +21,7 @@ from llmsurgeon.healing.distill.data import (
     without_overlap,
 )
 from llmsurgeon.operations.distill import Distill, Source
+from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.wanted import Calibration
 
 
@@ -120,7 +121,7 @@ def test_windows_are_cut_or_joined():
 def test_the_recipe_says_what_is_trained_on(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("abc def\n" * 50)
-    windows = torch.zeros(3, 8, dtype=torch.long)
+    windows = Sequences(torch.zeros(3, 8, dtype=torch.long), ("prose",) * 3)
     sample = lambda tokens, length, seed: torch.full((tokens // length, length), seed)  # noqa: E731
 
     def make(data, calibration):
