@@ -27,6 +27,7 @@ from llmsurgeon.planning.plan import Planned, foreseen, plan
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.recipe.recipe import Recipe, dump
+from llmsurgeon.walk.memory import room
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def run(
         scores = compute_scores(recipe.steps, texts.runner, texts.windows, parent.subject({}), options.batch)
     planned = plan(parent, recipe, scores)
     options.planned(planned)
+    _say_what_is_short(planned, options)
     resolved = dump(planned.recipe.model_copy(update={"model": model}), Path(out))
     with Stage.open(
         out,
@@ -93,6 +95,17 @@ def run(
         healed = heal_and_judge(planned, texts, stage.scratch, logs_of(out))
         records = RunRecords(planned, healed, resolved, texts.description, parent.checkpoint)
         return finish(stage, out, records, options, inputs)
+
+
+def _say_what_is_short(planned: Planned, options: Options) -> None:
+    """Tell, before hours of work, where closed-form fits want more memory than there is."""
+    free = room()
+    if free and planned.healing_bytes > free.bytes:
+        options.say(
+            f"closed-form fits take about {planned.healing_bytes / 1e9:.1f} GB of memory, and {free.bytes / 1e9:.1f} "
+            f"GB are free ({free.limit}): the system ends a process that takes more than there is. Give it more "
+            "memory, or fuse shorter runs"
+        )
 
 
 def preview(

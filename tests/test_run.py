@@ -25,6 +25,7 @@ from llmsurgeon.planning.opened import open_config, open_model
 from llmsurgeon.planning.plan import plan
 from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.run import Options, run
+from llmsurgeon.walk.memory import Room
 
 TEXT = "The quick brown fox jumps over the lazy dog; 0123, and so on. Pack my box with five dozen jugs.\n" * 40
 
@@ -104,6 +105,15 @@ def text(tmp_path):
 def healing(text, *steps, more=""):
     calibration = f"calibration: {{text: {text}, self_share: 0, tokens: 768, sequence_length: 16}}\n"
     return loads(recipe_of(*steps, "{op: refit}", more=calibration + more))
+
+
+@pytest.mark.parametrize("free", [10**12, 1000])
+def test_fits_that_memory_does_not_hold_are_told_before_they_start(parent, text, tmp_path, monkeypatch, free):
+    said = []
+    monkeypatch.setattr(sys.modules["llmsurgeon.run"], "room", lambda: Room(free, "a test"))
+    run(healing(text, *ALL_STEPS["fold"]), str(parent), str(tmp_path / "out"), Options(say=said.append))
+    short = [line for line in said if "GB of memory, and 0.0 GB are free (a test)" in line]
+    assert bool(short) == (free == 1000), said
 
 
 def test_the_files_of_a_run(parent, text, tmp_path):

@@ -57,6 +57,9 @@ def test_an_encoder_beside_its_parent(tmp_path, monkeypatch):
     small(monkeypatch, 1000)
     found = figures(tmp_path, "student", "parent")
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    save_encoder(tmp_path / "alone", "bert", "BertForMaskedLM")
+    with pytest.raises(SurgeryError, match="such an encoder is judged beside its parent alone; give --against"):
+        figures(tmp_path, "alone")
 
 
 @pytest.mark.parametrize(("asked", "said"), [
