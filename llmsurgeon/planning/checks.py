@@ -9,7 +9,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.gate import check_gate
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
-from llmsurgeon.planning.sources import check_kinds
+from llmsurgeon.planning.sources import check_kinds, mixed
 from llmsurgeon.recipe.recipe import Calibration, Recipe
 
 
@@ -47,11 +47,7 @@ def check_order(steps: Sequence[Step]) -> None:
 def settled(parent: DescribedModel, recipe: Recipe) -> Recipe:
     """The recipe with what its calibration leaves open: a window's length, and what is sampled beside named text."""
     recipe = within_positions(parent, recipe)
-    wanted = recipe.calibration
-    if not (wanted.text or wanted.dataset):
-        return recipe
-    share = wanted.sampled_share(parent.family.encoder)
-    return recipe.model_copy(update={"calibration": wanted.model_copy(update={"self_share": share})})
+    return recipe.model_copy(update={"calibration": mixed(parent, recipe.calibration)})
 
 
 def within_positions(parent: DescribedModel, recipe: Recipe) -> Recipe:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.model.costs import human
+from llmsurgeon.planning.opened import DescribedModel
+from llmsurgeon.progress import remark
 from llmsurgeon.recipe.recipe import Calibration as Asked
 from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.text.kinds import ALL, kinds_of
 from llmsurgeon.text.wanted import Calibration, Source
+from llmsurgeon.walk.memory import room
 
 
 def text_wanted(asked: Asked, tokens: int, encoder: bool) -> Calibration:
@@ -25,6 +29,28 @@ def text_wanted(asked: Asked, tokens: int, encoder: bool) -> Calibration:
         asked.sampled_share(encoder),
         sources,
     )
+
+
+def mixed(parent: DescribedModel, asked: Asked) -> Asked:
+    """A calibration on named text, with the share that the model writes beside it where it leaves that open.
+
+    A model that does not fit in memory is read layer by layer, and writes nothing: then the named text is all.
+    """
+    if not (asked.text or asked.dataset) or asked.self_share is not None:
+        return asked
+    share = asked.sampled_share(bool(parent.family.encoder))
+    if share and (wants := too_large(parent)):
+        remark(f"{parent.name}: {wants}, so none is sampled beside the text that is given")
+        share = 0.0
+    return asked.model_copy(update={"self_share": share})
+
+
+def too_large(parent: DescribedModel) -> str | None:
+    """Why the model cannot be in memory as a whole, to sample text from; None where it can."""
+    size, left = sum(each.numel() * each.itemsize for each in parent.meta().values()), room()
+    if left is None or size <= left.bytes:
+        return None
+    return f"text is sampled from the whole model, {human(size)}B, and {left.limit} is {human(left.bytes)}B"
 
 
 def check_kinds(recipe: Recipe, encoder: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from hashlib import sha256
 from importlib.metadata import version
@@ -20,12 +19,11 @@ from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byt
 from llmsurgeon.evaluation.judge import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
-from llmsurgeon.model.costs import human
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
-from llmsurgeon.planning.sources import text_wanted
+from llmsurgeon.planning.sources import mixed, text_wanted, too_large
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
 from llmsurgeon.text.calibration import calibration_sequences
@@ -44,6 +42,7 @@ class Texts:
     def __init__(
         self, parent: OpenedCheckpoint, wanted: recipe_file.Calibration, tokens: int, options: Options
     ) -> None:
+        wanted = mixed(parent, wanted)
         self.parent, self.options, self.wanted = parent, options, wanted
         self.calibration = text_wanted(wanted, tokens, parent.family.encoder)
         self.description = "none"
@@ -100,14 +99,11 @@ class Texts:
         """The parent in memory as a whole, to sample from.
 
         Raises:
-            SurgeryError: it is larger than the memory of this machine.
+            SurgeryError: it is larger than the memory that there is.
         """
-        size = sum(each.numel() for each in self.parent.meta().values()) * self.dtype.itemsize
-        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if device_kind(self.options.device) == "cpu" and size > room:
+        if device_kind(self.options.device) == "cpu" and (wants := too_large(self.parent)):
             raise SurgeryError(
-                f"{self.parent.name}: text is sampled from the whole model, {human(size)}B, memory has {human(room)}B; "
-                "give --text FILE with --self-share 0, which reads layers one at a time"
+                f"{self.parent.name}: {wants}; give --text FILE with --self-share 0, which reads layers one at a time"
             )
         return model_of(self.parent.checkpoint, dtype=self.dtype, device=self.options.device)
 
