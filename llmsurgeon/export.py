@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from llmsurgeon.boundary.foreign import shortened
+from llmsurgeon.checkpoint.push import prepare
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.bitnet import LinearClass
@@ -22,6 +23,8 @@ from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.records import write_export_records
 from llmsurgeon.planning.student import packed_by_value, student_of, without_empty_layers
+from llmsurgeon.report.gguf_card import gguf_card
+from llmsurgeon.report.origin import inherited, origin_of
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ def export(
     checkpoint = parent.checkpoint
     place = options.staging(checkpoint.path)
     Stage.check(out, **place)
+    repository = prepare(options.push)
     packing = partial(packed_by_value, linear_class=linear_class)
     student = student_of(parent, parent.subject({}), parent.weights, to, packing)
     inputs = Inputs.of("export", {"model": checkpoint}, None, options, format=to, linear_class=linear_class)
@@ -72,9 +76,12 @@ def export(
     ) as stage:
         weights = student.written.published(student.weights, parent.family)
         stage.write_weights(weights, max_shard_size=options.max_shard_size, checksum=options.checksum)
-        before = write_export_records(stage, parent, student)
+        before = write_export_records(stage, parent, student, repository)
         stage.confirm(inputs.check)
-        return Exported(stage.commit(), to, student.written.loads, before, student.costs)
+        made = Exported(stage.commit(), to, student.written.loads, before, student.costs)
+    if repository:
+        options.say(f"pushed to {repository.send(made.out)}")
+    return made
 
 
 def export_gguf(
@@ -99,16 +106,24 @@ def export_gguf(
             f"{model}: format gguf holds text models alone, this one is vision-language ({parent.model_type}); "
             f"formats that can: {', '.join(forms_of_towers())}"
         )
+    repository = prepare(options.push, single_file=True)
+    origin, heritage = origin_of(parent.checkpoint), inherited(parent.checkpoint)
     inputs = Inputs.of("export", {"model": parent.checkpoint}, None, options)
     inputs.watch("tokenizer", parent.checkpoint.own_tokenizer_files())
     subject, weights = without_empty_layers(parent.subject({}), parent.weights)
-    return write_gguf(
+    base = (origin.hub_id,) if origin.hub_id else heritage.base_models
+    made = write_gguf(
         out,
         Model(parent.config, parent.family, subject.spec, weights, parent.checkpoint.path, options.trust_remote_code),
-        Asked(type, float_type, pre, name=Path(parent.name).stem),
+        Asked(type, float_type, pre, name=Path(parent.name).stem, heritage=replace(heritage, base_models=base)),
         place={"overwrite": options.overwrite, "sources": options.reads},
         check=inputs.check,
     )
+    if repository:
+        card = gguf_card(repository.name, made.path.name, made.type, origin, heritage)
+        beside = {} if repository.readme else {"README.md": card.encode()}
+        options.say(f"pushed to {repository.send(made.path, beside)}")
+    return made
 
 
 __all__ = ["Exported", "export", "export_gguf"]

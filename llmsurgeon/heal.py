@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+from llmsurgeon.checkpoint.push import prepare as prepare_push
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
@@ -24,7 +25,7 @@ from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.planning.trimming import trimmed
-from llmsurgeon.recipe.recipe import Recipe, dump
+from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.run import Outcome, finish, logs_of
 from llmsurgeon.vocabulary.trimmed import trimmed_like
 
@@ -64,6 +65,7 @@ def heal(
     job = inputs.job(recipe)
     world = World()
     world.main_alone(lambda: Stage.check(out, job=job, resume=resume, **place))
+    repository = world.main_alone(partial(prepare_push, options.push))
     options = options if world.main else replace(options, say=lambda line: None)
     texts = Texts(whole, recipe.calibration, recipe.calibration.tokens, options)
     with world.stage(
@@ -78,8 +80,9 @@ def heal(
         healed = heal_and_judge(planned, texts, scratch, logs_of(out))
         if stage is None:
             return None
-        resolved = dump(whole_recipe(cut, recipe).model_copy(update={"model": parent}), Path(out))
-        records = RunRecords(planned, healed, resolved, texts.description, cut.checkpoint)
+        resolved = whole_recipe(cut, recipe).model_copy(update={"model": parent})
+        checkpoints = cut.checkpoint, whole.original.checkpoint
+        records = RunRecords(planned, healed, resolved, texts.description, *checkpoints, repository)
         return finish(stage, out, records, options, inputs)
 
 

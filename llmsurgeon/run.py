@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsurgeon.analysis.scores import compute_scores
+from llmsurgeon.checkpoint.push import prepare
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import GateFailed, SurgeryError
@@ -26,7 +27,7 @@ from llmsurgeon.planning.options import as_given, model_of
 from llmsurgeon.planning.plan import Planned, foreseen, plan
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
-from llmsurgeon.recipe.recipe import Recipe, dump
+from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.walk.memory import room
 
 
@@ -67,6 +68,7 @@ def run(
     place = options.staging(source, *files_of(recipe))
     Stage.check(out, **place)
     parse_size(options.max_shard_size)
+    repository = prepare(options.push)
     if several():
         raise SurgeryError(
             "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
@@ -85,7 +87,7 @@ def run(
     planned = plan(parent, recipe, scores)
     options.planned(planned)
     _say_what_is_short(planned, options)
-    resolved = dump(planned.recipe.model_copy(update={"model": model}), Path(out))
+    resolved = planned.recipe.model_copy(update={"model": model})
     with Stage.open(
         out,
         job=inputs.job(planned.recipe),
@@ -93,7 +95,8 @@ def run(
         **place,
     ) as stage:
         healed = heal_and_judge(planned, texts, stage.scratch, logs_of(out))
-        records = RunRecords(planned, healed, resolved, texts.description, parent.checkpoint)
+        checkpoints = parent.checkpoint, parent.original.checkpoint
+        records = RunRecords(planned, healed, resolved, texts.description, *checkpoints, repository)
         return finish(stage, out, records, options, inputs)
 
 
@@ -131,6 +134,7 @@ def finish(stage: Stage, out: str, records: RunRecords, options: Options, inputs
     Raises:
         CheckpointError: something that was read changed meanwhile; OUT does not appear.
         GateFailed: the result misses the recipe's gate; it is there all the same, and its card says so.
+        SurgeryError: OUT is there, and could not be pushed to the hub.
     """
     planned, healed = records.planned, records.healed
     weights = planned.written.published(healed.weights, planned.parent.family)
@@ -140,8 +144,12 @@ def finish(stage: Stage, out: str, records: RunRecords, options: Options, inputs
     stage.confirm(inputs.check)
     stage.commit()
     outcome = Outcome(Path(out), planned, healed.results, healed.evaluation, tuple(short))
+    repository = records.repository
     if short:
-        raise GateFailed(f"{out} is written, but it misses the recipe's gate: " + "; ".join(short), outcome)
+        unpushed = f"; it was not pushed, which `{repository.command(outcome.out)}` does" if repository else ""
+        raise GateFailed(f"{out} is written, but it misses the recipe's gate: {'; '.join(short)}{unpushed}", outcome)
+    if repository:
+        options.say(f"pushed to {repository.send(outcome.out)}")
     return outcome
 
 

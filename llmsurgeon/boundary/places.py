@@ -1,6 +1,7 @@
 """Names of files and folders in what is written and may be published: where a disk has them is nobody's business.
 
-What has to be found again is named relative to the folder of the file that names it; all else by its last part.
+What has to be found again is named relative to the folder of the file that names it; all else, and what lies far away
+from what is published, by its last part.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def relative(name: str, folder: Path) -> str:
     real = os.path.realpath(os.path.expanduser(name))
     made = os.path.relpath(real, os.path.realpath(folder))
     return made if made.startswith("..") else f"./{made}"
+
+
+def published(name: str, folder: Path) -> str:
+    """As `relative`, for what may be passed on: what lies beside `folder`, or below that; all else by its last part."""
+    made = relative(name, folder)
+    return Path(made).name if made.startswith("../../") or os.path.isabs(made) or made.startswith("~") else made
 
 
 def found(name: str, folder: Path) -> str:

@@ -1,4 +1,5 @@
-"""What lies beside the weights and goes along: tokenizer, processor, chat templates, generation settings, pooling.
+"""What lies beside the weights and goes along: tokenizer, processor, chat templates, generation settings, pooling,
+licence and notices.
 
 An allow-list says what is copied. Code is not, unless `trust_remote_code` is given: then the modules that a tokenizer
 or processor names go along with what they import. What is left out is said in `notes`.
@@ -45,6 +46,8 @@ MODULES = "modules.json"
 SENTENCE = re.compile(r"sentence_[\w-]+_config\.json|config_sentence_transformers\.json")
 MODULE_CLASS = re.compile(r"sentence_transformers(\.\w+)+")
 MODULE_FILE = re.compile(r"[\w.-]+\.(json|txt)|model\.safetensors|[\w.-]+\.model")
+# The terms under which a model may be used, and what they ask to be passed on.
+TERMS = re.compile(r"(LICEN[CS]E|NOTICE|COPYING|USE_POLICY)([._-][\w.-]*)?", re.IGNORECASE)
 # Files that a tokenizer's or processor's config names otherwise; never what this tool writes itself.
 REFERRED = re.compile(r"[\w.-]+\.(json|txt|jinja|bpe|vocab)")
 OURS = frozenset({"config.json", "model.safetensors.index.json", "surgery.json", "recipe.yaml"})
@@ -150,8 +153,8 @@ def companions_of(folder: Path, trust_remote_code: bool = False) -> Companions:
     survey = _Survey(folder, trust_remote_code)
     names = sorted(os.listdir(folder))
     needs_code = _tokenizer(survey, names)
-    for name in (*PROCESSORS, *OTHERS):
-        if name in names:
+    for name in names:
+        if name in (*PROCESSORS, *OTHERS) or TERMS.fullmatch(name):
             survey.take(name)
     if TEMPLATES in names:
         _templates(survey)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmsurgeon.checkpoint.card_file import read_card
 from llmsurgeon.checkpoint.companions import Companions, companions_of
 from llmsurgeon.checkpoint.config_file import check_layers, read_config_file
 from llmsurgeon.checkpoint.files import Stamp, sample_sum
@@ -66,13 +68,27 @@ class SafetensorsCheckpoint(Checkpoint):
     def companions(self) -> Companions:
         return companions_of(self.path, self.trust_remote_code)
 
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return read_card(self.path)
+
+    @cached_property
+    def _samples(self) -> list[str]:
+        # Copying may keep the time of a file, and another training's header may be the same.
+        return [sample_sum(file.path, file.data_start) for file in self.weight_files]
+
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
+        return self._sum(lambda file: f" {file.stamp.modified_ns}")
+
+    @cached_property
+    def content(self) -> str:  # type: ignore[override]
+        return self._sum(lambda file: "")
+
+    def _sum(self, more: Callable[[SafetensorsFile], str]) -> str:
         parts = [json.dumps(self.config, sort_keys=True).encode()]
-        for file in self.weight_files:
-            # Copying may keep the time of a file, and another training's header may be the same.
-            sample = sample_sum(file.path, file.data_start)
-            parts.append(f"{file.path.name} {file.size} {file.stamp.modified_ns} {sample}".encode() + file.header)
+        for file, sample in zip(self.weight_files, self._samples, strict=True):
+            parts.append(f"{file.path.name} {file.size}{more(file)} {sample}".encode() + file.header)
         return sha256(b"\0".join(sha256(part).digest() for part in parts)).hexdigest()
 
 

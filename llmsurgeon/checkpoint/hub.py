@@ -11,6 +11,7 @@ from llmsurgeon.errors import SurgeryError
 HUB_BESIDE = [
     *("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.spm", "*.codes", "*.bpe", "*.tokenizer"),
     *("tokenizer.model.*", "*.py"),
+    *("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
 ]
 HUB_PATTERNS = ["*.safetensors", *HUB_BESIDE]
 # Sub-folders, precision variants and the second copy that some repositories keep in the vendor's own layout. Folders of
@@ -26,6 +27,7 @@ HUB_IGNORED = [
     "optimizer*",
     "training_args*",
 ]
+SNAPSHOT = re.compile(r".*/models--(?P<name>[^/]+)/snapshots/(?P<revision>[0-9a-f]{40})")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -61,6 +63,12 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except Exception as error:  # the transport's own errors change with the version of huggingface_hub
         raise SurgeryError(f"{name}{at}: cannot be downloaded from the hub: {error}") from error
+
+
+def repository_of(folder: Path) -> tuple[str, str] | None:
+    """(hub id, commit) of a folder of the hub's cache, None for any other."""
+    found = SNAPSHOT.fullmatch(folder.absolute().as_posix())
+    return (found["name"].replace("--", "/"), found["revision"]) if found else None
 
 
 def hub_has(hub_id: str, patterns: tuple[str, ...]) -> bool:

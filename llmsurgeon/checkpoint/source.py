@@ -21,6 +21,7 @@ class Checkpoint(Mapping[str, Tensor]):
         path: the folder (or GGUF file) that is read.
         config: config.json as it is, nothing filled in.
         fingerprint: changes whenever a header, a size, a modification time, a sample of the numbers or the config does.
+        content: the same without the times: copies of a model have one.
         stamps: of the files that are read for the model itself: config.json, the index, the weight files.
         trust_remote_code: whether the user lets code that the tokenizer brings along run, and go along.
     """
@@ -29,6 +30,7 @@ class Checkpoint(Mapping[str, Tensor]):
     path: Path
     config: dict[str, Any]
     fingerprint: str
+    content: str
     stamps: tuple[Stamp, ...]
     trust_remote_code: bool = False
 
@@ -52,6 +54,11 @@ class Checkpoint(Mapping[str, Tensor]):
     @property
     def companions(self) -> Companions:
         """What goes along with the weights: tokenizer, chat template, generation config, pooling, image processor."""
+        raise NotImplementedError
+
+    @property
+    def card(self) -> Mapping[str, Any]:
+        """The metadata of the model's card, as a stranger wrote it; empty where there is none."""
         raise NotImplementedError
 
     def tokenizer_files(self) -> list[Path]:

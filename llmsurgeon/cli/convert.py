@@ -19,11 +19,14 @@ from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
     ChecksumKind,
+    Private,
+    PushToHub,
     SelfShare,
     TrustRemoteCode,
     length_option,
     recipe_paths,
     short_name,
+    target_of,
     text_file,
     tokens_option,
     usable_device,
@@ -69,6 +72,8 @@ class Job:
     dtype: str | None
     revision: str | None
     trust_remote_code: bool
+    push_to_hub: str | None
+    private: bool
     as_json: bool
     recipe: str | None = None
 
@@ -138,6 +143,8 @@ def _shared(
     dtype: Dtype = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: AsJson = False,
 ) -> None:
     """What `run` and the verbs have in common; a verb has the first four before flags of its own, the rest behind."""
@@ -220,7 +227,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
     from llmsurgeon.planning.options import model_of
     from llmsurgeon.run import Options, preview, run
 
-    name = model_of(job.model, recipe)
+    name, push = model_of(job.model, recipe), target_of(job.push_to_hub, job.private)
     if job.dry_run:
         planned = preview(recipe, name, job.revision, job.trust_remote_code)
         print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
@@ -234,6 +241,7 @@ def go(recipe: Recipe, label: str, job: Job) -> None:
         discard_partial=job.discard_partial,
         reads=recipe_paths(job.recipe),
         trust_remote_code=job.trust_remote_code,
+        push=push,
         say=say,
         checksum=job.checksum,
     )

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 import typer
 
 from llmsurgeon.cli import say, tell
-from llmsurgeon.cli.options import DISCARD, OVERWRITE, ChecksumKind, TrustRemoteCode, short_name
+from llmsurgeon.cli.options import (
+    DISCARD,
+    OVERWRITE,
+    ChecksumKind,
+    Private,
+    PushToHub,
+    TrustRemoteCode,
+    short_name,
+    target_of,
+)
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.names import FormName
 
@@ -38,6 +47,8 @@ def export_command(
     checksum: ChecksumKind = "blake3",
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write a checkpoint in another form. What it computes stays the same.
@@ -60,6 +71,7 @@ def export_command(
         max_shard_size=max_shard_size,
         discard_partial=discard_partial,
         trust_remote_code=trust_remote_code,
+        push=target_of(push_to_hub, private),
         say=say,
         checksum=checksum,
     )

@@ -17,10 +17,13 @@ from llmsurgeon.cli.options import (
     DISCARD,
     OVERWRITE,
     ChecksumKind,
+    Private,
+    PushToHub,
     SelfShare,
     TrustRemoteCode,
     recipe_paths,
     short_name,
+    target_of,
     text_file,
     usable_device,
 )
@@ -64,6 +67,8 @@ def heal_command(
     ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
     trust_remote_code: TrustRemoteCode = False,
+    push_to_hub: PushToHub = None,
+    private: Private = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Heal a cut model by distillation from its parent, in one process or by accelerate launch -m llmsurgeon heal.
@@ -75,6 +80,7 @@ def heal_command(
     from llmsurgeon.heal import heal, prepare
     from llmsurgeon.run import Options
 
+    push = target_of(push_to_hub, private)
     numbers = {"distill.minutes": minutes, "calibration.self_share": self_share}
     changes = [*(sets or ()), *(f"{key}={value}" for key, value in numbers.items() if value is not None)]
     given = (changes, text, dataset)
@@ -91,6 +97,7 @@ def heal_command(
         discard_partial=discard_partial,
         reads=recipe_paths(recipe),
         trust_remote_code=trust_remote_code,
+        push=push,
         say=say,
         checksum=checksum,
     )

@@ -10,6 +10,7 @@ import typer
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_ROUNDS, MOST_SEQUENCES, MOST_TOKENS
 from llmsurgeon.checkpoint.checksums import ChecksumName
+from llmsurgeon.errors import SurgeryError
 
 TrustRemoteCode = Annotated[
     bool,
@@ -24,6 +25,26 @@ ChecksumKind = Annotated[
 OVERWRITE = "Replace OUT if it exists and holds nothing but what llmsurgeon wrote."
 DEVICE = "auto (cuda where there is one, else cpu), cpu, cuda, cuda:1 ..."
 DISCARD = "Delete what an unfinished run left in OUT.partial, be it of another job, and begin anew."
+
+
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Push OUT to this repository of the hub, too; owner/name."),
+]
+Private = Annotated[bool, typer.Option("--private", help="With --push-to-hub: a repository that is made is private.")]
+
+
+def target_of(repository: str | None, private: bool) -> Any:
+    """What --push-to-hub and --private say.
+
+    Raises:
+        SurgeryError: --private alone.
+    """
+    from llmsurgeon.checkpoint.push import Target
+
+    if private and not repository:
+        raise SurgeryError("--private says how --push-to-hub makes a repository; give --push-to-hub REPO, too")
+    return Target(repository, private) if repository else None
 
 
 def whole(help: str, least: int = 1, most: int = MOST_TOKENS, **settings: Any) -> Any:

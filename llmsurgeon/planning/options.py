@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmsurgeon.checkpoint.checksums import checksum_of
+from llmsurgeon.checkpoint.push import Target
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.devices import AUTO, chosen_device
 from llmsurgeon.planning.plan import Planned
@@ -30,6 +31,7 @@ class Options:
     reads: files that were read already, as the recipe, and must survive.
     checksum: the kind of the written files' checksums: blake3, sha256 or none.
     planned: is told the plan before anything is healed or written.
+    push: the repository of the hub that the result goes to, too.
     trust_remote_code: let code that a checkpoint's tokenizer brings along run, and go along.
 
     Raises:
@@ -47,6 +49,7 @@ class Options:
     discard_partial: bool = False
     reads: tuple[Path, ...] = ()
     checksum: str = "blake3"
+    push: Target | None = None
 
     def __post_init__(self) -> None:
         checksum_of(self.checksum)

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
-from llmsurgeon.boundary.places import found, relative
+from llmsurgeon.boundary.places import found, published
 from llmsurgeon.errors import RecipeError
 from llmsurgeon.formats.names import WantedForm
 from llmsurgeon.operations import OPERATIONS
@@ -235,12 +235,12 @@ def loads(text: str, name: str = "recipe", overrides: Iterable[str] = (), folder
 def dump(recipe: Recipe, folder: Path | None = None) -> str:
     """YAML of a recipe with every default written out. `loads(dump(recipe)) == recipe`.
 
-    To be written into `folder`, it names files and folders of this disk as they lie from there.
+    To be written into `folder`, it names files and folders of this disk as `published` does.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     if folder is not None:
         here = Path(os.path.abspath(folder.expanduser()))
-        _each_path(data, lambda name: relative(name, here))
+        _each_path(data, lambda name: published(name, here))
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 

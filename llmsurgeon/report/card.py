@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from llmsurgeon.boundary.foreign import printable
+from llmsurgeon.checkpoint.card_file import Heritage
 from llmsurgeon.evaluation.kinds import much_worse
 from llmsurgeon.formats.form import Written
 from llmsurgeon.model.costs import Costs, human
 from llmsurgeon.model.families import FAMILIES
+from llmsurgeon.report.licences import misnamed, terms_of
+from llmsurgeon.report.origin import Origin
 from llmsurgeon.report.pages import Markdown, fenced, markdown_page
 
 PIPELINES = {
@@ -24,7 +28,19 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForImageTextToText": "image-text-to-text",
 }
-KEYS = ("library_name", "pipeline_tag", "base_model", "tags")  # of the metadata, in order
+# Of the metadata, in order.
+KEYS = (
+    *("language", "license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model"),
+    *("base_model_relation", "tags"),
+)
+# What of an evaluation stands in the metadata: its key, the hub's name of the metric, and ours.
+METRICS = {
+    "perplexity": ("perplexity", "perplexity"),
+    "kl": ("kl_divergence", "KL to the parent, nats a token"),
+    "top1_agreement": ("accuracy", "top-1 agreement with the parent"),
+    "hidden_cosine": ("cosine_similarity", "cosine of the last hidden states to the parent's"),
+    "pooled_cosine": ("cosine_similarity", "cosine of the mean-pooled states to the parent's"),
+}
 
 # Perplexity of a model beside its parent's, or cosine of an encoder's sentence states, at which a model is of no use.
 COLLAPSED_RATIO, COLLAPSED_COSINE = 3.0, 0.5
@@ -52,21 +68,25 @@ def collapse(evaluation: dict[str, Any] | None) -> str | None:
 class Made:
     """What a card tells of a checkpoint's making.
 
-    base_model: the parent, as it was named.
+    name: what this model is called: its repository, or its folder's name.
+    origin: the parent; heritage: what the cards before this one say.
     before, after: costs of the parent and of this model.
     recipe: its text; None for the same model in another form.
-    evaluation, text: what was measured, and on which text; None where nothing was.
+    evaluation, text, dataset: what was measured, on which text, of which dataset of the hub; None where nothing was.
     notes: what was done, a sentence each.
     gate: what of the recipe's gate was missed.
     own_code: names of the parent's own code that came along.
     """
 
-    base_model: str
+    name: str
+    origin: Origin
+    heritage: Heritage
     before: Costs
     after: Costs
     recipe: str | None = None
     evaluation: dict[str, Any] | None = None
     text: str | None = None
+    dataset: str | None = None
     notes: Sequence[str] = ()
     gate: Sequence[str] = ()
     own_code: Sequence[str] = ()
@@ -74,19 +94,13 @@ class Made:
 
 def model_card(written: Written, made: Made) -> str:
     """README.md of a checkpoint, with the metadata block that the hub reads."""
-    auto, base = _auto_class(written), made.base_model
-    # A path on somebody's disk means nothing to a reader, and the hub refuses it as base_model.
-    on_hub = base.count("/") <= 1 and not base.startswith((".", "/")) and not base.endswith(".gguf")
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=PIPELINES.get(auto),
-        base_model=base if on_hub else None,
-        tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or made.own_code else [])],
-    )
+    auto = _auto_class(written)
     return markdown_page(
         "card.md.j2",
-        metadata=Markdown(metadata.to_yaml(original_order=list(KEYS))),
-        name=base.rstrip("/").rpartition("/")[2],
+        metadata=Markdown(_metadata(written, made, auto).to_yaml(original_order=list(KEYS))),
+        name=made.origin.short,
+        terms=terms_of(made.heritage),
+        misnamed=misnamed(made.heritage, made.name),
         written=written,
         made=made,
         auto=auto,
@@ -97,6 +111,39 @@ def model_card(written: Written, made: Made) -> str:
         worse=much_worse((made.evaluation or {}).get("kinds", {})),
         recipe=fenced(printable(made.recipe.strip()), "yaml") if made.recipe else "",
     )
+
+
+def _metadata(written: Written, made: Made, auto: str) -> ModelCardData:
+    """The block that the hub reads. A parent that the hub has not is passed over for those that its card names."""
+    base = [made.origin.hub_id] if made.origin.hub_id else list(made.heritage.base_models)
+    # The hub's word for the same model in another form, and for one in fewer bits.
+    relation = "quantized" if made.recipe is None or written.format == "bitnet" else "finetune"
+    heritage = made.heritage
+    results = _results(PIPELINES.get(auto, "other"), made)
+    return ModelCardData(
+        language=list(heritage.language) or None,
+        license=heritage.license,
+        license_name=heritage.license_name,
+        license_link=heritage.license_link,
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto),
+        base_model=base or None,
+        base_model_relation=relation if base else None,
+        tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or made.own_code else [])],
+        model_name=made.name if results or "/" in made.name else None,
+        eval_results=results or None,
+    )
+
+
+def _results(task: str, made: Made) -> list[EvalResult]:
+    """What was measured, for `model-index`."""
+    text = made.text or "held-out text"
+    found = made.evaluation or {}
+    return [
+        EvalResult(task, made.dataset or "text", text, metric, round(found[key], 6), metric_name=name)
+        for key, (metric, name) in METRICS.items()
+        if isinstance(found.get(key), int | float) and isfinite(found[key])
+    ]
 
 
 def _auto_class(written: Written) -> str:

@@ -15,6 +15,7 @@ from llmsurgeon.checkpoint.inside import text_inside
 from llmsurgeon.errors import CheckpointError
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.progress import remark
+from llmsurgeon.report.origin import Origin
 
 Layer = Annotated[int, Field(ge=0)]
 
@@ -63,15 +64,17 @@ class Surgery(_Part):
     calibration: str | None = None
     gate_missed: list[str] = Field(default_factory=list)
     parents: list[list[Layer]] | None = None
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
 class Records:
-    """surgery: surgery.json as it is; recipe: the text of recipe.yaml; before: the parent's costs."""
+    """surgery: surgery.json as it is; recipe: the text of recipe.yaml; before: costs of the parent, `origin`."""
 
     surgery: dict[str, Any]
     recipe: str
     before: Costs
+    origin: Origin | None = None
 
 
 def read_surgery(folder: Path) -> Surgery | None:
@@ -103,4 +106,4 @@ def read_records(folder: Path) -> Records | None:
     surgery, recipe = read_surgery(folder), read_recipe(folder)
     if surgery is None or recipe is None:
         return None
-    return Records(surgery.model_dump(mode="json", exclude_unset=True), recipe, surgery.before)
+    return Records(surgery.model_dump(mode="json", exclude_unset=True), recipe, surgery.before, surgery.origin)

@@ -164,6 +164,7 @@ class TrimmedCheckpoint(Checkpoint):
         self._rows = torch.tensor(vocabulary.kept)
         kept = ",".join(map(str, vocabulary.kept))
         self.fingerprint = sha256(f"{base.fingerprint} {kept}".encode()).hexdigest()
+        self.content = sha256(f"{base.content} {kept}".encode()).hexdigest()
 
     def own_tokenizer_files(self) -> list[Path]:
         return self.base.own_tokenizer_files()

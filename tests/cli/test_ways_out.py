@@ -103,12 +103,15 @@ def test_what_is_written_names_no_folder_of_this_disk_and_runs_from_another(run,
     assert code == 0, err
 
 
-def test_an_export_names_its_parent_as_it_lies_from_there(run, folder):
+def test_an_export_that_lies_far_away_names_its_parent_by_name_alone(run, folder):
     assert run("prune", "parent", "--blocks", "2", "--no-refit", "-o", "out")[0] == 0
     (folder / "deep/er").mkdir(parents=True)
     assert run("export", "out", "--to", "surgeon", "-o", "deep/er/made")[0] == 0
-    assert "model: ../../../parent" in (folder / "deep/er/made/recipe.yaml").read_text()
-    assert run("recipes", "check", "deep/er/made/recipe.yaml")[0] == 0
+    assert "model: parent\n" in (folder / "deep/er/made/recipe.yaml").read_text()
+    assert run("export", "out", "--to", "surgeon", "-o", "made")[0] == 0
+    assert "model: ../parent\n" in (folder / "made/recipe.yaml").read_text()
+    for made in ("deep/er/made", "made"):
+        assert run("recipes", "check", f"{made}/recipe.yaml")[0] == 0
 
 
 def test_a_record_that_is_a_link_is_not_carried_on(run, folder):

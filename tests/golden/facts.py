@@ -58,6 +58,7 @@ def facts_of(made: Made, parent: Mapping[str, Any]) -> Facts:
 def unmeasured(surgery: Mapping[str, Any]) -> dict[str, Any]:
     """surgery.json with how many keys what was measured has, and the costs as rows of numbers."""
     costs = {key: list(surgery[key].values()) for key in ("before", "after")}
+    surgery = {key: value for key, value in surgery.items() if key != "origin"}  # has a sum of random numbers
     return {**surgery, **costs, **{key: _size(surgery[key]) for key in MEASURED if key in surgery}}
 
 

@@ -32,8 +32,9 @@ from llmsurgeon.checkpoint.gguf.architectures import (
     order,
     tensor_map,
 )
+from llmsurgeon.checkpoint.gguf.card import card_of
 from llmsurgeon.checkpoint.gguf.config import model_type_of, read_config, scaled_rope
-from llmsurgeon.checkpoint.gguf.file import GGUFEntry
+from llmsurgeon.checkpoint.gguf.file import GGUFEntry, GGUFFile
 from llmsurgeon.checkpoint.gguf.parts import open_gguf
 from llmsurgeon.checkpoint.gguf.tokenizer import write_tokenizer
 from llmsurgeon.checkpoint.gguf.uneven import uneven_config, uneven_shapes
@@ -130,12 +131,23 @@ class GGUFCheckpoint(Checkpoint):
     def location(self, name: str) -> tuple[Path, int, int] | None:
         return None
 
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return card_of(self._file.metadata)
+
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
+        return self._sum(lambda part: f" {part.stamp.modified_ns} {self._dtype}")
+
+    @cached_property
+    def content(self) -> str:  # type: ignore[override]
+        return self._sum(lambda part: "")
+
+    def _sum(self, more: Callable[[GGUFFile], str]) -> str:
         status = []
         for part in self._file.parts:
             sample = sample_sum(part.path, part.data_start)
-            said = f"{part.path.name} {part.size} {part.stamp.modified_ns} {self._dtype} {sample}"
+            said = f"{part.path.name} {part.size}{more(part)} {sample}"
             status.append(said.encode() + sha256(part.head()).digest())
         return sha256(b"\0".join(status)).hexdigest()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.boundary.foreign import local_path
+from llmsurgeon.checkpoint.card_file import Heritage
 from llmsurgeon.checkpoint.disk import NOTHING, explained
+from llmsurgeon.checkpoint.gguf.card import card_fields
 from llmsurgeon.checkpoint.gguf.file import STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import meta_weights
 from llmsurgeon.checkpoint.source import Checkpoint
@@ -73,6 +75,7 @@ class Asked:
     type: what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay float32.
     float_type: with a ternary type, of tensors that neither it nor Q4_0 holds exactly; F16 where none is given.
     pre: the pre-tokenizer's name, where it cannot be recognised.
+    heritage: what the cards of the model and of those before it say.
     name: what the file calls the model, where the tokenizer's files do not say; the file's own name by default.
     """
 
@@ -80,6 +83,7 @@ class Asked:
     float_type: str | None = None
     pre: str | None = None
     name: str | None = None
+    heritage: Heritage = field(default_factory=Heritage)
 
 
 def write_gguf(
@@ -115,7 +119,8 @@ def write_gguf(
     kinds = chosen_kinds(tensors, meta, kind, asked.float_type)
     sizes = kinds.sizes(meta)
     title = tokenizer.model_name(asked.name or path.stem)
-    fields = [*_general(title, kinds), *layout.fields, *tokenizer.fields]
+    general = [*_general(title, kinds), *card_fields(asked.heritage)]
+    fields = [*general, *layout.fields, *tokenizer.fields]
     job = {"verb": "export", "format": "gguf"}
     staged = FileStage.open(path, job=job, needed_bytes=sum(sizes.values()), **place)
     with staged as stage, explained(path, then=NOTHING):
