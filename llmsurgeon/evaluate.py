@@ -5,17 +5,20 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.layerwise import pair_of
 from llmsurgeon.evaluation.pair import Pair, check_encoder
+from llmsurgeon.evaluation.strided import Strided, stream, strided
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
 from llmsurgeon.formats.devices import chosen_device
 from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.progress import Say, silent
-from llmsurgeon.text.files import named_text
+from llmsurgeon.text.files import file_text, named_text
 from llmsurgeon.text.wanted import Calibration, Source
 
 # Text sampled for analysis and refit uses seed 0; judging a model on the text it was fitted to would flatter it.
@@ -32,6 +35,7 @@ class Evaluated:
     text: how many tokens there were, and where they come from.
     evaluation: perplexity and, against a parent, KL, agreement and ratios; of an encoder cosines and masked tokens.
     tasks, parent_tasks: metrics of the evaluation harness, by task; None where none was asked for.
+    strided: perplexity as llama.cpp measures it, where it was asked for.
     """
 
     model: str
@@ -40,11 +44,14 @@ class Evaluated:
     evaluation: Evaluation | EncoderEvaluation
     tasks: Metrics | None = None
     parent_tasks: Metrics | None = None
+    strided: Strided | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The object that `eval --json` prints."""
-        tasks = {} if self.tasks is None else {"tasks": self.tasks, "parent_tasks": self.parent_tasks}
-        return {"model": self.model, "parent": self.parent, "text": self.text, **self.evaluation.to_dict(), **tasks}
+        more: dict[str, Any] = {} if self.strided is None else {"strided": self.strided.to_dict()}
+        if self.tasks is not None:
+            more |= {"tasks": self.tasks, "parent_tasks": self.parent_tasks}
+        return {"model": self.model, "parent": self.parent, "text": self.text, **self.evaluation.to_dict(), **more}
 
 
 def evaluate(
@@ -57,6 +64,8 @@ def evaluate(
     tokens: int = 32_768,
     sequence_length: int | None = None,
     tasks: Sequence[str] = (),
+    tasks_output: str | os.PathLike[str] | None = None,
+    stride: int | None = None,
     device: str = "auto",
     dtype: str | None = None,
     revision: str | None = None,
@@ -74,6 +83,8 @@ def evaluate(
         texts: several files in place of one, each of which gets the same part of the tokens.
         tokens: how many to measure on, in windows of `sequence_length`: 512, or as many as the models have positions.
         tasks: names of tasks of lm-eval, the evaluation harness, which the extra `eval` installs.
+        tasks_output: a folder for the harness's own files of results.
+        stride: measure perplexity over one stream of the text, too, as llama-perplexity does; 0: without a stride.
         device: "auto" (a card where there is one), "cpu", "cuda" ...
         dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
         revision: of `model`, on the hub.
@@ -89,6 +100,8 @@ def evaluate(
     pair = pair_of(Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code))
     if tasks:
         check_tasks_available()
+    if stride is not None and (text is None or pair.encoder):
+        raise SurgeryError("--stride is for a decoder on a text: give --text FILE")
     if sequence_length is not None:
         Calibration(text, dataset, tokens, sequence_length, texts=several)  # what cannot be is said at once
     if pair.encoder:
@@ -100,7 +113,15 @@ def evaluate(
     say(described)
     evaluation = pair.judge(windows, say)
     made = Evaluated(model, against, described.removeprefix("text: "), evaluation)
+    if stride is not None and text is not None:
+        tokens_T = stream(file_text(text), pair.tokenizer, tokens, text)
+        same = pair.parent if isinstance(evaluation, Evaluation) and evaluation.bits is None else None
+        made = replace(made, strided=strided(pair.student, tokens_T, pair.tokenizer, length, stride, same))
     if not tasks:
         return made
-    theirs = run_tasks(pair.parent, pair.tokenizer, tasks) if pair.parent is not None else None
-    return replace(made, tasks=run_tasks(pair.student, pair.tokenizer, tasks), parent_tasks=theirs)
+    output = None if tasks_output is None else Path(tasks_output).expanduser()
+    theirs = None
+    if pair.parent is not None:
+        theirs = run_tasks(pair.parent, pair.tokenizer, tasks, name=str(against), output=output)
+    mine = run_tasks(pair.student, pair.tokenizer, tasks, name=model, output=output)
+    return replace(made, tasks=mine, parent_tasks=theirs)

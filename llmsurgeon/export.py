@@ -8,14 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from llmsurgeon.boundary.foreign import shortened
+from llmsurgeon.boundary.foreign import json_object, shortened
+from llmsurgeon.checkpoint.atomic import write_whole
 from llmsurgeon.checkpoint.push import prepare
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.beside import GENERATION
 from llmsurgeon.formats.bitnet import LinearClass
 from llmsurgeon.formats.forms import forms_of_towers
+from llmsurgeon.formats.gguf.modelfile import modelfile as modelfile_of
 from llmsurgeon.formats.gguf.write import Asked, Model, write_gguf
 from llmsurgeon.formats.gguf.write import Exported as GGUF
+from llmsurgeon.formats.loading import load_tokenizer
 from llmsurgeon.formats.names import CheckpointName
 from llmsurgeon.model.costs import Costs
 from llmsurgeon.planning.inputs import Inputs
@@ -91,10 +96,13 @@ def export_gguf(
     type: str = "F16",
     float_type: str | None = None,
     pre: str | None = None,
+    modelfile: bool = False,
     options: Options | None = None,
     revision: str | None = None,
 ) -> GGUF:
     """Write `model` as the GGUF file `out`, for llama.cpp; `type`, `float_type` and `pre` as in `Asked`.
+
+    modelfile: write OUT.Modelfile beside it, too, for Ollama.
 
     Raises:
         SurgeryError: bad input, or something that llama.cpp cannot run; nothing is written.
@@ -106,6 +114,9 @@ def export_gguf(
             f"{model}: format gguf holds text models alone, this one is vision-language ({parent.model_type}); "
             f"formats that can: {', '.join(forms_of_towers())}"
         )
+    beside = Path(out).expanduser().with_suffix(".Modelfile") if modelfile else None
+    if beside and os.path.lexists(beside) and not options.overwrite:
+        raise SurgeryError(f"{beside}: exists; pass --overwrite to replace it, or choose another output")
     repository = prepare(options.push, single_file=True)
     origin, heritage = origin_of(parent.checkpoint), inherited(parent.checkpoint)
     inputs = Inputs.of("export", {"model": parent.checkpoint}, None, options)
@@ -119,11 +130,23 @@ def export_gguf(
         place={"overwrite": options.overwrite, "sources": options.reads},
         check=inputs.check,
     )
+    along: dict[str, bytes] = {}
+    if beside:
+        along[beside.name] = _modelfile(parent.checkpoint, made.path, heritage.license).encode()
+        write_whole(beside, along[beside.name], overwrite=options.overwrite)
     if repository:
-        card = gguf_card(repository.name, made.path.name, made.type, origin, heritage)
-        beside = {} if repository.readme else {"README.md": card.encode()}
-        options.say(f"pushed to {repository.send(made.path, beside)}")
+        if not repository.readme:
+            along["README.md"] = gguf_card(repository.name, made.path.name, made.type, origin, heritage).encode()
+        options.say(f"pushed to {repository.send(made.path, along)}")
     return made
+
+
+def _modelfile(checkpoint: Checkpoint, file: Path, license: str | None) -> str:
+    """The Modelfile of a GGUF file that was made from a checkpoint."""
+    tokenizer = load_tokenizer(str(checkpoint.path), trust_remote_code=checkpoint.trust_remote_code)
+    found = [each for each in checkpoint.companions.files if each.name == GENERATION]
+    generation = json_object(found[0].read().decode(errors="replace"), GENERATION) if found else {}
+    return modelfile_of(file, tokenizer, generation, license)
 
 
 __all__ = ["Exported", "export", "export_gguf"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llmsurgeon.boundary.limits import LONGEST_SEQUENCE
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
     DEVICE,
@@ -16,6 +17,7 @@ from llmsurgeon.cli.options import (
     text_files,
     tokens_option,
     usable_device,
+    whole,
 )
 from llmsurgeon.errors import SurgeryError
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from llmsurgeon.evaluation.bits_per_byte import BitsPerByte
     from llmsurgeon.evaluation.decoders import Evaluation
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
+    from llmsurgeon.evaluation.strided import Strided
 
 
 def register(app: typer.Typer) -> None:
@@ -53,6 +56,13 @@ def evaluate_command(
         int | None, length_option("Tokens in a window; default: 512, or the models' positions if fewer.")
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-eval tasks, comma separated (needs the eval extra).")] = None,
+    tasks_output: Annotated[
+        str | None, typer.Option(help="Folder for lm-eval's own files of results, NAME/results_TIME.json.")
+    ] = None,
+    stride: Annotated[
+        int | None,
+        whole("Perplexity as llama-perplexity --ppl-stride, too; 0: as it measures without.", 0, LONGEST_SEQUENCE),
+    ] = None,
     device: Annotated[str, typer.Option(help=DEVICE, callback=usable_device)] = "auto",
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
@@ -80,6 +90,8 @@ def evaluate_command(
         tokens=tokens,
         sequence_length=seq_len,
         tasks=[name.strip() for name in tasks.split(",")] if tasks else (),
+        tasks_output=tasks_output,
+        stride=stride,
         device=device,
         dtype=dtype,
         revision=revision,
@@ -95,6 +107,8 @@ def evaluate_command(
         console().print(_kinds_table(measured))
         for line in much_worse({kind: figures.to_dict() for kind, figures in measured.kinds.items()}):
             tell(line)
+    if found.strided:
+        console().print(_strided_table(found.strided))
     if found.tasks:
         console().print(_task_table(found.tasks, found.parent_tasks))
 
@@ -165,7 +179,7 @@ def _encoder_table(result: EncoderEvaluation) -> Table:
     return _rows_table(f"{result.tokens:,} tokens, windows of {result.sequence_length}{masked}", result, rows)
 
 
-def _rows_table(title: str, result: Evaluation | EncoderEvaluation, rows: dict[str, str]) -> Table:
+def _rows_table(title: str, result: Evaluation | EncoderEvaluation | Strided, rows: dict[str, str]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left")
@@ -175,11 +189,20 @@ def _rows_table(title: str, result: Evaluation | EncoderEvaluation, rows: dict[s
     return table
 
 
-def _add_rows(table: Table, result: Evaluation | EncoderEvaluation | BitsPerByte, rows: dict[str, str]) -> None:
+def _add_rows(
+    table: Table, result: Evaluation | EncoderEvaluation | BitsPerByte | Strided, rows: dict[str, str]
+) -> None:
     for label, field in rows.items():
         value, interval = getattr(result, field), getattr(result, f"{field}_interval", None)
         if value is not None:
             table.add_row(label, f"{value:.4g}", f"{interval[0]:.4g} to {interval[1]:.4g}" if interval else "")
+
+
+def _strided_table(result: Strided) -> Table:
+    how = f"the last {result.stride} of" if result.stride else "the second halves of"
+    title = f"{result.tokens:,} predicted tokens of one stream, {how} windows of {result.window}"
+    rows = {"perplexity": "perplexity", "parent's perplexity": "parent_perplexity"}
+    return _rows_table(title, result, rows)
 
 
 def _task_table(tasks: Metrics, parent: Metrics | None) -> Table:

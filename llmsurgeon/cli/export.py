@@ -33,11 +33,15 @@ def export_command(
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder, or .gguf file, to write; default: MODEL-FORM.")
     ] = None,
-    type: Annotated[str | None, typer.Option(help="gguf: type of the matrices, F16 unless given; Q8_0 ...")] = None,
+    type: Annotated[
+        str | None,
+        typer.Option("--type", "--quant", help="gguf: type of the matrices, F16 unless given; Q8_0, Q4_K_M ..."),
+    ] = None,
     float_type: Annotated[
         str | None, typer.Option(help="gguf: type of what is not ternary, beside TQ2_0 and TQ1_0; F16 unless given.")
     ] = None,
     pre: Annotated[str | None, typer.Option(help="gguf: the pre-tokenizer's name, where it is not recognised.")] = None,
+    modelfile: Annotated[bool, typer.Option("--modelfile", help="gguf: write OUT.Modelfile for Ollama, too.")] = False,
     linear_class: Annotated[
         str | None, typer.Option(help="bitnet: autobitlinear (unpacks on loading) or bitlinear (stays packed, slower).")
     ] = None,
@@ -78,13 +82,14 @@ def export_command(
     if to == "gguf":
         kind = type or "F16"
         target = out or f"{short_name(model)}-{kind}.gguf"
-        file = export_gguf(model, target, type=kind, float_type=float_type, pre=pre, options=options, revision=revision)
+        how: dict[str, Any] = {"type": kind, "float_type": float_type, "pre": pre, "modelfile": modelfile}
+        file = export_gguf(model, target, **how, options=options, revision=revision)
         report: dict[str, Any] = {"out": str(file.path), "format": "gguf", "architecture": file.architecture}
         report |= {"type": file.type, "bytes": file.size, "notes": list(file.notes)}
         lines = [f"wrote {file.path} ({file.architecture}, {file.type}, {file.size:,} bytes)", *file.notes]
     else:
-        if type or float_type or pre:
-            raise SurgeryError(f"--type, --float-type and --pre are for --to gguf, not {to}")
+        if type or float_type or pre or modelfile:
+            raise SurgeryError(f"--type, --float-type, --pre and --modelfile are for --to gguf, not {to}")
         reader: Any = linear_class
         target = out or f"{short_name(model)}-{to}"
         made = export(model, target, to, options, revision=revision, linear_class=reader)

@@ -90,6 +90,8 @@ class SurgeonModelMixin:
         if any(isinstance(module, MLGRU) for module in self.modules()):
             # What is read is one state: generation that takes tokens back, as assisted decoding does, refuses.
             self._is_stateful = True
+        if any(getattr(module, "breaks_graphs", False) for module in self.modules()):
+            self._can_compile_fullgraph = False
         count_parallel_blocks_once(self)
 
     @torch.no_grad()

@@ -144,6 +144,9 @@ class FastFeedForward(nn.Module):
     entropies: mean entropy of each node's decision in the last forward pass in training mode.
     """
 
+    # How many tokens a leaf gets is known once they are routed.
+    breaks_graphs = True
+
     def __init__(self, hidden, depth, activation, gated, bias, dropout):
         super().__init__()
         self.hidden, self.depth, self.activation, self.gated = hidden, depth, activation, gated

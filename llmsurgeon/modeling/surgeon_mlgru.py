@@ -42,6 +42,9 @@ class MLGRU(nn.Module):
     a sequence begins wherever position_ids do not go on by one: several may be packed into a row, as for attention.
     """
 
+    # Chunks of the recurrence are as long as the sequence asks for.
+    breaks_graphs = True
+
     def __init__(self, hidden, entry, eps):
         super().__init__()
         width, ternary = entry["width"], entry["linears"] == "ternary"

@@ -58,7 +58,7 @@ class RunRecords:
         surgery = everywhere(self._surgery(missed, origin), lambda text: without_folders(text, *known))
         stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
         made = Made(
-            self.repository.name if self.repository else stage.out.name,
+            self.repository.name if self.repository else None,
             origin,
             heritage,
             planned.before,
@@ -118,7 +118,7 @@ def write_export_records(
             recipe, dataset = dump(read, stage.out), hub_dataset(read)
     exported = [f"Exported to {written.format} from `{origin.name}`."] if recipe else []
     made = Made(
-        repository.name if repository else stage.out.name,
+        repository.name if repository else None,
         (records.origin if records else None) or origin,
         heritage,
         before,

@@ -15,7 +15,7 @@ from llmsurgeon.evaluation.kinds import much_worse
 from llmsurgeon.formats.form import Written
 from llmsurgeon.model.costs import Costs, human
 from llmsurgeon.model.families import FAMILIES
-from llmsurgeon.report.licences import misnamed, terms_of
+from llmsurgeon.report.licences import asked_name, terms_of
 from llmsurgeon.report.origin import Origin
 from llmsurgeon.report.pages import Markdown, fenced, markdown_page
 
@@ -68,7 +68,7 @@ def collapse(evaluation: dict[str, Any] | None) -> str | None:
 class Made:
     """What a card tells of a checkpoint's making.
 
-    name: what this model is called: its repository, or its folder's name.
+    repository: the hub's that this model goes to; None where it goes to none.
     origin: the parent; heritage: what the cards before this one say.
     before, after: costs of the parent and of this model.
     recipe: its text; None for the same model in another form.
@@ -78,7 +78,7 @@ class Made:
     own_code: names of the parent's own code that came along.
     """
 
-    name: str
+    repository: str | None
     origin: Origin
     heritage: Heritage
     before: Costs
@@ -100,7 +100,7 @@ def model_card(written: Written, made: Made) -> str:
         metadata=Markdown(_metadata(written, made, auto).to_yaml(original_order=list(KEYS))),
         name=made.origin.short,
         terms=terms_of(made.heritage),
-        misnamed=misnamed(made.heritage, made.name),
+        asked_name=asked_name(made.heritage, made.repository),
         written=written,
         made=made,
         auto=auto,
@@ -130,7 +130,7 @@ def _metadata(written: Written, made: Made, auto: str) -> ModelCardData:
         base_model=base or None,
         base_model_relation=relation if base else None,
         tags=["llmsurgeon", "model-surgery", *(["custom_code"] if written.code or made.own_code else [])],
-        model_name=made.name if results or "/" in made.name else None,
+        model_name=made.repository or (made.origin.short if results else None),
         eval_results=results or None,
     )
 

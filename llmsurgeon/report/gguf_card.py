@@ -6,7 +6,7 @@ from huggingface_hub import ModelCardData
 
 from llmsurgeon.checkpoint.card_file import Heritage
 from llmsurgeon.report.card import KEYS
-from llmsurgeon.report.licences import misnamed, terms_of
+from llmsurgeon.report.licences import asked_name, terms_of
 from llmsurgeon.report.origin import Origin
 from llmsurgeon.report.pages import Markdown, markdown_page
 
@@ -33,5 +33,5 @@ def gguf_card(repository: str, file: str, type: str, origin: Origin, heritage: H
         type=type,
         origin=str(origin),
         terms=terms_of(heritage),
-        misnamed=misnamed(heritage, repository),
+        asked_name=asked_name(heritage, repository),
     )

@@ -47,15 +47,14 @@ def terms_of(heritage: Heritage) -> Terms | None:
     return None
 
 
-def misnamed(heritage: Heritage, name: str) -> str | None:
-    """A sentence where a model of this name (owner/name, or a folder's) does not begin as its licence asks."""
+def asked_name(heritage: Heritage, repository: str | None) -> str | None:
+    """A sentence where the licence asks how a name begins, and `repository` is not known, or begins otherwise."""
     terms = terms_of(heritage)
     if terms is None or terms.prefix is None:
         return None
-    plain = name.rpartition("/")[2].lower().replace("-", " ").replace("_", " ")
-    if plain.startswith(terms.prefix.lower()):
-        return None
-    return (
-        f"the parent's licence ({heritage.license}) asks that the name of a model that is made from it and passed "
-        f"on begin with {terms.prefix!r}; {name.rpartition('/')[2]} does not"
-    )
+    asked = f"The parent's licence asks that the name of a model made from it and passed on begin with {terms.prefix!r}"
+    if repository is None:
+        return f"{asked}."
+    name = repository.rpartition("/")[2]
+    plain = name.lower().replace("-", " ").replace("_", " ")
+    return None if plain.startswith(terms.prefix.lower()) else f"{asked}; {name} does not."

@@ -229,6 +229,10 @@ class TrimmedCheckpoint(Checkpoint):
     def location(self, name: str) -> tuple[Path, int, int] | None:
         return None if name in self._gathered else self.base.location(name)
 
+    @property
+    def card(self) -> Mapping[str, Any]:
+        return self.base.card
+
     @cached_property
     def companions(self) -> Companions:
         """Those of the base, rewritten."""

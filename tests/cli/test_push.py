@@ -159,7 +159,7 @@ def test_a_gguf_file_lies_beside_others_and_the_first_brings_a_card(run, tmp_pat
     assert repo.files["m-F16.gguf"] == Path("m-F16.gguf").read_bytes()
     head, body = repo.files["README.md"].decode().split("---")[1:3]
     assert yaml.safe_load(head)["base_model"] == ["meta/base"]
-    assert "Built with Llama" in body and "Its name" not in body and "llama-cli -hf lab/Llama-small" in body
+    assert "Built with Llama" in body and "begin with" not in body and "llama-cli -hf lab/Llama-small" in body
 
 
 def test_the_record_of_a_pushed_model_is_where_its_children_find_it(run, folder, hub):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import sys
 import tomllib
+import types
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import save_tiny
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,6 +24,7 @@ from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
 from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
 from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
 from llmsurgeon.plugins.vllm import register
+from llmsurgeon.run import Options, run
 
 ROPE = {"rope_type": "linear", "factor": 2.0}
 
@@ -132,13 +136,36 @@ def test_it_needs_transformers_alone():
 
 
 @pytest.fixture
-def mapping():
-    """The registry as it was, afterwards."""
-    yield
-    CONFIG_MAPPING._extra_content.pop("nemotron-nas", None)
+def vllm(monkeypatch):
+    """What the plugin asks of vLLM, which is not installed here (tests/engines/ runs the real one); registries as they
+    were, afterwards."""
+    made = types.ModuleType("vllm")
+    made.__version__ = "0.32.1"
+    made.models = {}
+    made.ModelRegistry = types.SimpleNamespace(register_model=made.models.__setitem__)
+    monkeypatch.setitem(sys.modules, "vllm", made)
+    yield made
+    for name in ("nemotron-nas", "surgeon_llama"):
+        CONFIG_MAPPING._extra_content.pop(name, None)
 
 
-def test_the_vllm_plugin(tmp_path, mapping):
+def test_the_vllm_plugin_reads_surgeon_llamas(tmp_path, vllm, caplog):
+    parent = save_tiny(tmp_path / "parent", "llama")
+    (tmp_path / "cut.yaml").write_text("version: 1\nformat: surgeon\nsteps: [{op: prune_attention, layers: [0]}]\n")
+    run(tmp_path / "cut.yaml", str(parent), tmp_path / "out", Options())
+    register()
+    assert vllm.models == {"SurgeonLlamaForCausalLM": "llmsurgeon.plugins.vllm_llama:SurgeonLlamaForCausalLM"}
+    made = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    first, second = made.block_configs[:2]
+    assert first.attention.no_op and not second.attention.no_op and second.attention.kind is None
+    assert second.ffn.intermediate_size == second["ffn"]["intermediate_size"] and isinstance(made.hidden_size, int)
+    assert caplog.records == []
+    vllm.__version__ = "0.40.0"
+    register()
+    assert "was tested with vLLM 0.32, and this is 0.40.0" in caplog.text
+
+
+def test_the_vllm_plugin(tmp_path, vllm):
     """vLLM itself is not at hand: what can be held is that its entry point makes the config load without trust."""
     config(auto_map={"AutoConfig": "configuration_decilm.DeciLMConfig"}).save_pretrained(tmp_path)
     register()

@@ -11,6 +11,7 @@ from conftest import tiny_model
 from modeling.forms import DECODERS, FORMS, built
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 from llmsurgeon.modeling.surgeon_blocks import ParallelBlock, SubRMSNorm
@@ -86,6 +87,17 @@ def test_attention_weights_are_given(name):
     for weights in given:
         assert weights.shape == (2, 4, 20, 20)
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 20))
+
+
+def test_what_is_no_single_graph_says_so():
+    """As torch's compiler finds it."""
+    claims = {name: built(name)._can_compile_fullgraph for name in ("llama", "llama-leaf-trees", "mlgru-hybrid")}
+    assert claims == {"llama": True, "llama-leaf-trees": False, "mlgru-hybrid": False}
+    for name in ("llama-leaf-trees", "mlgru-hybrid"):
+        compiled = torch.compile(copy.deepcopy(built(name)), backend="eager", fullgraph=True)
+        with torch.no_grad(), pytest.raises(Unsupported):
+            compiled(input_ids=IDS, use_cache=False)
+        torch.compiler.reset()
 
 
 # Missing tensors

@@ -12,7 +12,7 @@ from gguf_models import save_uniform
 
 from llmsurgeon.checkpoint.card_file import Heritage, heritage_of, read_card
 from llmsurgeon.checkpoint.opening import open_checkpoint
-from llmsurgeon.report.licences import TERMS, misnamed, terms_of
+from llmsurgeon.report.licences import TERMS, asked_name, terms_of
 from llmsurgeon.report.origin import inherited, origin_of
 
 CARD = """---
@@ -43,13 +43,12 @@ def test_terms_language_and_parents_go_along(run, folder):
     assert (folder / "out/LICENSE.txt").read_text() == "the licence" and (folder / "out/USE_POLICY.md").exists()
     assert "Llama 3.2 Community License" in (folder / "out/NOTICE").read_text()
     body = (folder / "out/README.md").read_text().split("---", 2)[2]
-    assert "**Built with Llama**" in body and "begin with 'Llama'; out does not" in body
+    assert "**Built with Llama**" in body and "passed on begin with 'Llama'." in body
 
     (folder / "out/NOTICE").write_text("as it was")
     assert run("export", "out", "--to", "surgeon", "-o", "Llama-cut")[0] == 0
     assert front(folder / "Llama-cut") == {**card, "tags": ["llmsurgeon", "model-surgery", "custom_code"]}
     assert (folder / "Llama-cut/NOTICE").read_text() == "as it was"
-    assert "Its name" not in (folder / "Llama-cut/README.md").read_text()
 
 
 def test_a_model_that_is_only_written_anew_is_the_hubs_quantized(run, folder):
@@ -106,7 +105,7 @@ def test_results_stand_in_the_metadata(run, folder):
     (entry,) = front(folder / "out")["model-index"]
     found = json.loads((folder / "out/surgery.json").read_text())["evaluation"]
     metrics = {m["name"]: m["value"] for result in entry["results"] for m in result["metrics"]}
-    assert entry["name"] == "out" and metrics["perplexity"] == pytest.approx(found["perplexity"], abs=1e-6)
+    assert entry["name"] == "parent" and metrics["perplexity"] == pytest.approx(found["perplexity"], abs=1e-6)
     assert metrics["top-1 agreement with the parent"] == pytest.approx(found["top1_agreement"], abs=1e-6)
     assert entry["results"][0]["dataset"]["name"].endswith("text.txt")
 
@@ -138,6 +137,7 @@ def test_which_names_a_licence_asks_for():
     assert terms_of(Heritage(license="other", license_name="llama-3.1-community")) is TERMS["llama3.1"]
     assert terms_of(Heritage(license="apache-2.0")) is None and terms_of(Heritage()) is None
     llama = Heritage(license="llama3")
-    assert misnamed(llama, "lab/Llama-3-8B-cut") is None and misnamed(llama, "lab/llama_3 x") is None
-    assert "'Llama 3'" in (misnamed(llama, "lab/Meta-Llama-3-8B-cut") or "")
-    assert misnamed(Heritage(license="gemma"), "lab/x") is None
+    assert asked_name(llama, "lab/Llama-3-8B-cut") is None and asked_name(llama, "lab/llama_3 x") is None
+    assert "'Llama 3'" in (asked_name(llama, "lab/Meta-Llama-3-8B-cut") or "")
+    assert "begin with 'Llama 3'." in (asked_name(llama, None) or "")
+    assert asked_name(Heritage(license="gemma"), "lab/x") is None

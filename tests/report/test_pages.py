@@ -29,7 +29,7 @@ def card_of(model="lab/model"):
     )
     evaluation = {"tokens": 9, "perplexity": 2.0, "parent_perplexity": 1.0, "kl": 0.5, "top1_agreement": 0.5}
     origin, heritage = Origin(model, hub_id=model if HUB_ID.fullmatch(model) else None), Heritage()
-    made = Made("out", origin, heritage, costs, costs, "a: 1", evaluation, HOSTILE, notes=[HOSTILE], gate=[HOSTILE])
+    made = Made(None, origin, heritage, costs, costs, "a: 1", evaluation, HOSTILE, notes=[HOSTILE], gate=[HOSTILE])
     return model_card(written, made)
 
 

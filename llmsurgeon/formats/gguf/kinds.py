@@ -12,6 +12,8 @@ from torch import Tensor
 from llmsurgeon.checkpoint.shards import file_order
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.formats.gguf.llama_quantizer import require
+from llmsurgeon.formats.gguf.mixes import MIXES, types_of
 from llmsurgeon.formats.gguf.ternary import exact_kind
 
 if TYPE_CHECKING:
@@ -28,16 +30,22 @@ ROUTER = "ffn_gate_inp.weight"
 
 @dataclass(frozen=True)
 class Kinds:
-    """main: what matrices are stored in; of: the type of each tensor, in the order of the file; notes: what to say."""
+    """main: what matrices are stored in, or the mixture's name; of: the type of each tensor, in the order of the file;
+    notes: what to say."""
 
-    main: GGMLQuantizationType
+    main: str
     of: dict[str, GGMLQuantizationType]
     notes: tuple[str, ...]
 
     @property
     def ternary(self) -> bool:
         """Whether the file is for ternary weights."""
-        return self.main.name in TERNARY
+        return self.main in TERNARY
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the file is one of llama.cpp's mixtures, which its own quantizer makes."""
+        return self.main in MIXES
 
     def sizes(self, meta: Mapping[str, Tensor]) -> dict[str, int]:
         """Bytes of each tensor."""
@@ -45,42 +53,76 @@ class Kinds:
 
 
 def chosen_kinds(
-    tensors: TransformedWeights, meta: Mapping[str, Tensor], type: GGMLQuantizationType, float_type: str | None
+    tensors: TransformedWeights,
+    meta: Mapping[str, Tensor],
+    type: str,
+    float_type: str | None = None,
+    heads_a_value: int = 1,
 ) -> Kinds:
     """The types of all tensors; `meta` are they without data, which is read where `type` is ternary.
+
+    heads_a_value: query heads a key/value head, by which mixtures choose.
 
     Raises:
         SurgeryError: no tensor is ternary, or a float type is given where it means nothing.
     """
-    kinds = {name: _kind_of(name, tuple(meta[name].shape), type) for name in file_order(tensors)}
-    if type.name in TERNARY:
-        kinds, notes = _ternary_kinds(tensors, kinds, type, _float_type(float_type))
+    from gguf import GGMLQuantizationType
+
+    if float_type and type not in TERNARY:
+        raise SurgeryError(f"a float type goes with {' and '.join(TERNARY)}, for what is not ternary; {type} is one")
+    shapes = {name: tuple(meta[name].shape) for name in file_order(tensors)}
+    if type in MIXES:
+        return _mixed_kinds(shapes, type, heads_a_value)
+    kind = GGMLQuantizationType[type]
+    kinds = {name: _kind_of(name, shape, kind) for name, shape in shapes.items()}
+    if type in TERNARY:
+        kinds, notes = _ternary_kinds(tensors, kinds, kind, _float_type(float_type))
         return Kinds(type, kinds, tuple(notes))
-    if float_type:
-        raise SurgeryError(
-            f"a float type goes with {' and '.join(TERNARY)}, for what is not ternary; {type.name} is one"
-        )
-    narrow = [name for name, kind in kinds.items() if _fell_back(meta[name].dim(), kind, type)]
+    narrow = [name for name, found in kinds.items() if _fell_back(meta[name].dim(), found, kind)]
     if not narrow:
         return Kinds(type, kinds, ())
-    note = f"{len(narrow)} tensors, {narrow[0]} the first, are F16: their rows are not whole blocks of {type.name}"
+    note = f"{len(narrow)} tensors, {narrow[0]} the first, are F16: their rows are not whole blocks of {type}"
     return Kinds(type, kinds, (note,))
 
 
-def known_type(name: str) -> GGMLQuantizationType:
-    """The type of this name.
+def known_type(name: str) -> str:
+    """The type, or mixture, of this name.
 
     Raises:
-        SurgeryError: it is none that can be made here.
+        SurgeryError: it is none that can be made here, or llama.cpp's quantizer makes it and is not installed.
     """
-    from gguf import GGMLQuantizationType
-
-    if name.upper() not in TYPES:
+    known = name.upper()
+    if known in MIXES:
+        require(known)
+    elif known not in TYPES:
         raise SurgeryError(
-            f"GGUF type {name!r} cannot be made here; those that can are {', '.join(TYPES)}. For others (Q4_K_M ...) "
-            "write F16 and run llama.cpp's llama-quantize on it"
+            f"GGUF type {name!r} cannot be made here; those that can are {', '.join((*TYPES, *MIXES))}. For others "
+            "(IQ2_XS ..., which need an importance matrix) write F16 and run llama.cpp's llama-quantize on it"
         )
-    return GGMLQuantizationType[name.upper()]
+    return known
+
+
+def _mixed_kinds(shapes: Mapping[str, tuple[int, ...]], type: str, heads_a_value: int) -> Kinds:
+    """The types of one of llama.cpp's mixtures."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf import GGMLQuantizationType as Kind
+
+    matrices = {name: shape for name, shape in shapes.items() if not _stays_float32(name, shape)}
+    head = next(name for name in reversed(EMBEDDINGS) if name in shapes)
+    block = {kind.name: size for kind, (size, _) in GGML_QUANT_SIZES.items()}
+    found = types_of(MIXES[type], matrices, heads_a_value, head, block)
+    kinds = {name: Kind[found[name]] if name in found else Kind.F32 for name in shapes}
+    narrow = [name for name, shape in matrices.items() if name != head and shape[-1] % block[MIXES[type].base]]
+    if not narrow:
+        return Kinds(type, kinds, ())
+    instead = ", ".join(sorted({found[name] for name in narrow}))
+    note = f"{len(narrow)} tensors, {narrow[0]} the first, are {instead}: their rows are not whole blocks of {type}"
+    return Kinds(type, kinds, (note,))
+
+
+def _stays_float32(name: str, shape: tuple[int, ...]) -> bool:
+    """Vectors, norms, learnt positions and routers."""
+    return len(shape) < 2 or "norm" in name or name == POSITIONS or name.endswith(ROUTER)
 
 
 def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
@@ -88,7 +130,7 @@ def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) ->
     from gguf import GGML_QUANT_SIZES
     from gguf import GGMLQuantizationType as Kind
 
-    if len(shape) < 2 or "norm" in name or name == POSITIONS or name.endswith(ROUTER):
+    if _stays_float32(name, shape):
         return Kind.F32
     if name in EMBEDDINGS and wanted not in (Kind.F32, Kind.BF16, Kind.F16):
         wanted = Kind.F16 if wanted.name in TERNARY else Kind.Q8_0

@@ -29,7 +29,8 @@ from llmsurgeon.checkpoint.weight_file import raise_unless_finite
 from llmsurgeon.checkpoint.writer import FileStage
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.forms import forms_that_can
-from llmsurgeon.formats.gguf.kinds import Kinds, chosen_kinds, known_type
+from llmsurgeon.formats.gguf.kinds import FLOATS, Kinds, chosen_kinds, known_type
+from llmsurgeon.formats.gguf.llama_quantizer import llama_quantize
 from llmsurgeon.formats.gguf.model import Layout, lay_out, why_not
 from llmsurgeon.formats.gguf.ternary import ternary_q4_0
 from llmsurgeon.formats.gguf.tokenizer import tokenizer_fields
@@ -72,7 +73,7 @@ class Model:
 class Asked:
     """How it is written.
 
-    type: what matrices are stored in, see TYPES; norms, biases, routers and learnt positions stay float32.
+    type: what matrices are stored in, see TYPES and MIXES; norms, biases, routers and learnt positions stay float32.
     float_type: with a ternary type, of tensors that neither it nor Q4_0 holds exactly; F16 where none is given.
     pre: the pre-tokenizer's name, where it cannot be recognised.
     heritage: what the cards of the model and of those before it say.
@@ -116,7 +117,7 @@ def write_gguf(
     tokenizer = tokenizer_fields(model.source, model.spec.vocab, asked.pre, model.trust_remote_code)
     tensors = TransformedWeights(model.weights, layout.transforms)
     meta = meta_weights(tensors)
-    kinds = chosen_kinds(tensors, meta, kind, asked.float_type)
+    kinds = chosen_kinds(tensors, meta, kind, asked.float_type, _heads_a_value(model.spec))
     sizes = kinds.sizes(meta)
     title = tokenizer.model_name(asked.name or path.stem)
     general = [*_general(title, kinds), *card_fields(asked.heritage)]
@@ -131,7 +132,7 @@ def write_gguf(
         check()
         stage.commit()
     notes = (*layout.notes, *tokenizer.notes, *kinds.notes)
-    return Exported(path, layout.architecture, kind.name, path.stat().st_size, notes)
+    return Exported(path, layout.architecture, kind, path.stat().st_size, notes)
 
 
 def _laid_out(model: Model) -> Layout:
@@ -155,7 +156,7 @@ def _general(name: str, kinds: Kinds) -> list[Field]:
     fields = [
         Field("general.type", "model", STRING),
         Field("general.name", name, STRING),
-        Field("general.file_type", int(LlamaFileType[types.get(kinds.main.name, f"MOSTLY_{kinds.main.name}")]), UINT32),
+        Field("general.file_type", int(LlamaFileType[types.get(kinds.main, f"MOSTLY_{kinds.main}")]), UINT32),
     ]
     if any(chosen.name not in ("F32", "F16", "BF16") for chosen in kinds.of.values()):
         fields.append(Field("general.quantization_version", GGML_QUANT_VERSION, UINT32))
@@ -187,7 +188,7 @@ def _write_tensors(
     """The whole file: header, metadata, and each tensor some rows at a time."""
     file, done, total = begun(writer), 0, sum(sizes.values())
     for tensor, kind in kinds.of.items():
-        for part in _encoded(tensors, tensor, kind, exact=kinds.ternary):
+        for part in _encoded(tensors, tensor, kind, encoder_of(kinds, kind)):
             file.write(part)
             done += len(part)
             progress(done, total)
@@ -209,12 +210,26 @@ def begun(writer: GGUFWriter) -> IO[bytes]:
     return file
 
 
-def _encoded(
-    weights: TransformedWeights, name: str, kind: GGMLQuantizationType, exact: bool = False
-) -> Iterator[memoryview]:
-    """The bytes of one tensor, some rows at a time; `exact`: Q4_0 is of ternary weights."""
+def _heads_a_value(spec: ModelSpec) -> int:
+    return next((layer.attention.heads // layer.attention.kv_heads for layer in spec.layers if layer.attention), 1)
+
+
+Encoder = Callable[[np.ndarray, "GGMLQuantizationType"], np.ndarray]
+
+
+def encoder_of(kinds: Kinds, kind: GGMLQuantizationType) -> Encoder:
+    """What turns rows into a type: Q4_0 of ternary weights is exact, mixtures are llama.cpp's own."""
     from gguf.quants import quantize
 
+    if kinds.ternary and kind.name == "Q4_0":
+        return lambda rows, kind: ternary_q4_0(rows)
+    return llama_quantize if kinds.mixed and kind.name not in FLOATS else quantize
+
+
+def _encoded(
+    weights: TransformedWeights, name: str, kind: GGMLQuantizationType, encode: Encoder
+) -> Iterator[memoryview]:
+    """The bytes of one tensor, some rows at a time."""
     for layer in blocks(weights, name):
         rows = layer.reshape(-1, layer.shape[-1])
         for part in rows.split(max(1, NUMBERS_AT_ONCE // rows.shape[1])):
@@ -222,6 +237,5 @@ def _encoded(
             raise_unless_finite(name, numbers)
             if kind.name == "F16" and numbers.abs().max() > torch.finfo(torch.float16).max:
                 raise SurgeryError(f"GGUF: {name} holds numbers beyond float16's range; write it with --type BF16")
-            rows_of_block = numbers.contiguous().numpy()
-            made = ternary_q4_0(rows_of_block) if exact and kind.name == "Q4_0" else quantize(rows_of_block, kind)
+            made = encode(numbers.contiguous().numpy(), kind)
             yield np.ascontiguousarray(made).view(np.uint8).reshape(-1).data

@@ -210,6 +210,53 @@ def test_types(name, tmp_path):
     assert torch.equal(reread, torch.from_numpy(expected.astype(np.float32)).to(reread.dtype))
 
 
+# Of ffn_up, attn_v, attn_output, ffn_down.
+MIXED = {
+    "Q2_K": (Kind.Q2_K, Kind.Q3_K, Kind.Q3_K, Kind.Q3_K),
+    "Q3_K_M": (Kind.Q3_K, Kind.Q5_K, Kind.Q4_K, Kind.Q4_K),
+    "Q4_K_M": (Kind.Q4_K, Kind.Q6_K, Kind.Q4_K, Kind.Q6_K),
+    "Q5_K_S": (Kind.Q5_K, Kind.Q5_K, Kind.Q5_K, Kind.Q5_K),
+    "IQ4_XS": (Kind.IQ4_XS, Kind.IQ4_XS, Kind.IQ4_XS, Kind.IQ4_XS),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_mixtures_give_some_tensors_more_bits(name, tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = save_uniform(tmp_path / "model", "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=4)
+    made = export(folder, tmp_path / "model.gguf", type=name)
+    file = GGUFFile(made.path)
+    kinds = {tensor: entry.kind for tensor, entry in file.entries.items()}
+    special = 0 if name == "Q3_K_M" else 3  # of the values that get more
+    parts = ("1.ffn_up", f"{special}.attn_v", "3.attn_output", "3.ffn_down")
+    assert tuple(kinds[f"blk.{part}.weight"] for part in parts) == MIXED[name]
+    assert kinds["output.weight"] == Kind.Q6_K and kinds["token_embd.weight"] == MIXED[name][0]
+    assert file.metadata["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{name}"] and made.type == name
+    weights = open_model(str(folder)).weights["model.layers.0.mlp.up_proj.weight"].numpy()
+    error = np.square(file.rows("blk.0.ffn_up.weight", 0, 256) - weights).mean() / np.square(weights).mean()
+    assert error < {Kind.Q2_K: 0.12, Kind.Q3_K: 0.04}.get(MIXED[name][0], 0.01)
+
+
+def test_mixtures_of_rows_that_are_no_whole_blocks_run_in_llamacpp(tmp_path):
+    pytest.importorskip("xllamacpp")
+    folder = save_uneven(tmp_path / "model", shapes=[(h, kv, 128) for h, kv, _ in UNEVEN])
+    made = export(folder, tmp_path / "model.gguf", type="Q4_K_M")
+    kinds = {Kind(entry.kind).name for entry in GGUFFile(made.path).entries.values()}
+    assert kinds == {"F32", "Q5_0", "Q8_0"} and "are Q5_0, Q8_0: their rows" in made.notes[-1]
+    assert largest_difference(load_model(str(made.path), dtype=torch.float32), made.path) < 0.2
+
+
+def test_a_mixture_without_its_quantizer_is_refused_before_any_work(tmp_path, monkeypatch):
+    from llmsurgeon.formats.gguf import llama_quantizer
+
+    folder = save_uniform(tmp_path / "model", "llama")
+    monkeypatch.setattr(llama_quantizer, "find_spec", lambda name: None)
+    llama_quantizer._library.cache_clear()
+    with pytest.raises(SurgeryError, match=r"Q4_K_M is made by llama.cpp's own quantizer.*llmsurgeon\[llamacpp\]"):
+        export(folder, tmp_path / "model.gguf", type="Q4_K_M")
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_every_type_that_the_gguf_package_makes_is_offered():
     made = set()
     for kind in Kind:

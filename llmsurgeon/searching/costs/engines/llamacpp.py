@@ -31,7 +31,7 @@ class LlamaCppKind(Kind):
     name: ClassVar[str] = "llama.cpp"
 
     def type_of(self, text: str) -> str | None:
-        kind = known_type(text or "F16").name
+        kind = known_type(text or "F16")
         if kind in TERNARY:
             known = ", ".join(each.lower() for each in TYPES if each not in TERNARY)
             raise SurgeryError(f"--engine llama.cpp:{text}: it is for ternary weights alone; expected one of {known}")

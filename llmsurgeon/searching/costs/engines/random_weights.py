@@ -20,7 +20,7 @@ from llmsurgeon.checkpoint.shards import meta_weights
 from llmsurgeon.checkpoint.transform import TransformedWeights
 from llmsurgeon.formats.gguf.kinds import chosen_kinds, known_type
 from llmsurgeon.formats.gguf.model import lay_out
-from llmsurgeon.formats.gguf.write import begun, opened_writer
+from llmsurgeon.formats.gguf.write import Encoder, begun, encoder_of, opened_writer
 from llmsurgeon.searching.costs.shapes import Described
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def write_random_gguf(path: Path, model: Described, type: str) -> None:
     writer = opened_writer(path, layout.architecture, fields, shapes, kinds)
     file = begun(writer)
     for name, kind in kinds.of.items():
-        tile, left = _encoded(kind, shapes[name].dim() < 2), sizes[name]
+        tile, left = _encoded(encoder_of(kinds, kind), kind, shapes[name].dim() < 2), sizes[name]
         while left > 0:
             left -= file.write(tile[:left])
         writer.write_padding(file, sizes[name])
@@ -77,12 +77,10 @@ def write_random_gguf(path: Path, model: Described, type: str) -> None:
 
 
 @cache
-def _encoded(kind: GGMLQuantizationType, vector: bool) -> memoryview:
+def _encoded(encode: Encoder, kind: GGMLQuantizationType, vector: bool) -> memoryview:
     """The bytes of a tile in one of GGUF's types."""
-    from gguf.quants import quantize
-
     numbers = torch.ones(TILE) if vector else _tile()
-    return memoryview(np.ascontiguousarray(quantize(numbers.numpy().reshape(-1, 256), kind)).view(np.uint8).tobytes())
+    return memoryview(np.ascontiguousarray(encode(numbers.numpy().reshape(-1, 256), kind)).view(np.uint8).tobytes())
 
 
 def _tokenizer(rows: int) -> list[Field]:

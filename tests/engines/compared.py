@@ -1,0 +1,43 @@
+"""What an engine made of the checkpoints, held against what transformers did. Needs nothing but Python."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BASE = Path(os.environ.get("ENGINES_BASE", "."))
+# Of a tiny model, in float32 on both sides; of a real one in bfloat16, as a multiple of transformers' own error.
+EXACT, WITHIN = 2e-4, 2.0
+# A tie of two logits may fall either way in bfloat16: so many of the real model's texts must be the same.
+MOST_TEXTS = 0.7
+
+
+def expected() -> dict[str, dict[str, Any]]:
+    """What scripts/engines has written; empty where it has not run."""
+    path = BASE / "expected.json"
+    found: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def held(
+    engine: str, name: str, code: str, logs: Sequence[Sequence[float]], follow: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Write down how far an engine is from transformers, and raise AssertionError where that is too far."""
+    wanted = expected()[name]
+    pairs = [
+        (a, b) for mine, theirs in zip(logs, wanted["logs"], strict=True) for a, b in zip(mine, theirs, strict=True)
+    ]
+    off = [abs(a - b) for a, b in pairs]
+    same = sum(list(a) == list(b) for a, b in zip(follow, wanted["follow"], strict=True))
+    row = {"engine": engine, "name": name, "code": code, "difference": sum(off) / len(off), "same": same}
+    row |= {"texts": len(follow), "bfloat16": wanted["bfloat16"], "largest": max(off)}
+    with (BASE / f"found-{engine}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    if wanted["dtype"] == "float32":
+        assert row["largest"] < EXACT and same == len(follow), row
+    else:
+        assert row["difference"] < WITHIN * wanted["bfloat16"] and same >= MOST_TEXTS * len(follow), row
+    return row

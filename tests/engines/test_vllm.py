@@ -1,0 +1,64 @@
+"""vLLM on a CPU loads what this tool writes, and computes what transformers does. Started by scripts/engines."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compared import BASE, expected, held
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.engines
+PLUGIN = any(point.name == "llmsurgeon" for point in entry_points(group="vllm.general_plugins"))
+NEW = 12
+
+
+# The surgeon form is the plugin's; without it vLLM has no class for it.
+LOADED = [name for name in expected() if not name.startswith("refused") and (PLUGIN or "surgeon" not in name)]
+
+
+@pytest.mark.skipif(not PLUGIN or not expected(), reason="the plugin refuses")
+def test_what_vllm_has_no_layers_for_is_refused_with_the_reason(capfd):
+    from vllm import LLM
+
+    with pytest.raises(Exception, match="layer 2 of this surgeon_llama checkpoint runs blocks in parallel"):
+        LLM(str(BASE / "refused-parallel"), enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_a_checkpoint_is_computed_as_by_transformers(name):
+    from vllm import LLM, SamplingParams
+
+    wanted = expected()[name]
+    model = LLM(
+        str(BASE / name),
+        dtype=wanted["dtype"],
+        enforce_eager=True,
+        max_model_len=256,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,
+        trust_remote_code=not PLUGIN,
+    )
+    how = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0, detokenize=False)
+    prompts = [{"prompt_token_ids": prompt} for prompt in wanted["prompts"]]
+    # All in one call are batched; once more, alone and with what the first call has left in the prefix cache.
+    batched = model.generate(prompts, how, use_tqdm=False)
+    logs = [
+        [place[token].logprob for place, token in zip(each.prompt_logprobs[1:], prompt[1:], strict=True)]
+        for each, prompt in zip(batched, wanted["prompts"], strict=True)
+    ]
+    follow = [list(each.outputs[0].token_ids) for each in batched]
+    held("vllm", name, "plugin" if PLUGIN else "checkpoint's", logs, follow)
+    plain = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False)
+    again = [list(model.generate([prompt], plain, use_tqdm=False)[0].outputs[0].token_ids) for prompt in prompts[:4]]
+    if wanted["dtype"] == "float32":
+        assert again == follow[:4]
