@@ -73,7 +73,7 @@ BAD = {
     "no model": (["nowhere", "--to", "native"], "nowhere: no such"),
     "type for a checkpoint": (
         ["student", "--to", "native", "--type", "Q8_0"],
-        "--type, --float-type and --pre are for --to gguf",
+        "--type, --float-type, --pre and --modelfile are for --to gguf",
     ),
     "source as output": (["student", "--to", "native", "-o", "student"], "student"),
     "shard size": (["student", "--to", "native", "-o", "out", "--max-shard-size", "big"], "'big' is not a file size"),

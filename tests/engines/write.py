@@ -17,6 +17,7 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
 from conftest import save_tiny
+from gguf_models import byte_level_tokenizer
 
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.run import Options, run
@@ -36,7 +37,7 @@ SURGEON = (
     "  - {op: prune_width, width: 200, layers: [5], score: magnitude}\n  - {op: fuse_ffn, runs: [2-3]}\n"
 )
 PARALLEL = "version: 1\nformat: surgeon\nsteps: [{op: parallel_blocks, windows: ['2-3']}]\n"
-TRIMMED = "version: 1\nformat: native\nsteps: [{op: trim_vocab, rows: 48}]\n"
+TRIMMED = "version: 1\nformat: native\nsteps: [{op: trim_vocab, rows: 288}]\n"
 # A name, the family of its parent, settings of that, what is done.
 TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     "nas-llama": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}, UNEVEN),
@@ -44,7 +45,7 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     "nas-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, UNEVEN),
     "surgeon-llama": ("llama", {"num_key_value_heads": 2}, SURGEON),
     "refused-parallel": ("llama", {"num_key_value_heads": 2}, PARALLEL),
-    "native-trimmed": ("llama", {"num_key_value_heads": 2}, TRIMMED),
+    "native-trimmed": ("llama", {"num_key_value_heads": 2, "vocab_size": 320}, TRIMMED),
 }
 
 
@@ -53,6 +54,8 @@ def write(base: Path, model: str | None) -> None:
     expected = {}
     for name, (family, settings, recipe) in TINY.items():
         parent = save_tiny(base / f"parent-{name}", family, tokenizer=True, **{**SIZES, **settings})
+        if recipe == TRIMMED:  # what is trimmed is a BPE's
+            byte_level_tokenizer().save_pretrained(parent)
         expected[name] = made(base, name, str(parent), recipe, torch.float32)
     if model:
         expected["nas-real"] = made(base, "nas-real", model, FUSED, torch.bfloat16)

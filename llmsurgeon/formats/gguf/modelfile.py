@@ -93,9 +93,9 @@ def _taken_apart(text: Any) -> Turns:
     ways_to_the_user = [silent, back, *([behind] if before or behind else [])]
     user = _common_end(ways_to_the_user)
     cut = [way[: len(way) - len(user)] for way in ways_to_the_user]
-    if between != end:
+    if not between.startswith(end):
         raise ValueError("what opens an answer is not what stands before an earlier one")
-    return Turns((before, cut[2]) if len(cut) > 2 else None, cut[0], (user, between), ("", cut[1]))
+    return Turns((before, cut[2]) if len(cut) > 2 else None, cut[0], (user, end), (between[len(end) :], cut[1]))
 
 
 def _common_end(texts: Sequence[str]) -> str:

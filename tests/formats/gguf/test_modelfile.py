@@ -25,7 +25,7 @@ INSTRUCTIONS = (
 )
 NO_SYSTEM = (
     "{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    "<turn>{{ message['role'] }}\n{{ message['content'] }}</turn>\n{% endfor %}<turn>assistant\n"
+    "<turn>{{ message['role'] }}\n{{ message['content'] }}</turn>\n{% endfor %}{{ '<turn>assistant\n' }}"
 )
 THOUGHTS = CHATML.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n<think>{% endif %}")
 COUNTS = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }} ({{ loop.length }})")
