@@ -102,14 +102,14 @@ def _logs(model: Any, prompt: list[int]) -> list[float]:
     return logs
 
 
+@torch.no_grad()
 def _follow(model: Any, prompt: list[int]) -> list[int]:
     """The tokens that follow greedily, whatever ends a text."""
-    ids = torch.tensor([prompt])
-    made = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
-    )
-    new: list[int] = made[0, len(prompt) :].tolist()
-    return new
+    made: list[int] = []
+    while len(made) < NEW:
+        logits = model(input_ids=torch.tensor([[*prompt, *made]]), use_cache=False).logits[0, -1]
+        made.append(int(logits.argmax()))
+    return made
 
 
 if __name__ == "__main__":
