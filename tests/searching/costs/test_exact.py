@@ -141,7 +141,7 @@ def test_what_llamacpp_cannot_hold(tmp_path):
     [
         ("onnx", {}, "--engine onnx: expected one of transformers, llama.cpp, such as llama.cpp:q8_0"),
         ("transformers:q8_0", {}, "--engine transformers:q8_0: expected one of bf16, f16, f32"),
-        ("llama.cpp:q4_k_m", {}, "GGUF type 'q4_k_m' cannot be made here"),
+        ("llama.cpp:iq2_xs", {}, "GGUF type 'iq2_xs' cannot be made here"),
         ("llama.cpp:tq1_0", {}, "it is for ternary weights alone"),
         ("llama.cpp:q8_0", {"batch": 2}, "runs one sequence on the CPU"),
         ("transformers", {"context": 0}, "--context 0: expected 1 to"),
