@@ -98,7 +98,7 @@ def sample_self_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     length, limit = wanted.sequence_length, getattr(model.config, "max_position_embeddings", None)
     if limit and length > limit:
         raise SurgeryError(f"sequences of {length} tokens, the model's limit is {limit}; lower --seq-len")
-    start, template = document_start(tokenizer), template_of(tokenizer)
+    start, template = document_start(tokenizer, model.config.vocab_size), template_of(tokenizer)
     if template and (len(template.start) >= length or max(template.ids) >= model.config.vocab_size):
         template = None
     parts = spread(shares(model, tokenizer, wanted, start, template is not None), max(1, wanted.tokens // length))
@@ -177,7 +177,7 @@ def _prompts(
     """The given tokens of each sequence, -1 where one is to be drawn: int64 [S, L]."""
     count, length = len(parts), wanted.sequence_length
     forced = torch.full((count, length), -1)
-    start = document_start(tokenizer)
+    start = document_start(tokenizer, vocab)
     if start is None:
         forced[:, 0] = torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(wanted.seed))
     else:
@@ -197,12 +197,15 @@ def _prompts(
     return forced
 
 
-def document_start(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that texts began with in pretraining, as far as a tokenizer tells; None where it has no such token."""
+def document_start(tokenizer: PreTrainedTokenizerBase, vocab: int | None = None) -> int | None:
+    """The token that texts began with in pretraining, as far as a tokenizer tells; None where it has no such token.
+
+    vocab: tokens of the model; those beyond were added to the tokenizer alone, and are passed over.
+    """
     # Where a tokenizer knows <|endoftext|>, it parts the documents, even if chat tokens took over the bos role.
     separator = tokenizer.get_vocab().get("<|endoftext|>")
     for token in (separator, tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (vocab is None or token < vocab):
             return token
     return None
 

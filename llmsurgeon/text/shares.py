@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from llmsurgeon.boundary.foreign import token_ids
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.text.kinds import KINDS
+from llmsurgeon.text.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,12 +46,14 @@ def shares(
     speak so gets next to nothing, and no kind takes it all.
 
     Raises:
-        SurgeryError: the tokenizer can spell no opener of these kinds, and the model has no conversations.
+        SurgeryError: the tokenizer can spell no opener of these kinds in tokens of the model, and the model has no
+            conversations.
     """
+    rows = model.config.vocab_size
     nats: dict[Part, float] = {}
     for name in wanted.kinds:
         for variant in KINDS[name].variants:
-            if spelled := spelled_by(tokenizer, name, variant, wanted.sequence_length - 1):
+            if spelled := spelled_by(tokenizer, KINDS[name], variant, wanted.sequence_length - 1, rows):
                 nats[Part(name, variant, tuple(spelled))] = nats_a_byte(model, spelled, start)
     least = min(nats.values(), default=0.0)
     weights: dict[str, dict[Part, float]] = {}
@@ -76,16 +78,15 @@ def shares(
 
 
 def spelled_by(
-    tokenizer: PreTrainedTokenizerBase, name: str, variant: str, length: int
+    tokenizer: PreTrainedTokenizerBase, kind: Kind, variant: str, length: int, rows: int
 ) -> dict[tuple[int, ...], float]:
     """Token ids of a variant's openers, cut to `length` -> bytes of what each says; without those that the tokenizer
-    cannot spell."""
-    kind = KINDS[name]
+    cannot spell in the `rows` tokens of the model."""
     texts = kind.variants[variant]
     found = {}
     for text, says in zip(texts, kind.meaning or texts, strict=True):
         ids = token_ids(tokenizer, text, add_special_tokens=False)
-        if ids and not (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
+        if ids and max(ids) < rows and not (tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids):
             found[tuple(ids[:length])] = len(says.encode()) * min(1.0, length / len(ids))
     return found
 
