@@ -101,7 +101,8 @@ def sample_self_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     start, template = document_start(tokenizer, model.config.vocab_size), template_of(tokenizer)
     if template and (len(template.start) >= length or max(template.ids) >= model.config.vocab_size):
         template = None
-    parts = spread(shares(model, tokenizer, wanted, start, template is not None), max(1, wanted.tokens // length))
+    each = shares(model, tokenizer, wanted.kinds, length, start, template is not None)
+    parts = spread(each, max(1, wanted.tokens // length))
     texts = _prompts(tokenizer, model.config.vocab_size, parts, template, wanted)
     rows = _cache_rows(model, wanted)
     draw = Draw(wanted.sampling, _never_drawn(tokenizer, model.config.vocab_size), wanted.seed, model.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,8 +16,6 @@ from llmsurgeon.text.kinds import KINDS, Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from llmsurgeon.text.self_text import SelfText
 
 # A share is proportional to the square root of how likely a word of this many bytes is in an opener of its kind.
 WORD = 4
@@ -37,7 +35,12 @@ class Part:
 
 
 def shares(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, wanted: SelfText, start: int | None, chats: bool
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    kinds: Sequence[str],
+    length: int,
+    start: int | None,
+    chats: bool,
 ) -> dict[Part, float]:
     """The share of each part of the text: kinds by how likely the model finds their openers, variants likewise.
 
@@ -51,21 +54,21 @@ def shares(
     """
     rows = model.config.vocab_size
     nats: dict[Part, float] = {}
-    for name in wanted.kinds:
+    for name in kinds:
         for variant in KINDS[name].variants:
-            if spelled := spelled_by(tokenizer, KINDS[name], variant, wanted.sequence_length - 1, rows):
+            if spelled := spelled_by(tokenizer, KINDS[name], variant, length - 1, rows):
                 nats[Part(name, variant, tuple(spelled))] = nats_a_byte(model, spelled, start)
     least = min(nats.values(), default=0.0)
     weights: dict[str, dict[Part, float]] = {}
     for part, b in nats.items():
         weights.setdefault(part.kind, {})[part] = math.sqrt(math.exp(-WORD * min(b - least, FARTHEST)))
     of_kinds = {name: sum(w * w for w in parts.values()) / sum(parts.values()) for name, parts in weights.items()}
-    for name in (name for name in wanted.kinds if KINDS[name].chat and chats):
+    for name in (name for name in kinds if KINDS[name].chat and chats):
         of_kinds[name] = max(of_kinds.values(), default=1.0)
         weights[name] = {Part(name, ""): 1.0}
     if not weights:
         raise SurgeryError(
-            f"{tokenizer.name_or_path or 'the tokenizer'}: no text of the kind {', '.join(wanted.kinds)} can be "
+            f"{tokenizer.name_or_path or 'the tokenizer'}: no text of the kind {', '.join(kinds)} can be "
             "sampled: it has no chat template whose turns end in special tokens, or spells none of the openers; ask "
             "for other kinds, or give --text FILE"
         )

@@ -64,9 +64,22 @@ def test_one_dtype_for_every_command(tmp_path, call, make):
     for arguments in (
         ["verify", folder],
         ["eval", folder, "--text", "text.txt", *SHORT],
-        ["analyze", folder, "--text", "text.txt", *SHORT, "-o", "found"],
+        ["analyze", folder, "--text", "text.txt", "--self-share", "0", *SHORT, "-o", "found"],
         ["bench", folder, "--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--json"],
-        ["fuse", folder, "--drop-count", "2", "--text", "text.txt", "--tokens", "512", "-o", "out"],
+        [
+            "fuse",
+            folder,
+            "--drop-count",
+            "2",
+            "--text",
+            "text.txt",
+            "--self-share",
+            "0",
+            "--tokens",
+            "512",
+            "-o",
+            "out",
+        ],
         ["eval", "out", "--against", folder, "--text", "text.txt", *SHORT],
     ):
         result = call(*arguments)
@@ -104,10 +117,16 @@ def test_a_damaged_weight_is_named_by_every_command(tmp_path, call, value):
     named = "model.layers.3.mlp.up_proj"
     for arguments, where in (
         (["verify", folder], "tensor "),
-        (["analyze", folder, "--text", "text.txt", *SHORT, "-o", "found"], "layer 3, FFN: tensor "),
+        (
+            ["analyze", folder, "--text", "text.txt", "--self-share", "0", *SHORT, "-o", "found"],
+            "layer 3, FFN: tensor ",
+        ),
         (["analyze", folder, *SHORT, "-o", "found"], f"{named}: tensor "),
         (["eval", folder, "--text", "text.txt", *SHORT], f"{named}: tensor "),
-        (["fuse", folder, "--text", "text.txt", "--drop-count", "1", "-o", "out"], "layer 3, FFN: tensor "),
+        (
+            ["fuse", folder, "--text", "text.txt", "--self-share", "0", "--drop-count", "1", "-o", "out"],
+            "layer 3, FFN: tensor ",
+        ),
     ):
         error = call(*arguments).exception
         assert isinstance(error, SurgeryError) and f"{where}{named}.weight holds NaN or infinity" in str(error)
@@ -124,7 +143,9 @@ def test_finite_weights_that_overflow_are_not_called_damaged(tmp_path, call):
     said = "finite weights give NaN or infinity in float16; use --dtype bfloat16 or --dtype float32"
     assert problem[0].startswith("a forward pass breaks: model.layers.2.mlp.") and said in problem[0]
     measured = ["--text", "text.txt", *SHORT]
-    assert f"layer 2, FFN: {said}" in str(call("analyze", folder, *measured, "--dtype", "float16").exception)
+    assert f"layer 2, FFN: {said}" in str(
+        call("analyze", folder, *measured, "--self-share", "0", "--dtype", "float16").exception
+    )
     assert said in str(call("eval", folder, *measured, "--dtype", "float16").exception)
     for dtype in ([], ["--dtype", "float32"]):
         assert call("eval", folder, *measured, *dtype).exit_code == 0

@@ -52,7 +52,7 @@ def few_kinds(monkeypatch):
 def test_shares_follow_what_the_model_finds_likely(tokenizer, few_kinds):
     """Against every opener asked about alone, a token at a time."""
     model = tiny_model("llama")
-    found = shares(model, tokenizer, SelfText(64, 16, kinds=("prose", "code")), document_start(tokenizer), False)
+    found = shares(model, tokenizer, ("prose", "code"), 16, document_start(tokenizer), False)
     assert {(part.kind, part.variant) for part in found} == {("prose", ""), ("code", "x"), ("code", "y")}
 
     def weight(openers):
@@ -78,7 +78,7 @@ def test_what_other_languages_say_is_measured_in_english_bytes(tokenizer, monkey
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight.zero_()  # every token is as likely as any other
-    found = shares(model, tokenizer, SelfText(64, 16, kinds=("languages",)), 1, False)
+    found = shares(model, tokenizer, ("languages",), 16, 1, False)
     long, short = found.values()
     assert math.log(short / long) == pytest.approx(2 * (8 - 2) * math.log(model.config.vocab_size) / 8, rel=1e-3)
 
