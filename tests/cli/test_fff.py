@@ -18,7 +18,7 @@ from llmsurgeon.recipe.recipe import builtin_recipes, load
 
 def test_flags_write_a_checkpoint_that_loads_and_verifies(run, folder, monkeypatch):
     flags = ("--depth", 2, "--leaf-width", 24, "--shared", 16, "--layers", "1,3-4", "--set", "fff.min_tokens=8")
-    code, out, err = run("fff", "parent", "-o", "out", *flags, *SMALL, "--dry-run", "--json")
+    code, out, err = run("fff", "parent", "-o", "out", *flags, "--text", "text.txt", *SMALL, "--dry-run", "--json")
     assert code == 0, err
     # What a layer's trees cost and which tokens reach them is measured on text.
     foreseen = {key: value for key, value in json.loads(out).items() if key not in ("model", "notes")}
@@ -122,7 +122,8 @@ def test_bad_input_is_exit_code_2_and_nothing_written(run, folder, flags, messag
         code, _, err = run("fff", "parent", "-o", "out", *flags, "--dry-run")
         assert code == 2 and message in err
     code, _, err = run(
-        "fff", "parent", "-o", "out", *flags, "--text", "text.txt", "--set", "calibration.sequence_length=128"
+        *("fff", "parent", "-o", "out", *flags, "--text", "text.txt"),
+        *("--self-share", 0, "--set", "calibration.sequence_length=128"),
     )
     assert code == 2 and message in err
     assert not (folder / "out").exists() and not list(folder.glob("out*"))
