@@ -387,8 +387,8 @@ def test_existing_files(tmp_path):
         export(out, out, overwrite=True)
     with pytest.raises(SurgeryError, match=r"ends in \.gguf"):
         export(folder, tmp_path / "model.bin")
-    with pytest.raises(SurgeryError, match=r"GGUF type 'Q4_K_M' cannot be made here; those that can are F32, BF16"):
-        export(folder, tmp_path / "other.gguf", type="Q4_K_M")
+    with pytest.raises(SurgeryError, match=r"GGUF type 'IQ2_XS' cannot be made here; those that can are F32, BF16"):
+        export(folder, tmp_path / "other.gguf", type="IQ2_XS")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.gguf"]
 
 
