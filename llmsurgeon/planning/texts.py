@@ -23,7 +23,7 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
-from llmsurgeon.planning.sources import mixed, text_wanted, too_large
+from llmsurgeon.planning.sources import text_wanted, too_large
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
 from llmsurgeon.text.calibration import calibration_sequences
@@ -42,9 +42,8 @@ class Texts:
     def __init__(
         self, parent: OpenedCheckpoint, wanted: recipe_file.Calibration, tokens: int, options: Options
     ) -> None:
-        wanted = mixed(parent, wanted)
         self.parent, self.options, self.wanted = parent, options, wanted
-        self.calibration = text_wanted(wanted, tokens, parent.family.encoder)
+        self.calibration = text_wanted(wanted, tokens)
         self.description = "none"
         self._sequences: Sequences | None = None
         self._runner: LayerRunner | None = None

@@ -192,7 +192,7 @@ def test_a_kind_that_is_none_is_refused():
         one_kind("cod")
 
 
-def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys):
+def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch):
     from conftest import save_tiny
 
     from llmsurgeon.errors import SurgeryError
@@ -210,8 +210,5 @@ def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys
     wanted = asked.model_copy(update={"self_share": 0.5})
     with pytest.raises(SurgeryError, match=r"whole model, .* the machine has free is 256B.*--self-share 0"):
         _ = Texts(parent, wanted, 64, Options(device="cpu")).windows
-    # What nobody asked for is left out, and said.
     alone = Texts(parent, asked, 64, Options(device="cpu"))
     assert set(alone.sequences.kinds) == {"text.txt"}
-    assert alone.wanted.self_share == 0
-    assert "none is sampled beside the text" in capsys.readouterr().err
