@@ -6,7 +6,14 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_PROCESSES, MOST_SEQUENCES, MOST_TOKENS
+from llmsurgeon.boundary.limits import (
+    LARGEST_SEED,
+    LONGEST_SEQUENCE,
+    MOST_MINUTES,
+    MOST_PROCESSES,
+    MOST_SEQUENCES,
+    MOST_TOKENS,
+)
 from llmsurgeon.model.parts import FFFSpec, Touch
 from llmsurgeon.operations.base import Plan, Step, Subject
 from llmsurgeon.text.files import TextFile
@@ -139,7 +146,7 @@ class Distill(Step):
     accumulate: Sequences = 1
     steps: Count | None = None
     tokens: Count | None = None
-    minutes: Positive | None = None
+    minutes: Annotated[float, Field(gt=0, le=MOST_MINUTES)] | None = None
     train: Literal["all", "blocks", "changed"] | tuple[str, ...] = "all"
     lora: Lora | None = None
     ternary_warmup: Share = 0.5
