@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-# Work that is queued before a graph is timed, so that the card's clocks are up and nothing is compiled meanwhile.
-WARM_UP = 3
+from llmsurgeon.evaluation.graphs import captured as recorded
 
 
 @dataclass(frozen=True)
@@ -53,20 +52,11 @@ def captured(function: Callable[[], Any], device: torch.device) -> tuple[Callabl
     """
     if device.type != "cuda":
         return function, "not on a card"
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
+        return recorded(function), None
     except Exception as error:  # what cannot be captured is timed as it is, and says why
         torch.cuda.synchronize()
         return function, f"{type(error).__name__}: {str(error)[:200]}"
-    return graph.replay, None
 
 
 def seconds_of(function: Callable[[], Any], device: torch.device) -> float:

@@ -11,7 +11,7 @@ LONGEST_SEQUENCE = 1 << 20
 MOST_SEQUENCES = 1 << 16  # of a batch
 MOST_ROUNDS = 1_000_000
 MOST_PROCESSES = 1024
-MOST_MINUTES = 1_000_000.0  # of training: two years
+MOST_MINUTES = 100_000.0  # of training, or of a search: ten weeks
 # Of what a config or a GGUF file describes. The deepest model that is known has some hundred layers, the most experts
 # of one layer are 512, the longest context is of ten million tokens; empty models of more take minutes to build.
 MOST_LAYERS = 4096

@@ -73,6 +73,6 @@ class Checkpoint(Mapping[str, Tensor]):
         """Every tensor on the meta device: names, shapes and dtypes without a byte of data."""
         return {name: torch.empty(self.shape(name), dtype=self.dtype(name), device="meta") for name in self}
 
-    def nbytes(self) -> int:
-        """Bytes that all tensors take, uncompressed."""
-        return sum(t.numel() * t.dtype.itemsize for t in self.meta().values())
+    def nbytes(self, dtype: torch.dtype | None = None) -> int:
+        """Bytes that all tensors take, uncompressed: in their own dtypes, or all in `dtype`."""
+        return sum(t.numel() * (dtype or t.dtype).itemsize for t in self.meta().values())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsurgeon.boundary.limits import check_threads
+from llmsurgeon.boundary.limits import MOST_MINUTES, check_threads
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
     DEVICE,
@@ -28,8 +28,6 @@ from llmsurgeon.cli.options import (
 if TYPE_CHECKING:
     from llmsurgeon.search import Preview
     from llmsurgeon.searching.found import Found
-
-MOST_MINUTES = 100_000.0
 
 
 def register(app: typer.Typer) -> None:

@@ -10,7 +10,6 @@ import torch
 
 from llmsurgeon.boundary.foreign import check_token_ids
 from llmsurgeon.checkpoint.opening import open_checkpoint
-from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
@@ -44,7 +43,7 @@ def pair_of(plain: Pair) -> Pair:
     opened = [open_checkpoint(plain.model, revision=plain.revision)]
     if plain.against is not None:
         opened.append(open_checkpoint(plain.against))
-    size = sum(_bytes(checkpoint, plain.dtype) for checkpoint in opened)
+    size = sum(checkpoint.nbytes(plain.dtype) for checkpoint in opened)
     if free is None or size <= free.bytes:
         return plain
     what = f"{plain.model} takes" if plain.against is None else f"{plain.model} and {plain.against} take"
@@ -53,11 +52,6 @@ def pair_of(plain: Pair) -> Pair:
         "read one at a time"
     )
     return LayerPair(**vars(plain))
-
-
-def _bytes(checkpoint: Checkpoint, dtype: torch.dtype | None) -> int:
-    """What a model takes in memory."""
-    return sum(t.numel() * (dtype or t.dtype).itemsize for t in checkpoint.meta().values())
 
 
 @dataclass

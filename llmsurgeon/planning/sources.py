@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.model.costs import human
-from llmsurgeon.planning.opened import DescribedModel
 from llmsurgeon.recipe.recipe import Calibration as Asked
 from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.text.kinds import ALL, kinds_of
 from llmsurgeon.text.wanted import Calibration, Source
-from llmsurgeon.walk.memory import room
 
 
 def text_wanted(asked: Asked, tokens: int) -> Calibration:
@@ -28,14 +25,6 @@ def text_wanted(asked: Asked, tokens: int) -> Calibration:
         asked.self_share or 0.0,
         sources,
     )
-
-
-def too_large(parent: DescribedModel) -> str | None:
-    """Why the model cannot be in memory as a whole, to sample text from; None where it can."""
-    size, left = sum(each.numel() * each.itemsize for each in parent.meta().values()), room()
-    if left is None or size <= left.bytes:
-        return None
-    return f"text is sampled from the whole model, {human(size)}B, and {left.limit} is {human(left.bytes)}B"
 
 
 def check_kinds(recipe: Recipe) -> None:

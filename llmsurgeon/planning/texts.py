@@ -19,17 +19,19 @@ from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byt
 from llmsurgeon.evaluation.judge import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
+from llmsurgeon.model.costs import human
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
-from llmsurgeon.planning.sources import text_wanted, too_large
+from llmsurgeon.planning.sources import text_wanted
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
 from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import SelfText
 from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.windows import window_start
+from llmsurgeon.walk.memory import room
 from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
@@ -100,9 +102,11 @@ class Texts:
         Raises:
             SurgeryError: it is larger than the memory that there is.
         """
-        if device_kind(self.options.device) == "cpu" and (wants := too_large(self.parent)):
+        size, left = self.parent.checkpoint.nbytes(self.dtype), room()
+        if device_kind(self.options.device) == "cpu" and left is not None and size > left.bytes:
             raise SurgeryError(
-                f"{self.parent.name}: {wants}; give --text FILE with --self-share 0, which reads layers one at a time"
+                f"{self.parent.name}: text is sampled from the whole model, {human(size)}B, and {left.limit} is "
+                f"{human(left.bytes)}B; give --text FILE with --self-share 0, which reads layers one at a time"
             )
         return model_of(self.parent.checkpoint, dtype=self.dtype, device=self.options.device)
 

@@ -49,6 +49,15 @@ def alike(mine, theirs):
         assert math.isclose(value, theirs[where], rel_tol=5e-3, abs_tol=5e-3), (where, value, theirs[where])
 
 
+def judged_alike(run):
+    said = []
+    for device in DEVICES:
+        code, out, err = run("eval", "cut", "--against", "parent", *TEXT, "--json", "--device", device)
+        assert code == 0, err
+        said.append(json.loads(out))
+    alike(*said)
+
+
 def tensors_of(folder):
     return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in load_file(file).items()}
 
@@ -58,24 +67,14 @@ def test_each_family_is_judged_alike(place, run, family):
     save_tiny(place / "parent", family, tokenizer=True)
     cut = ("prune", "parent", "--blocks", "2", "-o", "cut", "--no-refit")
     assert run(*cut, "--device", "cpu")[0] == 0
-    said = []
-    for device in DEVICES:
-        code, out, err = run("eval", "cut", "--against", "parent", *TEXT, "--json", "--device", device)
-        assert code == 0, err
-        said.append(json.loads(out))
-    alike(*said)
+    judged_alike(run)
 
 
 @pytest.mark.parametrize("family", ENCODER_NAMES)
 def test_each_encoder_is_judged_alike(place, run, family):
     save_encoder(place / "parent", family)
     assert run("prune", "parent", "--blocks", "2", "-o", "cut", "--no-refit", "--device", "cpu")[0] == 0
-    said = []
-    for device in DEVICES:
-        code, out, err = run("eval", "cut", "--against", "parent", *TEXT, "--json", "--device", device)
-        assert code == 0, err
-        said.append(json.loads(out))
-    alike(*said)
+    judged_alike(run)
 
 
 @pytest.mark.parametrize("family", [*FAMILY_NAMES, *MIXTURE_NAMES])

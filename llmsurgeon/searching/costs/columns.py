@@ -7,7 +7,7 @@ the rest, and the rows of embedding and head.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,6 @@ from llmsurgeon.model.parts import AttentionSpec, FFNSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 REST, ROWS = "rest", "rows"
-Column = Hashable
 
 
 @dataclass(frozen=True)
