@@ -1,7 +1,8 @@
-"""Attention: in front of trees, the stream behind an attention is brought back to what the parent's FFN read.
+"""Attention: the stream behind an attention is brought back to what the parent's FFN read.
 
-A tree decides by what it reads, so its layer's attention may only bring that nearer to what the parent read. With A
-what its output projection W_o reads, X the student's stream behind the attention and P the parent's:
+So where heads went, since those that are left can stand in for them only by other columns of the output projection; and
+in front of trees, which decide by what they read. With A what the output projection W_o reads, X the student's stream
+behind the attention and P the parent's:
 
     W_o <- W_o + dW,  dW = argmin ||A dW^T - (P - X)||^2 + ridge * mean(diag(A^T A)) ||dW||^2
 
@@ -15,14 +16,29 @@ from torch import Tensor
 
 from llmsurgeon.healing import batches
 from llmsurgeon.healing.refit.context import LayerFit
-from llmsurgeon.healing.refit.projection import output_projection
+from llmsurgeon.healing.refit.projection import attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
+from llmsurgeon.model.parts import AttentionSpec
 
 
 def feeds_trees(here: LayerFit) -> bool:
     """True where trees read behind an attention that itself reads something new."""
     drifts = here.options.align and here.drifted and here.spec.attention is not None
     return here.has_trees and drifts and not here.student.parallel_residual
+
+
+def lost_heads(here: LayerFit) -> bool:
+    """True where an attention has other heads than that of the one layer that it stands for."""
+    mine, parents = here.spec.attention, here.context.parent_spec.layers
+    if len(here.span) != 1 or here.student.parallel_residual or here.is_ternary(attention_out(here.family)):
+        return False
+    before = parents[here.span[0]].attention
+    return isinstance(mine, AttentionSpec) and isinstance(before, AttentionSpec) and mine.shape != before.shape
+
+
+def comes_back(here: LayerFit) -> bool:
+    """True where the stream behind an attention is to be what the parent's FFN read."""
+    return lost_heads(here) or feeds_trees(here)
 
 
 def refit_attention(here: LayerFit) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.healing.refit.align import rows_of
+from llmsurgeon.healing.refit.attention import lost_heads
 from llmsurgeon.healing.refit.context import LayerFit
 from llmsurgeon.healing.refit.mixer import is_new as is_new_mixer
 from llmsurgeon.healing.refit.projection import OutputProjection, attention_out, output_projection
@@ -27,9 +28,10 @@ from llmsurgeon.healing.refit.symmetric import units_of
 def can_take_over(here: LayerFit) -> bool:
     """True where a changed layer has an attention whose output projection may move, and an FFN beside it.
 
-    Not before trees: their decisions move with what they read, which attention may only bring nearer to the parent's.
+    Not where heads went, for which those that are left make up first (attention.py). Not before trees: their decisions
+    move with what they read, which attention may only bring nearer to the parent's.
     """
-    if not here.options.join or not here.changed or here.family.post_norm or is_new_mixer(here):
+    if not here.options.join or not here.changed or here.family.post_norm or is_new_mixer(here) or lost_heads(here):
         return False
     both = here.spec.attention is not None and here.spec.ffn is not None and here.spec.ffn.as_family
     return both and not here.is_ternary(attention_out(here.family))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.healing.batches import embedded, left, passes
 from llmsurgeon.healing.refit.align import align_attention, align_ffn, attention_drifts, ffn_drifts
-from llmsurgeon.healing.refit.attention import feeds_trees, refit_attention
+from llmsurgeon.healing.refit.attention import comes_back, refit_attention
 from llmsurgeon.healing.refit.context import Context, LayerFit, Update
 from llmsurgeon.healing.refit.join import can_take_over, take_over
 from llmsurgeon.healing.refit.mixer import fit_mixer, is_new
@@ -51,7 +51,7 @@ UPDATES: dict[str, ClosedForm] = {
     "align attention": ClosedForm(attention_drifts, align_attention, before_span=True),
     "mixer": ClosedForm(is_new, fit_mixer),
     "join": ClosedForm(can_take_over, take_over),
-    "attention": ClosedForm(feeds_trees, refit_attention),
+    "attention": ClosedForm(comes_back, refit_attention),
     "align trees": ClosedForm(trees_drift, align_trees),
     "trees": ClosedForm(has_trees, fit_trees),
     "align ffn": ClosedForm(ffn_drifts, align_ffn),

@@ -27,6 +27,7 @@ from llmsurgeon.operations.parallel_blocks import ParallelBlocks
 from llmsurgeon.operations.prune_attention import PruneAttention
 from llmsurgeon.operations.prune_blocks import PruneBlocks
 from llmsurgeon.operations.prune_ffn import PruneFFN
+from llmsurgeon.operations.prune_heads import PruneHeads
 from llmsurgeon.operations.prune_kv_heads import PruneKVHeads
 from llmsurgeon.operations.prune_width import PruneWidth
 from llmsurgeon.walk.runner import LayerRunner
@@ -199,6 +200,41 @@ def test_merged_kv_heads_are_refitted_too(tmp_path):
     context, config, weights = prepared(model, PruneKVHeads(kv_heads=1), tokens=tokens, store=tmp_path / "store")
     before = kl_to(model, config, weights, fresh(16))
     assert kl_to(model, config, overlay(weights, refit(context).files), fresh(16)) < before
+
+
+@pytest.mark.parametrize(
+    "cut", [PruneHeads(heads=2, score="magnitude"), PruneKVHeads(kv_heads=1)], ids=lambda cut: cut.op
+)
+def test_heads_that_are_left_make_up_for_those_that_went(cut, tmp_path):
+    """The output projection is the least-squares solution for what the parent's FFN read, whatever the FFN could do."""
+    model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16)
+    step = cut.model_copy(update={"layers": (1,)})
+    context, config, weights = prepared(model, step, tokens=tokens, store=tmp_path / "store", ridges=(1e-7,))
+    made = refit(context)
+    assert {update.projection for update in made.updates if update.layer == 1} == {
+        "self_attn.o_proj",
+        "mlp.down_proj",
+    }
+    fitting = context.batches.tokens[~context.batches.held_out]
+    wanted = behind_attention(model.config.to_dict(), subject_of(model)[1], fitting, 1)
+    entered, read = behind_attention(config, weights, fitting, 1, reads=True)
+    solution = torch.linalg.lstsq(read.double(), (wanted - entered).double()).solution.T
+    found = overlay(weights, made.files)["model.layers.1.self_attn.o_proj.weight"]
+    torch.testing.assert_close(found.double(), solution, atol=1e-3, rtol=1e-3)
+
+
+def behind_attention(config, weights, tokens, layer, reads=False):
+    """The stream behind a layer's attention [n, D]; or the one in front, and what its output projection reads."""
+    runner, seen = LayerRunner(config, weights, torch.float32), []
+    x = runner.embed(tokens)
+    with torch.no_grad():
+        for index in range(layer):
+            with runner.loaded(index):
+                x = runner.whole(index, x)
+        with runner.loaded(layer) as module:
+            module.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            behind = x + runner.attend(layer, x)
+    return (x.flatten(0, 1), seen[0].flatten(0, 1)) if reads else behind.flatten(0, 1)
 
 
 def test_the_parent_is_left_as_it_was(tmp_path):
