@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,6 +33,8 @@ from llmsurgeon.text.files import named_text
 
 SEQUENCE_LENGTH = 256
 REFIT_TOKENS = 65_536  # of the recipe; a search takes some of them
+# Of the minutes that a search may take, when scoring ends at the latest, and when choosing does: models are made then.
+SCORING, CHOOSING = 0.7, 0.85
 FILES = ("recipe.yaml", "report.html", "report.json", "scores.safetensors")
 
 
@@ -44,7 +46,8 @@ class Wanted:
         threads: of the CPU that it may use, all by default.
     text, dataset: what options are fitted and scored on; sampled from the model where neither is given.
     tokens: how many score; sequence_length: of the windows.
-    allow, forbid: operations, by the names that recipes have for them; all may be used by default.
+    allow, forbid: operations, by the names that recipes have for them; by default all may be used but trim_vocab, which
+        changes the tokenizer. "all" allows that, too.
     minutes: the search ends, with the best that it knows, about then; heal: minutes of training in the recipe.
     """
 
@@ -88,9 +91,9 @@ def search(
 ) -> Found:
     """Search the best model under budgets, and write to the folder `out` the recipe that makes it, and what was found.
 
-    `out` holds recipe.yaml, which `run` takes as it is, report.html, report.json and scores.safetensors. What is
-    measured is kept in the cache: a search that was killed goes on, and one for another target on the same text
-    measures little anew.
+    `out` holds recipe.yaml, which `run` takes as it is, report.html, report.json and scores.safetensors, and
+    tokens.json, the tokens that stay, where the recipe trims the vocabulary. What is measured is kept in the cache: a
+    search that was killed goes on, and one for another target on the same text measures little anew.
 
     Args:
         model: a hub id, a folder or a GGUF file.
@@ -114,12 +117,13 @@ def search(
         seeker = making.seeker
         alone = seeker.compare([1.0] * len(opened.meters))
         clock.lap("measure single operations")
-        made = making.best(clock.in_time, say)
+        best, made = making.best(clock.in_time, say)
         clock.lap("choose and make")
-        best = made[0].model
         found = described(opened.found(clock.laps), seeker, best, made, alone)
         stage.confirm(inputs.check)
-        recipe = dump(making.recipe(best), Path(out))
+        for name, content in making.files(best).items():
+            stage.write_file(name, content)
+        recipe = dump(making.recipe(best, stage.path), stage.path)
         stage.write_file("recipe.yaml", recipe)
         stage.write_file("report.html", html_found(found.plain(), recipe))
         stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
@@ -133,10 +137,10 @@ def _prepared(opened: _Opened, wanted: Wanted, clock: _Clock, scratch: Path, say
     space = Space.of(opened.parent, opened.meters, opened.operations).priced()
     space.check_reach()
     clock.lap("costs")
-    scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.in_time)
+    scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.before(CHOOSING))
     clock.lap("walk the parent")
-    seeker = Seeker(space, scorer, clock.in_time, say)
-    seeker.score()
+    seeker = Seeker(space, scorer, clock.before(CHOOSING), say)
+    seeker.score(clock.before(SCORING), lambda: _work(opened, space, wanted).seconds)
     clock.lap("score options")
     place = Place(opened.parent.name, wanted.revision, opened.texts.wanted, scratch)
     return Making(seeker, place, wanted.heal, opened.options)
@@ -152,8 +156,12 @@ def preview(
     """
     opened = _opened(model, targets, wanted, say)
     space = Space.of(opened.parent, opened.meters, opened.operations)
-    work = work_of(space, opened.parent, wanted.tokens, opened.texts.wanted.sequence_length, opened.options)
-    return Preview(space, work, tuple(filter(None, (meter.preparation(space.shapes) for meter in opened.meters))))
+    measuring = (meter.preparation(space.shapes, space.resized) for meter in opened.meters)
+    return Preview(space, _work(opened, space, wanted), tuple(filter(None, measuring)))
+
+
+def _work(opened: _Opened, space: Space, wanted: Wanted) -> Work:
+    return work_of(space, opened.parent, wanted.tokens, opened.texts.wanted.sequence_length, opened.options)
 
 
 @dataclass(frozen=True)
@@ -217,7 +225,11 @@ class _Clock:
 
     def in_time(self) -> bool:
         """True while time is left."""
-        return self.seconds is None or time.monotonic() - self.start < self.seconds
+        return self.before(1.0)()
+
+    def before(self, share: float) -> Callable[[], bool]:
+        """What tells whether this share of the time is not over."""
+        return lambda: self.seconds is None or time.monotonic() - self.start < share * self.seconds
 
     def lap(self, phase: str) -> None:
         """A phase is over."""

@@ -20,7 +20,14 @@ KL_STRIDE = 4
 HEAD_ROWS = 256
 
 
-def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], parent: Tensor | None = None) -> Tensor:
+def divergences(
+    runner: LayerRunner,
+    streams: Tensor,
+    rows: Sequence[int],
+    parent: Tensor | None = None,
+    kept: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
     """KL(parent || variant) per sequence from what left the last layer, at every KL_STRIDE-th position.
 
     For an encoder, whose hidden states are what it is for, 1 - cos(parent's last state, variant's) takes the place of
@@ -28,11 +35,12 @@ def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], paren
 
     Args:
         streams: [variants, S, T, D]; `parent` [S, T, D] is streams[0] unless given.
+        kept: tokens that share the probability, all unless given. lengths: of the sequences, [S], T unless given.
 
     Returns:
         [variants, S] in nats (cosine distances for an encoder), NaN beyond a variant's rows.
     """
-    output = runner.states if runner.family.encoder else runner.final
+    output = _output(runner, kept)
     parent = streams[0] if parent is None else parent
     # From the end: the first positions see next to no context.
     positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
@@ -50,7 +58,21 @@ def divergences(runner: LayerRunner, streams: Tensor, rows: Sequence[int], paren
                     mine = output(streams[variant, sequence[own], position[own]].to(runner.device))
                     result[variant, start:stop] = distance(mine).cpu()
                     progress.advance(stop - start)
-    return result.view(len(streams), -1, each).mean(-1)
+    found = result.view(len(streams), -1, each)
+    if lengths is None:
+        return found.mean(-1)
+    real = positions < lengths[:, None]
+    return found.where(real, 0).sum(-1) / real.sum(-1).clamp_min(1)
+
+
+def _output(runner: LayerRunner, kept: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """What makes rows that are compared, of rows of the last layer's stream."""
+    if runner.family.encoder:
+        return runner.states
+    if kept is None:
+        return runner.final
+    columns = kept.to(runner.device)
+    return lambda hidden: runner.final(hidden).index_select(-1, columns)
 
 
 def _distance_from(runner: LayerRunner, parent: Tensor) -> Callable[[Tensor], Tensor]:

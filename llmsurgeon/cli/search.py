@@ -63,7 +63,10 @@ def search_command(
     seq_len: Annotated[
         int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
     ] = None,
-    allow: Annotated[list[str] | None, typer.Option(help="An operation that may be used; default: all.")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="An operation that may be used; default: all but trim_vocab; all: that, too."),
+    ] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="An operation that may not.")] = None,
     minutes: Annotated[
         float | None, typer.Option(help="End, with the best that is known, about then.", min=0.01, max=MOST_MINUTES)
@@ -152,7 +155,7 @@ def show_preview(made: Preview, as_json: bool) -> None:
     for op, names in kinds.items():
         some = sorted(names)
         shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
-        table.add_row(op, str(len(layers[op])), shown)
+        table.add_row(op, str(len(layers[op])) if layers[op] else "the table", shown)
     console().print(table)
     tell(f"{work.options} options, {work.scored} of them scored by {work.evaluations:,} evaluations of a layer")
     tell(f"about {work.seconds / 60:.0f} minutes of scoring here, before choosing and making")
@@ -173,6 +176,8 @@ def show_found(found: Found, folder: Path) -> None:
             ends = dict.fromkeys((chosen.layers[0], chosen.layers[-1]))
             table.add_row("-".join(map(str, ends)), chosen.name, f"{chosen.kl:.4f}")
     console().print(table)
+    if found.table:
+        tell(f"vocabulary: {found.table.rows:,} of {found.table.parent:,} rows, KL alone {found.table.kl:.4f}")
     for bound in found.bounds:
         measured = "" if bound.measured is None else f", measured {bound.measured:.4g}"
         budget = f"at most {bound.budget:.4g} {bound.unit}, predicted {bound.predicted:.4g}{measured}"

@@ -82,7 +82,7 @@ def passage(
     their_start: list[int],
 ) -> Passage | None:
     """The passage as both tokenizers cut it, behind the ids that each puts in front; None where they share no cut."""
-    cuts = [_cut(text, tokenizer) for tokenizer in (mine, theirs)]
+    cuts = [cut(text, tokenizer) for tokenizer in (mine, theirs)]
     (my_ids, my_begins), (their_ids, their_begins) = cuts
     # With something in front of it even the first token is predicted.
     skipped = 0 if my_start and their_start else 1
@@ -99,7 +99,7 @@ def passage(
     )
 
 
-def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def cut(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Ids, and the character at which each token begins; of tokens that share a character the first alone begins it."""
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     begins: list[int] = []

@@ -22,7 +22,9 @@ from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.ternary import Ternary
 from llmsurgeon.operations.trim_vocab import TrimVocab
 
+# A search lays its steps in this order.
 OPERATIONS: dict[str, type[Step]] = {
+    "trim_vocab": TrimVocab,
     "prune_attention": PruneAttention,
     "prune_ffn": PruneFFN,
     "prune_blocks": PruneBlocks,
@@ -30,7 +32,6 @@ OPERATIONS: dict[str, type[Step]] = {
     "prune_heads": PruneHeads,
     "prune_width": PruneWidth,
     "prune_experts": PruneExperts,
-    "trim_vocab": TrimVocab,
     "fuse_ffn": FuseFFN,
     "parallel_blocks": ParallelBlocks,
     "fff": FFF,

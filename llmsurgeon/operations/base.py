@@ -132,18 +132,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Offer:
-    """A way to have some neighbouring layers, for a search among such ways.
+    """A way to have some neighbouring layers, or the table of tokens, for a search among such ways.
 
-    layers: of the parent; what it is about and nobody else may touch then.
-    part: of one layer, its attention or its FFN, beside which the other may be chosen freely; or all of the layers.
+    layers: of the parent; what it is about and nobody else may touch then. None where it is about the table.
+    part: of one layer, its attention or its FFN, beside which the other may be chosen freely; or all of the layers; or
+        the model's table, beside which any layers may be chosen.
     name: what is left, in a few words.
     steps: what makes it so.
+    rows: of the table, where it is about that.
     """
 
     layers: tuple[int, ...]
-    part: Literal["attention", "ffn", "all"]
+    part: Literal["attention", "ffn", "all", "table"]
     name: str
     steps: tuple[Step, ...]
+    rows: int | None = None
 
 
 class Step(BaseModel):
@@ -154,6 +157,7 @@ class Step(BaseModel):
     trains: it does so with gradients, as the verb `heal` does.
     libraries: those whose version its results depend on, beside the ones that every result depends on.
     tower_refusal: why it cannot take the text tower of a vision-language model, whose model_type is `{kind}`.
+    asked_for: a search uses it only where its user names it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -162,6 +166,7 @@ class Step(BaseModel):
     trains: ClassVar[bool] = False
     libraries: ClassVar[tuple[str, ...]] = ()
     tower_refusal: ClassVar[str] = ""
+    asked_for: ClassVar[bool] = False
     op: str
 
     # What it reads.
@@ -244,7 +249,7 @@ class Step(BaseModel):
 
     @classmethod
     def offers(cls, subject: Subject, grain: int) -> Sequence[Offer]:
-        """Ways to have single layers, or a few neighbours, of the parent; none where there is nothing to choose.
+        """Ways to have single layers of the parent, a few neighbours, or its table; none where nothing is to choose.
 
         Args:
             grain: widths that an engine likes are multiples of it.

@@ -17,8 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.parts import Touch
-from llmsurgeon.operations.base import Plan, Step, Subject
+from llmsurgeon.operations.base import Offer, Plan, Step, Subject, shares_of
 from llmsurgeon.text.files import TextFile
+
+# What a search may leave of the rows, and what their number is then a multiple of.
+SHARES, MULTIPLE = (0.75, 0.5, 0.375, 0.25), 64
 
 
 class KeepTokens(BaseModel):
@@ -57,6 +60,8 @@ class TrimVocab(Step):
 
     op: Literal["trim_vocab"] = "trim_vocab"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.CUTS_VOCABULARY})
+    # Whoever serves the result has another tokenizer then.
+    asked_for: ClassVar[bool] = True
     keep: KeepTokens | tuple[KeepTokens, ...] = ()
     rows: Annotated[int, Field(ge=1)] | None = None
     multiple_of: Annotated[int, Field(ge=1)] = 64
@@ -87,6 +92,14 @@ class TrimVocab(Step):
                 "step trim_vocab comes first, and once: later steps fit and measure the tokens that stay (`keep` takes "
                 "a list)"
             )
+
+    @classmethod
+    def offers(cls, subject: Subject, grain: int) -> list[Offer]:
+        # An encoder says nothing of the next token, by which one vocabulary could be held against another.
+        if subject.family.encoder:
+            return []
+        rows = shares_of(subject.spec.vocab, SHARES, MULTIPLE)
+        return [Offer((), "table", f"{count:,} rows", (cls(rows=count),), rows=count) for count in rows]
 
     def plan(self, subject: Subject) -> Plan:
         """Nothing is left to do: the checkpoint was opened with these rows alone."""

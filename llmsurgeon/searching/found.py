@@ -57,6 +57,21 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Table:
+    """How many rows the table of tokens has, of how many, and what else it might have had: (name, KL alone).
+
+    kl: what that costs by itself, in nats a token of the parent's. costs: by target name, what it saves, as a share of
+    what the whole parent costs.
+    """
+
+    rows: int
+    parent: int
+    kl: float
+    others: tuple[tuple[str, float], ...] = ()
+    costs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Point:
     """A whole model. kind: "measured" on the walk, "made" by a recipe, or "single", of one method.
 
@@ -77,7 +92,7 @@ class Point:
 
 @dataclass
 class Found:
-    """All of it. parent: the shapes of the parent's layers. timings: seconds a phase."""
+    """All of it. parent: the shapes of its layers. table: where there was a choice of it. timings: seconds a phase."""
 
     model: str
     engine: str
@@ -89,6 +104,7 @@ class Found:
     bounds: tuple[Bound, ...] = ()
     options: tuple[Scored, ...] = ()
     layers: tuple[Chosen, ...] = ()
+    table: Table | None = None
     points: list[Point] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

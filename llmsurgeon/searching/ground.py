@@ -6,6 +6,7 @@ Shapes: N layers, S sequences, T tokens, D model width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,6 +23,24 @@ from llmsurgeon.walk.streams import Streams
 FEWEST = 4
 # Of the sequences that fit, the share that chooses a ridge.
 CHOOSING = 0.25
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The text that scores, as some vocabulary cuts it and the parent reads it.
+
+    entered: what enters the first layers, [n, S, T, D], of as many as are at hand; left: what leaves the last one.
+    kept: the rows that share the probability, all where None; lengths: of the sequences [S], T where None.
+    longer: its tokens a token of the parent's; lost: what it costs before a layer is changed, in nats a token of the
+        parent's, of each sequence, [S].
+    """
+
+    entered: Tensor
+    left: Tensor
+    kept: Tensor | None
+    lengths: Tensor | None
+    longer: float
+    lost: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,23 @@ class Ground:
                         for part in parts:
                             stream[index + 1, part] = runner.whole(index, stream[index, part].to(runner.device)).cpu()
         return cls(runner, batches, scores, *streams)
+
+    @cached_property
+    def reading(self) -> Reading:
+        """The text that scores in the parent's own tokens."""
+        return Reading(self.scoring, self.scoring[-1], None, None, 1.0, torch.zeros(len(self.scores)))
+
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What enters the parent's first layer and what leaves its last one, each [S, T, D], of other tokens [S, T]."""
+        runner, parts = self.runner, _parts(tokens, max(part.stop - part.start for part in self.parts))
+        entered = torch.cat([runner.embed(tokens[part]).cpu() for part in parts])
+        stream = entered.clone()
+        with torch.no_grad():
+            for index in track(range(len(runner.layers)), "walk the parent", unit="layers"):
+                with runner.loaded(index):
+                    for part in parts:
+                        stream[part] = runner.whole(index, stream[part].to(runner.device)).cpu()
+        return entered, stream
 
     @property
     def parts(self) -> list[slice]:

@@ -12,6 +12,7 @@ from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.refit import Refit
+from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
 from llmsurgeon.planning.options import Options
 from llmsurgeon.progress import Say
 from llmsurgeon.recipe.recipe import Calibration, Recipe, dump
@@ -23,6 +24,8 @@ from llmsurgeon.searching.seeking import Model, Seeker
 TOLERANCE = 0.01
 # How often a model is made before the one that came nearest is taken.
 TIMES = 3
+# The list of tokens that stay, beside a recipe that trims the vocabulary.
+TOKENS = "tokens.json"
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,23 @@ class Making:
     heal: float | None
     options: Options
 
-    def recipe(self, model: Model) -> Recipe:
-        """The recipe that makes a model: its cuts, one refit of the whole, and training where that was asked for."""
-        space = self.seeker.space
-        options = [space.options[place] for place in model.places]
+    def files(self, model: Model) -> dict[str, str]:
+        """What a model's recipe reads of its own: the list of the tokens that stay, where some go."""
+        rows = self._rows(model)
+        vocabularies = self.seeker.scorer.vocabularies
+        return {TOKENS: vocabularies.listed(rows)} if rows and vocabularies else {}
+
+    def _rows(self, model: Model) -> int | None:
+        return next((rows for place in model.places if (rows := self.seeker.space.options[place].rows)), None)
+
+    def recipe(self, model: Model, folder: Path) -> Recipe:
+        """The recipe that makes a model: its cuts, one refit of the whole, and training where that was asked for.
+
+        folder: where its `files` lie.
+        """
+        space, rows = self.seeker.space, self._rows(model)
+        options = [space.options[place] for place in model.places if not space.options[place].rows]
+        trims = [TrimVocab(keep=KeepTokens(file=str(folder / TOKENS)), rows=rows)] if rows else []
         told = ", ".join(meter.say(total) for meter, total in zip(space.meters, space.total(model.places), strict=True))
         heals = [Refit(), *([Distill(minutes=self.heal)] if self.heal else [])]
         return Recipe(
@@ -64,31 +80,36 @@ class Making:
             description=f"found by llmsurgeon search: {told}",
             model=self.place.name,
             calibration=self.place.calibration,
-            steps=(*steps_of(options), *heals),
+            steps=(*trims, *steps_of(options), *heals),
         )
 
     def make(self, model: Model) -> Made:
         """Run a model's recipe without the training, and measure what it costs."""
-        recipe = self.recipe(model)
+        for name, content in self.files(model).items():
+            (self.place.scratch / name).write_text(content, encoding="utf-8")
+        recipe = self.recipe(model, self.place.scratch)
         cut = recipe.model_copy(update={"steps": tuple(step for step in recipe.steps if not step.trains)})
         # A name of its own: a run that was killed goes on.
         out = self.place.scratch / f"made-{sha256(dump(cut).encode()).hexdigest()[:16]}"
         outcome = run(cut, None, out, replace(self.options, overwrite=True), self.place.revision)
         parent = self.seeker.space.parent.original
-        path = Path(parent.checkpoint.path)  # type: ignore[attr-defined]
+        path = Path(parent.checkpoint.path)
         costs = tuple(meter.measured(out, path) for meter in self.seeker.space.meters)
         shutil.rmtree(out, ignore_errors=True)
         return Made(model, costs, outcome.evaluation)
 
-    def best(self, in_time: Callable[[], bool], say: Say) -> list[Made]:
-        """Models made one after the other, each for a budget corrected by what the one before missed, the best first.
+    def best(self, in_time: Callable[[], bool], say: Say) -> tuple[Model, list[Made]]:
+        """The best of models made one after the other, each for a budget corrected by what the one before missed.
 
-        Those that meet every target come before those that do not; among them the KL decides.
+        Those that meet every target come before those that do not; among them the KL decides. None is made when time
+        is up before the first. Returns the best one, and all that were made.
         """
         meters = self.seeker.space.meters
         tightened, made = [1.0] * len(meters), list[Made]()
         for _ in range(TIMES):
             model = self.seeker.seek(tightened)
+            if not made and not in_time():
+                return model, []
             if any(model.places == each.model.places for each in made):
                 break
             made.append(self.make(model))
@@ -100,7 +121,8 @@ class Making:
             if not in_time():
                 break
             tightened = [t if meter.exact else t / m for t, meter, m in zip(tightened, meters, missed, strict=True)]
-        return sorted(made, key=lambda each: (self.excess(each.costs), each.model.measured.kl))
+        made.sort(key=lambda each: (self.excess(each.costs), each.model.measured.kl))
+        return made[0].model, made
 
     def excess(self, costs: Sequence[float]) -> float:
         """By what share the worst target is missed; 0 where all are met."""

@@ -22,10 +22,11 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True)
 class Option:
-    """What may stand in the place of some neighbouring layers of the parent.
+    """What may stand in the place of some neighbouring layers of the parent, or of its table.
 
-    layers: the parent's. offers: at most one for the attention and one for the FFN of a layer, or one for all of them;
-    none where the layer stays as it is.
+    layers: the parent's; the table counts as one behind the last.
+    offers: at most one for the attention and one for the FFN of a layer, or one for all of them, or for the table; none
+    where it stays as it is.
     instead: what then stands there; nothing where they are gone.
     """
 
@@ -37,6 +38,11 @@ class Option:
     def name(self) -> str:
         """What is left, in a few words."""
         return ", ".join(offer.name for offer in self.offers) or AS_IT_IS
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows the table has then, where it is about that and they are fewer."""
+        return next((offer.rows for offer in self.offers), None)
 
     @property
     def changed(self) -> bool:
@@ -101,11 +107,17 @@ def combined(layers: int, offers: Sequence[Offer]) -> list[Option]:
     """Every option of a model of so many layers: of each layer first that it stays as it is."""
     options: list[Option] = []
     for layer in range(layers):
-        mine = [offer for offer in offers if offer.layers[0] == layer]
+        mine = [offer for offer in offers if offer.layers[:1] == (layer,)]
         attention, ffn = ([(), *((o,) for o in mine if o.part == part)] for part in ("attention", "ffn"))
         options += [Option((layer,), (*a, *f)) for a, f in product(attention, ffn)]
         options += [Option(offer.layers, (offer,)) for offer in mine if offer.part == "all"]
     return options
+
+
+def tables(layers: int, offers: Sequence[Offer]) -> list[Option]:
+    """The options of the table of a model of so many layers, first that it stays as it is; none where nothing is."""
+    changed = [Option((layers,), (offer,)) for offer in offers if offer.part == "table"]
+    return [Option((layers,)), *changed] if changed else []
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,8 @@ def cuts(parent: Subject, weights: Mapping[str, Tensor], options: Sequence[Optio
     """All options that the model bears, planned together as far as they do not touch; `instead` is filled in."""
     made: list[Cut] = []
     # Alike options of all layers stand together.
-    alike = sorted((option for option in options if option.changed), key=lambda option: _kind(option, options))
+    changed = [option for option in options if option.changed and not option.rows]
+    alike = sorted(changed, key=lambda option: _kind(option, options))
     for group in apart(alike):
         for cut in _planned(parent, weights, group):
             filled = [replace(option, instead=cut.instead(option)) for option in cut.options]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.model.spec import LayerSpec
-from llmsurgeon.searching.found import Bound, Chosen, Found, Point, Scored, Shape
+from llmsurgeon.searching.found import Bound, Chosen, Found, Point, Scored, Shape, Table
 from llmsurgeon.searching.making import Made
 from llmsurgeon.searching.scoring import Measured
 from llmsurgeon.searching.seeking import Model, Seeker
@@ -22,7 +23,9 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
     single = list(alone.values())
     points = [_point(space, "measured", model) for model in seeker.models.values() if model not in single]
     points += [replace(_point(space, "single", model), name=op) for op, model in alone.items()]
-    points += [replace(_made(space, each), chosen=each.model == best) for each in made]
+    points += [replace(_made(seeker, each), chosen=each.model == best) for each in made]
+    if not made:
+        points.append(replace(_point(space, "measured", best), chosen=True))
     costs = next((each.costs for each in made if each.model == best), None)
     return replace(
         found,
@@ -30,8 +33,9 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
         bounds=_bounds(space, best, costs),
         options=_options(seeker),
         layers=_layers(seeker, best),
+        table=_table(seeker, best),
         points=points,
-        notes=[*found.notes, *_unsure(seeker)],
+        notes=[*found.notes, *_unfinished(seeker, made), *_unsure(seeker)],
     )
 
 
@@ -68,12 +72,32 @@ def _layers(seeker: Seeker, best: Model) -> tuple[Chosen, ...]:
     chosen = []
     for place in best.places:
         option = space.options[place]
-        rivals = [p for p, each in enumerate(space.options) if each.layers == option.layers and p != place]
-        ranked = sorted((float(alone[p]), space.options[p].name) for p in rivals if alone[p] == alone[p])
-        others = tuple((name, kl) for kl, name in ranked[:RUNNERS_UP])
-        stands = tuple(map(_shape, option.instead))
-        chosen.append(Chosen(option.layers, option.name, float(alone[place]), others, stands, _shares(space, place)))
+        if option.layers[0] < len(space.parent.spec.layers):
+            shares, stands = _shares(space, place), tuple(map(_shape, option.instead))
+            others = _rivals(seeker, place)
+            chosen.append(Chosen(option.layers, option.name, float(alone[place]), others, stands, shares))
     return tuple(chosen)
+
+
+def _table(seeker: Seeker, best: Model) -> Table | None:
+    """What became of the table, where there was a choice."""
+    space, parent = seeker.space, seeker.space.parent.spec
+    for place in best.places:
+        option = space.options[place]
+        if option.layers[0] == len(parent.layers):
+            saved = zip(_names(space), space.costs[place], space.meters, strict=True)
+            shares = {name: -cost / meter.parent_total for name, cost, meter in saved}
+            kl = float(seeker.alone()[place])
+            return Table(option.rows or parent.vocab, parent.vocab, kl, _rivals(seeker, place), shares)
+    return None
+
+
+def _rivals(seeker: Seeker, place: int) -> tuple[tuple[str, float], ...]:
+    """The best of what else might have stood there, as (name, KL alone)."""
+    options, alone = seeker.space.options, seeker.alone()
+    rivals = [p for p, each in enumerate(options) if each.layers == options[place].layers and p != place]
+    ranked = sorted((float(alone[p]), options[p].name) for p in rivals if alone[p] == alone[p])
+    return tuple((name, kl) for kl, name in ranked[:RUNNERS_UP])
 
 
 def _shares(space: Space, place: int) -> dict[str, float]:
@@ -96,27 +120,49 @@ def _point(space: Space, kind: str, model: Model) -> Point:
     return Point(kind, _name(space, model), named, kl.kl, kl.low, kl.high, model.predicted)
 
 
-def _made(space: Space, made: Made) -> Point:
+def _made(seeker: Seeker, made: Made) -> Point:
+    space = seeker.space
     ratios = [meter.ratio(cost) for meter, cost in zip(space.meters, made.costs, strict=True)]
-    figures = made.evaluation
-    low, high = getattr(figures, "kl_interval", None) or (float("nan"), float("nan"))
-    return replace(
-        _point(space, "made", made.model),
-        ratios=dict(zip(_names(space), ratios, strict=True)),
-        kl=getattr(figures, "kl", None) or made.model.measured.kl,
-        low=low,
-        high=high,
-        perplexity=getattr(figures, "perplexity_ratio", None),
-    )
+    figures, found = made.evaluation, replace(_point(space, "made", made.model), low=float("nan"), high=float("nan"))
+    found = replace(found, ratios=dict(zip(_names(space), ratios, strict=True)))
+    if not isinstance(figures, Evaluation) or figures.kl is None:
+        return found
+    # Its KL is to the parent with the same tokens, a token of those.
+    rows = next((rows for place in made.model.places if (rows := space.options[place].rows)), None)
+    reading = seeker.scorer.reading(rows)
+    lost = float(reading.lost.mean())
+    kl, low, high = (lost + reading.longer * kl for kl in (figures.kl, *(figures.kl_interval or (figures.kl,) * 2)))
+    perplexity = figures.perplexity_ratio
+    if figures.bits:
+        perplexity = figures.bits.word_perplexity / figures.bits.parent_word_perplexity
+    return replace(found, kl=kl, low=low, high=high, perplexity=perplexity)
 
 
 def _name(space: Space, model: Model) -> str:
     changed = [space.options[place] for place in model.places if space.options[place].changed]
-    return f"{len(changed)} of {len(space.parent.spec.layers)} layers changed"
+    rows = "".join(f", {option.name}" for option in changed if option.rows)
+    count = sum(len(option.layers) for option in changed if not option.rows)
+    return f"{count} of {len(space.parent.spec.layers)} layers changed{rows}"
 
 
 def _names(space: Space) -> list[str]:
     return [meter.target.name for meter in space.meters]
+
+
+def _unfinished(seeker: Seeker, made: Sequence[Made]) -> list[str]:
+    """What there was no time for."""
+    left, count = len(seeker.unscored), sum(option.single for option in seeker.space.options)
+    notes = []
+    if left:
+        notes.append(
+            f"time was up when {count - left} of {count} options were scored: what is chosen is the best of those; the "
+            "same search goes on with the others"
+        )
+    if not made:
+        notes.append(
+            "time was up before the model was made: what it costs is predicted; run the recipe, and `bench` it"
+        )
+    return notes
 
 
 def _unsure(seeker: Seeker) -> list[str]:

@@ -2,10 +2,12 @@
 
 The replace-one score of Puzzle (arXiv 2411.19146, section 3), measured on text that fitted nothing; and the same of
 whole models, of many options at once. Layers are walked with one layer's weights in memory, all options side by side.
+A model with another vocabulary is walked over its own tokens, and costs what those cost beside its KL (`vocabulary`).
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +18,10 @@ from llmsurgeon.analysis.divergence import divergences
 from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.fitting import Workshop
-from llmsurgeon.searching.ground import Ground
+from llmsurgeon.searching.ground import Ground, Reading
 from llmsurgeon.searching.options import Option, key_of
 from llmsurgeon.searching.store import ScoreStore
+from llmsurgeon.searching.vocabulary import Vocabularies
 from llmsurgeon.walk.streams import Streams
 
 # Models that are walked side by side: after each such lot what was found is kept.
@@ -27,7 +30,7 @@ SIDE_BY_SIDE = 24
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A KL in nats a token with its 95 % interval over sequences, and that of each sequence."""
+    """A KL in nats a token of the parent's with its 95 % interval over sequences, and that of each sequence."""
 
     kl: float
     low: float
@@ -46,10 +49,28 @@ UNCHANGED = Measured(0.0, 0.0, 0.0, torch.zeros(1))
 
 
 class Scorer:
-    """Measures models that have some options in the place of the parent's layers, and remembers what it measured."""
+    """Measures models that have some options in the place of the parent's layers, and remembers what it measured.
 
-    def __init__(self, ground: Ground, workshop: Workshop, store: ScoreStore, in_time: Callable[[], bool]) -> None:
+    vocabularies: those that may stand in the place of the parent's, where any may.
+    """
+
+    def __init__(
+        self,
+        ground: Ground,
+        workshop: Workshop,
+        store: ScoreStore,
+        in_time: Callable[[], bool],
+        vocabularies: Vocabularies | None = None,
+    ) -> None:
         self.ground, self.workshop, self.store, self.in_time = ground, workshop, store, in_time
+        self.vocabularies = vocabularies
+
+    def reading(self, rows: int | None) -> Reading:
+        """The scoring text as a vocabulary of so many rows cuts it, or the parent's."""
+        if rows is None:
+            return self.ground.reading
+        assert self.vocabularies
+        return self.vocabularies.reading(rows)
 
     def known(self, options: Sequence[Option]) -> Measured | None:
         """The KL of the model with these options, where it was measured."""
@@ -59,34 +80,58 @@ class Scorer:
         each = self.store.found(key_of(changed))
         return None if each is None else Measured.of(each)
 
-    def measure(self, models: Sequence[Sequence[Option]], title: str) -> None:
+    def measure(
+        self, models: Sequence[Sequence[Option]], title: str, in_time: Callable[[], bool] | None = None
+    ) -> None:
         """Measure models, each the options in it that are changed, in layer order; those that are known are left out.
 
-        Stops early, with what it has, when time is up.
+        The first models come first, a lot at a time. Stops early, with what it has, when time is up; `in_time` says so
+        where it is not the search's own.
         """
-        todo = {key_of(options): [o for o in options if o.changed] for options in models if self.known(options) is None}
-        ordered = sorted(todo.items(), key=lambda each: [option.layers for option in each[1]])
-        work = float(len(ordered) * len(self.ground.runner.layers))
+        lots = self._lots(models)
+        work = float(sum(map(len, lots)) * len(self.ground.runner.layers))
         with Progress(title, work, "layers") as progress:
-            for start in range(0, len(ordered), SIDE_BY_SIDE):
-                if not self.in_time():
+            for lot in lots:
+                if not (in_time or self.in_time)():
                     return
-                lot = ordered[start : start + SIDE_BY_SIDE]
-                kl = self._walk([options for _, options in lot], progress)
-                self.store.keep({key: each for (key, _), each in zip(lot, kl, strict=True)})
+                self._measure(lot, progress)
 
-    def _walk(self, models: list[list[Option]], progress: Progress) -> Tensor:
-        """KL of each model on each sequence, [models, S]."""
-        ground, runner = self.ground, self.ground.runner
-        shape = ground.scoring.shape
-        streams = Streams(len(models), tuple(shape[1:]), ground.scoring.dtype).data
-        starts = [options[0].layers[0] for options in models]
+    def _lots(self, models: Sequence[Sequence[Option]]) -> list[dict[str, list[Option]]]:
+        """The models that are not known, by their keys, in lots of one vocabulary each."""
+        by_rows: dict[int | None, dict[str, list[Option]]] = defaultdict(dict)
+        for options in models:
+            if self.known(options) is None:
+                rows = next((option.rows for option in options if option.rows), None)
+                by_rows[rows][key_of(options)] = [option for option in options if option.changed]
+        lots = []
+        for mine in by_rows.values():
+            some = list(mine.items())
+            lots += [dict(some[start : start + SIDE_BY_SIDE]) for start in range(0, len(some), SIDE_BY_SIDE)]
+        return lots
+
+    def _measure(self, lot: dict[str, list[Option]], progress: Progress) -> None:
+        """Measure a lot, and keep what it was measured at."""
+        rows = next((option.rows for options in lot.values() for option in options if option.rows), None)
+        reading = self.reading(rows)
+        inside = {key: [option for option in options if not option.rows] for key, options in lot.items()}
+        found = {key: reading.lost for key in lot}
+        changed = {key: options for key, options in inside.items() if options}
+        if changed:
+            kl = self._walk(list(changed.values()), reading, progress)
+            found |= {key: reading.lost + reading.longer * each for key, each in zip(changed, kl, strict=True)}
+        self.store.keep(found)
+
+    def _walk(self, models: list[list[Option]], reading: Reading, progress: Progress) -> Tensor:
+        """KL of each model on each sequence, [models, S], in nats a token of the reading's."""
+        runner = self.ground.runner
+        streams = Streams(len(models), tuple(reading.left.shape), reading.left.dtype).data
+        starts = [min(options[0].layers[0], len(reading.entered) - 1) for options in models]
         covers = [{layer: option for option in options for layer in option.layers} for options in models]
         with torch.no_grad():
             for index in range(min(starts), len(runner.layers)):
                 for model, start in enumerate(starts):
                     if start == index:
-                        streams[model] = ground.scoring[index]
+                        streams[model] = reading.entered[index]
                 running = [model for model, start in enumerate(starts) if start <= index]
                 self._layer(index, [model for model in running if index not in covers[model]], streams)
                 for option in dict.fromkeys(covers[m][index] for m in running if index in covers[m]):
@@ -95,8 +140,8 @@ class Scorer:
                         mine = [model for model in running if covers[model].get(index) == option]
                         self._option(option, mine, streams)
                 progress.advance(len(models) if index > min(starts) else len(models) * (index + 1))
-        rows = [len(ground.scores)] * len(models)
-        return divergences(runner, streams, rows, ground.scoring[-1])
+        rows = [len(reading.left)] * len(models)
+        return divergences(runner, streams, rows, reading.left, reading.kept, reading.lengths)
 
     def _layer(self, index: int, models: list[int], streams: Tensor) -> None:
         """The parent's layer, in the models that have it."""

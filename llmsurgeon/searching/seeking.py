@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -45,20 +46,37 @@ class Seeker:
     say: Say
     models: dict[tuple[int, ...], Model] = field(default_factory=dict)
 
-    def score(self) -> None:
-        """Measure every option that one offer makes.
+    def score(self, in_time: Callable[[], bool], seconds: Callable[[], float]) -> None:
+        """Measure every option that one offer makes, or as many as there is time for.
+
+        Args:
+            seconds: about how long all of them take, where none was measured that would tell.
 
         Raises:
             SurgeryError: time was up before enough was known to meet the targets.
         """
-        singles = [[option] for option in self.space.options if option.single]
-        self.scorer.measure(singles, "score options")
+        todo = self.unscored
+        start = time.monotonic()
+        self.scorer.measure(
+            [[self.space.options[place]] for place in self.space.in_turn(todo)], "score options", in_time
+        )
+        took, left = time.monotonic() - start, self.unscored
         program, _ = self.space.program(self.alone(), [1.0] * len(self.space.meters))
-        if program.best() is None:
-            raise SurgeryError(
-                "search: time was up before enough options were scored to meet the targets; what was measured is "
-                "kept, the same command goes on (or give it more --minutes, or fewer --tokens)"
-            )
+        if program.best() is not None:
+            return
+        done, count = len(todo) - len(left), sum(option.single for option in self.space.options)
+        more = took / done * len(left) if done else seconds() * len(left) / count
+        raise SurgeryError(
+            f"search: time was up when {count - len(left)} of {count} options were scored, of which none meet the "
+            f"targets; the others take about {_minutes(more)} here. What was scored is kept: the same command goes on "
+            "with more --minutes (or start anew with fewer --tokens)"
+        )
+
+    @property
+    def unscored(self) -> list[int]:
+        """Places of the options that one offer makes and that were not measured."""
+        options = self.space.options
+        return [p for p, option in enumerate(options) if option.single and self.scorer.known([option]) is None]
 
     def alone(self) -> NDArray[np.float64]:
         """What each option costs alone: as measured, or the sum of its offers."""
@@ -87,9 +105,13 @@ class Seeker:
                 self.say(f"round {round_ + 1}: KL {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
             if without == PATIENCE or not new or not self.in_time():
                 break
-        if best is None:
-            raise SurgeryError("search: time was up before a whole model was measured; the same command goes on")
-        return best
+        return best or self._likeliest(tightened)
+
+    def _likeliest(self, tightened: Sequence[float]) -> Model:
+        """The model of least summed score, measured though time is up: it is one walk."""
+        places = self._proposals(tightened)[0]
+        self._measure([places], lambda: True)
+        return self.models[places]
 
     def _best(self, tightened: Sequence[float]) -> Model | None:
         """Of the models that were measured the best one within the budgets."""
@@ -137,17 +159,21 @@ class Seeker:
         moved = corrected(known, [model.places for model in models], [_kl(model) for model in models], SURE)
         return np.where(np.isfinite(alone), moved, np.nan)
 
-    def _measure(self, models: Sequence[tuple[int, ...]]) -> None:
+    def _measure(self, models: Sequence[tuple[int, ...]], in_time: Callable[[], bool] | None = None) -> None:
         alone = self.alone()
         options = [[self.space.options[place] for place in places] for places in models]
         # What stands in a model in a layer of two offers is measured alone, too: their sum was a guess.
         pairs = {option: None for each in options for option in each if len(option.offers) > 1}
         self.scorer.measure([[option] for option in pairs], "score pairs")
-        self.scorer.measure(options, "measure models")
+        self.scorer.measure(options, "measure models", in_time)
         for places, each in zip(models, options, strict=True):
             measured = self.scorer.known(each)
             if measured is not None:
                 self.models[places] = Model(places, float(sum(alone[place] for place in places)), measured)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} seconds"
 
 
 def _kl(model: Model) -> float:

@@ -24,6 +24,7 @@ from llmsurgeon.searching.options import cuts
 from llmsurgeon.searching.scoring import Scorer
 from llmsurgeon.searching.space import Space
 from llmsurgeon.searching.store import ScoreStore
+from llmsurgeon.searching.vocabulary import Vocabularies
 from llmsurgeon.walk.runner import LayerRunner
 
 # Tokens that fit an option, and choose whether the fit is taken.
@@ -43,7 +44,8 @@ def scorer_of(space: Space, texts: Texts, tokens: int, batch: int, in_time: Call
     found = _orders(space, texts, folder, batch)
     ground = Ground.of(texts.runner, fits, scores.tokens, batch)
     made = cuts(parent.subject(found), parent.weights, space.options)
-    return Scorer(ground, Workshop(parent.config, parent.spec, ground, made), store, in_time)
+    workshop = Workshop(parent.config, parent.spec, ground, made)
+    return Scorer(ground, workshop, store, in_time, Vocabularies(texts, ground))
 
 
 def _folder(texts: Texts, fits: Tensor, scores: Tensor) -> Path:
@@ -56,8 +58,12 @@ def _folder(texts: Texts, fits: Tensor, scores: Tensor) -> Path:
 
 def _orders(space: Space, texts: Texts, folder: Path, batch: int) -> Mapping[str, Any]:
     """The scores by which steps know what goes first inside a layer, as a run of the recipe measures them."""
-    steps = [step for option in space.options if option.single for offer in option.offers for step in offer.steps]
-    wanted = sha256("\n".join(sorted({name for step in steps for name in step.needs()})).encode()).hexdigest()[:16]
+    single = [option for option in space.options if option.single and not option.rows]
+    steps = [step for option in single for offer in option.offers for step in offer.steps]
+    names = sorted({name for step in steps for name in step.needs()})
+    if not names:
+        return {}
+    wanted = sha256("\n".join(names).encode()).hexdigest()[:16]
     file = folder / f"orders-{wanted}.safetensors"
     if not kept(file):
         found = compute_scores(steps, texts.runner, texts.windows, texts.parent.subject({}), batch)
@@ -89,13 +95,14 @@ def work_of(space: Space, parent: OpenedCheckpoint, tokens: int, length: int, op
     """How much there is to do, with one layer timed on random tokens."""
     layers = len(parent.spec.layers)
     singles = [option for option in space.options if option.single]
-    evaluations = sum(layers - option.layers[0] for option in singles)
+    # For a vocabulary the parent reads all of the text anew.
+    evaluations = sum(layers - (0 if option.rows else option.layers[0]) for option in singles)
     dtype = parent.computed_in(options.dtype, options.device)
     runner = LayerRunner(parent.config, parent.weights, dtype, options.device)
     batch = min(options.batch, max(1, tokens // length))
     once = _seconds_a_token(runner, torch.randint(0, parent.spec.vocab, (batch, length)))
     # A fit walks its layer over the tokens that fit about four times: twice for each of two updates.
-    fitted = len(singles) * 4 * FIT_TOKENS
+    fitted = sum(not option.rows for option in singles) * 4 * FIT_TOKENS
     return Work(len(space.options), len(singles), evaluations, once * (evaluations * tokens + fitted))
 
 

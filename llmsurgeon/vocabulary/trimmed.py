@@ -8,6 +8,7 @@ fewer logits is just that.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -43,7 +44,7 @@ class Source:
     """Tokens that are to stay.
 
     documents: texts whose tokens stay if they occur at least `min_count` times, or, where `tokens` is given, the so
-        many most frequent ones.
+        many most frequent ones. counts: how often tokens occur in texts that were counted already.
     tokens: without documents, the so many first of the vocabulary.
     file: a list of tokens.
     """
@@ -52,6 +53,7 @@ class Source:
     min_count: int = 1
     tokens: int | None = None
     file: Path | None = None
+    counts: Mapping[int, int] | None = None
 
 
 def small_files(checkpoint: Checkpoint) -> dict[str, Path]:
@@ -89,8 +91,8 @@ def trim(
     wish = Wish()
     known = tokenizer.get_vocab(with_added_tokens=True)
     for source in sources:
-        if source.documents is not None:
-            counts = count_tokens(tokenizer, source.documents)
+        if source.documents is not None or source.counts is not None:
+            counts = Counter(source.counts) + count_tokens(tokenizer, source.documents or ())
             wish.counts.update(counts)
             frequent = sorted(counts, key=lambda i: (-counts[i], i))
             enough = (i for i in frequent if counts[i] >= source.min_count)
@@ -101,9 +103,28 @@ def trim(
             wish.ids |= set(sorted(tokens_of(description["model"]).values())[: source.tokens])
     if expected:
         wish.expected = likely_tokens(tokens_of(description["model"]), wish.counts, expected)
-    wish.fixed |= named_ids(checkpoint.config).union(*(_ids_in(name, path) for name, path in files.items()))
+    wish.fixed |= _fixed(checkpoint, files)
     vocabulary = chosen(description, wish, size, rows=rows, multiple_of=multiple_of, where=checkpoint.name)
     return TrimmedCheckpoint(checkpoint, vocabulary, description, files)
+
+
+def least_rows(checkpoint: Checkpoint) -> int:
+    """How many rows stay whatever is asked for: added tokens, what any text can be written with, ids that are named.
+
+    Raises:
+        SurgeryError: its tokenizer cannot be trimmed.
+    """
+    files = small_files(checkpoint)
+    checkpoint.companions.check_tokenizer(checkpoint.name, checkpoint.path)
+    description = read_description(files, checkpoint.name)
+    refuse_huge_ids(files[TOKENIZER])
+    wish = Wish(fixed=_fixed(checkpoint, files))
+    return len(chosen(description, wish, _rows(checkpoint), multiple_of=1, where=checkpoint.name).kept)
+
+
+def _fixed(checkpoint: Checkpoint, files: Mapping[str, Path]) -> set[int]:
+    """Ids that config.json and the files beside it name."""
+    return named_ids(checkpoint.config).union(*(_ids_in(name, path) for name, path in files.items()))
 
 
 def trimmed_like(student: Checkpoint, parent: Checkpoint) -> TrimmedCheckpoint:
