@@ -59,6 +59,7 @@ def html_found(found: Plain, recipe: str) -> str:
         kinds=[(kind, text) for kind, text in KINDS.items() if kind in _kinds(found["points"])],
         strip=strip_of(found["layers"], found["parent"]),
         rows=_rows(found),
+        table=_table(found["table"]),
         bounds=[_bound(bound) for bound in found["bounds"]],
         sums=_sums(found["points"]),
         singles=_singles(found["points"], first, chosen),
@@ -92,7 +93,9 @@ def _lead(found: Plain, chosen: Plain | None) -> dict[str, Any]:
             figures.append(("Perplexity", f"{chosen['perplexity']:.3f} x", "the parent's, held-out text"))
     said = " and ".join(f"{bound['ratio']:.3g} {WORDS[bound['name']].made}" for bound in found["bounds"])
     changed = sum(len(each["layers"]) for each in found["layers"] if not _whole(each, found["parent"]))
-    return {"figures": figures, "said": said, "changed": changed, "layers": len(found["parent"])}
+    table = found["table"]
+    fewer = f" {table['rows']:,} of {table['parent']:,} tokens stay." if table and table["rows"] < table["parent"] else ""
+    return {"figures": figures, "said": said, "changed": changed, "layers": len(found["parent"]), "fewer": fewer}
 
 
 def _title(bound: Plain) -> str:
@@ -173,6 +176,19 @@ def _rows(found: Plain) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _table(table: Plain | None) -> dict[str, Any] | None:
+    """How many rows the table of tokens has left, and what that saves and costs."""
+    if table is None:
+        return None
+    return {
+        "rows": f"{table['rows']:,} of {table['parent']:,}",
+        "kl": fixed(table["kl"], 4),
+        "saved": [(name, f"{100 * share:.0f} %") for name, share in table["costs"].items()],
+        "others": [(name, fixed(kl, 4)) for name, kl in table["others"]],
+        "whole": table["rows"] == table["parent"],
+    }
 
 
 def _bound(bound: Plain) -> dict[str, str]:
