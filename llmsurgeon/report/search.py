@@ -59,7 +59,7 @@ def html_found(found: Plain, recipe: str) -> str:
         kinds=[(kind, text) for kind, text in KINDS.items() if kind in _kinds(found["points"])],
         strip=strip_of(found["layers"], found["parent"]),
         rows=_rows(found),
-        table=_table(found["table"]),
+        table=_table(found.get("table")),
         bounds=[_bound(bound) for bound in found["bounds"]],
         sums=_sums(found["points"]),
         singles=_singles(found["points"], first, chosen),
@@ -93,8 +93,10 @@ def _lead(found: Plain, chosen: Plain | None) -> dict[str, Any]:
             figures.append(("Perplexity", f"{chosen['perplexity']:.3f} x", "the parent's, held-out text"))
     said = " and ".join(f"{bound['ratio']:.3g} {WORDS[bound['name']].made}" for bound in found["bounds"])
     changed = sum(len(each["layers"]) for each in found["layers"] if not _whole(each, found["parent"]))
-    table = found["table"]
-    fewer = f" {table['rows']:,} of {table['parent']:,} tokens stay." if table and table["rows"] < table["parent"] else ""
+    table = found.get("table")
+    fewer = (
+        f" {table['rows']:,} of {table['parent']:,} tokens stay." if table and table["rows"] < table["parent"] else ""
+    )
     return {"figures": figures, "said": said, "changed": changed, "layers": len(found["parent"]), "fewer": fewer}
 
 

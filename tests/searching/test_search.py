@@ -11,7 +11,8 @@ from llmsurgeon import search
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import load
-from llmsurgeon.search import FILES, Wanted
+from llmsurgeon.search import FILES, SCORING, Wanted, _Clock
+from llmsurgeon.searching import scoring
 from llmsurgeon.searching.store import ScoreStore
 
 FEW = {"tokens": 128, "sequence_length": 32, "text": "text.txt", "allow": ("prune_width", "prune_attention")}
@@ -68,6 +69,45 @@ def test_a_killed_search_goes_on_and_another_target_measures_little(scene, monke
     later.clear()
     search("parent", "params=0.8x", "second", Wanted(**FEW))
     assert sum(map(len, later)) < scored / 2
+
+
+def some_time(monkeypatch, lots, few=8):
+    """Time for so many lots of a few options each, and for nothing after them."""
+    left = [lots]
+
+    def before(self, share):
+        def in_time():
+            left[0] -= 1
+            return left[0] >= 0
+
+        return in_time if share == SCORING else lambda: False
+
+    monkeypatch.setattr(_Clock, "before", before)
+    monkeypatch.setattr(scoring, "SIDE_BY_SIDE", few)
+
+
+def test_time_that_is_up_while_options_are_scored_ends_with_the_best_of_those(scene, monkeypatch):
+    some_time(monkeypatch, lots=3)
+    found = search("parent", ["params=0.85x", "flops=0.85x"], "out", Wanted(**FEW))
+    assert "24 of" in found.notes[0] and "time was up before the model was made" in found.notes[1]
+    assert [bound.measured for bound in found.bounds] == [None, None]
+    assert all(bound.predicted <= bound.budget for bound in found.bounds)
+    (chosen,) = (point for point in found.points if point.chosen)
+    assert chosen.kind == "measured" and chosen.kl > 0
+    made = run_recipe(load(scene / "out" / "recipe.yaml"), None, "made")
+    assert made.planned.after.parameters == found.bounds[0].predicted
+    # Every layer has had its turn.
+    assert {option.layers[0] for option in found.options if option.kl} == set(range(6))
+    assert "time was up" in (scene / "out" / "report.html").read_text()
+
+
+def test_time_that_is_up_before_anything_can_be_chosen_is_said(scene, run, monkeypatch):
+    for lots, scored in ((0, 0), (1, 2)):
+        some_time(monkeypatch, lots, few=2)
+        few = ("--text", "text.txt", "--seq-len", 32, "--tokens", 128, "--allow", "prune_width")
+        code, _, err = run("search", "parent", "--target", "params=0.7x", *few, "-o", "out", "--minutes", 1)
+        assert code == 2 and f"time was up when {scored} of 30 options were scored" in err
+        assert "the others take about" in err and "kept" in err and not (scene / "out").exists()
 
 
 @pytest.mark.parametrize(

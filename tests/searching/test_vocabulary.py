@@ -59,7 +59,9 @@ def test_scores_against_models_that_have_the_vocabulary(scene):
     parent = open_model("parent")
     made = meters(parse_targets(["params=0.8x"]), None, parent)
     space = Space.of(parent, made, OPS).priced()
-    texts = Texts(parent, calibration(text="text.txt", tokens=2048, sequence_length=LENGTH), 2048, Options(device="cpu"))
+    texts = Texts(
+        parent, calibration(text="text.txt", tokens=2048, sequence_length=LENGTH), 2048, Options(device="cpu")
+    )
     scorer = scorer_of(space, texts, 192, 4, lambda: True)
     rows = [option.rows for option in space.options if option.rows]
     assert rows == [1152, 768, 576, 384] and space.groups == 7
@@ -128,7 +130,9 @@ def test_a_search_that_may_trim_the_vocabulary_does(scene):
 
 def test_tokens_stay_by_text_that_neither_scores_nor_judges(scene):
     parent = open_model("parent")
-    texts = Texts(parent, calibration(text="text.txt", tokens=2048, sequence_length=LENGTH), 2048, Options(device="cpu"))
+    texts = Texts(
+        parent, calibration(text="text.txt", tokens=2048, sequence_length=LENGTH), 2048, Options(device="cpu")
+    )
     space = Space.of(parent, meters(parse_targets(["params=0.8x"]), None, parent), OPS).priced()
     scorer = scorer_of(space, texts, 192, 4, lambda: True)
     counts = scorer.vocabularies._counts
@@ -145,7 +149,10 @@ def test_tokens_stay_by_text_that_neither_scores_nor_judges(scene):
 def test_a_tokenizer_that_cannot_be_trimmed_is_said(scene):
     file = scene / "parent" / "tokenizer.json"
     made = json.loads(file.read_text())
-    made["pre_tokenizer"], made["model"] = None, {"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"}
+    made["pre_tokenizer"], made["model"] = (
+        None,
+        {"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"},
+    )
     file.write_text(json.dumps(made))
     few = {"text": "text.txt", "sequence_length": 32, "tokens": 128}
     with pytest.raises(SurgeryError, match="WordLevel"):
