@@ -161,7 +161,7 @@ class Benchmark:
             found = benchmark_llamacpp(path, parent, rounds=self.arguments.rounds, threads=self.arguments.threads)
         else:
             source = self.parent.checkpoint.path
-            found = self.engine.kind.bench(path, source, self.engine.setting, self.arguments.rounds)
+            found = self.engine.bench(path, source, self.arguments.rounds)
         assert found.decode_speedup
         return found.decode_speedup
 

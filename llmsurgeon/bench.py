@@ -3,42 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.boundary.limits import check_threads
-from llmsurgeon.checkpoint.passing import passing
+from llmsurgeon.engines import ENGINES, Asked
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.latency import benchmark
-from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp, require_xllamacpp
 from llmsurgeon.evaluation.speed import Bench
-from llmsurgeon.evaluation.threads import threads_of_torch
-from llmsurgeon.export import export_gguf
-from llmsurgeon.formats.devices import chosen_device
-from llmsurgeon.formats.loading import dtype_of, load_model
-from llmsurgeon.planning.options import Options
 from llmsurgeon.progress import Say, silent
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is to be timed, and how, as `bench` was asked."""
-
-    model: str
-    against: str | None
-    sizes: dict[str, Any]
-    batch: int
-    threads: int | None
-    device: str
-    dtype: str | None
-    type: str | None
-    revision: str | None
-    trust_remote_code: bool
-    say: Say
-    graph: bool
 
 
 def bench(
@@ -82,55 +52,18 @@ def bench(
     """
     if engine not in ENGINES:
         raise SurgeryError(f"--engine {engine}: expected one of {', '.join(ENGINES)}")
-    wanted = Wanted(
+    asked = Asked(
         os.fspath(model),
         None if against is None else os.fspath(against),
         {"prompt": prompt, "new_tokens": new_tokens, "rounds": rounds},
-        batch,
-        check_threads(threads),
-        device,
-        dtype,
-        type,
-        revision,
-        trust_remote_code,
-        say,
-        graph,
+        batch=batch,
+        threads=check_threads(threads),
+        device=device,
+        dtype=dtype,
+        type=type,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        say=say,
+        graph=graph,
     )
-    return ENGINES[engine](wanted)
-
-
-def _in_transformers(wanted: Wanted) -> Bench:
-    if wanted.type:
-        raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
-    dtype, device = dtype_of(wanted.dtype), chosen_device(wanted.device)
-    with threads_of_torch(wanted.threads):
-        student = load_model(wanted.model, dtype=dtype, device=device, revision=wanted.revision)
-        parent = load_model(wanted.against, dtype=dtype, device=device) if wanted.against else None
-        return benchmark(student, parent, batch=wanted.batch, graph=wanted.graph, **wanted.sizes)
-
-
-def _in_llamacpp(wanted: Wanted) -> Bench:
-    if wanted.batch != 1 or wanted.device not in ("auto", "cpu") or wanted.dtype or wanted.graph:
-        raise SurgeryError(
-            "--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype, --graph"
-        )
-    require_xllamacpp()  # before anything is exported
-    with passing() as folder:
-        student = _as_gguf(wanted, wanted.model, folder / "model.gguf", wanted.revision)
-        parent = _as_gguf(wanted, wanted.against, folder / "parent.gguf") if wanted.against else None
-        return benchmark_llamacpp(student, parent, threads=wanted.threads, **wanted.sizes)
-
-
-# How each engine times; each refuses what it cannot do.
-ENGINES: dict[str, Callable[[Wanted], Bench]] = {"transformers": _in_transformers, "llama.cpp": _in_llamacpp}
-
-
-def _as_gguf(wanted: Wanted, name: str, target: Path, revision: str | None = None) -> Path:
-    """The GGUF file of this name, or the one that a model in another form is exported to."""
-    if name.endswith(".gguf") and local_path(name).is_file():
-        return local_path(name)
-    options = Options(trust_remote_code=wanted.trust_remote_code)
-    made = export_gguf(name, str(target), type=wanted.type or "F16", options=options, revision=revision)
-    for note in made.notes:
-        wanted.say(f"{name}: {note}")
-    return made.path
+    return ENGINES[engine].bench(asked)

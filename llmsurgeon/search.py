@@ -193,7 +193,9 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
     bounds = parse_targets([targets] if isinstance(targets, str) else targets)
     operations = chosen_operations(wanted.allow, wanted.forbid)
     device = chosen_device(wanted.device)
-    engine = Engine.parse(wanted.engine, context=wanted.context, threads=wanted.threads) if wanted.engine else None
+    engine = None
+    if wanted.engine:
+        engine = Engine.parse(wanted.engine, context=wanted.context, threads=wanted.threads, device=device)
     parent = open_model(os.fspath(model), wanted.revision, wanted.trust_remote_code)
     options = Options(
         device=device,

@@ -11,7 +11,7 @@ from llmsurgeon import search
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import load
-from llmsurgeon.search import FILES, SCORING, Wanted, _Clock
+from llmsurgeon.search import FILES, SCORING, Wanted, _Clock, _opened
 from llmsurgeon.searching import scoring
 from llmsurgeon.searching.store import ScoreStore
 
@@ -108,6 +108,14 @@ def test_time_that_is_up_before_anything_can_be_chosen_is_said(scene, run, monke
         code, _, err = run("search", "parent", "--target", "params=0.7x", *few, "-o", "out", "--minutes", 1)
         assert code == 2 and f"time was up when {scored} of 30 options were scored" in err
         assert "the others take about" in err and "kept" in err and not (scene / "out").exists()
+
+
+def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
+    monkeypatch.setattr("llmsurgeon.search.chosen_device", lambda name: "meta")
+    of_engines = {"transformers": "meta", "llama.cpp:q8_0": "cpu"}
+    for engine, device in of_engines.items():
+        (meter,) = _opened("parent", "decode=1.2x", Wanted(engine=engine), print).meters
+        assert meter.engine.setting.device == device
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from llmsurgeon.engines import ENGINES, Engine
+from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.opened import DescribedModel
-from llmsurgeon.searching.costs.engines import ENGINES, Engine
 from llmsurgeon.searching.costs.exact import COUNTS, ExactMeter
 from llmsurgeon.searching.costs.measured import SECONDS, SecondsMeter
 from llmsurgeon.searching.costs.meter import Meter
-from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.target import Target, parse_targets
 
 # Quantity of a target -> what makes its meter.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from llmsurgeon.engines import Engine
+from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.planning.opened import open_model
-from llmsurgeon.searching.costs.engines import Engine
 from llmsurgeon.searching.costs.meter import Meter, shape_of
-from llmsurgeon.searching.costs.shapes import Described, Shapes
 from llmsurgeon.searching.costs.target import Target
 
 Count = Callable[[Described, Engine], float]

@@ -13,15 +13,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llmsurgeon.engines import Engine
+from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.searching.costs.columns import REST, ROWS, Columns
 from llmsurgeon.searching.costs.design import base_of, design
-from llmsurgeon.searching.costs.engines import Engine
 from llmsurgeon.searching.costs.fit import Fitted, fit
 from llmsurgeon.searching.costs.meter import Meter, shape_of
-from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.target import Target
 from llmsurgeon.searching.costs.timed import MOST_ROUNDS, STEPS, Timings
 
@@ -95,7 +95,7 @@ class SecondsMeter(Meter):
 
     def speedup(self, path: Path, parent: Path) -> Speedup:
         """How much faster a written model is than the parent, timed in turn in the engine."""
-        made = self.engine.kind.bench(path, parent, self.engine.setting, ROUNDS)
+        made = self.engine.bench(path, parent, ROUNDS)
         found = made.decode_speedup if self.target.name == "decode" else made.prefill_speedup
         assert found
         return found

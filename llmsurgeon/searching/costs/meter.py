@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
+from llmsurgeon.engines import Engine
+from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.costs import human
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
-from llmsurgeon.searching.costs.engines import Engine
-from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.target import Target
 
 

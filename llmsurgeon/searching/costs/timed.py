@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
+from llmsurgeon.engines import Engine
+from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.progress import Progress
-from llmsurgeon.searching.costs.engines import Engine
 from llmsurgeon.searching.costs.meter import shape_of
-from llmsurgeon.searching.costs.shapes import Shapes
 from llmsurgeon.searching.costs.timing import Ratio, time_in_turn
 
 # Of a decode: few, so that what else runs for a moment spoils one round of many.

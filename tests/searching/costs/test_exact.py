@@ -9,14 +9,13 @@ import torch
 from conftest import save_encoder, save_tiny, tiny_model
 from gguf_models import export, save_uneven, save_uniform
 
-from llmsurgeon.bench import ENGINES as OF_BENCH
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.latency import cache_bytes, parameter_bytes
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.planning.opened import open_model
-from llmsurgeon.searching.costs import ENGINES, METERS, Engine, meters, parse_targets
+from llmsurgeon.searching.costs import METERS, Engine, meters, parse_targets
 from llmsurgeon.searching.costs.target import QUANTITIES
 
 EXACT = ["params=0.7x", "flops=0.7x", "size=0.7x", "memory=0.7x", "kv=0.7x"]
@@ -30,10 +29,6 @@ def made(parent, engine=None, targets=EXACT, **how):
 
 def test_every_quantity_has_its_meter():
     assert set(METERS) == set(QUANTITIES)
-
-
-def test_bench_knows_the_engines_that_a_search_knows():
-    assert set(OF_BENCH) == set(ENGINES)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "gemma3_text", "falcon"])

@@ -10,14 +10,14 @@ import pytest
 from conftest import save_encoder, save_tiny
 from gguf_models import save_uneven, save_uniform
 
+from llmsurgeon.engines.llamacpp import LlamaCppKind
+from llmsurgeon.engines.transformers import TransformersKind
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.searching.costs import Engine, Shapes, meters, parse_targets
 from llmsurgeon.searching.costs.columns import REST, ROWS, Columns
 from llmsurgeon.searching.costs.design import base_of, design
-from llmsurgeon.searching.costs.engines.llamacpp import LlamaCppKind
-from llmsurgeon.searching.costs.engines.transformers import TransformersKind
 from llmsurgeon.searching.costs.fit import fit
 from llmsurgeon.searching.costs.timed import MOST_ROUNDS
 from llmsurgeon.searching.costs.timing import FEWEST_ROUNDS, Ratio, time_in_turn
@@ -274,6 +274,6 @@ def test_real_engines_time_random_models(tmp_path):
         for steps in (0, 3):
             with engine.kind.timed(model, engine.setting, steps) as run:
                 assert run() > 0 < run()
-        made = engine.kind.bench(uneven.parent.checkpoint.path, uneven.parent.checkpoint.path, engine.setting, 1)
+        made = engine.bench(uneven.parent.checkpoint.path, uneven.parent.checkpoint.path, 1)
         assert made.engine == engine.kind.name
         assert made.decode_speedup.median > 0

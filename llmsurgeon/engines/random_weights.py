@@ -18,10 +18,10 @@ from torch import Tensor
 from llmsurgeon.checkpoint.gguf.file import ARRAY, INT32, STRING, UINT32, Field
 from llmsurgeon.checkpoint.shards import meta_weights
 from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.engines.shapes import Described
 from llmsurgeon.formats.gguf.kinds import chosen_kinds, known_type
 from llmsurgeon.formats.gguf.model import lay_out
 from llmsurgeon.formats.gguf.write import Encoder, begun, encoder_of, opened_writer
-from llmsurgeon.searching.costs.shapes import Described
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 
+from llmsurgeon.boundary.foreign import local_path
 from llmsurgeon.checkpoint.passing import passing
 from llmsurgeon.checkpoint.shards import meta_weights
 from llmsurgeon.checkpoint.transform import TransformedWeights
+from llmsurgeon.engines.base import Asked, Kind, Setting
+from llmsurgeon.engines.random_weights import write_random_gguf
+from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.llamacpp import LlamaCpp, benchmark_llamacpp, require_xllamacpp
 from llmsurgeon.evaluation.speed import Bench
@@ -20,15 +25,14 @@ from llmsurgeon.export import export_gguf
 from llmsurgeon.formats.gguf.kinds import TERNARY, TYPES, chosen_kinds, known_type
 from llmsurgeon.formats.gguf.model import lay_out, misfit
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.searching.costs.engines.base import Kind, Setting
-from llmsurgeon.searching.costs.engines.random_weights import write_random_gguf
-from llmsurgeon.searching.costs.shapes import Described, Shapes
+from llmsurgeon.planning.options import Options
 
 
 class LlamaCppKind(Kind):
     """llama.cpp on the CPU, one sequence at a time; keys and values are float16."""
 
     name: ClassVar[str] = "llama.cpp"
+    devices: ClassVar[bool] = False
 
     def type_of(self, text: str) -> str | None:
         kind = known_type(text or "F16")
@@ -81,12 +85,27 @@ class LlamaCppKind(Kind):
 
                 yield run
 
-    def bench(self, model: Path, parent: Path, setting: Setting, rounds: int) -> Bench:
-        assert setting.type
+    def at(self, asked: Asked, setting: Setting) -> Asked:
+        return replace(asked, type=setting.type, threads=setting.threads, anew=True)
+
+    def bench(self, asked: Asked) -> Bench:
+        if asked.batch != 1 or asked.device not in ("auto", "cpu") or asked.dtype or asked.graph:
+            raise SurgeryError(
+                "--engine llama.cpp times one sequence on the CPU; leave out --batch, --device, --dtype, --graph"
+            )
+        self.require()  # before anything is exported
         with passing() as folder:
-            # Whatever types they are stored in, both are timed in this one.
-            files = [
-                export_gguf(path, folder / name, type=setting.type).path
-                for path, name in ((model, "model.gguf"), (parent, "parent.gguf"))
-            ]
-            return benchmark_llamacpp(*files, prompt=setting.context, rounds=rounds, threads=setting.threads)
+            student = _as_gguf(asked, asked.model, folder / "model.gguf", asked.revision)
+            parent = _as_gguf(asked, asked.against, folder / "parent.gguf") if asked.against else None
+            return benchmark_llamacpp(student, parent, threads=asked.threads, **asked.sizes)
+
+
+def _as_gguf(asked: Asked, name: str, target: Path, revision: str | None = None) -> Path:
+    """The GGUF file of this name, or the one that a model in another form is exported to."""
+    if name.endswith(".gguf") and local_path(name).is_file() and not asked.anew:
+        return local_path(name)
+    options = Options(trust_remote_code=asked.trust_remote_code)
+    made = export_gguf(name, str(target), type=asked.type or "F16", options=options, revision=revision)
+    for note in made.notes:
+        asked.say(f"{name}: {note}")
+    return made.path

@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.searching.costs.shapes import Described, Shapes
+from llmsurgeon.progress import Say, silent
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,38 @@ class Setting:
     device: str = "cpu"
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Models to be timed, and how, as `bench` was asked.
+
+    sizes: prompt, new_tokens, rounds; None for what a model's positions allow.
+    dtype, type: what weights are in, of an engine that computes in a dtype, or that reads files of a type.
+    anew: files that are in some type already are written in `type`, too.
+    """
+
+    model: str
+    against: str | None
+    sizes: dict[str, Any]
+    batch: int = 1
+    threads: int | None = None
+    device: str = "auto"
+    dtype: str | None = None
+    type: str | None = None
+    anew: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+    say: Say = silent
+    graph: bool = False
+
+
 class Kind(ABC):
-    """An engine. It is asked with a `Setting`, and keeps nothing."""
+    """An engine. It is asked with a `Setting`, and keeps nothing.
+
+    devices: whether it runs on others than the CPU.
+    """
 
     name: ClassVar[str]
+    devices: ClassVar[bool]
 
     @abstractmethod
     def type_of(self, text: str) -> str | None:
@@ -77,5 +105,13 @@ class Kind(ABC):
         follow on the context, or of reading the context where there are no steps."""
 
     @abstractmethod
-    def bench(self, model: Path, parent: Path, setting: Setting, rounds: int) -> Bench:
-        """Two written models, timed in turn."""
+    def at(self, asked: Asked, setting: Setting) -> Asked:
+        """The same models, timed at a setting."""
+
+    @abstractmethod
+    def bench(self, asked: Asked) -> Bench:
+        """A written model, timed in turn with another where one is named.
+
+        Raises:
+            SurgeryError: it is not installed, or cannot do what is asked.
+        """

@@ -1,21 +1,24 @@
-"""What runs a model that was searched, what a type of it weighs, what it cannot hold, and how fast it is.
+"""What runs models: what a type of them weighs there, what cannot be held, and how fast they are.
 
-An engine is a row of `ENGINES`: `transformers` on a device, `llama.cpp` at a type.
+An engine is a row of `ENGINES`: `transformers` on a device, `llama.cpp` at a type. `bench` and searches look it up
+here. May import `planning` and below, and `export`, which makes the files that some of them read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES, check_threads
+from llmsurgeon.engines.base import Asked, Kind, Setting
+from llmsurgeon.engines.llamacpp import LlamaCppKind
+from llmsurgeon.engines.shapes import Described, Shapes
+from llmsurgeon.engines.transformers import TransformersKind
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.model.spec import LayerSpec
-from llmsurgeon.searching.costs.engines.base import Kind, Setting
-from llmsurgeon.searching.costs.engines.llamacpp import LlamaCppKind
-from llmsurgeon.searching.costs.engines.transformers import TransformersKind
-from llmsurgeon.searching.costs.shapes import Described, Shapes
 
 ENGINES: Mapping[str, Kind] = {"transformers": TransformersKind(), "llama.cpp": LlamaCppKind()}
 
@@ -30,10 +33,18 @@ class Engine:
     named: bool = field(default=True, compare=False)
 
     @classmethod
-    def parse(cls, text: str | None, *, batch: int = 1, context: int = 512, **how: object) -> Engine:
+    def parse(
+        cls,
+        text: str | None,
+        *,
+        batch: int = 1,
+        context: int = 512,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> Engine:
         """Read `transformers`, `transformers:bf16`, `llama.cpp:q8_0` ...; None is transformers at the model's dtype.
 
-        how: `threads`, of the CPU; `device`, of transformers.
+        threads: of the CPU; device: where the model is to run, if it can run anywhere but on the CPU.
 
         Raises:
             SurgeryError: no such engine or type, or a batch, context, device or number of threads that it cannot have.
@@ -47,7 +58,7 @@ class Engine:
             if not 1 <= value <= most:
                 raise SurgeryError(f"--{what} {value}: expected 1 to {most:,}")
         kind = ENGINES[name]
-        setting = Setting(kind.type_of(type_), batch, context, **how)  # type: ignore[arg-type]
+        setting = Setting(kind.type_of(type_), batch, context, threads, device if kind.devices else "cpu")
         check_threads(setting.threads)
         kind.check(setting)
         return cls(kind, setting, text or name, text is not None)
@@ -65,6 +76,11 @@ class Engine:
         """Bytes that the model's weights take in it."""
         return self.kind.weight_bytes(model, self.setting)
 
+    def bench(self, model: Path, parent: Path, rounds: int) -> Bench:
+        """Two written models, timed in turn at this setting, whatever types they are stored in."""
+        asked = Asked(str(model), str(parent), {"prompt": self.setting.context, "new_tokens": None, "rounds": rounds})
+        return self.kind.bench(self.kind.at(asked, self.setting))
+
     def kv_bytes(self, model: Described) -> int:
         """Bytes of keys and values, and of states, of a whole batch at the context that is asked for."""
         context, batch = self.setting.context, self.setting.batch
@@ -73,4 +89,4 @@ class Engine:
         return batch * (numbers + model.spec.state_numbers()) * self.kind.kv_number_bytes(model, self.setting)
 
 
-__all__ = ["ENGINES", "Described", "Engine", "Kind", "Setting"]
+__all__ = ["ENGINES", "Asked", "Described", "Engine", "Kind", "Setting"]

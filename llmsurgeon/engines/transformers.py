@@ -5,24 +5,24 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 
-from llmsurgeon.bench import bench
 from llmsurgeon.boundary.foreign import shortened
+from llmsurgeon.engines.base import Asked, Kind, Setting
+from llmsurgeon.engines.random_weights import RandomWeights
+from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.latency import prompt_read, timed_round, timed_steps
+from llmsurgeon.evaluation.latency import benchmark, prompt_read, timed_round, timed_steps
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.evaluation.threads import threads_of_torch
 from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.loading import dtype_of, load_model
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.model.spec import ModelSpec
-from llmsurgeon.searching.costs.engines.base import Kind, Setting
-from llmsurgeon.searching.costs.engines.random_weights import RandomWeights
-from llmsurgeon.searching.costs.shapes import Described, Shapes
 
 TYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
 
@@ -31,6 +31,7 @@ class TransformersKind(Kind):
     """transformers' own code and this tool's parts, on torch."""
 
     name: ClassVar[str] = "transformers"
+    devices: ClassVar[bool] = True
 
     def type_of(self, text: str) -> str | None:
         if not text:
@@ -76,17 +77,17 @@ class TransformersKind(Kind):
 
         yield run
 
-    def bench(self, model: Path, parent: Path, setting: Setting, rounds: int) -> Bench:
-        return bench(
-            model,
-            parent,
-            batch=setting.batch,
-            prompt=setting.context,
-            rounds=rounds,
-            threads=setting.threads,
-            device=setting.device,
-            dtype=setting.type,
-        )
+    def at(self, asked: Asked, setting: Setting) -> Asked:
+        return replace(asked, dtype=setting.type, batch=setting.batch, threads=setting.threads, device=setting.device)
+
+    def bench(self, asked: Asked) -> Bench:
+        if asked.type:
+            raise SurgeryError("--type is for --engine llama.cpp; for transformers there is --dtype")
+        dtype, device = dtype_of(asked.dtype), chosen_device(asked.device)
+        with threads_of_torch(asked.threads):
+            student = load_model(asked.model, dtype=dtype, device=device, revision=asked.revision)
+            parent = load_model(asked.against, dtype=dtype, device=device) if asked.against else None
+            return benchmark(student, parent, batch=asked.batch, graph=asked.graph, **asked.sizes)
 
     def _dtype(self, model: Described, setting: Setting) -> torch.dtype:
         if setting.type is None:
