@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from llmsurgeon.formats.models import empty_model
 from llmsurgeon.formats.surgeon import as_surgeon
 from llmsurgeon.healing.batches import left
+from llmsurgeon.healing.refit.attention import comes_back
 from llmsurgeon.healing.refit.context import Context, LayerFit, RefitOptions
 from llmsurgeon.healing.refit.refit import try_updates
 from llmsurgeon.healing.store import LayerStore, on_copies
@@ -104,8 +105,11 @@ class Workshop:
                 on_copies(module)
                 last = place == len(option.instead) - 1
                 here = self._here(option, beside, index, entered, last)
-                # What the FFNs inside a span read is wanted of several alone.
-                try_updates(here, None if len(here.span) > 1 else self._known)
+                # What the parent's FFNs read is wanted of several layers, and where an attention is to come back to it.
+                walked = len(here.span) > 1 or comes_back(here)
+                if walked:
+                    self._own(here)
+                try_updates(here, None if walked else self._known)
                 if not last:
                     entered = left(beside, ground.fits, index, entered, None, torch.empty_like(entered))
                 states.append({name: tensor.clone() for name, tensor in module.state_dict().items()})
@@ -119,10 +123,15 @@ class Workshop:
         span = tuple(layer for layer in option.layers if layer >= index) if last else (index,)
         options, nowhere = fit_options(spec, span, self.parent), LayerStore(Path())
         context = Context(ground.runner, beside, self.parent, self.parent, ground.fits, options, nowhere)
-        # Walked over the span it is written over.
-        parent = ground.fitting[index] if len(span) == 1 else ground.fitting[index].clone()
+        parent = ground.fitting[index]
         summed = torch.empty_like(parent) if beside.family.post_norm else parent
         return LayerFit(context, index, spec, span, beside.layers[index], True, False, entered, parent, summed)
+
+    def _own(self, here: LayerFit) -> None:
+        """A stream of the parent's that may be written over: walked over the span it is."""
+        here.parent = here.parent.clone()
+        if not here.family.post_norm:
+            here.summed = here.parent
 
     def _known(self, here: LayerFit) -> None:
         """The parent's stream behind a span of one layer."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -111,7 +112,8 @@ def test_time_that_is_up_before_anything_can_be_chosen_is_said(scene, run, monke
 
 
 def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
-    monkeypatch.setattr("llmsurgeon.search.chosen_device", lambda name: "meta")
+    monkeypatch.setattr(sys.modules["llmsurgeon.search"], "chosen_device", lambda name: "meta")
+    monkeypatch.setattr("llmsurgeon.engines.transformers.chosen_device", lambda name: name)
     of_engines = {"transformers": "meta", "llama.cpp:q8_0": "cpu"}
     for engine, device in of_engines.items():
         (meter,) = _opened("parent", "decode=1.2x", Wanted(engine=engine), print).meters
