@@ -26,6 +26,8 @@ from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.texts import Texts
+from llmsurgeon.processes.first import only_first
+from llmsurgeon.processes.world import join
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration
 from llmsurgeon.report.analysis import html_report
@@ -57,7 +59,8 @@ def analyze(
 ) -> Analysis:
     """Measure `model` (hub id, folder or GGUF file) and write to the folder `out` what can go, and a recipe for it.
 
-    Layers are read one at a time, so the model may be larger than memory. Without `text` (a .txt, .jsonl or .parquet
+    Layers are read one at a time, so the model may be larger than memory; several processes, where a launcher started
+    them, share the text, and the first one writes. Without `text` (a .txt, .jsonl or .parquet
     file) and `dataset` (NAME[:CONFIG][:SPLIT] on the hub) the calibration text is sampled from the model itself. `out`
     holds report.html, report.json (docs/report.md), scores.safetensors and suggested.yaml, which `run` takes as it is.
 
@@ -78,6 +81,7 @@ def analyze(
         RecipeError: a number of tokens, a length or a seed that cannot be.
         SurgeryError: a model or a text that cannot be read, an `out` that cannot be written, nothing that can go.
     """
+    join()
     text = named_text(text)
     options = Options(device=chosen_device(device), dtype=dtype_of(dtype), batch=batch, say=say)
     parent = open_model(os.fspath(model), revision, trust_remote_code)
@@ -91,12 +95,13 @@ def analyze(
         inputs.watch_text("text", text)
     # Opened before anything is measured: a folder that cannot be written is heard of at once.
     read = (parent.checkpoint.path, *existing(text, dataset))
-    with Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read) as stage:
+    with only_first(lambda: Stage.open(os.fspath(out), job=inputs.job(), overwrite=overwrite, sources=read)) as stage:
         texts = Texts(parent, wanted, tokens, options)
         count = default_count(len(parent.spec.layers)) if drop is None else drop
         found = suggest(texts, count, max_run, refit_on)
-        stage.confirm(inputs.check)
-        write(stage, found)
+        if stage is not None:
+            stage.confirm(inputs.check)
+            write(stage, found)
     return found
 
 

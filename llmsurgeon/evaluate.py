@@ -17,6 +17,8 @@ from llmsurgeon.evaluation.strided import Strided, stream, strided
 from llmsurgeon.evaluation.tasks import check_tasks_available, run_tasks
 from llmsurgeon.formats.devices import chosen_device
 from llmsurgeon.formats.loading import dtype_of
+from llmsurgeon.processes.first import from_first
+from llmsurgeon.processes.world import count
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.text.files import file_text, named_text
 from llmsurgeon.text.wanted import Calibration, Source
@@ -100,6 +102,8 @@ def evaluate(
     pair = pair_of(Pair(model, against, dtype_of(dtype), chosen_device(device), revision, trust_remote_code))
     if tasks:
         check_tasks_available()
+        if count() > 1:
+            raise SurgeryError("--tasks run in one process: start eval without torchrun or accelerate launch")
     if stride is not None and (text is None or pair.encoder):
         raise SurgeryError("--stride is for a decoder on a text: give --text FILE")
     if sequence_length is not None:
@@ -108,7 +112,7 @@ def evaluate(
         check_encoder(pair.encoder, model, against, bool(text or dataset or several), tasks)
     length = min([SEQUENCE_LENGTH, *pair.positions]) if sequence_length is None else sequence_length
     source = Calibration(text, dataset, tokens, length, seed=SEED, texts=several)
-    windows = pair.sequences(source)
+    windows = from_first(lambda: pair.sequences(source))
     described = source.describe(windows, "text", "the parent" if against else "the model itself")
     say(described)
     evaluation = pair.judge(windows, say)

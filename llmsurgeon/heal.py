@@ -1,19 +1,16 @@
 """`heal`, run: a written student beside its parent, trained, and written anew in the form that it has.
 
-Started by `accelerate launch` there are several processes: all of them train, the main one alone writes.
+Started by `accelerate launch` there are several processes: all of them train, the first one alone writes.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
-from functools import partial
 
 from llmsurgeon.checkpoint.push import prepare as prepare_push
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.healing.processes import World
 from llmsurgeon.planning.checks import check_recipe, within_positions
 from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
@@ -25,6 +22,8 @@ from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.planning.trimming import trimmed
+from llmsurgeon.processes.first import from_first, only_first, seen_by_all
+from llmsurgeon.processes.world import join
 from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.run import Outcome, finish, logs_of
 from llmsurgeon.vocabulary.trimmed import trimmed_like
@@ -42,7 +41,7 @@ def heal(
 ) -> Outcome | None:
     """Distill `student` (a checkpoint cut from `parent`) by the distill steps of `recipe` and write it to `out`.
 
-    A run that was killed goes on by itself; `resume` insists on it. Returns None in all processes but the main one.
+    A run that was killed goes on by itself; `resume` insists on it. Returns None in all processes but the first.
 
     Args:
         student: a folder or a hub id.
@@ -55,6 +54,7 @@ def heal(
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
         Stopped: on SIGTERM, with the state saved.
     """
+    join()
     recipe, options = as_given(recipe, options)
     student, parent, out = os.fspath(student), os.fspath(parent), os.fspath(out)
     cut, whole, planned = prepare(student, parent, recipe, revision, options.trust_remote_code)
@@ -63,20 +63,12 @@ def heal(
     parse_size(options.max_shard_size)
     inputs = Inputs.of("heal", {"student": cut.checkpoint, "parent": whole.checkpoint}, recipe, options)
     job = inputs.job(recipe)
-    world = World()
-    world.main_alone(lambda: Stage.check(out, job=job, resume=resume, **place))
-    repository = world.main_alone(partial(prepare_push, options.push))
-    options = options if world.main else replace(options, say=lambda line: None)
+    from_first(lambda: Stage.check(out, job=job, resume=resume, **place))
+    repository = from_first(lambda: prepare_push(options.push))
     texts = Texts(whole, recipe.calibration, recipe.calibration.tokens, options)
-    with world.stage(
-        out,
-        job=job,
-        resume=resume,
-        needed_bytes=planned.after.disk_bytes,
-        **place,
-    ) as (stage, scratch):
-        with world.main_first():
-            _ = texts.windows
+    needed = planned.after.disk_bytes
+    with only_first(lambda: Stage.open(out, job=job, resume=resume, needed_bytes=needed, **place)) as stage:
+        scratch = seen_by_all(lambda: stage.scratch)
         healed = heal_and_judge(planned, texts, scratch, logs_of(out))
         if stage is None:
             return None

@@ -12,13 +12,12 @@ from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.push import prepare
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
-from llmsurgeon.errors import GateFailed, SurgeryError
+from llmsurgeon.errors import GateFailed
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.gate import missed
-from llmsurgeon.healing.distill.engine import several
 from llmsurgeon.healing.healers import Result
-from llmsurgeon.planning.checks import check_recipe, check_weights, within_positions
+from llmsurgeon.planning.checks import check_processes, check_recipe, check_weights, within_positions
 from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opening import described, files_of, opened
@@ -27,6 +26,8 @@ from llmsurgeon.planning.options import as_given, model_of
 from llmsurgeon.planning.plan import Planned, foreseen, plan
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
+from llmsurgeon.processes.first import from_first, only_first, seen_by_all
+from llmsurgeon.processes.world import join
 from llmsurgeon.recipe.recipe import Recipe
 from llmsurgeon.walk.memory import room
 
@@ -51,6 +52,8 @@ def run(
 ) -> Outcome:
     """Run a recipe on a model and write the result to the folder `out`. A run that was killed goes on.
 
+    Several processes, where a launcher started them, measure and fit together, and the first one writes.
+
     Args:
         recipe: one that is loaded, a file, or the name of a built-in one.
         model: a hub id, a folder or a GGUF file; None: the recipe's.
@@ -61,24 +64,22 @@ def run(
         SurgeryError: bad input; nothing is written to `out`.
         GateFailed: the result misses the recipe's gate; it is written all the same, and its card says so.
     """
+    join()
     recipe, options = as_given(recipe, options)
     model, out = model_of(model, recipe), os.fspath(out)
+    check_processes(recipe)
     parent = opened(model, recipe, revision, options.trust_remote_code, options)
     source = parent.original.checkpoint.path
     place = options.staging(source, *files_of(recipe))
-    Stage.check(out, **place)
+    from_first(lambda: Stage.check(out, **place))
     parse_size(options.max_shard_size)
-    repository = prepare(options.push)
-    if several():
-        raise SurgeryError(
-            "run is one process: cut and refit first, then `accelerate launch -m llmsurgeon heal OUT --parent MODEL`"
-        )
+    repository = from_first(lambda: prepare(options.push))
     check_recipe(parent, recipe)
     recipe = within_positions(parent, recipe)
     check_weights(parent, recipe)
     inputs = Inputs.of("run", {"model": parent.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.
-    Stage.check(out, job=inputs.job(), **place)
+    from_first(lambda: Stage.check(out, job=inputs.job(), **place))
     wanted = max(step.calibration_tokens() or 0 for step in recipe.steps)
     texts = Texts(parent, recipe.calibration, wanted or recipe.calibration.tokens, options)
     scores: Mapping[str, Any] = {}
@@ -88,13 +89,12 @@ def run(
     options.planned(planned)
     _say_what_is_short(planned, options)
     resolved = planned.recipe.model_copy(update={"model": model})
-    with Stage.open(
-        out,
-        job=inputs.job(planned.recipe),
-        needed_bytes=planned.after.disk_bytes,
-        **place,
-    ) as stage:
-        healed = heal_and_judge(planned, texts, stage.scratch, logs_of(out))
+    job, needed = inputs.job(planned.recipe), planned.after.disk_bytes
+    with only_first(lambda: Stage.open(out, job=job, needed_bytes=needed, **place)) as stage:
+        healed = heal_and_judge(planned, texts, seen_by_all(lambda: stage.scratch), logs_of(out))
+        if stage is None:
+            short = missed(planned.recipe.gate, healed.evaluation)
+            return Outcome(Path(out), planned, healed.results, healed.evaluation, tuple(short))
         checkpoints = parent.checkpoint, parent.original.checkpoint
         records = RunRecords(planned, healed, resolved, texts.description, *checkpoints, repository)
         return finish(stage, out, records, options, inputs)

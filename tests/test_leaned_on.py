@@ -45,7 +45,6 @@ INNER = {
     ],
     "accelerate.state": ["AcceleratorState", "GradientState"],
     "accelerate.tracking": ["get_available_trackers"],
-    "accelerate.utils": ["broadcast_object_list"],
     "gguf.quants": ["dequantize", "quantize"],
     "peft.tuners.lora": ["LoraLayer"],
     "safetensors.torch": ["load_file", "save", "save_file"],

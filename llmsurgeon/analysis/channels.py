@@ -20,6 +20,8 @@ from llmsurgeon.analysis.elimination import eliminate
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.analysis.watch import watch
 from llmsurgeon.operations.prune_width import Channels
+from llmsurgeon.processes.exchange import send
+from llmsurgeon.processes.share import Share
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.walk import Parts
 
@@ -85,9 +87,11 @@ class ReadBy:
         self.stream.add(self.behind(parts).flatten(0, -2)[real].float())
         self.active = None
 
-    def found(self) -> Elimination:
+    def found(self, share: Share) -> Elimination:
         """The order, and what is lost."""
         self.hook.remove()
+        self.moments.complete(share)
+        self.stream.complete(share)
         order, lost = self.order(self.moments.covariance(), self.rows)
         scale = max(self.stream.spread(), torch.finfo(torch.float32).tiny)
         return Elimination(order.cpu(), lost.cpu().flip(0) / scale)
@@ -104,6 +108,7 @@ class Moments:
         """Vectors [n, H]."""
         if self.centre is None:
             self.centre = rows.mean(0)
+            send(0, [self.centre])  # sums of all processes are counted from one
             self.first = torch.zeros_like(self.centre, dtype=torch.float64)
             self.second = rows.new_zeros((rows.shape[1],) * 2 if self.outer else ())
         rows = rows - self.centre
@@ -113,6 +118,11 @@ class Moments:
             self.second.addmm_(rows.T, rows)
         else:
             self.second += rows.square().sum()
+
+    def complete(self, share: Share) -> None:
+        """Add the sums of the other processes' sequences."""
+        share.add_up(self.first, self.second)
+        self.count = round(share.number(self.count))
 
     def covariance(self) -> Tensor:
         """[H, H]; uses up the sums."""

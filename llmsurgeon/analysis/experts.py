@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.analysis.watch import watch
 from llmsurgeon.operations.base import Request
+from llmsurgeon.processes.share import Share
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.walk import Parts
 
@@ -99,9 +100,11 @@ class _Experts:
         made: Tensor = experts(read, others[chosen], weights)
         return made.float()
 
-    def found(self) -> Worth:
+    def found(self, share: Share) -> Worth:
         """What each expert is worth."""
-        loss = (self.lost / self.tokens).float() if self.with_loss else None
+        share.add_up(self.size, self.sent, self.lost)
+        tokens = share.number(self.tokens)
+        loss = (self.lost / tokens).float() if self.with_loss else None
         return Worth((self.size / self.sent.clamp_min(1)).float(), loss)
 
 

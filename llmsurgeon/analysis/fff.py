@@ -39,6 +39,7 @@ from llmsurgeon.analysis.watch import watch
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.parts import FFFSpec
 from llmsurgeon.operations.fff import Trees
+from llmsurgeon.processes.share import Share
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.walk import Parts
 
@@ -159,7 +160,7 @@ class _FFN:
         judges = (sequences % JUDGE == JUDGE - 1) | (self.sequences < JUDGE) & (sequences == self.sequences - 1)
         self.held.append(judges.repeat_interleave(real.sum(1).cpu()))
 
-    def found(self) -> tuple[Routing, ...]:
+    def found(self, share: Share) -> tuple[Routing, ...]:
         """A routing for each shape that is wanted."""
         for hook in self.hooks:
             hook.remove()

@@ -16,6 +16,7 @@ from llmsurgeon.analysis.measure import evaluations, mean_or_nan
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.analysis.similarity import cosine
 from llmsurgeon.operations.prune_attention import Dropped
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
@@ -27,6 +28,8 @@ def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int],
     layers = len(runner.layers)
     base = Variant(no_attention=dropped)
     variants = [base, *(Variant(no_attention=dropped, no_ffn=frozenset({layer})) for layer in range(layers))]
+    share = Share.of(len(tokens))
+    tokens = share.mine(tokens)
     sums, counts = torch.zeros(layers, layers, dtype=torch.float64), torch.zeros(layers, layers)
 
     def observe(layer: int, part: slice, variant: int, mine: Parts, parent: Parts) -> None:
@@ -38,6 +41,7 @@ def ffn_dependency(runner: LayerRunner, tokens: Tensor, dropped: frozenset[int],
     work = evaluations(layers, [len(tokens)] * len(variants)) * tokens.shape[1]
     with Progress("measure FFN dependencies", work, "token-layers") as progress:
         walk(runner, tokens, variants, observe, batch=batch, course=Course(progress=progress.advance))
+    share.add_up(sums, counts)
     return mean_or_nan(sums, counts)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from llmsurgeon.analysis.divergence import divergences
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
@@ -49,6 +50,8 @@ class Removal:
 
 def greedy(runner: LayerRunner, tokens: Tensor, count: int, removal: Removal, batch: int) -> list[Choice]:
     """Remove the layer that raises the KL least, `count` times."""
+    share = Share.of(len(tokens))
+    tokens = share.mine(tokens)
     increase = dict(removal.increase)
     parent: Tensor | None = None
     dropped: frozenset[int] = frozenset()
@@ -64,7 +67,8 @@ def greedy(runner: LayerRunner, tokens: Tensor, count: int, removal: Removal, ba
             variants = [removal.variant(dropped), *(removal.variant(dropped | {layer}) for layer in candidates)]
             streams = walk(runner, tokens, variants, batch=batch)
             parent = streams[0].clone() if parent is None else parent
-            kl = divergences(runner, streams, [len(tokens)] * len(variants), parent).mean(1).tolist()
+            mine = divergences(runner, streams, [len(tokens)] * len(variants), parent)
+            kl = share.every(mine, dim=1).mean(1).tolist()
             scored = dict(zip(candidates, kl[1:], strict=True))
             for layer, value in scored.items():
                 increase[layer] = value - current

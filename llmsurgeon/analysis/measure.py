@@ -5,6 +5,7 @@ Shapes: N layers, S sequences, T tokens, D model width, H FFN width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from llmsurgeon.analysis.divergence import divergences
 from llmsurgeon.analysis.score import Scene, Score
 from llmsurgeon.analysis.similarity import angular_distance, cosine
 from llmsurgeon.evaluation.perplexity import mean_interval
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
@@ -85,21 +87,23 @@ def measure(runner: LayerRunner, tokens: Tensor, batch: int = 4) -> Measurements
     layers, sequences = len(runner.layers), len(tokens)
     blocks, few = sequences_for(sequences, batch)
     groups = {"block": blocks, "attention": few, "ffn": few}
+    share = Share.of(sequences)
+    tokens = share.mine(tokens)
     variants = [Variant()]
-    rows = [sequences]
+    rows = [len(tokens)]
     for part, count in groups.items():
         variants += parts_removed(layers, part)
-        rows += [count] * layers
-    observer = _Observer(layers, tokens, runner)
+        rows += [share.of_first(count)] * layers
+    observer = _Observer(layers, tokens, runner, share)
     work = evaluations(layers, rows) * tokens.shape[1]
     with Progress("measure dependencies and scores", work, "token-layers") as progress:
-        course = Course(rows, min(batch, few), observer.enter, progress.advance)
+        course = Course(rows, side_by_side(rows, batch), observer.enter, progress.advance)
         streams = walk(runner, tokens, variants, observer, batch=batch, course=course)
     result = Measurements(arrays=observer.arrays(), scores=observer.scores())
-    divergence = divergences(runner, streams, rows)
-    for place, part in enumerate(groups):
+    divergence = share.every(divergences(runner, streams, rows), dim=1)
+    for place, (part, count) in enumerate(groups.items()):
         own = slice(1 + place * layers, 1 + (place + 1) * layers)
-        result.scores[f"{part}_kl"] = LayerScore.of(torch.stack([row[: rows[own][0]] for row in divergence[own]]))
+        result.scores[f"{part}_kl"] = LayerScore.of(divergence[own, :count])
     return result
 
 
@@ -115,6 +119,13 @@ def sequences_for(sequences: int, batch: int = 4) -> tuple[int, int]:
     return min(sequences, BLOCK_TIMES * few), few
 
 
+def side_by_side(rows: Sequence[int], batch: int) -> int:
+    """How many sequences of a variant go together: at most `batch`, and a divisor of each of `rows` but those that are
+    all sequences, the first."""
+    partial = math.gcd(*(count for count in rows if count != rows[0]))
+    return max(size for size in range(1, batch + 1) if partial % size == 0)
+
+
 def evaluations(layers: int, rows: Sequence[int]) -> int:
     """Sequence-layer evaluations of a walk that removes each layer in turn for every group of `layers` variants."""
     return rows[0] * layers + sum(count * (layers - place % layers) for place, count in enumerate(rows[1:]))
@@ -127,8 +138,8 @@ def mean_or_nan(sums: Tensor, counts: Tensor) -> Tensor:
 class _Observer:
     """Accumulates what `measure` needs while the walk passes."""
 
-    def __init__(self, layers: int, tokens: Tensor, runner: LayerRunner) -> None:
-        self.layers, self.runner = layers, runner
+    def __init__(self, layers: int, tokens: Tensor, runner: LayerRunner, share: Share) -> None:
+        self.layers, self.runner, self.share = layers, runner, share
         sequences = len(tokens)
         nan = float("nan")
         self.attention = torch.full((layers, sequences), nan)
@@ -141,7 +152,7 @@ class _Observer:
         self._activation: Tensor | None = None
         self._hook: Any = None
         self._expected = True
-        self._tokens = tokens.numel()
+        self._tokens = share.total * tokens.shape[1]
 
     def enter(self, layer: int, module: Any) -> None:
         """A new layer's weights are there: watch what enters its FFN's output projection."""
@@ -194,18 +205,20 @@ class _Observer:
     def scores(self) -> dict[str, LayerScore]:
         """Similarities and block influence."""
         return {
-            "attention_similarity": LayerScore.of(self.attention),
-            "ffn_similarity": LayerScore.of(self.ffn),
-            "block_influence": LayerScore.of(self.influence),
+            "attention_similarity": LayerScore.of(self.share.every(self.attention, dim=1)),
+            "ffn_similarity": LayerScore.of(self.share.every(self.ffn, dim=1)),
+            "block_influence": LayerScore.of(self.share.every(self.influence, dim=1)),
         }
 
     def arrays(self) -> dict[str, Tensor]:
         """Dependency matrix, angular distances, channel scores."""
         layers = self.layers
+        self.share.add_up(self.dependency, self.counts, *self.channels)
+        last = self.share.every(self.last, dim=1)
         distances = torch.full((layers, layers), float("nan"))
         for size in range(1, layers + 1):
             for start in range(layers - size + 1):
-                distances[size - 1, start] = angular_distance(self.last[start], self.last[start + size]).mean()
+                distances[size - 1, start] = angular_distance(last[start], last[start + size]).mean()
         arrays = {"block_dependency": mean_or_nan(self.dependency, self.counts), "angular_distance": distances}
         widths = {len(channel) for channel in self.channels}
         if len(widths) == 1 and widths != {0}:

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmsurgeon.analysis.score import Scene, Score, batches
 from llmsurgeon.model.ternary import Grid, rounded
 from llmsurgeon.operations.ternary import Linears
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 
@@ -29,8 +30,11 @@ def ternary_costs(
         tokens: [S, T].
         wanted: layer -> the weights to measure.
     """
+    share = Share.of(len(tokens))
+    tokens = share.mine(tokens)
     parts = batches(tokens, batch)
     stream = torch.cat([runner.embed(tokens[part]).cpu() for part in parts])
+    positions = share.total * tokens.shape[1]
     found: dict[int, dict[str, Cost]] = {}
     with torch.no_grad(), Progress("measure ternary linears", len(runner.layers), "layers") as progress:
         for index in range(len(runner.layers)):
@@ -41,7 +45,7 @@ def ternary_costs(
                 for name in wanted.get(index, ()):
                     stored = runner.weights[runner.family.layer(index) + name]
                     module = layer.get_submodule(name.removesuffix(".weight"))
-                    error = _error(runner, index, module, grid, (entered, stream), batch)
+                    error = share.number(_error(runner, index, module, grid, (entered, stream), batch)) / positions
                     found.setdefault(index, {})[name] = (error, stored.numel(), stored.dtype.itemsize)
             progress.advance()
     return found
@@ -50,7 +54,8 @@ def ternary_costs(
 def _error(
     runner: LayerRunner, index: int, module: Any, grid: Grid, streams: tuple[Tensor, Tensor], batch: int
 ) -> float:
-    """The error of `Cost` for the weight of one linear of the loaded layer, from what entered and what left it."""
+    """The error of `Cost` for the weight of one linear of the loaded layer, from what entered and what left it, summed
+    over tokens."""
     entered, left = streams
     dense = module.weight.data
     weight = rounded(dense.T if runner.family.transposed else dense, grid)
@@ -61,7 +66,7 @@ def _error(
         after = runner.whole(index, entered[part].to(runner.device)).float()
         total += float(((after - before).square().sum(-1) / before.square().sum(-1).clamp_min(1e-30)).sum())
     module.weight.data = dense
-    return total / left[..., 0].numel()
+    return total
 
 
 def stored_bytes(weights: Mapping[str, Tensor]) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llmsurgeon.analysis.score import Scene, Score, batches
 from llmsurgeon.operations.sub_norms import Norms
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 
@@ -25,6 +26,8 @@ def input_sizes(
         tokens: [S, T].
         wanted: layer -> paths of linears.
     """
+    share = Share.of(len(tokens))
+    tokens = share.mine(tokens)
     stream = torch.cat([runner.embed(tokens[part]).cpu() for part in batches(tokens, batch)])
     found: dict[int, dict[str, float]] = {}
     with torch.no_grad(), Progress("measure what linears read", len(runner.layers), "layers") as progress:
@@ -43,7 +46,7 @@ def input_sizes(
                 for hook in hooks:
                     hook.remove()
                 if logs:
-                    found[index] = {path: float(torch.cat(seen).mean().exp()) for path, seen in logs.items()}
+                    found[index] = {path: share.mean(torch.cat(seen)).exp().item() for path, seen in logs.items()}
             progress.advance()
     return found
 

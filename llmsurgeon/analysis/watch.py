@@ -7,6 +7,7 @@ from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
@@ -22,8 +23,8 @@ class Watcher(Protocol[Told]):
     def see(self, part: slice, parts: Parts) -> None:
         """Some sequences have gone through the layer."""
 
-    def found(self) -> Told:
-        """What came of it; the walk has left the layer."""
+    def found(self, share: Share) -> Told:
+        """What came of it; the walk has left the layer. `share`: of the sequences, what this process has seen."""
 
 
 def watch(
@@ -41,6 +42,7 @@ def watch(
         tokens: [S, T].
         watchers: makes one for a layer whose weights are there: (layer, module).
     """
+    share = Share.of(len(tokens))
     found: dict[int, Found] = {}
     current: dict[int, Watcher[Found]] = {}
     has = runner.feeds_forward if part == "ffn" else runner.attends
@@ -49,7 +51,7 @@ def watch(
         def leave() -> None:
             while current:
                 layer, watcher = current.popitem()
-                found[layer] = watcher.found()
+                found[layer] = watcher.found(share)
                 progress.advance()
 
         def enter(layer: int, module: nn.Module) -> None:
@@ -61,6 +63,6 @@ def watch(
             if layer in current:
                 current[layer].see(rows, mine)
 
-        walk(runner, tokens, [Variant()], observe, batch=batch, course=Course(enter=enter))
+        walk(runner, share.mine(tokens), [Variant()], observe, batch=batch, course=Course(enter=enter))
         leave()
     return found

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from typing import Any, NoReturn
 
 from llmsurgeon.boundary.foreign import printable
@@ -33,6 +34,7 @@ class Terminated(SystemExit):
 
 RAISED: dict[int, type[BaseException]] = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
 _pending: list[int] = []
+_loud: list[Any] = []  # where errors go, once stderr is silenced
 _first_wait = 0.0
 
 
@@ -65,6 +67,23 @@ def leave(code: int) -> NoReturn:
         atexit._run_exitfuncs()  # temporary files go
     finally:
         os._exit(code)
+
+
+def hush() -> None:
+    """Print nothing from now on but what `tell_error` is given, and the traces of bugs."""
+    loud = _errors_to()
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the end
+    _loud.append(loud)
+    sys.excepthook = lambda kind, error, trace: traceback.print_exception(error, file=loud)
+
+
+def tell_error(message: str) -> None:
+    """Say what went wrong."""
+    print(f"error: {printable(message)}", file=_errors_to())
+
+
+def _errors_to() -> Any:
+    return _loud[-1] if _loud else sys.stderr
 
 
 def say(code: int) -> int:

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from llmsurgeon import __version__
-from llmsurgeon.boundary.foreign import printable
 from llmsurgeon.cli import (
     analyze,
     bench,
@@ -31,8 +30,9 @@ from llmsurgeon.cli import (
     ternary,
     verify,
 )
-from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, say
+from llmsurgeon.cli.ending import EXIT_INTERRUPTED, EXIT_STOPPED, hush, say, tell_error
 from llmsurgeon.errors import GateFailed, Stopped, SurgeryError
+from llmsurgeon.processes import world
 from llmsurgeon.progress import set_quiet
 
 # At the end the interpreter would search all that torch and transformers made for cycles: over a second for nothing.
@@ -40,6 +40,8 @@ atexit.register(gc.freeze)
 
 QUIET = ("--quiet", "-q")
 EXIT_ERROR, EXIT_GATE = 2, 3
+# Verbs whose work several processes share.
+SHARED = ("analyze", "run", "fuse", "prune", "heal", "fff", "ternary", "matmulfree", "block", "eval")
 
 # Plain help: importing rich's formatter alone would take longer than everything else that --help does.
 app = typer.Typer(
@@ -61,6 +63,7 @@ def _print_version(wanted: bool) -> None:
     epilog="Exit codes: 0 done, 2 error, 3 finished but the gate was missed, 130 interrupted, 143 stopped by SIGTERM."
 )
 def _global_options(
+    context: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
@@ -72,6 +75,22 @@ def _global_options(
     output.quiet = quiet
     set_quiet(quiet)
     keep_freed_memory()
+    if world.several():
+        _meet(context.invoked_subcommand or "llmsurgeon")
+
+
+def _meet(verb: str) -> None:
+    """Meet the other processes that a launcher started; all but the first are silent from now on.
+
+    Raises:
+        SurgeryError: they cannot do this together.
+    """
+    world.join()
+    if verb not in SHARED:
+        raise SurgeryError(f"{verb} runs in one process: start it without torchrun or accelerate launch")
+    if not world.first():
+        output.quiet = True
+        hush()
 
 
 # In the order in which --help lists their commands.
@@ -88,17 +107,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(args=_quiet_first(sys.argv[1:] if arguments is None else arguments), prog_name="llmsurgeon")
     except GateFailed as error:
-        _fail(str(error), EXIT_GATE)
+        _fail(error, EXIT_GATE)
     except Stopped as error:
-        _fail(str(error), EXIT_STOPPED)
+        _fail(error, EXIT_STOPPED)
     except SurgeryError as error:
-        _fail(str(error), EXIT_ERROR)
+        _fail(error, EXIT_ERROR)
     except KeyboardInterrupt:
-        sys.exit(say(EXIT_INTERRUPTED))
+        _say(EXIT_INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except SystemExit as end:
         # SIGTERM, or an interrupt that Typer has turned into its code without a word.
         if end.code in (EXIT_INTERRUPTED, EXIT_STOPPED):
-            say(end.code)
+            _say(end.code)
         raise
 
 
@@ -109,6 +129,13 @@ def _quiet_first(arguments: Sequence[str]) -> list[str]:
     return ["--quiet", *rest] if any(a in QUIET for a in own) else rest
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {printable(message)}", file=sys.stderr)
+def _fail(error: SurgeryError, code: int) -> None:
+    if world.speaks(error):
+        tell_error(str(error))
     sys.exit(code)
+
+
+def _say(code: int) -> None:
+    """Tell of a signal, unless another process has told why it came."""
+    if world.speaks(Stopped()):
+        say(code)

@@ -17,6 +17,7 @@ from llmsurgeon.evaluation.bits_per_byte import Passage, bits_of
 from llmsurgeon.evaluation.decoders import Evaluation, evaluate_hidden, logits_of
 from llmsurgeon.evaluation.encoders import name_of
 from llmsurgeon.evaluation.perplexity import CHUNK, rows, token_losses
+from llmsurgeon.processes.share import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,8 +54,12 @@ def evaluate_across(
         return inside
 
     made = evaluate_hidden(tokens, my_logits, None if kept is None else their_logits)
-    bits = bits_of(found, [mine.losses(each.mine) for each in found], [theirs.losses(each.theirs) for each in found])
-    return replace(made, bits=bits, outside_mass=sum(outside) / len(outside) if outside else None)
+    share = Share.of(len(found))
+    passed = [found[row] for row in share.rows]
+    losses = [(mine.losses(each.mine), theirs.losses(each.theirs)) for each in passed]
+    bits = bits_of(found, *zip(*share.every_one(losses), strict=True))
+    mass = None if kept is None else Share.of(len(whole)).mean(torch.tensor(outside, dtype=torch.float64)).item()
+    return replace(made, bits=bits, outside_mass=mass)
 
 
 @dataclass

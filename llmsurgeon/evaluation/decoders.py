@@ -28,6 +28,7 @@ from llmsurgeon.evaluation.perplexity import (
     perplexity_interval,
     token_losses,
 )
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -128,7 +129,9 @@ def evaluate_decoder(
     if parent is not None:
         check_same_vocabulary(model, parent)
         _check(parent, tokens)
-    return _by_kind(_sequence_means(tokens, _forward(model, parent, tokens), chunk), tokens, kinds)
+    share = Share.of(len(tokens))
+    pairs = _forward(model, parent, share.mine(tokens))
+    return _by_kind(_sequence_means(tokens, share, pairs, chunk), tokens, kinds)
 
 
 def evaluate_hidden(
@@ -143,8 +146,9 @@ def evaluate_hidden(
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
     """
-    pairs = ((model_logits(row), parent_logits(row) if parent_logits else None) for row in range(len(tokens)))
-    return _by_kind(_sequence_means(tokens, pairs, chunk), tokens, kinds)
+    share = Share.of(len(tokens))
+    pairs = ((model_logits(row), parent_logits(row) if parent_logits else None) for row in share.rows)
+    return _by_kind(_sequence_means(tokens, share, pairs, chunk), tokens, kinds)
 
 
 def _forward(
@@ -171,8 +175,13 @@ def logits_of(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _sequence_means(tokens_SL: Tensor, pairs: Iterable[tuple[Tensor, Tensor | None]], chunk: int) -> dict[str, Tensor]:
-    """Mean over each sequence of loss, and with a parent of parent_loss, kl and top1: float64 [S] each."""
+def _sequence_means(
+    tokens_SL: Tensor, share: Share, pairs: Iterable[tuple[Tensor, Tensor | None]], chunk: int
+) -> dict[str, Tensor]:
+    """Mean over each sequence of loss, and with a parent of parent_loss, kl and top1: float64 [S] each.
+
+    pairs: logits of the sequences in the share.
+    """
     means: dict[str, list[float]] = {}
 
     def note(name: str, values_T: Tensor, sequence: int) -> None:
@@ -184,8 +193,9 @@ def _sequence_means(tokens_SL: Tensor, pairs: Iterable[tuple[Tensor, Tensor | No
             )
         means.setdefault(name, []).append(mean)
 
-    with Progress("evaluate", tokens_SL.numel(), "tokens") as progress:
-        for row, (ids, (logits, parent_logits)) in enumerate(zip(tokens_SL, pairs, strict=True)):
+    with Progress("evaluate", share.mine(tokens_SL).numel(), "tokens") as progress:
+        for row, (logits, parent_logits) in zip(share.rows, pairs, strict=True):
+            ids = tokens_SL[row]
             # The last position predicts a token that is not in the text.
             scores, targets = logits[:-1], ids[1:].to(logits.device)
             note("loss", token_losses(scores, targets, chunk), row)
@@ -195,7 +205,7 @@ def _sequence_means(tokens_SL: Tensor, pairs: Iterable[tuple[Tensor, Tensor | No
                 note("kl", kl_divergence(parent_scores, scores, chunk), row)
                 note("top1", top1_agreement(parent_scores, scores), row)
             progress.advance(len(ids))
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}
+    return {name: share.every(torch.tensor(values, dtype=torch.float64)) for name, values in means.items()}
 
 
 def _by_kind(means: dict[str, Tensor], tokens: Tensor, kinds: Sequence[str]) -> Evaluation:

@@ -21,6 +21,7 @@ from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.kinds import by_kind
 from llmsurgeon.evaluation.perplexity import Interval, mean_interval, perplexity, perplexity_interval, token_losses
 from llmsurgeon.model.families import ENCODERS, Family
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import Progress
 
 if TYPE_CHECKING:
@@ -218,8 +219,9 @@ def evaluate_states(
             )
         means.setdefault(name, []).append(mean)
 
-    with Progress("evaluate", tokens.numel(), "tokens") as progress:
-        for row in range(len(tokens)):
+    share = Share.of(len(tokens))
+    with Progress("evaluate", share.mine(tokens).numel(), "tokens") as progress:
+        for row in share.rows:
             if states:
                 mine, theirs = (of(row).float() for of in states)
                 note("hidden_cosine", F.cosine_similarity(mine, theirs.to(mine.device), dim=-1), row)
@@ -228,7 +230,7 @@ def evaluate_states(
             if masking and logits:
                 _note_masked(note, tokens[row], row, masking, logits)
             progress.advance(tokens.shape[1])
-    found = {name: torch.tensor(values, dtype=torch.float64) for name, values in means.items()}
+    found = {name: share.every(torch.tensor(values, dtype=torch.float64)) for name, values in means.items()}
 
     def of(mask: Tensor) -> EncoderEvaluation:
         chosen = {name: values[mask] for name, values in found.items()}

@@ -12,6 +12,7 @@ from llmsurgeon.evaluation.bits_per_byte import Score
 from llmsurgeon.evaluation.decoders import Evaluation, evaluate_hidden
 from llmsurgeon.evaluation.encoders import EncoderEvaluation, evaluate_states, masking_of
 from llmsurgeon.evaluation.perplexity import token_losses
+from llmsurgeon.processes.share import Share
 from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.variants import Variant
@@ -32,13 +33,17 @@ def judge(
 
     A decoder may be without a parent.
     """
-    tokens, kinds = text.tokens, text.kinds
+    tokens, kinds, share = text.tokens, text.kinds, Share.of(len(text.tokens))
 
     def left(runner: LayerRunner, inputs: Tensor) -> Tensor:
-        return walk(runner, inputs, [Variant()], batch=batch)[0]
+        return walk(runner, share.mine(inputs), [Variant()], batch=batch)[0]
 
     def by_row(output: Callable[[Tensor], Tensor], hidden: Tensor) -> Callable[[int], Tensor]:
-        return lambda row: output(hidden[row][student.real(hidden[row])].to(student.device))
+        def of(row: int) -> Tensor:
+            state = hidden[share.place(row)]
+            return output(state[student.real(state)].to(student.device))
+
+        return of
 
     mine = left(student, tokens)
     if parent is None:
@@ -76,11 +81,13 @@ def walked(runner: LayerRunner, batch: int) -> Score:
         longest = max(map(len, sequences))
         # What follows a sequence changes nothing before it: models that predict the next token look back alone.
         tokens = torch.tensor([[*ids, *([0] * (longest - len(ids)))] for ids in sequences])
-        hidden = walk(runner, tokens, [Variant()], batch=batch)[0]
+        share = Share.of(len(tokens))
+        hidden = walk(runner, share.mine(tokens), [Variant()], batch=batch)[0]
         losses = []
-        for row, ids in enumerate(sequences):
-            logits = runner.final(hidden[row, : len(ids) - 1].to(runner.device))
-            losses.append(token_losses(logits, tokens[row, 1 : len(ids)].to(logits.device)).cpu())
-        return losses
+        for row in share.rows:
+            length = len(sequences[row])
+            logits = runner.final(hidden[share.place(row), : length - 1].to(runner.device))
+            losses.append(token_losses(logits, tokens[row, 1:length].to(logits.device)).cpu())
+        return share.every_one(losses)
 
     return score

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmsurgeon.boundary.foreign import token_ids
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.perplexity import Interval, perplexity, perplexity_interval, token_losses
+from llmsurgeon.processes.share import Share
 from llmsurgeon.progress import track
 from llmsurgeon.text.windows import window_start
 
@@ -87,11 +88,11 @@ def _losses(
 ) -> Tensor:
     """The losses of the scored tokens of each window, [windows, scored]."""
     window, scored = sizes
-    found = []
-    for start in track(starts, "perplexity", unit="windows"):
+    found, share = [], Share.of(len(starts))
+    for start in track([starts[row] for row in share.rows], "perplexity", unit="windows"):
         targets = stream_T[start : start + window].to(model.device)
         seen = targets.clone()
         seen[: len(begin)] = torch.tensor(begin, dtype=seen.dtype, device=seen.device)
         logits = model(input_ids=seen[None], use_cache=False).logits[0, -scored - 1 : -1]
         found.append(token_losses(logits, targets[-scored:]).cpu())
-    return torch.stack(found)
+    return share.every(torch.stack(found))

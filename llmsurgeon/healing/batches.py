@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llmsurgeon.processes.share import dealt
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.streams import Streams, copied
 from llmsurgeon.walk.walk import Parts, through
@@ -21,14 +22,16 @@ from llmsurgeon.walk.walk import Parts, through
 class Batches:
     """Windows in the order in which they are walked: those that fit first, then those that judge.
 
-    tokens: [S, T]. parts: (sequences, True where they judge), never both in one. padding: the token that fills
-    sequences up, None where all are of one length. kinds: what kind of text each sequence is.
+    tokens: [S, T], the share of this process. parts: (sequences, True where they judge), never both in one. padding:
+    the token that fills sequences up, None where all are of one length. kinds: what kind of text each sequence is.
+    counts: tokens that fit and that judge, of all processes, padding included.
     """
 
     tokens: Tensor
     parts: tuple[tuple[slice, bool], ...]
     padding: int | None = None
     kinds: tuple[str, ...] = ()
+    counts: tuple[int, int] = (0, 0)
 
     @classmethod
     def of(
@@ -37,24 +40,23 @@ class Batches:
         """From windows [S, T] and the mask [S] of those that only judge; `batch` sequences go through together.
 
         kinds: of each window; text of one kind, where none are told apart.
+
+        Raises:
+            SurgeryError: of those that fit there are fewer than processes.
         """
         kinds = kinds or ["text"] * len(windows)
-        order = torch.cat([torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()])
-        fitting = int((~held_out).sum())
-        edges = [*range(0, fitting, batch), *range(fitting, len(windows), batch), len(windows)]
+        fits, judges = torch.nonzero(~held_out).flatten(), torch.nonzero(held_out).flatten()
+        counts = len(fits) * windows.shape[1], len(judges) * windows.shape[1]
+        order = torch.cat([dealt(fits, "what is fitted needs a sequence in each process"), dealt(judges)])
+        fitting = int((~held_out[order]).sum())
+        edges = [*range(0, fitting, batch), *range(fitting, len(order), batch), len(order)]
         parts = tuple((slice(a, b), a >= fitting) for a, b in pairwise(edges))
-        return cls(windows[order], parts, padding, tuple(kinds[row] for row in order))
+        return cls(windows[order], parts, padding, tuple(kinds[row] for row in order), counts)
 
     @property
     def held_out(self) -> Tensor:
         """The mask [S] of the sequences that judge, in the order of `tokens`."""
         return torch.cat([torch.full((part.stop - part.start,), held) for part, held in self.parts])
-
-    @property
-    def counts(self) -> tuple[int, int]:
-        """Tokens that fit and that judge, padding included."""
-        judging = int(self.held_out.sum()) * self.tokens.shape[1]
-        return self.tokens.numel() - judging, judging
 
     def rows(self, part: slice, values: Tensor) -> Tensor:
         """Values [s, T, *] or [s * T, *] of a part's sequences as [n, *], without padding."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from llmsurgeon.checkpoint.kept import keep, kept
 from llmsurgeon.checkpoint.transform import TransformedWeights, WeightTransform
+from llmsurgeon.processes.first import from_first
 
 RECORDS = "records"
 
@@ -51,9 +52,12 @@ class LayerStore:
 
     def found(self, name: str) -> Stored | None:
         """What an earlier run kept under this name, None where nothing whole is there."""
+        return from_first(lambda: self._found(self._file(name)))
+
+    @staticmethod
+    def _found(file: Path) -> Stored | None:
         from safetensors import safe_open
 
-        file = self._file(name)
         if not kept(file):
             return None
         with safe_open(file, framework="pt") as opened:
@@ -69,7 +73,7 @@ class LayerStore:
 
         plain = json.dumps([vars(record) for record in records])
         new = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        keep(self._file(name), lambda path: save_file(new, path, metadata={RECORDS: plain}))
+        from_first(lambda: keep(self._file(name), lambda path: save_file(new, path, metadata={RECORDS: plain})))
         return Stored(self._file(name), tuple(new), tuple(json.loads(plain)))
 
     def _file(self, name: str) -> Path:

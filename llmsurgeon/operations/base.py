@@ -155,6 +155,7 @@ class Step(BaseModel):
     touches: what it does to a model; everything, unless it says otherwise.
     heals: it makes up for cuts, on text, behind all of them.
     trains: it does so with gradients, as the verb `heal` does.
+    alone: why several processes cannot share its work, where they cannot; behind its name.
     libraries: those whose version its results depend on, beside the ones that every result depends on.
     tower_refusal: why it cannot take the text tower of a vision-language model, whose model_type is `{kind}`.
     asked_for: a search uses it only where its user names it.
@@ -164,6 +165,7 @@ class Step(BaseModel):
     touches: ClassVar[frozenset[Touch]] = frozenset(Touch)
     heals: ClassVar[bool] = False
     trains: ClassVar[bool] = False
+    alone: ClassVar[str] = ""
     libraries: ClassVar[tuple[str, ...]] = ()
     tower_refusal: ClassVar[str] = ""
     asked_for: ClassVar[bool] = False

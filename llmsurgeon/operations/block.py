@@ -104,6 +104,7 @@ class Block(Step):
     )
     op: Literal["block"] = "block"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.RECONNECTS_LAYERS})
+    alone: ClassVar[str] = "is fitted with the whole model in memory: run it in one process"
     block_length: Literal[1, 2, 4, 8] = 4
     split: Annotated[int, Field(ge=0)] | None = None
     embedder: Literal["concat", "projected"] = "projected"

@@ -134,6 +134,10 @@ class Distill(Step):
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.TRAINS})
     heals: ClassVar[bool] = True
     trains: ClassVar[bool] = True
+    alone: ClassVar[str] = (
+        "does not train inside a run of several processes: cut and refit first, then `accelerate launch -m llmsurgeon "
+        "heal OUT --parent MODEL`"
+    )
     libraries: ClassVar[tuple[str, ...]] = ("accelerate", "peft")
     tower_refusal: ClassVar[str] = (
         "distill saves the text tower alone, without the rest of this vision-language model ({kind}); heal it with "

@@ -65,6 +65,7 @@ class FFF(Step):
 
     op: Literal["fff"] = "fff"
     touches: ClassVar[frozenset[Touch]] = frozenset({Touch.REPLACES_FFN})
+    alone: ClassVar[str] = "grows its trees from all tokens at once: run it in one process"
     form: Literal["leaf", "node"] = "leaf"
     layers: LayerList | None = None
     depth: Annotated[int, Field(ge=0, le=20)] | None = None

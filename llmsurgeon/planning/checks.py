@@ -10,6 +10,7 @@ from llmsurgeon.evaluation.gate import check_gate
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
 from llmsurgeon.planning.sources import check_kinds
+from llmsurgeon.processes.world import count
 from llmsurgeon.recipe.recipe import Calibration, Recipe
 
 
@@ -31,6 +32,13 @@ def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
             )
     if recipe.gate or any(step.needs() or step.heals for step in recipe.steps):
         check_text(parent, recipe.calibration)
+
+
+def check_processes(recipe: Recipe) -> None:
+    """Raise SurgeryError for a step whose work several processes cannot share, where there are several."""
+    for step in recipe.steps if count() > 1 else ():
+        if step.alone:
+            raise SurgeryError(f"{step.op} {step.alone}")
 
 
 def check_order(steps: Sequence[Step]) -> None:

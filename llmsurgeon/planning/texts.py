@@ -25,6 +25,7 @@ from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
 from llmsurgeon.planning.sources import text_wanted
+from llmsurgeon.processes.first import from_first
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
 from llmsurgeon.text.calibration import calibration_sequences
@@ -58,15 +59,17 @@ class Texts:
             setting = "calibration.sequence_length (--seq-len, or --set calibration.sequence_length=N)"
             if self.calibration.named:
                 check_length(self.parent, self.calibration.sequence_length, setting)
-            found = calibration_sequences(
-                self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key
-            )
+            found = from_first(self._read)
             check_length(self.parent, found.tokens.shape[1], setting)
             self._check_ids(found.tokens)
             self._sequences = found
             self.description = self.calibration.describe(found)
             self.options.say(self.description)
         return self._sequences
+
+    def _read(self) -> Sequences:
+        """The text, read or sampled."""
+        return calibration_sequences(self.parent.name, self.tokenizer(), self.calibration, self._model, self.parent_key)
 
     @property
     def windows(self) -> Tensor:
@@ -79,7 +82,8 @@ class Texts:
         tokenizer = self.tokenizer()
 
         def sample(tokens: int, length: int, seed: int) -> Tensor:
-            return cached_self_text(self._model, tokenizer, self.parent_key, SelfText(tokens, length, seed)).tokens
+            wanted = SelfText(tokens, length, seed)
+            return from_first(lambda: cached_self_text(self._model, tokenizer, self.parent_key, wanted)).tokens
 
         rows = training_rows(step, self.calibration, windows, tokenizer, sample)
         for source in rows:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.checkpoint.kept import allocate, writing
+from llmsurgeon.processes.world import on_this_machine
 from llmsurgeon.progress import remark
 from llmsurgeon.walk.memory import room
 
@@ -25,7 +26,8 @@ class Streams:
     def __init__(self, count: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         numbers = torch.Size(shape).numel()
         size, free = count * numbers * dtype.itemsize, room()
-        if size <= (SHARE_IN_MEMORY * free.bytes if free else STREAM_BYTES_IN_MEMORY):
+        in_memory = SHARE_IN_MEMORY * free.bytes if free else STREAM_BYTES_IN_MEMORY
+        if size <= in_memory / on_this_machine():
             self.data = torch.empty((count, *shape), dtype=dtype)
             return
         folder = tempfile.gettempdir()

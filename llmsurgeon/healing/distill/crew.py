@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -130,17 +129,3 @@ def _watch(sentinel: Any) -> None:
     """Wait for the pipe that the parent holds open for as long as it lives: on every system."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def stop_with_launcher(seconds: float = 1.0) -> None:
-    """Where a launcher (torchrun, accelerate launch) started this process and is gone, stop as on SIGTERM."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by hand, whoever did may leave
-        return
-    launcher = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(seconds)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True, name="launcher").start()

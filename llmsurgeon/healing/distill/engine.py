@@ -1,4 +1,4 @@
-"""accelerate, as `accelerate launch` was told, and whether it started several processes."""
+"""accelerate, as `accelerate launch` was told."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.devices import told_to_use_cpu
+from llmsurgeon.processes.world import several
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -76,11 +77,6 @@ def _on(device: str | None) -> Iterator[None]:
         os.environ.pop(DEVICE, None)
         if before is not None:
             os.environ[DEVICE] = before
-
-
-def several() -> bool:
-    """True where `accelerate launch` or torchrun started several processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def on_cpu() -> bool:

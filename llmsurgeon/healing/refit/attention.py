@@ -19,6 +19,7 @@ from llmsurgeon.healing.refit.context import LayerFit
 from llmsurgeon.healing.refit.projection import attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
 from llmsurgeon.model.parts import AttentionSpec
+from llmsurgeon.processes.exchange import total
 
 
 def feeds_trees(here: LayerFit) -> bool:
@@ -71,4 +72,4 @@ def refit_attention(here: LayerFit) -> None:
 def _distance(here: LayerFit, stream: Tensor) -> float:
     """Squared distance of a stream from what the parent's FFN read, over the sequences that judge."""
     judged = torch.nonzero(here.context.batches.held_out).flatten()
-    return (stream[judged].float() - here.read[-1][judged].float()).square().sum().item()
+    return total((stream[judged].float() - here.read[-1][judged].float()).square().sum().item())

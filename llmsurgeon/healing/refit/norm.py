@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.processes.exchange import add_up
 
 
 def ends_in_norm(here: LayerFit) -> bool:
@@ -57,4 +58,5 @@ def _sums(here: LayerFit, norm: Any) -> Tensor:
         terms = (torch.ones_like(z), z, z * z, p, z * p, p * p)
         sums[int(held)] += torch.stack([term.sum(0) for term in terms]).double().cpu()
     hook.remove()
+    add_up(sums)
     return sums

@@ -16,6 +16,7 @@ from torch import Tensor
 from llmsurgeon.healing.refit.context import LayerFit
 from llmsurgeon.healing.refit.projection import attention_out, ffn_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
+from llmsurgeon.processes.exchange import total
 
 
 def can_move(here: LayerFit) -> bool:
@@ -58,7 +59,7 @@ def refit_output(here: LayerFit) -> None:
             if out.gain is not None:
                 # Behind a post-norm the moments promise what holds for small updates: see what this one does.
                 judges = (part for part, held in here.context.batches.parts if held)
-                error = sum(missing(part).square().sum().item() for part in judges) / moments.judges.square
+                error = total(sum(missing(part).square().sum().item() for part in judges)) / moments.judges.square
                 if not error < 1:
                     out.restore(before)
                     ridge, error = None, 1.0

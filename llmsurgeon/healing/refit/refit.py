@@ -31,6 +31,7 @@ from llmsurgeon.healing.refit.trees import align_trees, fit_trees, has_trees, tr
 from llmsurgeon.healing.spans import changed, holds_ternary, spans
 from llmsurgeon.healing.store import Stored, layer_name, moved, on_copies
 from llmsurgeon.model.parts import FFFSpec
+from llmsurgeon.processes.exchange import send
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.streams import Streams, copied
@@ -110,6 +111,7 @@ def fitted_layer(here: LayerFit) -> Stored:
     else:
         before = on_copies(here.module)
         try_updates(here)
+        send(0, list(here.module.state_dict().values()))
         stored = store.keep(name, moved(here.module, before, prefix), here.updates)
     # Where attention itself ends the layer, what is behind it moved with the output projection.
     whole = here.spec.branches or (here.changed and here.spec.ffn is None)

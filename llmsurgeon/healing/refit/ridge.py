@@ -20,6 +20,10 @@ from torch import Tensor
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.healing.refit.symmetric import COLUMNS, ROWS, add_gram, damped_solution, mirror, square_zeros
 from llmsurgeon.operations.fit_memory import fits_in_dual, judges_as_rows
+from llmsurgeon.processes.exchange import add_up, total
+from llmsurgeon.processes.first import from_first, tensor_of_first
+from llmsurgeon.processes.share import gather_rows
+from llmsurgeon.processes.world import count, first
 
 
 class Kept(Protocol):
@@ -29,6 +33,9 @@ class Kept(Protocol):
 
     def add(self, features: Tensor, missing: Tensor) -> None:
         """Add tokens: features [n, F], what is missing [n, O]."""
+
+    def meet(self) -> None:
+        """Add the tokens of the other processes."""
 
     def complete(self) -> None:
         """Everything was added."""
@@ -61,6 +68,10 @@ class Sums:
         add_gram(self.gram, features)
         for part, rest in zip(features.split(ROWS), missing.split(ROWS), strict=True):
             self.cross.addmm_(part.float().T, rest.float())
+
+    def meet(self) -> None:
+        add_up(self.gram, self.cross)
+        self.square = total(self.square)
 
     def complete(self) -> None:
         mirror(self.gram)
@@ -96,6 +107,11 @@ class Rows:
         self.features[own], self.missing[own] = features, missing
         self.count = own.stop
 
+    def meet(self) -> None:
+        self.square, own = total(self.square), self.count
+        self.count = gather_rows(self.features, own)
+        gather_rows(self.missing, own)
+
     def complete(self) -> None:
         # Padding is announced and does not come.
         self.features, self.missing = self.features[: self.count], self.missing[: self.count]
@@ -130,6 +146,7 @@ class Moments:
         self.fits: Kept = Sums()
         self.judges: Kept = Sums()
         self._begun: set[bool] = set()
+        self.none = torch.empty(0), torch.empty(0)
 
     def add(self, features: Tensor, missing: Tensor, held_out: bool) -> None:
         """Add tokens: features [n, F], what is missing [n, O]; those held out judge.
@@ -140,6 +157,7 @@ class Moments:
         if held_out not in self._begun:
             self._begun.add(held_out)
             self._begin(features.shape[-1], held_out)
+            self.none = features[:0], missing[:0]
         (self.judges if held_out else self.fits).add(features, missing)
 
     def _begin(self, features: int, held_out: bool) -> None:
@@ -150,9 +168,19 @@ class Moments:
 
     def complete(self) -> Moments:
         """Everything was added."""
+        if count() > 1:
+            self._meet()
         self.fits.complete()
         self.judges.complete()
         return self
+
+    def _meet(self) -> None:
+        """Add the tokens of the other processes, each of which has some that fit."""
+        if self.judging != 0 and True not in self._begun:
+            self.add(*self.none, held_out=True)
+        self.fits.meet()
+        if True in self._begun:
+            self.judges.meet()
 
     def held_out_error(self, update: Tensor) -> float:
         """Squared error on the held-out tokens after adding `update` [F, O], relative to before."""
@@ -206,12 +234,13 @@ def best_update(moments: Moments, ridges: Sequence[float]) -> tuple[Tensor | Non
     The held-out tokens choose the ridge and enter no fit: what is measured on them afterwards is of unseen text.
     """
     best: tuple[Tensor | None, float | None, float] = (None, None, 1.0)
-    for ridge in ridges:
+    for ridge in ridges if first() else ():
         update = moments.fits.update(ridge)
         error = moments.held_out_error(update)
         if error < best[2]:
             best = update, ridge, error
-    return best
+    # All take what one has found: machines that differ may round it otherwise.
+    return tensor_of_first(best[0], moments.none[0]), *from_first(lambda: best[1:])
 
 
 def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
@@ -219,6 +248,11 @@ def joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple
 
     No update where the first group does not lower the held-out error.
     """
+    update, error = _joint_update(moments, ridge, groups) if first() else (None, 1.0)
+    return tensor_of_first(update, moments.none[0]), from_first(lambda: error)
+
+
+def _joint_update(moments: Moments, ridge: float, groups: Sequence[int]) -> tuple[Tensor | None, float]:
     own, sums = groups[0], moments.fits.sums()
     joint = ridge_solution(sums.gram, sums.cross, ridge, groups)
     others = torch.zeros_like(joint)

@@ -16,6 +16,7 @@ from llmsurgeon.healing.refit.ridge import Moments, Sums, best_update
 from llmsurgeon.healing.ternary.context import DenseLayer, Group, LayerCodes
 from llmsurgeon.healing.ternary.linears import TernaryLinear
 from llmsurgeon.model.ternary import compensated, fitted_gain
+from llmsurgeon.processes.exchange import things
 
 
 class _Reached(Exception):
@@ -59,7 +60,8 @@ def _moments(here: LayerCodes, group: Group, dense: DenseLayer, behind: Tensor |
     before, after = (here.dense, dense.attended) if group.part == "attention" else (dense.attended, dense.left)
     drift = _drift(here, group, before, mine)
     weights = token_weights(after) if group.writes else None
-    moments, modules = Moments(), [here.module.get_submodule(name) for name in group.modules]
+    moments = Moments(judging=None if aligns else 0)
+    modules = [here.module.get_submodule(name) for name in group.modules]
     for part, held in here.context.batches.parts:
         if held and not aligns:
             continue  # nothing is judged
@@ -121,4 +123,4 @@ def token_weights(stream: Tensor) -> Tensor:
     larger than the median count as that one does.
     """
     sizes = stream.float().norm(dim=-1)
-    return (sizes.median() / sizes).clamp(max=1)
+    return (torch.cat(things(sizes.flatten())).median() / sizes).clamp(max=1)

@@ -32,6 +32,7 @@ from llmsurgeon.healing.ternary.context import LayerCodes, TernaryContext, dense
 from llmsurgeon.healing.ternary.group import fit_group
 from llmsurgeon.healing.ternary.linears import TernaryLinear
 from llmsurgeon.model.ternary import is_ternary
+from llmsurgeon.processes.exchange import send
 from llmsurgeon.progress import Progress
 from llmsurgeon.walk.streams import Streams
 
@@ -91,6 +92,7 @@ def ternary_layer(here: LayerCodes) -> tuple[Stored, Tensor, Tensor]:
         if group.part == "ffn" and behind is None:
             behind = _attended(here)
         fit_group(here, group, dense, behind)
+    send(0, list(here.module.state_dict().values()))  # codes that rounding may turn over are the same in all processes
     mine = _left(here, _attended(here) if behind is None else behind)
     new = {n: t.to(runner.weights[n].dtype) for n, t in moved(here.module, before, prefix).items()}
     return store.keep(layer_name(here.index), new, here.made), mine, dense.left

@@ -137,7 +137,7 @@ def test_without_processes_a_signal_does_what_it_always_does():
 LAUNCHED = """
 import sys, time
 from pathlib import Path
-from llmsurgeon.healing.distill.crew import stop_with_launcher
+from llmsurgeon.processes.world import stop_with_launcher
 
 stop_with_launcher(0.02)
 Path(sys.argv[1]).touch()
