@@ -138,7 +138,10 @@ def config_of(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> dic
         "architectures": [ARCHITECTURE],
         "auto_map": {
             "AutoConfig": "configuration_decilm.DeciLMConfig",
+            "AutoModel": "modeling_decilm.DeciLMModel",
             "AutoModelForCausalLM": f"modeling_decilm.{ARCHITECTURE}",
+            "AutoModelForSequenceClassification": "modeling_decilm.DeciLMForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_decilm.DeciLMForTokenClassification",
         },
         "block_configs": [_entry(layer, spec.hidden) for layer in spec.layers],
         # Ours, and outside the entries: which layers of the parent each block does the work of.

@@ -65,10 +65,16 @@ def surgeon_classes(family: Family, block_transformer: bool = False) -> tuple[ty
     config_class = next(
         c for c in vars(module).values() if isinstance(c, type) and getattr(c, "model_type", "").startswith("surgeon_")
     )
-    if family.heads:
-        return config_class, getattr(module, f"Surgeon{family.model_class}")
-    model_class = next(c for c in vars(module).values() if getattr(c, "config_class", None) is config_class)
-    return config_class, model_class
+    return config_class, offered(module)[family.auto_class]
+
+
+def offered(module: ModuleType) -> dict[str, type]:
+    """Auto class -> the class that it finds, of those that a modeling file offers."""
+    return {
+        made._auto_class: made
+        for made in vars(module).values()
+        if isinstance(made, type) and made.__module__ == module.__name__ and vars(made).get("_auto_class")
+    }
 
 
 def classes_for(raw: Mapping[str, Any], family: Family) -> tuple[type, type]:
@@ -116,6 +122,13 @@ def registering(parts: Mapping[str, Path]) -> str:
     return "".join(f"\n{row}" for row in rows)
 
 
+def auto_map(family: Family, block_transformer: bool = False) -> dict[str, str]:
+    """What config.json says of the classes that the modeling file offers."""
+    module = surgeon_module(family, block_transformer)
+    name = modeling_file(family, block_transformer)
+    return {auto: f"{name}.{made.__name__}" for auto, made in offered(module).items()}
+
+
 def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body:
     """The model in this form; `config` is the (cut) source's."""
     block_transformer = spec.block_transformer
@@ -125,12 +138,8 @@ def describe(spec: ModelSpec, family: Family, config: Mapping[str, Any]) -> Body
         **config,
         "model_type": SURGEON_PREFIX + family.model_type,
         "architectures": [model_class.__name__],
-        "auto_map": {
-            "AutoConfig": f"{module}.{config_class.__name__}",
-            # An encoder's body serves several tasks: each Auto class finds its own, as with the stock model.
-            **{auto: f"{module}.Surgeon{head}" for head, auto in family.heads},
-            family.auto_class: f"{module}.{model_class.__name__}",
-        },
+        # A body serves several tasks: each Auto class finds its own, as with the stock model.
+        "auto_map": auto_map(family, block_transformer is not None),
         "block_configs": to_block_configs(spec),
         **({"block_transformer": to_block_transformer(block_transformer)} if block_transformer else {}),
     }

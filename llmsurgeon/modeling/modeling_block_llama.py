@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM, LlamaModel
 
-from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
-from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_block_transformer import (
+    BlockTransformer,
+    BlockTransformerBody,
+    BlockTransformerForCausalLM,
+    BlockTransformerLayer,
+)
+from .surgeon_blocks import SurgeonConfigMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -25,19 +30,33 @@ class BlockLlamaConfig(SurgeonConfigMixin, LlamaConfig):
     block_transformer: dict | None = None
 
 
-class BlockLlamaLayer(BlockTransformerLayer, LlamaDecoderLayer):
+class BlockLlamaLayer(BlockTransformerLayer, llama.LlamaDecoderLayer):
     """LlamaDecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
 
 
-class BlockLlamaModel(BlockTransformerBody, LlamaModel):
-    layer_class = BlockLlamaLayer
-
-
-class BlockLlamaForCausalLM(BlockTransformerForCausalLM, LlamaForCausalLM):
+class BlockLlamaModel(BlockTransformerBody, llama.LlamaModel):
     config_class = BlockLlamaConfig
-    body_class = BlockLlamaModel
+    layer_class = BlockLlamaLayer
     _no_split_modules = ["BlockLlamaLayer", "ParallelBlock"]
 
 
-BlockLlamaConfig.register_for_auto_class()
-BlockLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class BlockLlamaForCausalLM(BlockTransformerForCausalLM, llama.LlamaForCausalLM):
+    config_class = BlockLlamaConfig
+    body_class = BlockLlamaModel
+
+
+class BlockLlamaForSequenceClassification(BlockTransformer, llama.LlamaForSequenceClassification):
+    config_class = BlockLlamaConfig
+
+
+class BlockLlamaForTokenClassification(BlockTransformer, llama.LlamaForTokenClassification):
+    config_class = BlockLlamaConfig
+
+
+offer(
+    AutoConfig=BlockLlamaConfig,
+    AutoModel=BlockLlamaModel,
+    AutoModelForCausalLM=BlockLlamaForCausalLM,
+    AutoModelForSequenceClassification=BlockLlamaForSequenceClassification,
+    AutoModelForTokenClassification=BlockLlamaForTokenClassification,
+)

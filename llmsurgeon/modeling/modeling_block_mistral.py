@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM, MistralModel
 
-from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
-from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_block_transformer import (
+    BlockTransformer,
+    BlockTransformerBody,
+    BlockTransformerForCausalLM,
+    BlockTransformerLayer,
+)
+from .surgeon_blocks import SurgeonConfigMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -25,19 +30,33 @@ class BlockMistralConfig(SurgeonConfigMixin, MistralConfig):
     block_transformer: dict | None = None
 
 
-class BlockMistralLayer(BlockTransformerLayer, MistralDecoderLayer):
+class BlockMistralLayer(BlockTransformerLayer, mistral.MistralDecoderLayer):
     """MistralDecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
 
 
-class BlockMistralModel(BlockTransformerBody, MistralModel):
-    layer_class = BlockMistralLayer
-
-
-class BlockMistralForCausalLM(BlockTransformerForCausalLM, MistralForCausalLM):
+class BlockMistralModel(BlockTransformerBody, mistral.MistralModel):
     config_class = BlockMistralConfig
-    body_class = BlockMistralModel
+    layer_class = BlockMistralLayer
     _no_split_modules = ["BlockMistralLayer", "ParallelBlock"]
 
 
-BlockMistralConfig.register_for_auto_class()
-BlockMistralForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class BlockMistralForCausalLM(BlockTransformerForCausalLM, mistral.MistralForCausalLM):
+    config_class = BlockMistralConfig
+    body_class = BlockMistralModel
+
+
+class BlockMistralForSequenceClassification(BlockTransformer, mistral.MistralForSequenceClassification):
+    config_class = BlockMistralConfig
+
+
+class BlockMistralForTokenClassification(BlockTransformer, mistral.MistralForTokenClassification):
+    config_class = BlockMistralConfig
+
+
+offer(
+    AutoConfig=BlockMistralConfig,
+    AutoModel=BlockMistralModel,
+    AutoModelForCausalLM=BlockMistralForCausalLM,
+    AutoModelForSequenceClassification=BlockMistralForSequenceClassification,
+    AutoModelForTokenClassification=BlockMistralForTokenClassification,
+)

@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2ForCausalLM, Qwen2Model
 
-from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
-from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_block_transformer import (
+    BlockTransformer,
+    BlockTransformerBody,
+    BlockTransformerForCausalLM,
+    BlockTransformerLayer,
+)
+from .surgeon_blocks import SurgeonConfigMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -25,19 +30,33 @@ class BlockQwen2Config(SurgeonConfigMixin, Qwen2Config):
     block_transformer: dict | None = None
 
 
-class BlockQwen2Layer(BlockTransformerLayer, Qwen2DecoderLayer):
+class BlockQwen2Layer(BlockTransformerLayer, qwen2.Qwen2DecoderLayer):
     """Qwen2DecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
 
 
-class BlockQwen2Model(BlockTransformerBody, Qwen2Model):
-    layer_class = BlockQwen2Layer
-
-
-class BlockQwen2ForCausalLM(BlockTransformerForCausalLM, Qwen2ForCausalLM):
+class BlockQwen2Model(BlockTransformerBody, qwen2.Qwen2Model):
     config_class = BlockQwen2Config
-    body_class = BlockQwen2Model
+    layer_class = BlockQwen2Layer
     _no_split_modules = ["BlockQwen2Layer", "ParallelBlock"]
 
 
-BlockQwen2Config.register_for_auto_class()
-BlockQwen2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class BlockQwen2ForCausalLM(BlockTransformerForCausalLM, qwen2.Qwen2ForCausalLM):
+    config_class = BlockQwen2Config
+    body_class = BlockQwen2Model
+
+
+class BlockQwen2ForSequenceClassification(BlockTransformer, qwen2.Qwen2ForSequenceClassification):
+    config_class = BlockQwen2Config
+
+
+class BlockQwen2ForTokenClassification(BlockTransformer, qwen2.Qwen2ForTokenClassification):
+    config_class = BlockQwen2Config
+
+
+offer(
+    AutoConfig=BlockQwen2Config,
+    AutoModel=BlockQwen2Model,
+    AutoModelForCausalLM=BlockQwen2ForCausalLM,
+    AutoModelForSequenceClassification=BlockQwen2ForSequenceClassification,
+    AutoModelForTokenClassification=BlockQwen2ForTokenClassification,
+)

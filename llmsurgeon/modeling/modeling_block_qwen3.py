@@ -2,11 +2,16 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM, Qwen3Model
 
-from .surgeon_block_transformer import BlockTransformerBody, BlockTransformerForCausalLM, BlockTransformerLayer
-from .surgeon_blocks import SurgeonConfigMixin
+from .surgeon_block_transformer import (
+    BlockTransformer,
+    BlockTransformerBody,
+    BlockTransformerForCausalLM,
+    BlockTransformerLayer,
+)
+from .surgeon_blocks import SurgeonConfigMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -25,19 +30,33 @@ class BlockQwen3Config(SurgeonConfigMixin, Qwen3Config):
     block_transformer: dict | None = None
 
 
-class BlockQwen3Layer(BlockTransformerLayer, Qwen3DecoderLayer):
+class BlockQwen3Layer(BlockTransformerLayer, qwen3.Qwen3DecoderLayer):
     """Qwen3DecoderLayer with parts that may be absent, and a cross-attention where the config asks for one."""
 
 
-class BlockQwen3Model(BlockTransformerBody, Qwen3Model):
-    layer_class = BlockQwen3Layer
-
-
-class BlockQwen3ForCausalLM(BlockTransformerForCausalLM, Qwen3ForCausalLM):
+class BlockQwen3Model(BlockTransformerBody, qwen3.Qwen3Model):
     config_class = BlockQwen3Config
-    body_class = BlockQwen3Model
+    layer_class = BlockQwen3Layer
     _no_split_modules = ["BlockQwen3Layer", "ParallelBlock"]
 
 
-BlockQwen3Config.register_for_auto_class()
-BlockQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class BlockQwen3ForCausalLM(BlockTransformerForCausalLM, qwen3.Qwen3ForCausalLM):
+    config_class = BlockQwen3Config
+    body_class = BlockQwen3Model
+
+
+class BlockQwen3ForSequenceClassification(BlockTransformer, qwen3.Qwen3ForSequenceClassification):
+    config_class = BlockQwen3Config
+
+
+class BlockQwen3ForTokenClassification(BlockTransformer, qwen3.Qwen3ForTokenClassification):
+    config_class = BlockQwen3Config
+
+
+offer(
+    AutoConfig=BlockQwen3Config,
+    AutoModel=BlockQwen3Model,
+    AutoModelForCausalLM=BlockQwen3ForCausalLM,
+    AutoModelForSequenceClassification=BlockQwen3ForSequenceClassification,
+    AutoModelForTokenClassification=BlockQwen3ForTokenClassification,
+)

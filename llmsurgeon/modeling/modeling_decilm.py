@@ -2,13 +2,14 @@
 
 import copy
 
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
+from transformers import AutoModel
+from transformers.models.llama import modeling_llama as llama
 
 from .configuration_decilm import DeciLMConfig
 from .surgeon_versions import layer_arguments, layer_call
 
 
-class DeciLMDecoderLayer(LlamaDecoderLayer):
+class DeciLMDecoderLayer(llama.LlamaDecoderLayer):
     """LlamaDecoderLayer with `kv_heads` key/value heads and an FFN of `width`; None is a part that is absent.
 
     `slot` is the place of its keys and values in the cache.
@@ -41,15 +42,22 @@ class DeciLMDecoderLayer(LlamaDecoderLayer):
 DeciLMDecoderLayer.argument_names, DeciLMDecoderLayer.cache_name = layer_arguments(DeciLMDecoderLayer)
 
 
-class DeciLMForCausalLM(LlamaForCausalLM):
+class Shaped:
+    """Mixed in before Llama's own classes: their layers have the shapes of the config."""
+
     config_class = DeciLMConfig
     _no_split_modules = ["DeciLMDecoderLayer"]
 
     def __init__(self, config):
+        # Heads make their body through AutoModel. The config's class may come from a copy of its file.
+        AutoModel.register(type(config), DeciLMModel, exist_ok=True)
         super().__init__(config)
+        body = self.base_model
+        if body is not self and isinstance(body, Shaped):
+            return
         slot = 0
         for index, (kv_heads, width) in enumerate(config.sizes()):
-            self.model.layers[index] = DeciLMDecoderLayer(config, kv_heads, width, slot)
+            body.layers[index] = DeciLMDecoderLayer(config, kv_heads, width, slot)
             slot += kv_heads is not None
         self.post_init()
 
@@ -61,4 +69,23 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         )
 
 
+class DeciLMModel(Shaped, llama.LlamaModel):
+    pass
+
+
+class DeciLMForCausalLM(Shaped, llama.LlamaForCausalLM):
+    pass
+
+
+class DeciLMForSequenceClassification(Shaped, llama.LlamaForSequenceClassification):
+    pass
+
+
+class DeciLMForTokenClassification(Shaped, llama.LlamaForTokenClassification):
+    pass
+
+
+DeciLMModel.register_for_auto_class("AutoModel")
 DeciLMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+DeciLMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+DeciLMForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")

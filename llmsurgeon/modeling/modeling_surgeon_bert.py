@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.bert import modeling_bert as bert
 from transformers.models.bert.configuration_bert import BertConfig
 
-from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -31,12 +31,9 @@ class Swapped(SurgeonModelMixin):
     """Mixed in before BERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonBertConfig
+    block_class = SurgeonBertBlock
+    stack = "encoder.layer"
     _no_split_modules = ["BertEmbeddings", "SurgeonBertBlock"]
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        swap_blocks(self.base_model.encoder.layer, config, SurgeonBertBlock)
-        self.post_init()
 
 
 class SurgeonBertModel(Swapped, bert.BertModel):
@@ -71,12 +68,14 @@ class SurgeonBertForMultipleChoice(Swapped, bert.BertForMultipleChoice):
     pass
 
 
-SurgeonBertConfig.register_for_auto_class()
-SurgeonBertModel.register_for_auto_class("AutoModel")
-SurgeonBertForPreTraining.register_for_auto_class("AutoModelForPreTraining")
-SurgeonBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-SurgeonBertForNextSentencePrediction.register_for_auto_class("AutoModelForNextSentencePrediction")
-SurgeonBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-SurgeonBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-SurgeonBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-SurgeonBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+offer(
+    AutoConfig=SurgeonBertConfig,
+    AutoModel=SurgeonBertModel,
+    AutoModelForPreTraining=SurgeonBertForPreTraining,
+    AutoModelForMaskedLM=SurgeonBertForMaskedLM,
+    AutoModelForNextSentencePrediction=SurgeonBertForNextSentencePrediction,
+    AutoModelForSequenceClassification=SurgeonBertForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonBertForTokenClassification,
+    AutoModelForQuestionAnswering=SurgeonBertForQuestionAnswering,
+    AutoModelForMultipleChoice=SurgeonBertForMultipleChoice,
+)

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers.models.bloom import modeling_bloom as bloom
 from transformers.models.bloom.configuration_bloom import BloomConfig
-from transformers.models.bloom.modeling_bloom import BloomBlock, BloomForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import layer_call, strict
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class SurgeonBloomConfig(SurgeonConfigMixin, BloomConfig):
     block_configs: list | None = None
 
 
-class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
+class SurgeonBloomBlock(SurgeonBlock, bloom.BloomBlock):
     """BloomBlock with parts that may be absent, and FFNs of any width."""
 
     attention_name = "self_attention"
@@ -55,15 +55,35 @@ class SurgeonBloomBlock(SurgeonBlock, BloomBlock):
         return self.mlp(self.ffn_input(hidden_BTD), torch.zeros_like(hidden_BTD))
 
 
-class SurgeonBloomForCausalLM(SurgeonModelMixin, BloomForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Bloom's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonBloomConfig
+    block_class = SurgeonBloomBlock
+    stack = "h"
     _no_split_modules = ["SurgeonBloomBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.transformer.h, config, SurgeonBloomBlock)
-        self.post_init()
+
+class SurgeonBloomModel(Swapped, bloom.BloomModel):
+    pass
 
 
-SurgeonBloomConfig.register_for_auto_class()
-SurgeonBloomForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonBloomForCausalLM(Swapped, bloom.BloomForCausalLM):
+    pass
+
+
+class SurgeonBloomForSequenceClassification(Swapped, bloom.BloomForSequenceClassification):
+    pass
+
+
+class SurgeonBloomForTokenClassification(Swapped, bloom.BloomForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonBloomConfig,
+    AutoModel=SurgeonBloomModel,
+    AutoModelForCausalLM=SurgeonBloomForCausalLM,
+    AutoModelForSequenceClassification=SurgeonBloomForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonBloomForTokenClassification,
+)

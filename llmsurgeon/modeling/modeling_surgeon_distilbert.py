@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.distilbert import modeling_distilbert as distilbert
 from transformers.models.distilbert.configuration_distilbert import DistilBertConfig
 
-from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import PostNormBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import layer_call, needs, strict
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class SurgeonDistilBertConfig(SurgeonConfigMixin, DistilBertConfig):
 class SurgeonDistilBertBlock(PostNormBlock, distilbert.TransformerBlock):
     """TransformerBlock with parts that may be absent."""
 
+    width_key = "hidden_dim"
     attention_name = "attention"
     attention_parts = ("attention",)
     ffn_parts = ("ffn",)
@@ -53,12 +54,9 @@ class Swapped(SurgeonModelMixin):
     """Mixed in before DistilBERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonDistilBertConfig
+    block_class = SurgeonDistilBertBlock
+    stack = "transformer.layer"
     _no_split_modules = ["SurgeonDistilBertBlock"]
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        swap_blocks(self.base_model.transformer.layer, config, SurgeonDistilBertBlock, width_key="hidden_dim")
-        self.post_init()
 
 
 class SurgeonDistilBertModel(Swapped, distilbert.DistilBertModel):
@@ -85,10 +83,12 @@ class SurgeonDistilBertForMultipleChoice(Swapped, distilbert.DistilBertForMultip
     pass
 
 
-SurgeonDistilBertConfig.register_for_auto_class()
-SurgeonDistilBertModel.register_for_auto_class("AutoModel")
-SurgeonDistilBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-SurgeonDistilBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-SurgeonDistilBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-SurgeonDistilBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-SurgeonDistilBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+offer(
+    AutoConfig=SurgeonDistilBertConfig,
+    AutoModel=SurgeonDistilBertModel,
+    AutoModelForMaskedLM=SurgeonDistilBertForMaskedLM,
+    AutoModelForSequenceClassification=SurgeonDistilBertForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonDistilBertForTokenClassification,
+    AutoModelForQuestionAnswering=SurgeonDistilBertForQuestionAnswering,
+    AutoModelForMultipleChoice=SurgeonDistilBertForMultipleChoice,
+)

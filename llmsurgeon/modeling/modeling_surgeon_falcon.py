@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from torch.nn import functional as F
+from transformers.models.falcon import modeling_falcon as falcon
 from transformers.models.falcon.configuration_falcon import FalconConfig
-from transformers.models.falcon.modeling_falcon import FalconDecoderLayer, FalconForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ class SurgeonFalconConfig(SurgeonConfigMixin, FalconConfig):
     block_configs: list | None = None
 
 
-class SurgeonFalconBlock(SurgeonBlock, FalconDecoderLayer):
+class SurgeonFalconBlock(SurgeonBlock, falcon.FalconDecoderLayer):
     """FalconDecoderLayer with parts that may be absent."""
 
+    width_key = "ffn_hidden_size"
+    kv_heads_key = "num_kv_heads"
     returned_tuple = True
     attention_name = "self_attention"
     ffn_in_names = ("mlp.dense_h_to_4h",)
@@ -50,17 +52,35 @@ class SurgeonFalconBlock(SurgeonBlock, FalconDecoderLayer):
         return None if contribution is None else F.dropout(contribution, self.config.hidden_dropout, self.training)
 
 
-class SurgeonFalconForCausalLM(SurgeonModelMixin, FalconForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Falcon's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonFalconConfig
+    block_class = SurgeonFalconBlock
+    stack = "h"
     _no_split_modules = ["SurgeonFalconBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(
-            self.transformer.h, config, SurgeonFalconBlock, width_key="ffn_hidden_size", kv_heads_key="num_kv_heads"
-        )
-        self.post_init()
+
+class SurgeonFalconModel(Swapped, falcon.FalconModel):
+    pass
 
 
-SurgeonFalconConfig.register_for_auto_class()
-SurgeonFalconForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonFalconForCausalLM(Swapped, falcon.FalconForCausalLM):
+    pass
+
+
+class SurgeonFalconForSequenceClassification(Swapped, falcon.FalconForSequenceClassification):
+    pass
+
+
+class SurgeonFalconForTokenClassification(Swapped, falcon.FalconForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonFalconConfig,
+    AutoModel=SurgeonFalconModel,
+    AutoModelForCausalLM=SurgeonFalconForCausalLM,
+    AutoModelForSequenceClassification=SurgeonFalconForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonFalconForTokenClassification,
+)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.gemma2.configuration_gemma2 import Gemma2Config
-from transformers.models.gemma2.modeling_gemma2 import Gemma2DecoderLayer, Gemma2ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class SurgeonGemma2Config(SurgeonConfigMixin, Gemma2Config):
     block_configs: list | None = None
 
 
-class SurgeonGemma2Block(SurgeonBlock, Gemma2DecoderLayer):
+class SurgeonGemma2Block(SurgeonBlock, gemma2.Gemma2DecoderLayer):
     """Gemma2DecoderLayer with parts that may be absent."""
 
     returned_tuple = True
@@ -34,15 +34,34 @@ class SurgeonGemma2Block(SurgeonBlock, Gemma2DecoderLayer):
     ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-class SurgeonGemma2ForCausalLM(SurgeonModelMixin, Gemma2ForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Gemma2's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonGemma2Config
+    block_class = SurgeonGemma2Block
     _no_split_modules = ["SurgeonGemma2Block", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonGemma2Block)
-        self.post_init()
+
+class SurgeonGemma2Model(Swapped, gemma2.Gemma2Model):
+    pass
 
 
-SurgeonGemma2Config.register_for_auto_class()
-SurgeonGemma2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonGemma2ForCausalLM(Swapped, gemma2.Gemma2ForCausalLM):
+    pass
+
+
+class SurgeonGemma2ForSequenceClassification(Swapped, gemma2.Gemma2ForSequenceClassification):
+    pass
+
+
+class SurgeonGemma2ForTokenClassification(Swapped, gemma2.Gemma2ForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonGemma2Config,
+    AutoModel=SurgeonGemma2Model,
+    AutoModelForCausalLM=SurgeonGemma2ForCausalLM,
+    AutoModelForSequenceClassification=SurgeonGemma2ForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonGemma2ForTokenClassification,
+)

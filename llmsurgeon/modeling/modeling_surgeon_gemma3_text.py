@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.gemma3.configuration_gemma3 import Gemma3TextConfig
-from transformers.models.gemma3.modeling_gemma3 import Gemma3DecoderLayer, Gemma3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SurgeonGemma3TextConfig(SurgeonConfigMixin, Gemma3TextConfig):
     block_configs: list | None = None
 
 
-class SurgeonGemma3TextBlock(SurgeonBlock, Gemma3DecoderLayer):
+class SurgeonGemma3TextBlock(SurgeonBlock, gemma3.Gemma3DecoderLayer):
     """Gemma3DecoderLayer with parts that may be absent."""
 
     ffn_norm_name = "pre_feedforward_layernorm"
@@ -36,15 +36,29 @@ class SurgeonGemma3TextBlock(SurgeonBlock, Gemma3DecoderLayer):
     ffn_parts = ("mlp", "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-class SurgeonGemma3TextForCausalLM(SurgeonModelMixin, Gemma3ForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Gemma 3's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonGemma3TextConfig
+    block_class = SurgeonGemma3TextBlock
     _no_split_modules = ["SurgeonGemma3TextBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonGemma3TextBlock)
-        self.post_init()
+
+class SurgeonGemma3TextModel(Swapped, gemma3.Gemma3TextModel):
+    pass
 
 
-SurgeonGemma3TextConfig.register_for_auto_class()
-SurgeonGemma3TextForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonGemma3TextForCausalLM(Swapped, gemma3.Gemma3ForCausalLM):
+    pass
+
+
+class SurgeonGemma3TextForSequenceClassification(Swapped, gemma3.Gemma3TextForSequenceClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonGemma3TextConfig,
+    AutoModel=SurgeonGemma3TextModel,
+    AutoModelForCausalLM=SurgeonGemma3TextForCausalLM,
+    AutoModelForSequenceClassification=SurgeonGemma3TextForSequenceClassification,
+)

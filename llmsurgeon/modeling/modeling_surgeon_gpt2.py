@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.gpt2 import modeling_gpt2 as gpt2
 from transformers.models.gpt2.configuration_gpt2 import GPT2Config
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block, GPT2LMHeadModel
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -23,24 +23,45 @@ class SurgeonGPT2Config(SurgeonConfigMixin, GPT2Config):
     block_configs: list | None = None
 
 
-class SurgeonGPT2Block(SurgeonBlock, GPT2Block):
+class SurgeonGPT2Block(SurgeonBlock, gpt2.GPT2Block):
     """GPT2Block with parts that may be absent."""
 
+    width_key = "n_inner"
     returned_tuple = True
     attention_name = "attn"
     attention_norm_name = "ln_1"
     ffn_norm_name = "ln_2"
 
 
-class SurgeonGPT2ForCausalLM(SurgeonModelMixin, GPT2LMHeadModel):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before GPT2's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonGPT2Config
+    block_class = SurgeonGPT2Block
+    stack = "h"
     _no_split_modules = ["SurgeonGPT2Block", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.transformer.h, config, SurgeonGPT2Block, width_key="n_inner")
-        self.post_init()
+
+class SurgeonGPT2Model(Swapped, gpt2.GPT2Model):
+    pass
 
 
-SurgeonGPT2Config.register_for_auto_class()
-SurgeonGPT2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonGPT2ForCausalLM(Swapped, gpt2.GPT2LMHeadModel):
+    pass
+
+
+class SurgeonGPT2ForSequenceClassification(Swapped, gpt2.GPT2ForSequenceClassification):
+    pass
+
+
+class SurgeonGPT2ForTokenClassification(Swapped, gpt2.GPT2ForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonGPT2Config,
+    AutoModel=SurgeonGPT2Model,
+    AutoModelForCausalLM=SurgeonGPT2ForCausalLM,
+    AutoModelForSequenceClassification=SurgeonGPT2ForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonGPT2ForTokenClassification,
+)

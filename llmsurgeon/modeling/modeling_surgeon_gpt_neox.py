@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.gpt_neox import modeling_gpt_neox as gpt_neox
 from transformers.models.gpt_neox.configuration_gpt_neox import GPTNeoXConfig
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXForCausalLM, GPTNeoXLayer
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ class SurgeonGPTNeoXConfig(SurgeonConfigMixin, GPTNeoXConfig):
     block_configs: list | None = None
 
 
-class SurgeonGPTNeoXBlock(SurgeonBlock, GPTNeoXLayer):
+class SurgeonGPTNeoXBlock(SurgeonBlock, gpt_neox.GPTNeoXLayer):
     """GPTNeoXLayer with parts that may be absent."""
 
     attention_name = "attention"
@@ -44,15 +44,34 @@ class SurgeonGPTNeoXBlock(SurgeonBlock, GPTNeoXLayer):
         return None if contribution is None else self.post_mlp_dropout(contribution)
 
 
-class SurgeonGPTNeoXForCausalLM(SurgeonModelMixin, GPTNeoXForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before GPTNeoX's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonGPTNeoXConfig
+    block_class = SurgeonGPTNeoXBlock
     _no_split_modules = ["SurgeonGPTNeoXBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.gpt_neox.layers, config, SurgeonGPTNeoXBlock)
-        self.post_init()
+
+class SurgeonGPTNeoXModel(Swapped, gpt_neox.GPTNeoXModel):
+    pass
 
 
-SurgeonGPTNeoXConfig.register_for_auto_class()
-SurgeonGPTNeoXForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonGPTNeoXForCausalLM(Swapped, gpt_neox.GPTNeoXForCausalLM):
+    pass
+
+
+class SurgeonGPTNeoXForSequenceClassification(Swapped, gpt_neox.GPTNeoXForSequenceClassification):
+    pass
+
+
+class SurgeonGPTNeoXForTokenClassification(Swapped, gpt_neox.GPTNeoXForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonGPTNeoXConfig,
+    AutoModel=SurgeonGPTNeoXModel,
+    AutoModelForCausalLM=SurgeonGPTNeoXForCausalLM,
+    AutoModelForSequenceClassification=SurgeonGPTNeoXForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonGPTNeoXForTokenClassification,
+)

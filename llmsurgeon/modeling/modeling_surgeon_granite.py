@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.granite import modeling_granite as granite
 from transformers.models.granite.configuration_granite import GraniteConfig
-from transformers.models.granite.modeling_granite import GraniteDecoderLayer, GraniteForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
-from .surgeon_mlgru import pass_padding
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .surgeon_fff import fast_feed_forward  # noqa: F401
     from .surgeon_fff_numba import dot  # noqa: F401
     from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
     from .surgeon_mlgru_triton import scan  # noqa: F401
 
 
@@ -23,22 +23,30 @@ class SurgeonGraniteConfig(SurgeonConfigMixin, GraniteConfig):
     block_configs: list | None = None
 
 
-class SurgeonGraniteBlock(SurgeonBlock, GraniteDecoderLayer):
+class SurgeonGraniteBlock(SurgeonBlock, granite.GraniteDecoderLayer):
     """GraniteDecoderLayer, which holds a residual_multiplier, with parts that may be absent."""
 
     returned_tuple = True
 
 
-class SurgeonGraniteForCausalLM(SurgeonModelMixin, GraniteForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Granite's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonGraniteConfig
+    block_class = SurgeonGraniteBlock
     _no_split_modules = ["SurgeonGraniteBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonGraniteBlock)
-        pass_padding(self.model)
-        self.post_init()
+
+class SurgeonGraniteModel(Swapped, granite.GraniteModel):
+    pass
 
 
-SurgeonGraniteConfig.register_for_auto_class()
-SurgeonGraniteForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonGraniteForCausalLM(Swapped, granite.GraniteForCausalLM):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonGraniteConfig,
+    AutoModel=SurgeonGraniteModel,
+    AutoModelForCausalLM=SurgeonGraniteForCausalLM,
+)

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.llama import modeling_llama as llama
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
-from .surgeon_mlgru import pass_padding
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .surgeon_fff import fast_feed_forward  # noqa: F401
     from .surgeon_fff_numba import dot  # noqa: F401
     from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
     from .surgeon_mlgru_triton import scan  # noqa: F401
 
 
@@ -23,20 +23,38 @@ class SurgeonLlamaConfig(SurgeonConfigMixin, LlamaConfig):
     block_configs: list | None = None
 
 
-class SurgeonLlamaBlock(SurgeonBlock, LlamaDecoderLayer):
+class SurgeonLlamaBlock(SurgeonBlock, llama.LlamaDecoderLayer):
     """LlamaDecoderLayer with parts that may be absent."""
 
 
-class SurgeonLlamaForCausalLM(SurgeonModelMixin, LlamaForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Llama's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonLlamaConfig
+    block_class = SurgeonLlamaBlock
     _no_split_modules = ["SurgeonLlamaBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonLlamaBlock)
-        pass_padding(self.model)
-        self.post_init()
+
+class SurgeonLlamaModel(Swapped, llama.LlamaModel):
+    pass
 
 
-SurgeonLlamaConfig.register_for_auto_class()
-SurgeonLlamaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonLlamaForCausalLM(Swapped, llama.LlamaForCausalLM):
+    pass
+
+
+class SurgeonLlamaForSequenceClassification(Swapped, llama.LlamaForSequenceClassification):
+    pass
+
+
+class SurgeonLlamaForTokenClassification(Swapped, llama.LlamaForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonLlamaConfig,
+    AutoModel=SurgeonLlamaModel,
+    AutoModelForCausalLM=SurgeonLlamaForCausalLM,
+    AutoModelForSequenceClassification=SurgeonLlamaForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonLlamaForTokenClassification,
+)

@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.mistral import modeling_mistral as mistral
 from transformers.models.mistral.configuration_mistral import MistralConfig
-from transformers.models.mistral.modeling_mistral import MistralDecoderLayer, MistralForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
-from .surgeon_mlgru import pass_padding
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .surgeon_fff import fast_feed_forward  # noqa: F401
     from .surgeon_fff_numba import dot  # noqa: F401
     from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
     from .surgeon_mlgru_triton import scan  # noqa: F401
 
 
@@ -23,20 +23,38 @@ class SurgeonMistralConfig(SurgeonConfigMixin, MistralConfig):
     block_configs: list | None = None
 
 
-class SurgeonMistralBlock(SurgeonBlock, MistralDecoderLayer):
+class SurgeonMistralBlock(SurgeonBlock, mistral.MistralDecoderLayer):
     """MistralDecoderLayer with parts that may be absent."""
 
 
-class SurgeonMistralForCausalLM(SurgeonModelMixin, MistralForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Mistral's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonMistralConfig
+    block_class = SurgeonMistralBlock
     _no_split_modules = ["SurgeonMistralBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonMistralBlock)
-        pass_padding(self.model)
-        self.post_init()
+
+class SurgeonMistralModel(Swapped, mistral.MistralModel):
+    pass
 
 
-SurgeonMistralConfig.register_for_auto_class()
-SurgeonMistralForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonMistralForCausalLM(Swapped, mistral.MistralForCausalLM):
+    pass
+
+
+class SurgeonMistralForSequenceClassification(Swapped, mistral.MistralForSequenceClassification):
+    pass
+
+
+class SurgeonMistralForTokenClassification(Swapped, mistral.MistralForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonMistralConfig,
+    AutoModel=SurgeonMistralModel,
+    AutoModelForCausalLM=SurgeonMistralForCausalLM,
+    AutoModelForSequenceClassification=SurgeonMistralForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonMistralForTokenClassification,
+)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.mixtral.configuration_mixtral import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralDecoderLayer, MixtralForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import needs, read_names_as, strict
 
 if TYPE_CHECKING:
@@ -26,21 +26,40 @@ class SurgeonMixtralConfig(SurgeonConfigMixin, MixtralConfig):
     block_configs: list | None = None
 
 
-class SurgeonMixtralBlock(SurgeonBlock, MixtralDecoderLayer):
+class SurgeonMixtralBlock(SurgeonBlock, mixtral.MixtralDecoderLayer):
     """MixtralDecoderLayer with parts that may be absent."""
 
 
-class SurgeonMixtralForCausalLM(SurgeonModelMixin, MixtralForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Mixtral's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonMixtralConfig
+    block_class = SurgeonMixtralBlock
     _no_split_modules = ["SurgeonMixtralBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonMixtralBlock)
-        self.post_init()
+
+class SurgeonMixtralModel(Swapped, mixtral.MixtralModel):
+    pass
+
+
+class SurgeonMixtralForCausalLM(Swapped, mixtral.MixtralForCausalLM):
+    pass
+
+
+class SurgeonMixtralForSequenceClassification(Swapped, mixtral.MixtralForSequenceClassification):
+    pass
+
+
+class SurgeonMixtralForTokenClassification(Swapped, mixtral.MixtralForTokenClassification):
+    pass
 
 
 # Files hold each expert by itself, as the stock model's do; the class stacks them.
 read_names_as("surgeon_mixtral", "mixtral")
-SurgeonMixtralConfig.register_for_auto_class()
-SurgeonMixtralForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+offer(
+    AutoConfig=SurgeonMixtralConfig,
+    AutoModel=SurgeonMixtralModel,
+    AutoModelForCausalLM=SurgeonMixtralForCausalLM,
+    AutoModelForSequenceClassification=SurgeonMixtralForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonMixtralForTokenClassification,
+)

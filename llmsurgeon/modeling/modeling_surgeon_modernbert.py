@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.modernbert import modeling_modernbert as modernbert
 from transformers.models.modernbert.configuration_modernbert import ModernBertConfig
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import needs, strict
 
 if TYPE_CHECKING:
@@ -39,12 +39,8 @@ class Swapped(SurgeonModelMixin):
     """Mixed in before ModernBERT's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonModernBertConfig
+    block_class = SurgeonModernBertBlock
     _no_split_modules = ["ModernBertEmbeddings", "SurgeonModernBertBlock", "ParallelBlock"]
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        swap_blocks(self.base_model.layers, config, SurgeonModernBertBlock)
-        self.post_init()
 
 
 class SurgeonModernBertModel(Swapped, modernbert.ModernBertModel):
@@ -71,10 +67,12 @@ class SurgeonModernBertForMultipleChoice(Swapped, modernbert.ModernBertForMultip
     pass
 
 
-SurgeonModernBertConfig.register_for_auto_class()
-SurgeonModernBertModel.register_for_auto_class("AutoModel")
-SurgeonModernBertForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-SurgeonModernBertForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-SurgeonModernBertForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-SurgeonModernBertForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-SurgeonModernBertForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+offer(
+    AutoConfig=SurgeonModernBertConfig,
+    AutoModel=SurgeonModernBertModel,
+    AutoModelForMaskedLM=SurgeonModernBertForMaskedLM,
+    AutoModelForSequenceClassification=SurgeonModernBertForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonModernBertForTokenClassification,
+    AutoModelForQuestionAnswering=SurgeonModernBertForQuestionAnswering,
+    AutoModelForMultipleChoice=SurgeonModernBertForMultipleChoice,
+)

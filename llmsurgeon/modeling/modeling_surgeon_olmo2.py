@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.olmo2 import modeling_olmo2 as olmo2
 from transformers.models.olmo2.configuration_olmo2 import Olmo2Config
-from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer, Olmo2ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class SurgeonOlmo2Config(SurgeonConfigMixin, Olmo2Config):
     block_configs: list | None = None
 
 
-class SurgeonOlmo2Block(SurgeonBlock, Olmo2DecoderLayer):
+class SurgeonOlmo2Block(SurgeonBlock, olmo2.Olmo2DecoderLayer):
     """Olmo2DecoderLayer with parts that may be absent."""
 
     attention_norm_name = None
@@ -34,15 +34,31 @@ class SurgeonOlmo2Block(SurgeonBlock, Olmo2DecoderLayer):
     ffn_parts = ("mlp", "post_feedforward_layernorm")
 
 
-class SurgeonOlmo2ForCausalLM(SurgeonModelMixin, Olmo2ForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Olmo2's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonOlmo2Config
+    block_class = SurgeonOlmo2Block
     _no_split_modules = ["SurgeonOlmo2Block", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonOlmo2Block)
-        self.post_init()
+
+class SurgeonOlmo2Model(Swapped, olmo2.Olmo2Model):
+    pass
 
 
-SurgeonOlmo2Config.register_for_auto_class()
-SurgeonOlmo2ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonOlmo2ForCausalLM(Swapped, olmo2.Olmo2ForCausalLM):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonOlmo2Config,
+    AutoModel=SurgeonOlmo2Model,
+    AutoModelForCausalLM=SurgeonOlmo2ForCausalLM,
+)
+
+if hasattr(olmo2, "Olmo2ForSequenceClassification"):  # transformers 4.57 has none
+
+    class SurgeonOlmo2ForSequenceClassification(Swapped, olmo2.Olmo2ForSequenceClassification):
+        pass
+
+    offer(AutoModelForSequenceClassification=SurgeonOlmo2ForSequenceClassification)

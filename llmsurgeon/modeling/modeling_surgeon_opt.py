@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING
 
 from torch.nn import functional as F
+from transformers.models.opt import modeling_opt as opt
 from transformers.models.opt.configuration_opt import OPTConfig
-from transformers.models.opt.modeling_opt import OPTDecoderLayer, OPTForCausalLM
 
-from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import PostNormBlock, SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import layer_call, strict
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class SurgeonOPTConfig(SurgeonConfigMixin, OPTConfig):
     block_configs: list | None = None
 
 
-class Layer(OPTDecoderLayer):
+class Layer(opt.OPTDecoderLayer):
     """OPTDecoderLayer, what it computes by part."""
 
     def attention_output(self, read_BTD, *args, **kwargs):
@@ -37,6 +37,7 @@ class Layer(OPTDecoderLayer):
 class SurgeonOPTBlock(SurgeonBlock, Layer):
     """OPTDecoderLayer with parts that may be absent."""
 
+    width_key = "ffn_dim"
     returned_tuple = True
     attention_norm_name = "self_attn_layer_norm"
     ffn_norm_name = "final_layer_norm"
@@ -56,6 +57,7 @@ class SurgeonOPTBlock(SurgeonBlock, Layer):
 class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
     """The same where the norms follow the residual sums; they stay when their part goes."""
 
+    width_key = "ffn_dim"
     returned_tuple = True
     attention_parts = ("self_attn",)
     ffn_parts = ("fc1", "fc2")
@@ -69,16 +71,35 @@ class SurgeonOPTPostNormBlock(PostNormBlock, Layer):
         return self.final_layer_norm(hidden_BTD + (self.ffn_output(hidden_BTD) if hasattr(self, "fc1") else 0))
 
 
-class SurgeonOPTForCausalLM(SurgeonModelMixin, OPTForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before OPT's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonOPTConfig
+    block_class = SurgeonOPTBlock
+    stack = "decoder.layers"
     _no_split_modules = ["SurgeonOPTBlock", "SurgeonOPTPostNormBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        block_class = SurgeonOPTBlock if config.do_layer_norm_before else SurgeonOPTPostNormBlock
-        swap_blocks(self.model.decoder.layers, config, block_class, width_key="ffn_dim")
-        self.post_init()
+    def swap(self, body):
+        if not self.config.do_layer_norm_before:
+            self.block_class = SurgeonOPTPostNormBlock
+        super().swap(body)
 
 
-SurgeonOPTConfig.register_for_auto_class()
-SurgeonOPTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonOPTModel(Swapped, opt.OPTModel):
+    pass
+
+
+class SurgeonOPTForCausalLM(Swapped, opt.OPTForCausalLM):
+    pass
+
+
+class SurgeonOPTForSequenceClassification(Swapped, opt.OPTForSequenceClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonOPTConfig,
+    AutoModel=SurgeonOPTModel,
+    AutoModelForCausalLM=SurgeonOPTForCausalLM,
+    AutoModelForSequenceClassification=SurgeonOPTForSequenceClassification,
+)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.phi3 import modeling_phi3 as phi3
 from transformers.models.phi3.configuration_phi3 import Phi3Config
-from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer, Phi3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class SurgeonPhi3Config(SurgeonConfigMixin, Phi3Config):
     block_configs: list | None = None
 
 
-class SurgeonPhi3Block(SurgeonBlock, Phi3DecoderLayer):
+class SurgeonPhi3Block(SurgeonBlock, phi3.Phi3DecoderLayer):
     """Phi3DecoderLayer with parts that may be absent."""
 
     def attend(self, hidden_BTD, *args, **kwargs):
@@ -35,15 +35,34 @@ class SurgeonPhi3Block(SurgeonBlock, Phi3DecoderLayer):
         return None if contribution is None else self.resid_mlp_dropout(contribution)
 
 
-class SurgeonPhi3ForCausalLM(SurgeonModelMixin, Phi3ForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Phi3's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonPhi3Config
+    block_class = SurgeonPhi3Block
     _no_split_modules = ["SurgeonPhi3Block", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonPhi3Block)
-        self.post_init()
+
+class SurgeonPhi3Model(Swapped, phi3.Phi3Model):
+    pass
 
 
-SurgeonPhi3Config.register_for_auto_class()
-SurgeonPhi3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonPhi3ForCausalLM(Swapped, phi3.Phi3ForCausalLM):
+    pass
+
+
+class SurgeonPhi3ForSequenceClassification(Swapped, phi3.Phi3ForSequenceClassification):
+    pass
+
+
+class SurgeonPhi3ForTokenClassification(Swapped, phi3.Phi3ForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonPhi3Config,
+    AutoModel=SurgeonPhi3Model,
+    AutoModelForCausalLM=SurgeonPhi3ForCausalLM,
+    AutoModelForSequenceClassification=SurgeonPhi3ForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonPhi3ForTokenClassification,
+)

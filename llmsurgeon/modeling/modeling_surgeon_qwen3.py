@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3ForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
-from .surgeon_mlgru import pass_padding
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from .surgeon_fff import fast_feed_forward  # noqa: F401
     from .surgeon_fff_numba import dot  # noqa: F401
     from .surgeon_fff_triton import activated  # noqa: F401
+    from .surgeon_mlgru import MLGRU  # noqa: F401
     from .surgeon_mlgru_triton import scan  # noqa: F401
 
 
@@ -23,20 +23,38 @@ class SurgeonQwen3Config(SurgeonConfigMixin, Qwen3Config):
     block_configs: list | None = None
 
 
-class SurgeonQwen3Block(SurgeonBlock, Qwen3DecoderLayer):
+class SurgeonQwen3Block(SurgeonBlock, qwen3.Qwen3DecoderLayer):
     """Qwen3DecoderLayer with parts that may be absent."""
 
 
-class SurgeonQwen3ForCausalLM(SurgeonModelMixin, Qwen3ForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Qwen3's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonQwen3Config
+    block_class = SurgeonQwen3Block
     _no_split_modules = ["SurgeonQwen3Block", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonQwen3Block)
-        pass_padding(self.model)
-        self.post_init()
+
+class SurgeonQwen3Model(Swapped, qwen3.Qwen3Model):
+    pass
 
 
-SurgeonQwen3Config.register_for_auto_class()
-SurgeonQwen3ForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonQwen3ForCausalLM(Swapped, qwen3.Qwen3ForCausalLM):
+    pass
+
+
+class SurgeonQwen3ForSequenceClassification(Swapped, qwen3.Qwen3ForSequenceClassification):
+    pass
+
+
+class SurgeonQwen3ForTokenClassification(Swapped, qwen3.Qwen3ForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonQwen3Config,
+    AutoModel=SurgeonQwen3Model,
+    AutoModelForCausalLM=SurgeonQwen3ForCausalLM,
+    AutoModelForSequenceClassification=SurgeonQwen3ForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonQwen3ForTokenClassification,
+)

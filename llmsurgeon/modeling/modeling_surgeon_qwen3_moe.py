@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import needs, read_names_as, strict
 
 if TYPE_CHECKING:
@@ -26,21 +26,42 @@ class SurgeonQwen3MoeConfig(SurgeonConfigMixin, Qwen3MoeConfig):
     block_configs: list | None = None
 
 
-class SurgeonQwen3MoeBlock(SurgeonBlock, Qwen3MoeDecoderLayer):
+class SurgeonQwen3MoeBlock(SurgeonBlock, qwen3_moe.Qwen3MoeDecoderLayer):
     """Qwen3MoeDecoderLayer with parts that may be absent."""
 
+    width_key = "moe_intermediate_size"
 
-class SurgeonQwen3MoeForCausalLM(SurgeonModelMixin, Qwen3MoeForCausalLM):
+
+class Swapped(SurgeonModelMixin):
+    """Mixed in before Qwen3 MoE's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonQwen3MoeConfig
+    block_class = SurgeonQwen3MoeBlock
     _no_split_modules = ["SurgeonQwen3MoeBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonQwen3MoeBlock, width_key="moe_intermediate_size")
-        self.post_init()
+
+class SurgeonQwen3MoeModel(Swapped, qwen3_moe.Qwen3MoeModel):
+    pass
+
+
+class SurgeonQwen3MoeForCausalLM(Swapped, qwen3_moe.Qwen3MoeForCausalLM):
+    pass
+
+
+class SurgeonQwen3MoeForSequenceClassification(Swapped, qwen3_moe.Qwen3MoeForSequenceClassification):
+    pass
+
+
+class SurgeonQwen3MoeForTokenClassification(Swapped, qwen3_moe.Qwen3MoeForTokenClassification):
+    pass
 
 
 # Files hold each expert by itself, as the stock model's do; the class stacks them.
 read_names_as("surgeon_qwen3_moe", "qwen3_moe")
-SurgeonQwen3MoeConfig.register_for_auto_class()
-SurgeonQwen3MoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+offer(
+    AutoConfig=SurgeonQwen3MoeConfig,
+    AutoModel=SurgeonQwen3MoeModel,
+    AutoModelForCausalLM=SurgeonQwen3MoeForCausalLM,
+    AutoModelForSequenceClassification=SurgeonQwen3MoeForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonQwen3MoeForTokenClassification,
+)

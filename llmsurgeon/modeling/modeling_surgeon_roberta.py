@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from transformers.models.roberta import modeling_roberta as roberta
 from transformers.models.roberta.configuration_roberta import RobertaConfig
 
-from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import BertShapedBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -31,12 +31,9 @@ class Swapped(SurgeonModelMixin):
     """Mixed in before RoBERTa's own classes: their layers make room for the blocks of the config."""
 
     config_class = SurgeonRobertaConfig
+    block_class = SurgeonRobertaBlock
+    stack = "encoder.layer"
     _no_split_modules = ["RobertaEmbeddings", "SurgeonRobertaBlock"]
-
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        swap_blocks(self.base_model.encoder.layer, config, SurgeonRobertaBlock)
-        self.post_init()
 
 
 class SurgeonRobertaModel(Swapped, roberta.RobertaModel):
@@ -63,10 +60,12 @@ class SurgeonRobertaForMultipleChoice(Swapped, roberta.RobertaForMultipleChoice)
     pass
 
 
-SurgeonRobertaConfig.register_for_auto_class()
-SurgeonRobertaModel.register_for_auto_class("AutoModel")
-SurgeonRobertaForMaskedLM.register_for_auto_class("AutoModelForMaskedLM")
-SurgeonRobertaForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
-SurgeonRobertaForTokenClassification.register_for_auto_class("AutoModelForTokenClassification")
-SurgeonRobertaForQuestionAnswering.register_for_auto_class("AutoModelForQuestionAnswering")
-SurgeonRobertaForMultipleChoice.register_for_auto_class("AutoModelForMultipleChoice")
+offer(
+    AutoConfig=SurgeonRobertaConfig,
+    AutoModel=SurgeonRobertaModel,
+    AutoModelForMaskedLM=SurgeonRobertaForMaskedLM,
+    AutoModelForSequenceClassification=SurgeonRobertaForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonRobertaForTokenClassification,
+    AutoModelForQuestionAnswering=SurgeonRobertaForQuestionAnswering,
+    AutoModelForMultipleChoice=SurgeonRobertaForMultipleChoice,
+)

@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from transformers.models.stablelm import modeling_stablelm as stablelm
 from transformers.models.stablelm.configuration_stablelm import StableLmConfig
-from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer, StableLmForCausalLM
 
-from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, swap_blocks
+from .surgeon_blocks import SurgeonBlock, SurgeonConfigMixin, SurgeonModelMixin, offer
 from .surgeon_versions import strict
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class SurgeonStableLmConfig(SurgeonConfigMixin, StableLmConfig):
     block_configs: list | None = None
 
 
-class SurgeonStableLmBlock(SurgeonBlock, StableLmDecoderLayer):
+class SurgeonStableLmBlock(SurgeonBlock, stablelm.StableLmDecoderLayer):
     """StableLmDecoderLayer with parts that may be absent."""
 
     returned_tuple = True
@@ -38,15 +38,34 @@ class SurgeonStableLmBlock(SurgeonBlock, StableLmDecoderLayer):
         return None if contribution is None else self.dropout(contribution)
 
 
-class SurgeonStableLmForCausalLM(SurgeonModelMixin, StableLmForCausalLM):
+class Swapped(SurgeonModelMixin):
+    """Mixed in before StableLm's own classes: their layers make room for the blocks of the config."""
+
     config_class = SurgeonStableLmConfig
+    block_class = SurgeonStableLmBlock
     _no_split_modules = ["SurgeonStableLmBlock", "ParallelBlock"]
 
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.model.layers, config, SurgeonStableLmBlock)
-        self.post_init()
+
+class SurgeonStableLmModel(Swapped, stablelm.StableLmModel):
+    pass
 
 
-SurgeonStableLmConfig.register_for_auto_class()
-SurgeonStableLmForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+class SurgeonStableLmForCausalLM(Swapped, stablelm.StableLmForCausalLM):
+    pass
+
+
+class SurgeonStableLmForSequenceClassification(Swapped, stablelm.StableLmForSequenceClassification):
+    pass
+
+
+class SurgeonStableLmForTokenClassification(Swapped, stablelm.StableLmForTokenClassification):
+    pass
+
+
+offer(
+    AutoConfig=SurgeonStableLmConfig,
+    AutoModel=SurgeonStableLmModel,
+    AutoModelForCausalLM=SurgeonStableLmForCausalLM,
+    AutoModelForSequenceClassification=SurgeonStableLmForSequenceClassification,
+    AutoModelForTokenClassification=SurgeonStableLmForTokenClassification,
+)

@@ -120,7 +120,7 @@ class BlockTransformerLayer(SurgeonBlock):
     def add_cross_attention(self, config, entry):
         """Modules of the shapes of the layer's own attention, which `entry` of the config describes."""
         attention, norm = getattr(self, self.attention_name), getattr(self, self.attention_norm_name)
-        shape = shaped(config, entry)
+        shape = shaped(config, entry, self.width_key, self.kv_heads_key)
         self.cross_attn = type(attention)(shape, attention.layer_idx)
         self.cross_attn_layernorm = type(norm)(len(norm.weight), norm.variance_epsilon)
         follow(self.cross_attn, shape, config)
@@ -157,7 +157,21 @@ class BlockEmbedder(nn.Module):
         return self.projection((self.embed_tokens(ids_BnL) * real_BnL[..., None]).flatten(2))
 
 
-class BlockTransformerBody:
+class BlockTransformer(SurgeonModelMixin):
+    """What bodies and heads share; by itself mixed in before a family's head that makes its body through AutoModel."""
+
+    # Closed blocks keep no tokens: generation that takes some back, as assisted decoding does, refuses.
+    _is_stateful = True
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """Both tables of embeddings: the token decoder's, which this returns, and the one that blocks are made of."""
+        made = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        embedder = self.base_model.block_embedder
+        embedder.embed_tokens = resized(embedder.embed_tokens, made.num_embeddings, self.config, mean_resizing)
+        return made
+
+
+class BlockTransformerBody(BlockTransformer):
     """Mixed in before a family's model class, whose embedding, layers, final norm and rotary positions it uses."""
 
     layer_class = None
@@ -184,6 +198,7 @@ class BlockTransformerBody:
         self.token_projection = nn.Linear(hidden, hidden) if affine else nn.Identity()
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -365,12 +380,10 @@ class BlockTransformerOutput(BaseModelOutputWithPast):
     said: torch.Tensor | None = None
 
 
-class BlockTransformerForCausalLM(SurgeonModelMixin):
+class BlockTransformerForCausalLM(BlockTransformer):
     """Mixed in before a family's causal language model. Logits at column t are those of token t + 1, as ever."""
 
     body_class = None
-    # Closed blocks keep no tokens: generation that takes some back, as assisted decoding does, refuses.
-    _is_stateful = True
 
     def __init__(self, config):
         # The family's own __init__ would build a stock body first.
@@ -420,13 +433,6 @@ class BlockTransformerForCausalLM(SurgeonModelMixin):
             labels = labels.masked_fill(~said, -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{OUTPUT_CACHE: getattr(outputs, OUTPUT_CACHE)})
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """Both tables of embeddings: the token decoder's, which this returns, and the one that blocks are made of."""
-        made = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        embedder = self.model.block_embedder
-        embedder.embed_tokens = resized(embedder.embed_tokens, made.num_embeddings, self.config, mean_resizing)
-        return made
 
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):

@@ -13,16 +13,17 @@ Shapes: B batch, T tokens, D model width.
 
 import copy
 import json
+import re
 from typing import ClassVar
 
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .surgeon_fff import install_fast_feed_forward
-from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgru, is_mlgru
+from .surgeon_mlgru import MLGRU, cache_types, install_bit_linears, install_mlgru, is_mlgru, pass_padding
 from .surgeon_versions import TUPLES, layer_arguments, layer_call, stock_layer
 
 
@@ -83,7 +84,26 @@ class SurgeonConfigMixin:
 
 
 class SurgeonModelMixin:
-    """Mixed in before a family's own model classes: what transformers asks of a model, answered for its blocks, too."""
+    """Mixed in before a family's own model classes: what transformers asks of a model, answered for its blocks, too.
+
+    A class with a `block_class` has the blocks of its config in its body, at the path `stack`. A head that makes its
+    body through AutoModel gets one that has them already.
+    """
+
+    block_class = None
+    stack = "layers"
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        body = self.base_model
+        if self.block_class is not None and (body is self or not isinstance(body, SurgeonModelMixin)):
+            self.swap(body)
+            self.post_init()
+
+    def swap(self, body):
+        """Put the blocks of the config in the place of the layers of `body`."""
+        swap_blocks(body.get_submodule(self.stack), self.config, self.block_class)
+        pass_padding(body)
 
     def post_init(self):
         super().post_init()
@@ -92,6 +112,7 @@ class SurgeonModelMixin:
             self._is_stateful = True
         if any(getattr(module, "breaks_graphs", False) for module in self.modules()):
             self._can_compile_fullgraph = False
+        self._tp_plan = parallel_plan(self, self._tp_plan or {})
         count_parallel_blocks_once(self)
 
     @torch.no_grad()
@@ -127,6 +148,35 @@ class SurgeonModelMixin:
         )
 
 
+def parallel_plan(model, plan):
+    """The tensor-parallel plan of a family, path of a module -> style, for the blocks that stand in its layers.
+
+    Each branch of a parallel block is divided as a layer is. A part that is divided in another way says how in
+    `tensor_parallel`, name -> style. What needs all of a row or of a matrix, `undivided`, leaves the part that it is in
+    whole on every rank, in all layers: plans know no single ones.
+    """
+    made, whole = dict(plan), []
+    for path, module in model.named_modules() if plan else ():
+        name = re.sub(r"\.\d+(?=\.|$)", ".*", path)
+        if isinstance(module, ParallelBlock):
+            made |= {
+                f"{name}.branches.*{key.removeprefix(name)}": plan[key] for key in plan if key.startswith(f"{name}.")
+            }
+        made |= {f"{name}.{part}".rstrip("."): style for part, style in getattr(module, "tensor_parallel", {}).items()}
+        if getattr(module, "undivided", False):
+            whole.append(name.rpartition(".")[0] + ".")
+    return {key: style for key, style in made.items() if not f"{key}.".startswith(tuple(whole))}
+
+
+def offer(**classes):
+    """Let these classes, by the Auto class that finds each, be saved with their code and found from now on."""
+    for auto, made in classes.items():
+        made.register_for_auto_class(auto)
+    if "AutoModel" in classes:
+        # Heads make their body through it.
+        AutoModel.register(classes["AutoModel"].config_class, classes["AutoModel"], exist_ok=True)
+
+
 def cache_slots(block_configs):
     """(layer index, entry) of every attention or MLGRU, in the order in which they take cache slots."""
     for index, entry in enumerate(block_configs):
@@ -145,6 +195,9 @@ class SurgeonBlock(GradientCheckpointingLayer):
     attention_norm_name = "input_layernorm"
     ffn_name = "mlp"
     ffn_norm_name = "post_attention_layernorm"
+    # Keys of the family's config.
+    width_key = "intermediate_size"
+    kv_heads_key = "num_key_value_heads"
     # Paths of the modules that go with attention or FFN, where these are not the two named above.
     attention_parts = ()
     ffn_parts = ()
@@ -363,6 +416,8 @@ def joined(hidden_BTD, outputs):
 class SubRMSNorm(nn.Module):
     """RMSNorm on what a projection reads: SubLN (arXiv 2210.06423), as BitNet b1.58 has it."""
 
+    undivided = True
+
     def __init__(self, width, eps):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -449,7 +504,7 @@ def complete_ffn(block, ffn):
             projection.bias = nn.Parameter(torch.zeros_like(projection.weight[:, 0]))
 
 
-def shaped(config, entry, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
+def shaped(config, entry, width_key, kv_heads_key):
     """A copy of the config that makes a family's own layer in the shape that `entry` describes."""
     attention, ffn = entry["attention"], entry["ffn"]
     shape = copy.copy(config)
@@ -505,14 +560,14 @@ def install(block, entry, table, config):
     table[kind](block, entry, config)
 
 
-def swap_blocks(layers, config, block_class, width_key="intermediate_size", kv_heads_key="num_key_value_heads"):
+def swap_blocks(layers, config, block_class):
     """Replace each entry of `layers` (an nn.ModuleList) by the block that `config.block_configs` describes."""
     slot = 0
 
     def build(entry, index):
         nonlocal slot
         attention, ffn = entry["attention"], entry["ffn"]
-        shape = shaped(config, entry, width_key, kv_heads_key)
+        shape = shaped(config, entry, block_class.width_key, block_class.kv_heads_key)
         block = block_class(shape, index)
         check_parts(block)
         follow(block, shape, config)

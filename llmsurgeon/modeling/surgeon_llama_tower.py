@@ -3,31 +3,16 @@
 Ships inside converted checkpoints beside `modeling_surgeon_<model>.py`, whose config names it under `text_config`.
 """
 
-from transformers import AutoConfig, AutoModel
-from transformers.models.llama.modeling_llama import LlamaModel
+from transformers import AutoConfig
 
-from .modeling_surgeon_llama import SurgeonLlamaBlock, SurgeonLlamaConfig
-from .surgeon_blocks import SurgeonModelMixin, swap_blocks
-from .surgeon_mlgru import pass_padding
+from .modeling_surgeon_llama import SurgeonLlamaConfig
 from .surgeon_versions import needs
 
 needs("5.14", "a vision-language model in this form")
 
 
-class SurgeonLlamaModel(SurgeonModelMixin, LlamaModel):
-    config_class = SurgeonLlamaConfig
-    _no_split_modules = ["SurgeonLlamaBlock", "ParallelBlock"]
-
-    def __init__(self, config):
-        super().__init__(config)
-        swap_blocks(self.layers, config, SurgeonLlamaBlock)
-        pass_padding(self)
-        self.post_init()
-
-
-# The whole model's class builds its tower through AutoModel.
+# The whole model's config makes its tower's through AutoConfig, and its class the tower through AutoModel.
 AutoConfig.register("surgeon_llama", SurgeonLlamaConfig, exist_ok=True)
-AutoModel.register(SurgeonLlamaConfig, SurgeonLlamaModel, exist_ok=True)
 
 
 class TowerConfigMixin:

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from .surgeon_versions import check_known, needs, pop_asked_cache
+from .surgeon_versions import check_known, needs, older_than, pop_asked_cache
 
 # The type of a cache layer that holds an MLGRU's state.
 CACHE_TYPE = "mlgru"
@@ -44,6 +44,10 @@ class MLGRU(nn.Module):
 
     # Chunks of the recurrence are as long as the sequence asks for.
     breaks_graphs = True
+    # Channels know nothing of each other: each rank has its own, and their states.
+    tensor_parallel = {"i_proj": "colwise", "f_proj": "colwise", "g_proj": "colwise", "o_proj": "rowwise"}
+    if not older_than("5.21"):  # before, it summed the gradients of the projections, too
+        tensor_parallel[""] = "replicated_with_grad_allreduce"  # of the module itself: `lower_bound`
 
     def __init__(self, hidden, entry, eps):
         super().__init__()
@@ -178,6 +182,9 @@ class BitLinear(nn.Module):
     No subclass of nn.Linear: what replaces or wraps those, a quantiser or an adapter, knows of no norm and of no
     rounding. They leave it as it is, or refuse it.
     """
+
+    # One scale for all of the matrix, one for all that a token reads.
+    undivided = True
 
     def __init__(self, inputs, outputs, bias, eps):
         super().__init__()

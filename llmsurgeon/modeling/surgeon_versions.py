@@ -38,10 +38,15 @@ IGNORED = frozenset(["labels", "shift_labels", "return_dict"])
 TUPLES = int(transformers.__version__.split(".")[0]) < 5
 
 
-def needs(release, what):
-    """Raise an ImportError, while the checkpoint loads, where transformers is older than `release`, "5.14" say."""
+def older_than(release):
+    """Whether transformers is older than `release`, "5.14" say."""
     have = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if have < tuple(int(part) for part in release.split(".")):
+    return have < tuple(int(part) for part in release.split("."))
+
+
+def needs(release, what):
+    """Raise an ImportError, while the checkpoint loads, where transformers is older than `release`."""
+    if older_than(release):
         raise ImportError(f"{what} needs transformers {release} or newer, and this is {transformers.__version__}")
 
 

@@ -95,11 +95,38 @@ def examine(folder):
         found["again"] = difference(full(second, tokens), whole)
         found["same_tensors"] = all(torch.equal(t, model.state_dict()[n]) for n, t in second.state_dict().items())
 
+    found["bodies"] = {auto: other(auto, folder, second, tokens) for auto in model.config.auto_map if auto in OTHERS}
     found["refusals"] = [
         refusal(AutoModelForCausalLM, folder, **arguments) for arguments in ({}, {"trust_remote_code": False})
     ]
     found["by_hand"] = [refusal(stock, folder), refusal(stock.config_class, folder)]
     return found
+
+
+OTHERS = ("AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification")
+
+
+def other(auto, folder, model, tokens):
+    """What a load by another Auto class lacks, and how far its body is from the language model's own."""
+    loader = getattr(transformers, auto)
+    loaded, info = loader.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    with torch.no_grad():
+        body = model.base_model(input_ids=tokens).last_hidden_state
+        mine = loaded.base_model(input_ids=tokens).last_hidden_state
+        made = loaded(input_ids=tokens[:1])
+    if auto != "AutoModel":
+        head = loaded.score if hasattr(loaded, "score") else loaded.classifier
+        scored = head(body[:1] if auto == "AutoModelForTokenClassification" else body[:1, -1])
+        made = difference(made.logits, scored)
+    else:
+        made = difference(made.last_hidden_state, body[:1])
+    with tempfile.TemporaryDirectory() as again:
+        loaded.save_pretrained(again)
+        second = loader.from_pretrained(again, trust_remote_code=True)
+        same = all(torch.equal(t, loaded.state_dict()[n]) for n, t in second.state_dict().items())
+    return {"class": type(loaded).__name__, "difference": [difference(mine, body), made], "again": same} | problems(
+        info
+    )
 
 
 def refusal(loader, folder, **arguments):

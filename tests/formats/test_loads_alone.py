@@ -14,6 +14,11 @@ import torch
 from conftest import FAMILY_NAMES, save_tiny
 from formats.forms import BLOCK, MIXERS, NAS, NAS_STEPS, STEPS, SURGEON
 from operations.helpers import declared, logits
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.recipe.recipe import Recipe, loads
@@ -125,6 +130,27 @@ def test_block_transformers_work_alone(reports, folders, name):
     assert set(found["saved"]) == {path.name for path in folders[name].glob("*.py")}
     assert "surgeon_block_transformer.py" in found["saved"]
     assert found["again"] == 0 and found["same_tensors"]
+
+
+@pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS, *BLOCK])
+def test_other_auto_classes_load(reports, folders, name):
+    """The body alone and heads on it: all that config.json lists, and what transformers has of the family's."""
+    config = json.loads((folders[name] / "config.json").read_text())
+    bodies, close = reports[name]["bodies"], 0.05 if name == "mlgru-ternary" else CLOSE
+    assert {"AutoConfig", "AutoModelForCausalLM", *bodies} == set(config["auto_map"])
+    family = {**SURGEON, **MIXERS, **NAS, **BLOCK}[name][0]
+    lists = {
+        "AutoModel": MODEL_MAPPING_NAMES,
+        "AutoModelForSequenceClassification": MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        "AutoModelForTokenClassification": MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    }
+    assert set(bodies) == {auto for auto, names in lists.items() if family in names}
+    for auto, found in bodies.items():
+        assert config["auto_map"][auto].endswith(f".{found['class']}")
+        assert max(found["difference"]) < close and found["again"], (auto, found)
+        assert all(key.startswith(("score.", "classifier.")) for key in found["missing_keys"])
+        assert all(key.startswith(("lm_head.", "embed_out.")) for key in found["unexpected_keys"])
+        assert found["mismatched_keys"] == []
 
 
 @pytest.mark.parametrize("name", [*SURGEON, *MIXERS, *NAS, *BLOCK])

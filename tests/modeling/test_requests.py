@@ -7,8 +7,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import tiny_model
-from modeling.forms import DECODERS, FORMS, built
+from conftest import MIXTURE_NAMES, tiny_model
+from modeling.forms import DECODERS, FORMS, built, mixed
+from peft import PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +17,7 @@ from llmsurgeon.model.families import FAMILIES, SURGEON_PREFIX
 from llmsurgeon.modeling.surgeon_blocks import ParallelBlock, SubRMSNorm
 from llmsurgeon.modeling.surgeon_fff import FastFeedForward
 from llmsurgeon.modeling.surgeon_mlgru import MLGRU, BitLinear
+from llmsurgeon.operations.prune_attention import PruneAttention
 
 CLOSE = 2e-5
 IDS = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
@@ -201,6 +203,49 @@ def test_attentions_alone_are_not_refused():
     assert not model._is_stateful
     made = model.generate(IDS[:1], max_new_tokens=6, do_sample=False, prompt_lookup_num_tokens=3, pad_token_id=0)
     assert torch.equal(made, model.generate(IDS[:1], max_new_tokens=6, do_sample=False, pad_token_id=0))
+
+
+# Learnt prefixes
+
+
+def with_prefix(model):
+    """A model whose caches begin with three learnt tokens, for as many attentions as there are."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    return get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=layers))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks by names that transformers has replaced
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_a_learnt_prefix_is_read_by_every_attention_that_is_left(family):
+    model = mixed(family, PruneAttention(layers=(0, 3)))
+    # What is written to, as the size of the vocabulary is, is the config itself.
+    assert model.config.get_text_config() is model.config
+    tuned = with_prefix(copy.deepcopy(model)).eval()
+    table = tuned.prompt_encoder.default.embedding.weight
+    assert table.shape[1] % 8 == 0 and tuned.peft_config["default"].num_layers == 4
+    tuned(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss.backward()
+    assert (table.grad.unflatten(1, (8, -1)).abs().amax((0, 2)) > 0).all()
+    assert (logits(tuned, attention_mask=torch.ones_like(IDS)) - logits(model)).abs().max() > 0.01
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name, says", [("mlgru-hybrid", "state of an MLGRU"), ("block-llama", "a cache of its own")])
+def test_a_learnt_prefix_is_refused_where_there_is_no_place_for_it(name, says):
+    with pytest.raises(ValueError, match=says):
+        with_prefix(copy.deepcopy(built(name)))(input_ids=IDS, attention_mask=torch.ones_like(IDS))
+
+
+# Experts
+
+
+@pytest.mark.parametrize("name", MIXTURE_NAMES)
+def test_experts_are_computed_in_each_way_that_the_stock_model_has(name, tmp_path):
+    model = built(name)
+    model.save_pretrained(tmp_path)
+    for way in ("eager", "batched_mm", "grouped_mm"):
+        again = type(model).from_pretrained(tmp_path, experts_implementation=way)
+        assert again.config._experts_implementation == way
+        close(logits(again), logits(model))
 
 
 # Vocabulary
