@@ -45,7 +45,7 @@ def facts_of(made: Made, parent: Mapping[str, Any]) -> Facts:
     if "files.txt" in made.files:
         found |= {f"file {name}": True for name in made.files["files.txt"].splitlines()}
     if "config.json" in made.files:
-        config = flat(json.loads(made.files["config.json"]), "config")
+        config = flat(offered(json.loads(made.files["config.json"])), "config")
         found |= {key: value for key, value in config.items() if key not in parent or parent[key] != value}
         found |= {key: GONE for key in parent if key not in config}
     if "surgery.json" in made.files:
@@ -53,6 +53,15 @@ def facts_of(made: Made, parent: Mapping[str, Any]) -> Facts:
     if "recipe.yaml" in made.files:
         found |= flat(yaml.safe_load(made.files["recipe.yaml"]), "recipe")
     return found
+
+
+def offered(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with one line of its `auto_map`: each file, and the Auto classes that find a class there."""
+    files: dict[str, list[str]] = {}
+    for auto, place in sorted(config.get("auto_map", {}).items()):
+        files.setdefault(place.partition(".")[0], []).append(auto.removeprefix("AutoModelFor"))
+    line = "; ".join(f"{file}: {' '.join(found)}" for file, found in files.items())
+    return {**config, **({"auto_map": line} if line else {})}
 
 
 def unmeasured(surgery: Mapping[str, Any]) -> dict[str, Any]:
