@@ -70,11 +70,8 @@ def surgeon_classes(family: Family, block_transformer: bool = False) -> tuple[ty
 
 def offered(module: ModuleType) -> dict[str, type]:
     """Auto class -> the class that it finds, of those that a modeling file offers."""
-    return {
-        made._auto_class: made
-        for made in vars(module).values()
-        if isinstance(made, type) and made.__module__ == module.__name__ and vars(made).get("_auto_class")
-    }
+    own = (made for made in vars(module).values() if isinstance(made, type) and made.__module__ == module.__name__)
+    return {vars(made)["_auto_class"]: made for made in own if vars(made).get("_auto_class")}
 
 
 def classes_for(raw: Mapping[str, Any], family: Family) -> tuple[type, type]:
