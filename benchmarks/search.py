@@ -103,7 +103,8 @@ class Benchmark:
         a = self.arguments
         folder, out = self.work / f"search-{speed}", self.work / f"searched-{speed}"
         if not (folder / "recipe.yaml").exists():
-            wanted = Wanted(engine=a.engine, threads=a.threads, text=a.text, tokens=a.tokens, minutes=a.minutes)
+            how = {"threads": a.threads, "tokens": a.tokens, "minutes": a.minutes, "allow": tuple(a.allow)}
+            wanted = Wanted(engine=a.engine, text=a.text, **how)
             search(a.model, f"decode={speed}x", folder, wanted, overwrite=True, say=print)
         self.made(recipe.load(folder / "recipe.yaml"), out)
         self.add(f"searched {speed}", "made", speed, out)
@@ -224,6 +225,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="that score options")
     parser.add_argument("--refit-tokens", type=int, default=65_536)
     parser.add_argument("--judge-tokens", type=int, default=8192)
+    parser.add_argument("--allow", nargs="*", default=[], help="operations of searches; all: the vocabulary, too")
     parser.add_argument("--minutes", type=float, help="of each search")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)

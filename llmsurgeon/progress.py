@@ -139,6 +139,13 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def spoken(seconds: float) -> str:
+    """About how long something takes, in words."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} seconds" if seconds >= 1.5 else "a second"
+    return f"{seconds / 60:.0f} minutes"
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -121,9 +121,10 @@ def search(
         clock.lap("choose and make")
         found = described(opened.found(clock.laps), seeker, best, made, alone)
         stage.confirm(inputs.check)
-        for name, content in making.files(best).items():
-            stage.write_file(name, content)
-        recipe = dump(making.recipe(best, stage.path), stage.path)
+        beside = {f"./{name}": content for name, content in making.files(best).items()}
+        for name, content in beside.items():
+            stage.write_file(Path(name).name, content)
+        recipe = dump(making.recipe(best, Path()), Path(out), inside=beside)
         stage.write_file("recipe.yaml", recipe)
         stage.write_file("report.html", html_found(found.plain(), recipe))
         stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")

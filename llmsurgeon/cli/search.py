@@ -27,7 +27,7 @@ from llmsurgeon.cli.options import (
 
 if TYPE_CHECKING:
     from llmsurgeon.search import Preview
-    from llmsurgeon.searching.found import Found
+    from llmsurgeon.searching.found import Bound, Found
 
 
 def register(app: typer.Typer) -> None:
@@ -129,12 +129,14 @@ def show_preview(made: Preview, as_json: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from llmsurgeon.progress import spoken
+
     space, work = made.space, made.work
-    kinds: dict[str, set[str]] = {}
+    kinds: dict[str, dict[str, None]] = {}
     layers: dict[str, set[int]] = {}
     for option in space.options:
         for offer in option.offers if option.single else ():
-            kinds.setdefault(offer.steps[-1].op, set()).add(offer.name)
+            kinds.setdefault(offer.steps[-1].op, {})[offer.name] = None
             layers.setdefault(offer.steps[-1].op, set()).update(offer.layers)
     report: dict[str, Any] = {
         "layers": len(space.parent.spec.layers),
@@ -143,7 +145,7 @@ def show_preview(made: Preview, as_json: bool) -> None:
         "layer_evaluations": work.evaluations,
         "seconds": round(work.seconds),
         "measuring": list(made.measuring),
-        "operations": {op: sorted(names) for op, names in kinds.items()},
+        "operations": {op: list(names) for op, names in kinds.items()},
         "targets": [meter.target.written for meter in space.meters],
     }
     if as_json:
@@ -153,14 +155,27 @@ def show_preview(made: Preview, as_json: bool) -> None:
     for column in ("operation", "layers", "choices"):
         table.add_column(column)
     for op, names in kinds.items():
-        some = sorted(names)
+        some = list(names)
         shown = ", ".join(some[:6]) + (f" and {len(some) - 6} more" if len(some) > 6 else "")
         table.add_row(op, str(len(layers[op])) if layers[op] else "the table", shown)
     console().print(table)
     tell(f"{work.options} options, {work.scored} of them scored by {work.evaluations:,} evaluations of a layer")
-    tell(f"about {work.seconds / 60:.0f} minutes of scoring here, before choosing and making")
+    tell(f"about {spoken(work.seconds)} of scoring here, before choosing and making")
+    if any(option.rows for option in space.options):
+        tell(
+            "the vocabulary may shrink: whoever runs the result takes its tokenizer along; --forbid trim_vocab keeps it"
+        )
     for line in made.measuring:
         tell(line)
+
+
+def amount(bound: Bound, cost: float) -> str:
+    """A cost in the unit of its target, of which seconds are told in milliseconds."""
+    from llmsurgeon.model.costs import human
+
+    if bound.name in ("decode", "prefill"):
+        return f"{1000 * cost:.3g} ms {bound.unit}"
+    return human(cost, bound.unit) if bound.unit == "B" else f"{human(cost)} {bound.unit}"
 
 
 def show_found(found: Found, folder: Path) -> None:
@@ -168,7 +183,8 @@ def show_found(found: Found, folder: Path) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=f"{found.model}, {found.engine}", title_justify="left", box=SIMPLE_HEAD)
+    title = found.model if found.engine == "none" else f"{found.model}, {found.engine}"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("layers", "what stands there", "KL alone"):
         table.add_column(column, justify="left")
     for chosen in found.layers:
@@ -179,9 +195,9 @@ def show_found(found: Found, folder: Path) -> None:
     if found.table:
         tell(f"vocabulary: {found.table.rows:,} of {found.table.parent:,} rows, KL alone {found.table.kl:.4f}")
     for bound in found.bounds:
-        measured = "" if bound.measured is None else f", measured {bound.measured:.4g}"
-        budget = f"at most {bound.budget:.4g} {bound.unit}, predicted {bound.predicted:.4g}{measured}"
-        tell(f"{bound.target}: {bound.ratio:.3g}x; {budget}")
+        measured = "not measured" if bound.measured is None else f"measured {amount(bound, bound.measured)}"
+        told = f"at most {amount(bound, bound.budget)}, predicted {amount(bound, bound.predicted)}, {measured}"
+        tell(f"{bound.target}: {bound.ratio:.3g}x; {told}")
     for point in found.points:
         if point.kind == "made":
             told = "" if point.perplexity is None else f", perplexity {point.perplexity:.3f} times the parent's"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -225,15 +225,16 @@ def loads(text: str, name: str = "recipe", overrides: Iterable[str] = (), folder
     return _build(document, overrides)
 
 
-def dump(recipe: Recipe, folder: Path | None = None) -> str:
+def dump(recipe: Recipe, folder: Path | None = None, inside: Collection[str] = ()) -> str:
     """YAML of a recipe with every default written out. `loads(dump(recipe)) == recipe`.
 
-    To be written into `folder`, it names files and folders of this disk as `published` does.
+    To be written into `folder`, it names files and folders of this disk as `published` does, but for those that will
+    lie `inside` it, `./x`.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     if folder is not None:
         here = Path(os.path.abspath(folder.expanduser()))
-        _each_path(data, lambda name: published(name, here))
+        _each_path(data, lambda name: name if name in inside else published(name, here))
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 

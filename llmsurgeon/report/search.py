@@ -21,20 +21,31 @@ UNNAMED = ("measured", "made")
 
 @dataclass(frozen=True)
 class Words:
-    """How a target's ratio is called: on an axis, and of the model that was made."""
+    """How a target's ratio is called: on an axis, of the model that was made, of a share that is saved; its title."""
 
+    title: str
     axis: str
     made: str
+    saved: str
 
 
 WORDS = {
-    "decode": Words("decode speed, of the parent's", "times as fast at decoding"),
-    "prefill": Words("prefill speed, of the parent's", "times as fast at reading"),
-    "params": Words("parameters, of the parent's", "of the parameters"),
-    "flops": Words("multiplications a token, of the parent's", "of the multiplications"),
-    "size": Words("bytes of the weights, of the parent's", "of the bytes"),
-    "memory": Words("bytes of weights and KV cache, of the parent's", "of the memory"),
-    "kv": Words("bytes of the KV cache, of the parent's", "of the KV cache"),
+    "decode": Words(
+        "Decode speed", "decode speed, of the parent's", "times as fast at decoding", "of a decode step's time"
+    ),
+    "prefill": Words(
+        "Prefill speed", "prefill speed, of the parent's", "times as fast at reading", "of a prompt's time"
+    ),
+    "params": Words("Parameters", "parameters, of the parent's", "of the parameters", "of the parameters"),
+    "flops": Words(
+        "Multiplications",
+        "multiplications a token, of the parent's",
+        "of the multiplications",
+        "of the multiplications",
+    ),
+    "size": Words("Size", "bytes of the weights, of the parent's", "of the bytes", "of the bytes of the weights"),
+    "memory": Words("Memory", "bytes of weights and KV cache, of the parent's", "of the memory", "of the memory"),
+    "kv": Words("KV cache", "bytes of the KV cache, of the parent's", "of the KV cache", "of the KV cache"),
 }
 KINDS = {
     "chosen": "the recipe's",
@@ -63,6 +74,7 @@ def html_found(found: Plain, recipe: str) -> str:
         bounds=[_bound(bound) for bound in found["bounds"]],
         sums=_sums(found["points"]),
         singles=_singles(found["points"], first, chosen),
+        alone=_short_alone(found),
         axis=WORDS[first].axis,
         timings=[(phase, _duration(seconds)) for phase, seconds in found["timings"].items()],
         notes=found["notes"],
@@ -86,7 +98,7 @@ def _lead(found: Plain, chosen: Plain | None) -> dict[str, Any]:
     figures = []
     for bound in found["bounds"]:
         verdict = "met" if _met(bound) else f"missed by {100 * (_cost(bound) / bound['budget'] - 1):.1f} %"
-        figures.append((_title(bound), f"{bound['ratio']:.3g} x", f"{bound['target']} {verdict}"))
+        figures.append((WORDS[bound["name"]].title, f"{bound['ratio']:.3g} x", f"{bound['target']} {verdict}"))
     if chosen:
         figures.append(("KL to the parent", fixed(chosen["kl"], 3), "nats a token"))
         if is_number(chosen.get("perplexity")):
@@ -97,11 +109,13 @@ def _lead(found: Plain, chosen: Plain | None) -> dict[str, Any]:
     fewer = (
         f" {table['rows']:,} of {table['parent']:,} tokens stay." if table and table["rows"] < table["parent"] else ""
     )
-    return {"figures": figures, "said": said, "changed": changed, "layers": len(found["parent"]), "fewer": fewer}
-
-
-def _title(bound: Plain) -> str:
-    return str(bound["name"]).capitalize()
+    return {
+        "figures": figures,
+        "said": said[:1].upper() + said[1:],
+        "changed": changed,
+        "layers": len(found["parent"]),
+        "fewer": fewer,
+    }
 
 
 def _cost(bound: Plain) -> float:
@@ -180,6 +194,13 @@ def _rows(found: Plain) -> list[dict[str, Any]]:
     return rows
 
 
+def _short_alone(found: Plain) -> list[str]:
+    """The operations that do not reach the targets by themselves."""
+    single = {point["name"] for point in found["points"] if point["kind"] == "single"}
+    known = single and single <= set(found["operations"])
+    return [op for op in found["operations"] if op not in single] if known else []
+
+
 def _table(table: Plain | None) -> dict[str, Any] | None:
     """How many rows the table of tokens has left, and what that saves and costs."""
     if table is None:
@@ -187,7 +208,9 @@ def _table(table: Plain | None) -> dict[str, Any] | None:
     return {
         "rows": f"{table['rows']:,} of {table['parent']:,}",
         "kl": fixed(table["kl"], 4),
-        "saved": [(name, f"{100 * share:.0f} %") for name, share in table["costs"].items()],
+        "saved": [
+            (WORDS[name].saved, f"{100 * share:.0f} %") for name, share in table["costs"].items() if share >= 0.005
+        ],
         "others": [(name, fixed(kl, 4)) for name, kl in table["others"]],
         "whole": table["rows"] == table["parent"],
     }

@@ -24,6 +24,8 @@ from llmsurgeon.searching.seeking import Model, Seeker
 TOLERANCE = 0.01
 # How often a model is made before the one that came nearest is taken.
 TIMES = 3
+# How often a model's shape is timed, and another chosen, before it is made.
+SETTLING = 4
 # The list of tokens that stay, beside a recipe that trims the vocabulary.
 TOKENS = "tokens.json"
 
@@ -72,7 +74,7 @@ class Making:
         """
         space, rows = self.seeker.space, self._rows(model)
         options = [space.options[place] for place in model.places if not space.options[place].rows]
-        trims = [TrimVocab(keep=KeepTokens(file=str(folder / TOKENS)), rows=rows)] if rows else []
+        trims = [TrimVocab(keep=KeepTokens(file=f"{folder}/{TOKENS}"), rows=rows)] if rows else []
         told = ", ".join(meter.say(total) for meter, total in zip(space.meters, space.total(model.places), strict=True))
         heals = [Refit(), *([Distill(minutes=self.heal)] if self.heal else [])]
         return Recipe(
@@ -107,7 +109,7 @@ class Making:
         meters = self.seeker.space.meters
         tightened, made = [1.0] * len(meters), list[Made]()
         for _ in range(TIMES):
-            model = self.seeker.seek(tightened)
+            model = self._settled(tightened, in_time)
             if not made and not in_time():
                 return model, []
             if any(model.places == each.model.places for each in made):
@@ -123,6 +125,22 @@ class Making:
             tightened = [t if meter.exact else t / m for t, meter, m in zip(tightened, meters, missed, strict=True)]
         made.sort(key=lambda each: (self.excess(each.costs), each.model.measured.kl))
         return made[0].model, made
+
+    def _settled(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> Model:
+        """The best model, once a model of its shape has been timed: sums of parts that were chosen for being cheap are
+        too small, and what layers of many shapes cost together no part tells."""
+        seeker = self.seeker
+        model = seeker.seek(tightened)
+        for _ in range(SETTLING):
+            if all(meter.exact for meter in seeker.space.meters) or not in_time():
+                break
+            thought = seeker.space.total(model.places)
+            seeker.space = seeker.space.learnt(model.places)
+            known = seeker.space.total(model.places)
+            if all(abs(now / before - 1) <= TOLERANCE / 2 for now, before in zip(known, thought, strict=True)):
+                break
+            model = seeker.seek(tightened)
+        return model
 
     def excess(self, costs: Sequence[float]) -> float:
         """By what share the worst target is missed; 0 where all are met."""

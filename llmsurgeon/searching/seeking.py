@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.progress import Say
+from llmsurgeon.progress import Say, spoken
 from llmsurgeon.searching.options import Option
 from llmsurgeon.searching.scoring import Measured, Scorer
 from llmsurgeon.searching.solving import corrected
@@ -68,7 +68,7 @@ class Seeker:
         more = took / done * len(left) if done else seconds() * len(left) / count
         raise SurgeryError(
             f"search: time was up when {count - len(left)} of {count} options were scored, of which none meet the "
-            f"targets; the others take about {_minutes(more)} here. What was scored is kept: the same command goes on "
+            f"targets; the others take about {spoken(more)} here. What was scored is kept: the same command goes on "
             "with more --minutes (or start anew with fewer --tokens)"
         )
 
@@ -170,10 +170,6 @@ class Seeker:
             measured = self.scorer.known(each)
             if measured is not None:
                 self.models[places] = Model(places, float(sum(alone[place] for place in places)), measured)
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} seconds"
 
 
 def _kl(model: Model) -> float:

@@ -117,6 +117,19 @@ class Space:
         turns = (place for turn in zip_longest(*ranked) for place in turn)
         return [*tables, *(place for place in turns if place is not None)]
 
+    def spec(self, model: Sequence[int]) -> ModelSpec:
+        """The description of a model of these options."""
+        options = sorted((self.options[place] for place in model), key=lambda option: option.layers)
+        rows = next((option.rows for option in options if option.rows), self.parent.spec.vocab)
+        layers = [layer for option in options for layer in option.instead]
+        return replace(self.parent.spec.with_layers(layers), vocab=rows)
+
+    def learnt(self, model: Sequence[int]) -> Space:
+        """With costs corrected by what a model of these options really costs."""
+        for meter in self.meters:
+            meter.learn(self.spec(model))
+        return self.priced()
+
     def total(self, model: Sequence[int]) -> list[float]:
         """What a model of these options costs, for each target."""
         rests = [meter.rest(self.parent.spec) for meter in self.meters]

@@ -58,6 +58,9 @@ def test_the_result_is_said_in_words():
     text = Page(html_found(found(), RECIPE)).text
     assert "1.34 times as fast at decoding and 0.792 of the memory" in text
     assert "decode=1.3x met" in text
+    assert "24,576 of 49,152 tokens stay" in text
+    assert "saves 12 % of a decode step's time and 20 % of the memory and costs 0.0123 nats" in text
+    assert "tokens stay" not in Page(html_found(found(table=None), RECIPE)).text
     missed = found()
     missed["bounds"][0] |= {"measured": 1.1 * missed["bounds"][0]["budget"], "ratio": 1.18}
     assert "decode=1.3x missed by 10.0 %" in Page(html_found(missed, RECIPE)).text

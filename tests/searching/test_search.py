@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 
 from llmsurgeon import run as run_recipe
 from llmsurgeon import search
+from llmsurgeon.engines.transformers import TransformersKind
 from llmsurgeon.errors import SurgeryError
+from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.recipe.recipe import load
 from llmsurgeon.search import FILES, SCORING, Wanted, _Clock, _opened
 from llmsurgeon.searching import scoring
+from llmsurgeon.searching.costs.measured import SecondsMeter
 from llmsurgeon.searching.store import ScoreStore
 
 FEW = {"tokens": 128, "sequence_length": 32, "text": "text.txt", "allow": ("prune_width", "prune_attention")}
@@ -118,6 +123,32 @@ def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
     for engine, device in of_engines.items():
         (meter,) = _opened("parent", "decode=1.2x", Wanted(engine=engine), print).meters
         assert meter.engine.setting.device == device
+
+
+def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch):
+    """An engine in which every model that is unlike its neighbours takes a tenth more than its parts."""
+
+    def seconds(spec):
+        unlike = len({replace(layer, parents=()) for layer in spec.layers}) > 2
+        return (
+            1e-3 * (1 + sum(1 + sum(ffn.width / 96 for ffn in layer.ffns) for layer in spec.layers)) * (1 + unlike / 10)
+        )
+
+    @contextmanager
+    def timed(self, model, setting, steps):
+        yield lambda: seconds(model.spec)
+
+    def speedup(self, path, parent):
+        return Speedup.of([seconds(open_model(str(parent)).spec) / seconds(open_model(str(path)).spec)])
+
+    monkeypatch.setattr(TransformersKind, "timed", timed)
+    monkeypatch.setattr(SecondsMeter, "speedup", speedup)
+    said: list = []
+    few = {**FEW, "allow": ("prune_width",)}
+    found = search("parent", "decode=1.2x", "out", Wanted(**few, engine="transformers"), say=said.append)
+    (bound,) = found.bounds
+    assert bound.predicted == pytest.approx(bound.measured, rel=0.01) and bound.measured <= 1.01 * bound.budget
+    assert sum(line.startswith("made: ") for line in said) == 1
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,10 @@ def test_scores_against_models_that_have_the_vocabulary(scene):
 
 def test_a_search_that_may_trim_the_vocabulary_does(scene):
     few = {"tokens": 128, "sequence_length": 32, "text": "text.txt"}
+    (scene / "tokens.json").write_text('["a", "b"]')  # of somebody else
     found = search("parent", "params=0.7x", "out", Wanted(allow=OPS, **few))
     kept = json.loads((scene / "out" / "tokens.json").read_text())
+    assert "../text.txt" in (scene / "out" / "recipe.yaml").read_text()
     recipe = load(scene / "out" / "recipe.yaml")
     first = recipe.steps[0]
     assert isinstance(first, TrimVocab) and first.rows == len(kept) == found.table.rows < found.table.parent

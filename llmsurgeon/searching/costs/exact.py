@@ -35,6 +35,9 @@ class ExactMeter(Meter):
     def preparation(self, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> str:
         return ""
 
+    def learn(self, spec: ModelSpec) -> None:
+        pass
+
     def layer(self, layer: LayerSpec) -> float:
         shape = shape_of(layer)
         if shape.empty:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import cached_property
+from math import hypot
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,6 +19,7 @@ from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
+from llmsurgeon.progress import spoken
 from llmsurgeon.searching.costs.columns import REST, ROWS, Columns
 from llmsurgeon.searching.costs.design import base_of, design
 from llmsurgeon.searching.costs.fit import Fitted, fit
@@ -26,6 +28,7 @@ from llmsurgeon.searching.costs.target import Target
 from llmsurgeon.searching.costs.timed import MOST_ROUNDS, STEPS, Timings
 
 ROUNDS = 9  # of a written model's bench
+UNLIKE = 0.02  # by what share a model may miss its parts' sum for all that models unlike it tell
 REST_SHARE = 0.1  # of the base's time, before anything is measured
 SECONDS_A_BYTE = 1e-10  # of weights read, to say beforehand how long timing takes
 
@@ -42,6 +45,7 @@ class SecondsMeter(Meter):
         self.unit = unit
         self._layers: dict[LayerSpec, None] = dict.fromkeys(map(shape_of, self.parent.layers))
         self._vocabs: set[int] = set()
+        self._learnt: set[ModelSpec] = set()
         self._found: tuple[Columns, Fitted] | None = None
 
     @cached_property
@@ -62,12 +66,19 @@ class SecondsMeter(Meter):
             return ""
         weight = self.engine.weight_bytes(self.shapes.of(self.timings.base))
         # A prompt's tokens are multiplied together, about eight for the time of one that is read from memory.
-        steps = STEPS if self.target.name == "decode" else self.engine.setting.context / 8
-        rounds = MOST_ROUNDS[self.target.name] / 2
-        minutes = 1.3 * len(missing) * rounds * steps * weight * SECONDS_A_BYTE / 60
-        return (
-            f"{len(missing)} models of random weights to be timed for {self.target.name}, about {minutes:.1f} minutes"
-        )
+        reading = self.engine.setting.context / 8
+        steps = STEPS if self.target.name == "decode" else reading
+        # The base beside each, and on a busy machine most of the rounds.
+        rounds = 1.5 * MOST_ROUNDS[self.target.name]
+        seconds = len(missing) * (rounds * steps + reading) * weight * SECONDS_A_BYTE
+        return f"{len(missing)} models of random weights to be timed for {self.target.name}, about {spoken(seconds)}"
+
+    def learn(self, spec: ModelSpec) -> None:
+        # A model of which only a part would be held in memory says nothing of its parts that the others did not.
+        if len(self.timings.base.layers) == len(self.parent.layers):
+            self.prepare(spec.layers, (spec,))
+            self._learnt |= self.timings.of([spec]).keys()
+            self._find()
 
     def layer(self, layer: LayerSpec) -> float:
         shape = shape_of(layer)
@@ -129,7 +140,8 @@ class SecondsMeter(Meter):
         rows, ratios = [columns.row(self.timings.base)], [(1.0, 0.0)]
         for spec, ratio in self.timings.known.items():
             rows.append(columns.row(spec))
-            ratios.append((ratio.value, ratio.half))
+            far = UNLIKE if self._learnt and spec not in self._learnt else 0.0
+            ratios.append((ratio.value, hypot(ratio.half, far * ratio.value)))
         self._found = columns, fit(rows, ratios, self._prior(columns))
         self.__dict__.pop("parent_total", None)
 

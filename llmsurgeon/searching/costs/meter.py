@@ -58,6 +58,10 @@ class Meter(ABC):
     def rest(self, spec: ModelSpec) -> float:
         """Cost of what is not in the layers."""
 
+    @abstractmethod
+    def learn(self, spec: ModelSpec) -> None:
+        """Measure a model of this very shape, and correct the costs of parts by it; nothing where they are exact."""
+
     def total(self, spec: ModelSpec) -> float:
         """Cost of a model."""
         return self.rest(spec) + sum(self.layer(layer) for layer in spec.layers)

@@ -112,6 +112,32 @@ def test_noise_is_told(parent, monkeypatch):
     assert abs(meter.total(mixed) - seconds_of(mixed)) < 2 * meter.half(mixed) + 0.02 * seconds_of(mixed)
 
 
+def test_a_model_that_was_timed_costs_what_it_took(parent, monkeypatch):
+    """Parts know nothing of what a model of many shapes loses by that: the model itself does, and its like follow."""
+    plain, layers = seconds_of, options_of(parent.spec.layers[0])
+
+    def more_by_shapes(spec):
+        shapes = {replace(layer, parents=()) for layer in spec.layers}
+        return plain(spec) * (1 + 0.02 * max(0, len(shapes) - 2))
+
+    monkeypatch.setitem(globals(), "seconds_of", more_by_shapes)
+    timed = fake_clock(monkeypatch)
+    meter = decode_of(parent)
+    meter.prepare(layers)
+    mixed = meter.parent.with_layers(random.Random(1).choices(layers, k=6))
+    alike = meter.parent.with_layers(random.Random(2).sample(mixed.layers, k=6))
+    before = [abs(meter.total(spec) / more_by_shapes(spec) - 1) for spec in (mixed, alike)]
+    timed.clear()
+    meter.learn(mixed)
+    after = [abs(meter.total(spec) / more_by_shapes(spec) - 1) for spec in (mixed, alike)]
+    assert len(set(timed)) == 2 and min(before) > 0.03  # the base, too
+    assert max(after) < 3e-3
+    again = decode_of(parent)
+    again.prepare(layers)
+    again.learn(mixed)
+    assert len(set(timed)) == 2 and again.total(mixed) == pytest.approx(meter.total(mixed))
+
+
 def test_where_an_engine_runs_no_uneven_model_sums_are_measured_and_the_prior_splits(tmp_path, monkeypatch):
     timed = fake_clock(monkeypatch, LlamaCppKind)
     meter = decode_of(open_model(str(save_uniform(tmp_path / "parent", "qwen3"))), "llama.cpp:q8_0")
