@@ -98,7 +98,7 @@ gate: {max_kl: -1}
         ("{op: prune_attention, layers: [5], count: 2}", "exactly one of layers, count"),
         ("{op: prune_attention}", "exactly one of layers, count"),
         ("{op: refit, ridge: much}", "steps[0].ridge: expected a valid number, got 'much'"),
-        ("{layers: [5]}", "a step needs `op:`, one of prune_attention"),
+        ("{layers: [5]}", "a step needs `op:`, one of trim_vocab"),
         ("{op: 5}", "unknown op '5'"),
         ("{op: [a]}", "unknown op"),
         ("7", "steps[0]: expected a mapping of keys, got 7"),
