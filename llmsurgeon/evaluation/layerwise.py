@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmsurgeon.boundary.foreign import check_token_ids
-from llmsurgeon.checkpoint.opening import open_checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
@@ -40,10 +39,7 @@ def pair_of(plain: Pair) -> Pair:
         SurgeryError: a model that cannot be read.
     """
     free = room() if torch.device(plain.device).type == "cpu" else None
-    opened = [open_checkpoint(plain.model, revision=plain.revision)]
-    if plain.against is not None:
-        opened.append(open_checkpoint(plain.against))
-    size = sum(checkpoint.nbytes(plain.dtype) for checkpoint in opened)
+    size = sum(checkpoint.nbytes(plain.dtype) for checkpoint in plain.opened)
     if free is None or size <= free.bytes:
         return plain
     what = f"{plain.model} takes" if plain.against is None else f"{plain.model} and {plain.against} take"
@@ -51,7 +47,9 @@ def pair_of(plain: Pair) -> Pair:
         f"{what} {size / 1e9:.1f} GB of memory, and {free.bytes / 1e9:.1f} GB are free ({free.limit}): layers are "
         "read one at a time"
     )
-    return LayerPair(**vars(plain))
+    layered = LayerPair(plain.model, plain.against)
+    vars(layered).update(vars(plain))  # what is open stays open
+    return layered
 
 
 @dataclass
@@ -61,12 +59,10 @@ class LayerPair(Pair):
     @cached_property
     def readings(self) -> tuple[Reading, ...]:
         """The model, and the parent where there is one, held against their configs."""
-        mine = open_checkpoint(self.model, revision=self.revision)
-        theirs = () if self.against is None else (open_checkpoint(self.against),)
-        for checkpoint in (mine, *theirs):
+        for checkpoint in self.opened:
             if unread := form_of(checkpoint.config).unread:
                 raise SurgeryError(f"{checkpoint.name}: {unread}")
-        found = tuple(read_model(checkpoint) for checkpoint in (mine, *theirs))
+        found = tuple(read_model(checkpoint) for checkpoint in self.opened)
         if len({(each.family.encoder, _vocabulary(each), each.family.encoder and _width(each)) for each in found}) > 1:
             raise SurgeryError(
                 f"{self.model} and {self.against} are larger than memory together, and differ in kind or vocabulary: "

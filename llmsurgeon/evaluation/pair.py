@@ -23,7 +23,7 @@ from llmsurgeon.evaluation.encoders import (
     positions_of,
 )
 from llmsurgeon.evaluation.kinds import by_kind
-from llmsurgeon.formats.loading import load_model, load_tokenizer, model_of
+from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.formats.models import embedding_rows
 from llmsurgeon.model.families import Family
 from llmsurgeon.progress import Say, silent
@@ -36,6 +36,8 @@ from llmsurgeon.vocabulary.trimmed import trimmed_like
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmsurgeon.checkpoint.source import Checkpoint
 
 
 @dataclass
@@ -53,9 +55,15 @@ class Pair:
     trust_remote_code: bool = False
 
     @cached_property
+    def opened(self) -> tuple[Checkpoint, ...]:
+        """The model's checkpoint, and the parent's where there is one."""
+        mine = open_checkpoint(self.model, revision=self.revision)
+        return (mine,) if self.against is None else (mine, open_checkpoint(self.against))
+
+    @cached_property
     def student(self) -> PreTrainedModel:
         """The model itself."""
-        return load_model(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
+        return model_of(self.opened[0], dtype=self.dtype, device=self.device)
 
     @cached_property
     def encoder(self) -> Family | None:
@@ -81,7 +89,7 @@ class Pair:
     def _parent_and_tokenizer(self) -> tuple[PreTrainedModel | None, PreTrainedTokenizerBase]:
         if self.against is None:
             return None, self.own_tokenizer
-        parent = load_model(self.against, dtype=self.dtype, device=self.device)
+        parent = model_of(self.opened[1], dtype=self.dtype, device=self.device)
         if (encoder_family(parent) is None) != (self.encoder is None):
             encoder, decoder = (self.model, self.against) if self.encoder else (self.against, self.model)
             raise SurgeryError(
@@ -91,7 +99,7 @@ class Pair:
         if not self._differ(parent):
             self._check_tokens(tokenizer)
         elif self.encoder:
-            alike = trimmed_like(open_checkpoint(self.model, revision=self.revision), open_checkpoint(self.against))
+            alike = trimmed_like(*self.opened)
             return model_of(alike, dtype=self.dtype, device=self.device), self.own_tokenizer
         return parent, tokenizer
 

@@ -9,7 +9,7 @@ from conftest import save_encoder, save_tiny
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluate import evaluate
-from llmsurgeon.evaluation import layerwise
+from llmsurgeon.evaluation import layerwise, pair
 from llmsurgeon.walk.memory import Room
 
 TEXT = "A sentence of some words, and one more of others; then a third, for the windows. " * 60
@@ -79,3 +79,13 @@ def test_models_of_other_vocabularies_are_refused(models, monkeypatch):
     small(monkeypatch, 1000)
     with pytest.raises(SurgeryError, match=r"layer by layer only models of one tokenizer .* are compared"):
         figures(models, "other", "parent")
+
+
+@pytest.mark.parametrize("free", [10**12, 1000])
+def test_each_checkpoint_is_opened_once(free, models, monkeypatch):
+    """The hub is asked for one that lies there each time."""
+    small(monkeypatch, free)
+    opened, plain = [], pair.open_checkpoint
+    monkeypatch.setattr(pair, "open_checkpoint", lambda model, **more: opened.append(model) or plain(model, **more))
+    figures(models, "student", "parent")
+    assert opened == [str(models / "student"), str(models / "parent")]
