@@ -26,7 +26,10 @@ class Bound:
 
 @dataclass(frozen=True)
 class Scored:
-    """An option: KL in nats a token with its 95 % interval, alone in the parent; costs by target name."""
+    """An option: KL in nats a token with its 95 % interval, alone in the parent; costs by target name.
+
+    layers: none where it is about the table of tokens, whose costs are beside the parent's.
+    """
 
     layers: tuple[int, ...]
     name: str

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.operations.distill import Distill
@@ -110,6 +111,8 @@ class Making:
         tightened, made = [1.0] * len(meters), list[Made]()
         for _ in range(TIMES):
             model = self._settled(tightened, in_time)
+            if model is None:
+                break
             if not made and not in_time():
                 return model, []
             if any(model.places == each.model.places for each in made):
@@ -123,23 +126,29 @@ class Making:
             if not in_time():
                 break
             tightened = [t if meter.exact else t / m for t, meter, m in zip(tightened, meters, missed, strict=True)]
+        if not made:
+            self.seeker.space.check_reach()
+            raise SurgeryError(
+                "search: of what is scored so far nothing meets the targets; the same command goes on with the others"
+            )
         made.sort(key=lambda each: (self.excess(each.costs), each.model.measured.kl))
         return made[0].model, made
 
-    def _settled(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> Model:
+    def _settled(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> Model | None:
         """The best model, once a model of its shape has been timed: sums of parts that were chosen for being cheap are
         too small, and what layers of many shapes cost together no part tells."""
         seeker = self.seeker
         model = seeker.seek(tightened)
         for _ in range(SETTLING):
-            if all(meter.exact for meter in seeker.space.meters) or not in_time():
+            if model is None or all(meter.exact for meter in seeker.space.meters) or not in_time():
                 break
             thought = seeker.space.total(model.places)
             seeker.space = seeker.space.learnt(model.places)
             known = seeker.space.total(model.places)
             if all(abs(now / before - 1) <= TOLERANCE / 2 for now, before in zip(known, thought, strict=True)):
                 break
-            model = seeker.seek(tightened)
+            # Where nothing is left within the budgets, the nearest is what was found before.
+            model = seeker.seek(tightened) or model
         return model
 
     def excess(self, costs: Sequence[float]) -> float:

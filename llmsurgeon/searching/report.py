@@ -64,7 +64,8 @@ def _options(seeker: Seeker) -> tuple[Scored, ...]:
         measured = seeker.scorer.known([option])
         if measured is not None:
             named = dict(zip(_names(seeker.space), costs, strict=True))
-            found.append(Scored(option.layers, option.name, measured.kl, measured.low, measured.high, named))
+            layers = () if option.layers[0] == len(seeker.space.parent.spec.layers) else option.layers
+            found.append(Scored(layers, option.name, measured.kl, measured.low, measured.high, named))
     return tuple(found)
 
 

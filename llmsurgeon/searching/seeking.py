@@ -89,8 +89,8 @@ class Seeker:
         parts = [self.scorer.known([part]) for part in option.parts()]
         return sum(part.kl if part else float("nan") for part in parts)
 
-    def seek(self, tightened: Sequence[float]) -> Model:
-        """The best model that was measured within the budgets, `tightened` times.
+    def seek(self, tightened: Sequence[float]) -> Model | None:
+        """The best model that was measured within the budgets, `tightened` times; None where nothing is within them.
 
         Each round measures the best models that the scores know of, and corrects the scores by them.
         """
@@ -107,11 +107,11 @@ class Seeker:
                 break
         return best or self._likeliest(tightened)
 
-    def _likeliest(self, tightened: Sequence[float]) -> Model:
+    def _likeliest(self, tightened: Sequence[float]) -> Model | None:
         """The model of least summed score, measured though time is up: it is one walk."""
-        places = self._proposals(tightened)[0]
-        self._measure([places], lambda: True)
-        return self.models[places]
+        proposals = self._proposals(tightened)[:1]
+        self._measure(proposals, lambda: True)
+        return self.models[proposals[0]] if proposals else None
 
     def _best(self, tightened: Sequence[float]) -> Model | None:
         """Of the models that were measured the best one within the budgets."""

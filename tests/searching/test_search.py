@@ -125,13 +125,17 @@ def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
         assert meter.engine.setting.device == device
 
 
-def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch):
-    """An engine in which every model that is unlike its neighbours takes a tenth more than its parts."""
+@pytest.mark.parametrize(("more", "times"), [(0.1, 1), (3.0, 3)])
+def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch, more, times):
+    """An engine in which a model of three shapes of layers takes a tenth more than its parts; or so much that no such
+    model meets a target, and what came nearest is told."""
 
     def seconds(spec):
         unlike = len({replace(layer, parents=()) for layer in spec.layers}) > 2
         return (
-            1e-3 * (1 + sum(1 + sum(ffn.width / 96 for ffn in layer.ffns) for layer in spec.layers)) * (1 + unlike / 10)
+            1e-3
+            * (1 + sum(1 + sum(ffn.width / 96 for ffn in layer.ffns) for layer in spec.layers))
+            * (1 + unlike * more)
         )
 
     @contextmanager
@@ -147,8 +151,11 @@ def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch)
     few = {**FEW, "allow": ("prune_width",)}
     found = search("parent", "decode=1.2x", "out", Wanted(**few, engine="transformers"), say=said.append)
     (bound,) = found.bounds
-    assert bound.predicted == pytest.approx(bound.measured, rel=0.01) and bound.measured <= 1.01 * bound.budget
-    assert sum(line.startswith("made: ") for line in said) == 1
+    assert bound.predicted == pytest.approx(bound.measured, rel=0.01)
+    assert 1 <= sum(line.startswith("made: ") for line in said) <= times
+    met = bound.measured <= 1.01 * bound.budget
+    assert met or more > 1
+    assert ("missed by" in (scene / "out" / "report.html").read_text()) == (not met)
 
 
 @pytest.mark.parametrize(
