@@ -135,7 +135,7 @@ class Making:
         return made[0].model, made
 
     def _settled(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> Model | None:
-        """The best model, once one of its shape has been timed: what layers of many shapes cost together no part tells."""
+        """The best model, once one of its shape was timed: what layers of many shapes cost together no part tells."""
         seeker = self.seeker
         model = seeker.seek(tightened)
         for _ in range(SETTLING):
