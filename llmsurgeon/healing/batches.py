@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from llmsurgeon.processes.exchange import things
 from llmsurgeon.processes.share import dealt
 from llmsurgeon.walk.runner import LayerRunner
 from llmsurgeon.walk.streams import Streams, copied
@@ -111,3 +112,14 @@ def left(
         ffn = runner.feed_forward(index, hidden if runner.parallel_residual else middle)
         into[part] = (middle if ffn is None else middle + ffn).cpu()
     return into
+
+
+def token_weights(stream: Tensor) -> Tensor:
+    """What each token's row counts in a fit of what is added to `stream` [S, T, D]: [S, T], at most 1.
+
+    Norms see tokens relative to their size, and a window's first token may be a hundred times as large as the others
+    (massive activations, arXiv 2402.17762): squared errors of a few such tokens would decide the fit of all. Tokens
+    larger than the median count as that one does.
+    """
+    sizes = stream.float().norm(dim=-1)
+    return (torch.cat(things(sizes.flatten())).median() / sizes).nan_to_num(1).clamp(max=1)

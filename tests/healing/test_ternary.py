@@ -16,13 +16,12 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.formats.write import write_config
-from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.batches import Batches, token_weights
 from llmsurgeon.healing.distill.latent import install
 from llmsurgeon.healing.refit.context import Context, RefitOptions
 from llmsurgeon.healing.refit.refit import refit
 from llmsurgeon.healing.store import LayerStore, overlay
 from llmsurgeon.healing.ternary.context import TernaryContext
-from llmsurgeon.healing.ternary.group import token_weights
 from llmsurgeon.healing.ternary.linears import summary
 from llmsurgeon.healing.ternary.ternarise import ternarise
 from llmsurgeon.model.ternary import Grid, compensated, grid_of, is_ternary

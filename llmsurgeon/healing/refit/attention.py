@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.healing import batches
-from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.context import LayerFit, weights_in
 from llmsurgeon.healing.refit.projection import attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
 from llmsurgeon.model.parts import AttentionSpec
@@ -53,7 +53,7 @@ def refit_attention(here: LayerFit) -> None:
         return out.features(), missing
 
     with out:
-        moments = here.moments(batch)
+        moments = here.moments(batch, weights_in(wanted))
     update, ridge, error = best_update(moments, here.options.ridges)
     if update is not None:
         before = out.copies()
@@ -70,6 +70,8 @@ def refit_attention(here: LayerFit) -> None:
 
 
 def _distance(here: LayerFit, stream: Tensor) -> float:
-    """Squared distance of a stream from what the parent's FFN read, over the sequences that judge."""
+    """Squared distance of a stream from what the parent's FFN read, over the sequences that judge, as tokens count."""
     judged = torch.nonzero(here.context.batches.held_out).flatten()
-    return total((stream[judged].float() - here.read[-1][judged].float()).square().sum().item())
+    wanted = here.read[-1]
+    apart = (stream[judged].float() - wanted[judged].float()) * weights_in(wanted)[judged, :, None]
+    return total(apart.square().sum().item())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmsurgeon.healing import batches
-from llmsurgeon.healing.batches import Batches
+from llmsurgeon.healing.batches import Batches, token_weights
 from llmsurgeon.healing.refit.ridge import Moments
 from llmsurgeon.healing.store import LayerStore
 from llmsurgeon.model.families.base import Family
@@ -87,6 +87,20 @@ class Update:
         return {"block": fields.pop("layer"), **fields}
 
 
+def weights_in(stream: Tensor) -> Tensor:
+    """What each token counts where what is missing in `stream` [S, T, D] is fitted, [S, T].
+
+    `token_weights`, down to a power of two: then no number is rounded by it.
+    """
+    return token_weights(stream).log2().floor().exp2()
+
+
+def weighted(features: Tensor, weights: Tensor) -> Tensor:
+    """Rows [n, F] times their weights [n, 1], exact: float16 has too few small numbers and becomes float32."""
+    wide = features.float() if features.dtype == torch.float16 else features
+    return wide * weights.to(wide.dtype)
+
+
 @dataclass
 class LayerFit:
     """One loaded layer of the student while updates move its weights.
@@ -144,13 +158,19 @@ class LayerFit:
         """The stream that the layer's FFN reads."""
         return self.entered if self.student.parallel_residual else self.behind_attention()
 
-    def moments(self, batch: Callable[[slice], tuple[Tensor, Tensor]]) -> Moments:
-        """The sums of a regression; `batch` gives the features and what is missing of some sequences."""
+    def moments(self, batch: Callable[[slice], tuple[Tensor, Tensor]], weights: Tensor | None = None) -> Moments:
+        """The sums of a regression; `batch` gives the features and what is missing of some sequences.
+
+        weights: what each token counts, [S, T], as `weights_in` has them; all alike where it is None.
+        """
         text = self.context.batches
         moments = Moments(*text.counts)
         for part, held in text.parts:
-            features, missing = batch(part)
-            moments.add(text.rows(part, features), text.rows(part, missing), held)
+            features, missing = (text.rows(part, values) for values in batch(part))
+            if weights is not None:
+                each = text.rows(part, weights[part]).to(missing.device)
+                features, missing = weighted(features, each), missing * each
+            moments.add(features, missing, held)
             del features, missing  # the widest tensors there are: not beside those of the next batch
         return moments.complete()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmsurgeon.healing.refit.align import rows_of
 from llmsurgeon.healing.refit.attention import lost_heads
-from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.context import LayerFit, weights_in
 from llmsurgeon.healing.refit.mixer import is_new as is_new_mixer
 from llmsurgeon.healing.refit.projection import OutputProjection, attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import joint_update
@@ -63,7 +63,7 @@ def take_over(here: LayerFit) -> None:
         return torch.cat(outputs, dim=1), here.parent[part].to(device).float() - attended.float() - ffn.float()
 
     with out, down or nullcontext():
-        moments = here.moments(batch)
+        moments = here.moments(batch, weights_in(here.parent))
     update, error = joint_update(moments, here.options.join_ridge, groups)
     here.note(out.name, None if update is None else here.options.join_ridge, error)
     if update is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.context import LayerFit, weights_in
 from llmsurgeon.healing.refit.projection import output_projection
 from llmsurgeon.healing.refit.ridge import best_update
 from llmsurgeon.model.parts import MLGRUSpec
@@ -41,7 +41,7 @@ def fit_mixer(here: LayerFit) -> None:
         return out.features(), wanted[part].to(device).float() - (entered + contribution).float()
 
     with out:
-        moments = here.moments(batch)
+        moments = here.moments(batch, weights_in(wanted))
     update, ridge, error = best_update(moments, RIDGES)
     here.note(out.name, ridge, error)
     if update is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmsurgeon.healing.refit.context import LayerFit
+from llmsurgeon.healing.refit.context import LayerFit, weights_in
 from llmsurgeon.healing.refit.projection import attention_out, ffn_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
 from llmsurgeon.processes.exchange import total
@@ -50,16 +50,18 @@ def refit_output(here: LayerFit) -> None:
         what = missing(part)
         return out.features(), what
 
+    weights = weights_in(here.parent)
     with out:
-        moments = here.moments(batch)
+        moments = here.moments(batch, weights)
         update, ridge, error = best_update(moments, here.options.ridges)
         if update is not None:
             before = out.copies()
             out.move(update)
             if out.gain is not None:
                 # Behind a post-norm the moments promise what holds for small updates: see what this one does.
-                judges = (part for part, held in here.context.batches.parts if held)
-                error = total(sum(missing(part).square().sum().item() for part in judges)) / moments.judges.square
+                judges = [part for part, held in here.context.batches.parts if held]
+                apart = (missing(part) * weights[part, :, None].to(device) for part in judges)
+                error = total(sum(each.square().sum().item() for each in apart)) / moments.judges.square
                 if not error < 1:
                     out.restore(before)
                     ridge, error = None, 1.0

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmsurgeon.healing.batches import token_weights
 from llmsurgeon.healing.refit.ridge import Moments, Sums, best_update
 from llmsurgeon.healing.ternary.context import DenseLayer, Group, LayerCodes
 from llmsurgeon.healing.ternary.linears import TernaryLinear
 from llmsurgeon.model.ternary import compensated, fitted_gain
-from llmsurgeon.processes.exchange import things
 
 
 class _Reached(Exception):
@@ -113,14 +113,3 @@ def _read(here: LayerCodes, group: Group, part: slice, mine: Tensor) -> Tensor:
         for hook in hooks:
             hook.remove()
     return seen[0]
-
-
-def token_weights(stream: Tensor) -> Tensor:
-    """What each token's row counts in a fit of what is added to `stream` [S, T, D]: [S, T], at most 1.
-
-    Norms see tokens relative to their size, and a window's first token may be a hundred times as large as the others
-    (massive activations, arXiv 2402.17762): squared errors of a few such tokens would decide the fit of all. Tokens
-    larger than the median count as that one does.
-    """
-    sizes = stream.float().norm(dim=-1)
-    return (torch.cat(things(sizes.flatten())).median() / sizes).clamp(max=1)

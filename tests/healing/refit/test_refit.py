@@ -16,7 +16,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.configs import normalised
 from llmsurgeon.formats.write import write_config
 from llmsurgeon.healing.batches import Batches
-from llmsurgeon.healing.refit.context import Context, RefitOptions
+from llmsurgeon.healing.refit.context import Context, RefitOptions, weighted, weights_in
 from llmsurgeon.healing.refit.projection import OutputProjection
 from llmsurgeon.healing.refit.refit import refit
 from llmsurgeon.healing.refit.ridge import Moments, best_update, ridge_solution
@@ -215,16 +215,18 @@ def test_heads_that_are_left_make_up_for_those_that_went(cut, tmp_path):
         "self_attn.o_proj",
         "mlp.down_proj",
     }
-    fitting = context.batches.tokens[~context.batches.held_out]
-    wanted = behind_attention(model.config.to_dict(), subject_of(model)[1], fitting, 1)
-    entered, read = behind_attention(config, weights, fitting, 1, reads=True)
-    solution = torch.linalg.lstsq(read.double(), (wanted - entered).double()).solution.T
+    tokens, fits = context.batches.tokens, ~context.batches.held_out
+    wanted = behind_attention(model.config.to_dict(), subject_of(model)[1], tokens, 1)
+    entered, read = behind_attention(config, weights, tokens, 1, reads=True)
+    counts = weights_in(wanted)[fits].reshape(-1, 1)
+    missing, read = ((values[fits].flatten(0, 1) * counts).double() for values in (wanted - entered, read))
+    solution = torch.linalg.lstsq(read, missing).solution.T
     found = overlay(weights, made.files)["model.layers.1.self_attn.o_proj.weight"]
     torch.testing.assert_close(found.double(), solution, atol=1e-3, rtol=1e-3)
 
 
 def behind_attention(config, weights, tokens, layer, reads=False):
-    """The stream behind a layer's attention [n, D]; or the one in front, and what its output projection reads."""
+    """The stream behind a layer's attention [S, T, D]; or the one in front, and what its output projection reads."""
     runner, seen = LayerRunner(config, weights, torch.float32), []
     x = runner.embed(tokens)
     with torch.no_grad():
@@ -234,7 +236,51 @@ def behind_attention(config, weights, tokens, layer, reads=False):
         with runner.loaded(layer) as module:
             module.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
             behind = x + runner.attend(layer, x)
-    return (x.flatten(0, 1), seen[0].flatten(0, 1)) if reads else behind.flatten(0, 1)
+    return (x, seen[0]) if reads else behind
+
+
+def test_massive_first_tokens_do_not_decide_the_fit(tmp_path, monkeypatch):
+    """Windows of two sources begin with tokens of two kinds, each far larger in the stream than all others."""
+    model, tokens = tiny_model("llama"), some_tokens(batch=48, length=16).clamp(min=2)
+    tokens[:, 0] = torch.arange(len(tokens)) % 2
+    with torch.no_grad():
+        embedding, mlp = model.model.embed_tokens.weight, model.model.layers[1].mlp
+        embedding[1] = embedding[0] + 0.3 * embedding[1]
+        first = embedding[0]
+        mlp.gate_proj.weight[0] = mlp.up_proj.weight[0] = 6 * first / first.norm()
+        mlp.down_proj.weight[:, 0] *= 100
+        sizes = model.model(input_ids=tokens, output_hidden_states=True).hidden_states[2].norm(dim=-1)
+    assert (sizes[:, 0] > 4 * sizes[:, 1:].median()).all()
+
+    def error(name):
+        context, config, weights = prepared(model, PruneBlocks(layers=(1,)), tokens=tokens, store=tmp_path / name)
+        made = overlay(weights, refit(context).files)
+        judged = context.batches.tokens[context.batches.held_out]
+        _, base, parents = subject_of(model)
+        ends = [
+            walk(LayerRunner(how, what, model.dtype), judged, [Variant()])[0].float()[:, 1:]
+            for how, what in ((parents, base), (config, made))
+        ]
+        return ((ends[0] - ends[1]).square().sum(-1) / ends[0].square().sum(-1)).mean().item()
+
+    fitted = error("weighted")
+    for module in ("output", "join"):
+        monkeypatch.setattr(
+            f"llmsurgeon.healing.refit.{module}.weights_in", lambda stream: stream.new_ones(stream.shape[:2])
+        )
+    assert fitted < 0.9 * error("alike")
+
+
+def test_what_tokens_count_rounds_no_number():
+    stream = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    stream[0, 0] *= 1000
+    counts = weights_in(stream)
+    assert torch.equal(counts.log2(), counts.log2().round()) and counts.max() == 1 and counts[0, 0] < 0.01
+    rows = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    made = weighted(rows, counts.reshape(-1, 1))
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made.float(), rows.float() * counts.reshape(-1, 1))
+    assert weighted(rows.half(), counts.reshape(-1, 1)).dtype == torch.float32
 
 
 def test_the_parent_is_left_as_it_was(tmp_path):
