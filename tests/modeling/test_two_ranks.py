@@ -60,6 +60,13 @@ def test_two_ranks_compute_what_one_does(reports, name):
         assert report[name]["gradients"] == []
 
 
+def test_one_sum_over_ranks_for_each_attention_and_ffn(reports):
+    """And one for the embedding: what fusing saves, and what the benchmark counts on."""
+    counts = {name: reports[0][name]["reductions"] for name in ("llama", "fused", "decilm", "mlgru-hybrid")}
+    # Of six layers: an attention and an FFN less, two of them in parallel; two attentions gone and three FFNs in one.
+    assert counts == {"llama": 11, "fused": 9, "decilm": 5, "mlgru-hybrid": 13}
+
+
 def divided(reports, name):
     """Modules that each rank has a share of, layers' numbers left out."""
     return {re.sub(r"\.\d+\.", ".*.", path.rpartition(".")[0]) for path in reports[0][name]["divided"]}

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 sys.modules["llmsurgeon"] = None  # the code in the checkpoints alone
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
+from tensor_parallel import Collectives  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 from transformers.distributed import DistributedConfig  # noqa: E402
@@ -47,6 +49,14 @@ def gradient(model):
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g).norm() for name, g in grads.items()}
 
 
+@torch.no_grad()
+def reductions(model):
+    """How often the ranks sum something for one token."""
+    with Collectives() as seen:
+        model(input_ids=IDS[:, :1], use_cache=False)
+    return seen.calls["all_reduce"]
+
+
 def examine(folder):
     alone = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     shared = AutoModelForCausalLM.from_pretrained(
@@ -57,6 +67,7 @@ def examine(folder):
     return {
         "difference": (logits(shared) - logits(alone)).abs().max().item(),
         "held": held(shared),
+        "reductions": reductions(shared),
         "gradients": off,
         "divided": sorted(name for name, p in shared.named_parameters() if isinstance(p, DTensor)),
     }
