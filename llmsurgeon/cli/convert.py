@@ -224,15 +224,18 @@ def must_have(context: typer.Context, recipe: Recipe, ops: set[str], verb: str) 
 def go(recipe: Recipe, label: str, job: Job) -> None:
     """Plan or run a recipe as the command line asks and print what came of it; `label` is part of OUT's default."""
     from llmsurgeon.formats.loading import dtype_of
+    from llmsurgeon.planning.estimate import estimated
     from llmsurgeon.planning.options import model_of
     from llmsurgeon.run import Options, preview, run
 
     name, push = model_of(job.model, recipe), target_of(job.push_to_hub, job.private)
+    target = job.out or f"{short_name(name)}-{label}"
     if job.dry_run:
         planned = preview(recipe, name, job.revision, job.trust_remote_code)
-        print(json.dumps(plan_report(planned))) if job.as_json else print_plan(planned, notes=True)
+        takes = estimated(planned, target, dtype_of(job.dtype), job.device)
+        report = {**plan_report(planned), "estimate": takes.to_dict()}
+        print(json.dumps(report)) if job.as_json else print_plan(planned, notes=True, estimate=takes)
         return
-    target = job.out or f"{short_name(name)}-{label}"
     options = Options(
         job.device,
         dtype_of(job.dtype),

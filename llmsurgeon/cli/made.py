@@ -13,6 +13,7 @@ from llmsurgeon.errors import GateFailed
 if TYPE_CHECKING:
     from llmsurgeon.evaluation.decoders import Evaluation
     from llmsurgeon.evaluation.encoders import EncoderEvaluation
+    from llmsurgeon.planning.estimate import Estimate
     from llmsurgeon.planning.plan import Planned
     from llmsurgeon.run import Outcome
 
@@ -65,8 +66,8 @@ def warning(outcome: Outcome) -> str | None:
     return collapse(outcome.evaluation.to_dict() if outcome.evaluation else None)
 
 
-def print_plan(planned: Planned, notes: bool = False) -> None:
-    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks."""
+def print_plan(planned: Planned, notes: bool = False, estimate: Estimate | None = None) -> None:
+    """The plan as tables; with `notes`, which otherwise stand in the model card, with its remarks; what a run takes."""
     from rich.table import Table
 
     from llmsurgeon.model.costs import human
@@ -106,6 +107,18 @@ def print_plan(planned: Planned, notes: bool = False) -> None:
         out.print(f"closed-form fits in memory: about {human(planned.healing_bytes)}B", highlight=False)
     if planned.stream_bytes:
         out.print(f"hidden states of the text: {human(planned.stream_bytes)}B each time; {_place()}", highlight=False)
+    if estimate:
+        out.print(f"on this machine: {_takes(estimate)}", highlight=False, soft_wrap=True)
+
+
+def _takes(estimate: Estimate) -> str:
+    """What a run takes, in a line."""
+    from llmsurgeon.model.costs import human
+
+    hours = f"{estimate.seconds / 3600:.3g} hours"
+    sizes = f"{human(estimate.bytes_read)}B read, {human(estimate.bytes_written)}B written"
+    left_out = f"; not counted: {', '.join(estimate.without)}" if estimate.without else ""
+    return f"about {hours}, {sizes}, {human(estimate.peak_memory_bytes)}B of memory at most{left_out}"
 
 
 def _place() -> str:

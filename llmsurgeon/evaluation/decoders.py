@@ -141,12 +141,14 @@ def evaluate_hidden(
     *,
     chunk: int = CHUNK,
     kinds: Sequence[str] = (),
+    share: Share | None = None,
 ) -> Evaluation:
     """As `evaluate_decoder`, from logits [L, V] of a sequence at a time: `model_logits(row)` for each row of `tokens`.
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
+    share: of several processes this one's rows, by default an equal part.
     """
-    share = Share.of(len(tokens))
+    share = share or Share.of(len(tokens))
     pairs = ((model_logits(row), parent_logits(row) if parent_logits else None) for row in share.rows)
     return _by_kind(_sequence_means(tokens, share, pairs, chunk), tokens, kinds)
 

@@ -203,10 +203,12 @@ def evaluate_states(
     masking: Masking | None = None,
     logits: tuple[ByRow, ByRow | None] | None = None,
     kinds: Sequence[str] = (),
+    share: Share | None = None,
 ) -> EncoderEvaluation:
     """As `evaluate_encoder`, from the model's and the parent's `states` on `tokens` and their `logits` on masked ones.
 
     For models whose hidden states are at hand, as after a layer-by-layer walk, but that are never in memory as a whole.
+    share: of several processes this one's rows, by default an equal part.
     """
     means: dict[str, list[float]] = {}
 
@@ -219,7 +221,7 @@ def evaluate_states(
             )
         means.setdefault(name, []).append(mean)
 
-    share = Share.of(len(tokens))
+    share = share or Share.of(len(tokens))
     with Progress("evaluate", share.mine(tokens).numel(), "tokens") as progress:
         for row in share.rows:
             if states:

@@ -8,7 +8,7 @@ from math import prod
 
 from llmsurgeon.model.block_transformer import BlockTransformerSpec
 from llmsurgeon.model.families import Family
-from llmsurgeon.model.parts import FFNSpec
+from llmsurgeon.model.parts import AttentionSpec, FFNSpec
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 
 # Learnt positions and token types: tables that are looked up, never multiplied.
@@ -98,6 +98,30 @@ def _in_block_transformer(
     rest = all_of_them - over_blocks - in_block - table - of_token
     in_block_work = in_block * made.positions + of_token * made.embedded
     return rest + round((over_blocks + in_block_work) / made.block_length)
+
+
+def part_work(
+    spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]], sequence_length: int
+) -> list[tuple[float, float]]:
+    """What attention and FFN of each layer multiply for a token, in floating-point operations: 2 for a weight, and for
+    attention 2 for each number of the keys and values before it."""
+    matrices = {name: prod(shape) for name, shape in shapes.items() if len(shape) == 2}
+    found = []
+    for index, layer in enumerate(spec.layers):
+        prefix = family.layer(index)
+        own = {name: size for name, size in matrices.items() if name.startswith(prefix)}
+        attends = sum(size for name, size in own.items() if name.startswith(f"{prefix}{family.attention}."))
+        ffns = {path.removeprefix(prefix): ffn for path, ffn in _ffns(layer, prefix, family)}
+        inside = {path: _below(prefix + path, own) for path in ffns}
+        feeds = sum(own.values()) - attends - sum(ffn.idle(inside[path], spec.hidden) for path, ffn in ffns.items())
+        looks_back = isinstance(layer.attention, AttentionSpec) and layer.attention.heads * layer.attention.head_dim
+        found.append((2.0 * attends + 2.0 * sequence_length * looks_back, 2.0 * feeds))
+    return found
+
+
+def _below(path: str, matrices: Mapping[str, int]) -> dict[str, int]:
+    """The matrices inside a module, by their names in it."""
+    return {name.removeprefix(f"{path}."): size for name, size in matrices.items() if name.startswith(f"{path}.")}
 
 
 def layer_parameters(spec: ModelSpec, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> list[int]:

@@ -16,6 +16,7 @@ from llmsurgeon.model.layers import LayersError, layers_as_written
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.operations.fit_memory import Text
+from llmsurgeon.operations.fit_work import PartWork, Work
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,19 @@ class Step(BaseModel):
     def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
         """About the most memory that its closed-form fit takes; `shapes` are those of the student's tensors."""
         return 0
+
+    def fit_work(
+        self, parent: ModelSpec, student: ModelSpec, passes: tuple[PartWork, PartWork], text: Text
+    ) -> Work | None:
+        """How much computing its closed-form fit is, None where nobody has counted it.
+
+        passes: what the parts of the parent's and of the student's layers multiply for a token.
+        """
+        return None
+
+    def minutes_given(self) -> float | None:
+        """How long it takes, where it is told."""
+        return None
 
 
 def kept(subject: Subject, index: int) -> NewLayer:

@@ -217,6 +217,9 @@ class Distill(Step):
             return None, None, 30.0
         return self.steps, self.tokens, self.minutes
 
+    def minutes_given(self) -> float | None:
+        return self.limits[2]
+
     def reads(self) -> tuple[str | None, ...]:
         return tuple(name for source in self.sources for name in (source.text, source.dataset))
 

@@ -65,12 +65,17 @@ def refit_bytes(parent: ModelSpec, student: ModelSpec, text: Text) -> int:
     ends = [*starts[1:], len(parent.layers)]
     found = 0
     for layer, start, end in zip(student.layers, [0, *starts[1:]], ends, strict=True):
-        before = parent.layers[min(layer.parents)]
-        if end - start != 1 or layer.branches or (layer.attention, layer.ffn) != (before.attention, before.ffn):
+        if end - start != 1 or not same_as_before(layer, parent):
             # Parent and student, what is between a layer's attention and FFN, and what each layer of the span read.
             streams = (4 + end - start) * text.tokens * student.hidden * text.itemsize
             found = max(found, streams + _layer_bytes(layer, student.hidden, text))
     return found
+
+
+def same_as_before(layer: LayerSpec, parent: ModelSpec) -> bool:
+    """Whether a layer is described as the parent's that it begins with."""
+    before = parent.layers[min(layer.parents)]
+    return not layer.branches and (layer.attention, layer.ffn) == (before.attention, before.ffn)
 
 
 def _layer_bytes(layer: LayerSpec, hidden: int, text: Text) -> int:

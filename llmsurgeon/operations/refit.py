@@ -14,6 +14,7 @@ from llmsurgeon.model.parts import Touch
 from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.operations.base import HELD_OUT, Plan, Step, Subject
 from llmsurgeon.operations.fit_memory import Text, refit_bytes
+from llmsurgeon.operations.fit_work import Fit, PartWork, Work, refit_work
 
 
 class Refit(Step):
@@ -52,6 +53,13 @@ class Refit(Step):
 
     def fit_bytes(self, parent: ModelSpec, student: Subject, shapes: Mapping[str, tuple[int, ...]], text: Text) -> int:
         return refit_bytes(parent, student.spec, replace(text, held_out=self.held_out))
+
+    def fit_work(
+        self, parent: ModelSpec, student: ModelSpec, passes: tuple[PartWork, PartWork], text: Text
+    ) -> Work | None:
+        if student.block_transformer:
+            return None
+        return refit_work(parent, student, passes, Fit(text, len(self.ridges), self.align, self.join))
 
     def plan(self, subject: Subject) -> Plan:
         subject.check(self)

@@ -16,6 +16,7 @@ from llmsurgeon.healing.distill.case import Case
 from llmsurgeon.healing.distill.data import Corpus
 from llmsurgeon.healing.distill.module import real_tokens
 from llmsurgeon.healing.distill.targets import AHEAD, Targets
+from llmsurgeon.processes.share import Share
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import walk
 
@@ -64,6 +65,11 @@ class GlobalTask:
         chosen = np.random.default_rng([self.settings.seed, step]).choice(length, count, replace=False)
         return {"positions": torch.from_numpy(np.sort(chosen)).to(device)}
 
+    @property
+    def _all_rows(self) -> Share:
+        """A module that is spread over processes is called by all of them, equally often."""
+        return Share(len(self.judged))
+
     def judge(self, module: nn.Module) -> dict[str, float]:
         """KL to the parent (the value), perplexity ratio, top-1 agreement, both losses on the held-out sequences."""
         parent, device = self.case.parent, next(module.parameters()).device
@@ -74,6 +80,7 @@ class GlobalTask:
             self.judged,
             lambda row: module(self.judged[row : row + 1].to(device))["logits"],
             lambda row: parent.final(last[row].to(parent.device)),
+            share=self._all_rows,
         )
         assert found.kl is not None and found.perplexity_ratio is not None and found.top1_agreement is not None
         assert found.parent_perplexity is not None
@@ -103,7 +110,8 @@ class EncoderTask(GlobalTask):
             last = walk(parent, self.judged, [Variant()], batch=self.case.batch)[0]
             self._parent_states = lambda row: parent.states(last[row][self._real(row)].to(parent.device))
         with torch.no_grad():
-            found = evaluate_states(self.judged, (lambda row: self._own(module, row, device), self._parent_states))
+            states = (lambda row: self._own(module, row, device), self._parent_states)
+            found = evaluate_states(self.judged, states, share=self._all_rows)
         cosines = {"pooled_cosine": found.pooled_cosine, "hidden_cosine": found.hidden_cosine}
         measures = {name: value for name, value in cosines.items() if value is not None}
         return {"value": 1 - measures["pooled_cosine" if self.settings.pooled else "hidden_cosine"], **measures}
