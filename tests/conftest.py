@@ -235,6 +235,17 @@ def cache_of_the_session(tmp_path_factory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rates_at_a_glance() -> Iterator[None]:
+    """What a dry run measures of this machine is measured once each, on little."""
+    from llmsurgeon.planning import rates
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rates, "ENOUGH", 0.0)
+        patch.setattr(rates, "FILE_BYTES", rates.BLOCK)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def same_threads() -> Iterator[None]:
     """No test leaves torch with another number of threads: sums would round otherwise in those behind it."""

@@ -28,7 +28,7 @@ from llmsurgeon.healing.refit.symmetric import add_gram, damped_solution, square
 DAY = 24 * 3600.0
 # Sizes at which rates are taken: wide enough for what is small to count little, small enough for seconds.
 WIDTH, TOKENS, SEQUENCE, FEATURES, VOCABULARY = 2048, 512, 512, 1024, 32_768
-FILE_BYTES = 1 << 28
+FILE_BYTES, BLOCK = 1 << 28, 1 << 24
 ENOUGH = 0.8  # seconds for each rate
 
 
@@ -141,11 +141,11 @@ def _wait(device: str) -> None:
 
 def _disk(folder: Path) -> dict[str, float]:
     """Bytes a second of a file in `folder`, written with its checksum, read cold and read again."""
-    block, step = os.urandom(1 << 24), 1 << 24
+    block = os.urandom(BLOCK)
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".llmsurgeon-rates-") as file:
             began, digest = time.perf_counter(), CHECKSUMS["blake3"].begin()
-            for _ in range(FILE_BYTES // step):
+            for _ in range(FILE_BYTES // BLOCK):
                 file.write(block)
                 digest.update(block)
             file.flush()
@@ -157,7 +157,7 @@ def _disk(folder: Path) -> dict[str, float]:
             for _ in range(2):
                 began = time.perf_counter()
                 file.seek(0)
-                while file.read(step):
+                while file.read(BLOCK):
                     pass
                 times.append(time.perf_counter() - began)
     except OSError as error:

@@ -57,6 +57,8 @@ def normal(said: str, folder: Path) -> str:
     names = "|".join(sorted(TIMES))
     said = re.sub(rf'("(?:{names})": )[-+.e0-9]+', r'\1"<time>"', said)
     said = re.sub(r'"phases": \{[^}]*\}', '"phases": "<times>"', said)
+    said = re.sub(r'"estimate": \{.*?\}\}', '"estimate": "<by rates>"', said)
+    said = re.sub(r"(on this machine: )about[^;\n]*", r"\1<by rates>", said)
     said = re.sub(r"(<dt>Tokens a second</dt><dd>)[^<]*", r"\1<speed>", said)
     said = re.sub(r"(<h2>Where the time went</h2>).*?(?=</section>)", r"\1<times>", said, flags=re.DOTALL)
     said = re.sub(
