@@ -11,7 +11,7 @@ from llmsurgeon.checkpoint.push import prepare as prepare_push
 from llmsurgeon.checkpoint.shards import parse_size
 from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.planning.checks import check_recipe, within_positions
+from llmsurgeon.planning.checks import check_recipe, settled
 from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
@@ -95,6 +95,6 @@ def prepare(
         raise SurgeryError("heal takes the distill steps of a recipe, and this one has none; `llmsurgeon run` refits")
     recipe = recipe.model_copy(update={"steps": steps})
     check_recipe(whole, recipe)
-    recipe = within_positions(whole, recipe)
+    recipe = settled(whole, recipe)
     recipe = recipe.model_copy(update={"steps": tuple(step.resolve(whole.subject({})) for step in steps)})
     return cut, whole, plan_healing(cut, whole, recipe)

@@ -17,7 +17,7 @@ from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.gate import missed
 from llmsurgeon.healing.healers import Result
-from llmsurgeon.planning.checks import check_processes, check_recipe, check_weights, within_positions
+from llmsurgeon.planning.checks import check_processes, check_recipe, check_weights, settled
 from llmsurgeon.planning.healed import heal_and_judge
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opening import described, files_of, opened
@@ -75,7 +75,7 @@ def run(
     parse_size(options.max_shard_size)
     repository = from_first(lambda: prepare(options.push))
     check_recipe(parent, recipe)
-    recipe = within_positions(parent, recipe)
+    recipe = settled(parent, recipe)
     check_weights(parent, recipe)
     inputs = Inputs.of("run", {"model": parent.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.
@@ -124,7 +124,7 @@ def preview(
     """
     recipe, _ = as_given(recipe)
     parent = described(model_of(model, recipe), recipe, revision, trust_remote_code)
-    recipe = within_positions(parent, recipe)
+    recipe = settled(parent, recipe)
     return plan(parent, recipe, foreseen(parent, recipe))
 
 

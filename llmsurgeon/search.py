@@ -211,6 +211,7 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
         dataset=wanted.dataset,
         tokens=max(REFIT_TOKENS, 4 * wanted.tokens),
         sequence_length=longest if wanted.sequence_length is None else wanted.sequence_length,
+        self_share=0.0 if wanted.text or wanted.dataset else None,
         seed=wanted.seed,
     )
     texts = Texts(parent, asked, asked.tokens, options)

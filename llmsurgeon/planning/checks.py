@@ -9,7 +9,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.gate import check_gate
 from llmsurgeon.operations import Step
 from llmsurgeon.planning.opened import DescribedModel, OpenedCheckpoint
-from llmsurgeon.planning.sources import check_kinds
+from llmsurgeon.planning.sources import check_kinds, mixed
 from llmsurgeon.processes.world import count
 from llmsurgeon.recipe.recipe import Calibration, Recipe
 
@@ -17,7 +17,7 @@ from llmsurgeon.recipe.recipe import Calibration, Recipe
 def check_recipe(parent: DescribedModel, recipe: Recipe) -> None:
     """Raise SurgeryError for what needs no planning to be refused."""
     check_gate(recipe.gate, parent.family)
-    check_kinds(recipe)
+    check_kinds(recipe, bool(parent.family.encoder))
     check_order(recipe.steps)
     for step in recipe.steps:
         parent.subject({}).check(step)
@@ -50,6 +50,12 @@ def check_order(steps: Sequence[Step]) -> None:
         for earlier in before:
             earlier.check_follower(step)
         step.check_place(before)
+
+
+def settled(parent: DescribedModel, recipe: Recipe) -> Recipe:
+    """The recipe with what its calibration leaves open: a window's length, and what is sampled beside named text."""
+    recipe = within_positions(parent, recipe)
+    return recipe.model_copy(update={"calibration": mixed(parent, recipe.calibration)})
 
 
 def within_positions(parent: DescribedModel, recipe: Recipe) -> Recipe:

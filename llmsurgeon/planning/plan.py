@@ -72,7 +72,7 @@ class Planned:
         recipe = self.recipe
         if not (recipe.calibration.sources or recipe.gate or any(step.computes() for step in recipe.steps)):
             return {}
-        return recipe.calibration.shares
+        return recipe.calibration.shares(self.parent.family.encoder)
 
     @property
     def peak_bytes(self) -> int:

@@ -24,7 +24,7 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
-from llmsurgeon.planning.sources import text_wanted
+from llmsurgeon.planning.sources import mixed, text_wanted
 from llmsurgeon.processes.first import from_first
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
@@ -45,8 +45,9 @@ class Texts:
     def __init__(
         self, parent: OpenedCheckpoint, wanted: recipe_file.Calibration, tokens: int, options: Options
     ) -> None:
+        wanted = mixed(parent, wanted)
         self.parent, self.options, self.wanted = parent, options, wanted
-        self.calibration = text_wanted(wanted, tokens)
+        self.calibration = text_wanted(wanted, tokens, parent.family.encoder)
         self.description = "none"
         self._sequences: Sequences | None = None
         self._runner: LayerRunner | None = None

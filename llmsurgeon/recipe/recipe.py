@@ -49,6 +49,8 @@ class _Part(BaseModel):
 
 
 OfItself = Annotated[str, AfterValidator(one_kind)]
+# The share of calibration text that is sampled from the model beside what a user names, where nobody says another.
+SELF_SHARE = 0.5
 
 
 class TextSource(_Part):
@@ -90,7 +92,7 @@ class Calibration(_Part):
         default=None,
         ge=0,
         lt=1,
-        description="share that is sampled from the model beside text or dataset; left out: 0",
+        description="share that is sampled from the model beside text or dataset; left out: 0.5, of encoders 0",
     )
     tokens: int = Field(default=65_536, ge=1, le=MOST_TOKENS, description="how many tokens to use at most")
     sequence_length: int = Field(
@@ -117,10 +119,9 @@ class Calibration(_Part):
         """The files and datasets that are named."""
         return tuple(name for source in self.sources if (name := source.text or source.dataset))
 
-    @property
-    def shares(self) -> dict[str, float]:
+    def shares(self, encoder: bool) -> dict[str, float]:
         """What each source is, in words, and its share of the text; they add up to 1."""
-        share = self.self_share or 0.0
+        share = self.sampled_share(encoder)
         own = TextSource(self=ALL, weight=share or 1.0)
         if self.texts is not None:
             sources = self.texts
@@ -131,6 +132,12 @@ class Calibration(_Part):
             sources = (named, own) if share else (named,)
         total = sum(source.weight for source in sources)
         return {source.words: source.weight / total for source in sources}
+
+    def sampled_share(self, encoder: bool) -> float:
+        """What is sampled from the model beside text or dataset; nothing where it cannot write such text."""
+        if self.self_share is not None:
+            return self.self_share
+        return SELF_SHARE if (self.text or self.dataset) and not encoder and not self.sentences else 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Calibration:

@@ -192,11 +192,11 @@ def test_a_kind_that_is_none_is_refused():
         one_kind("cod")
 
 
-def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch):
+def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys):
     from conftest import save_tiny
 
     from llmsurgeon.errors import SurgeryError
-    from llmsurgeon.planning import texts
+    from llmsurgeon.planning import sources, texts
     from llmsurgeon.planning.opened import open_model
     from llmsurgeon.planning.options import Options
     from llmsurgeon.planning.texts import Texts
@@ -206,12 +206,16 @@ def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch):
     parent = open_model(str(save_tiny(tmp_path / "parent", "llama", tokenizer=True)))
     (tmp_path / "text.txt").write_text("abc def " * 200)
     asked = Asked(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=16)
-    monkeypatch.setattr(texts, "room", lambda: Room(256, "what the machine has free"))
+    for module in (sources, texts):
+        monkeypatch.setattr(module, "room", lambda: Room(256, "what the machine has free"))
     wanted = asked.model_copy(update={"self_share": 0.5})
     with pytest.raises(SurgeryError, match=r"whole model, .* the machine has free is 256B.*--self-share 0"):
         _ = Texts(parent, wanted, 64, Options(device="cpu")).windows
+    # What nobody asked for is left out, and said.
     alone = Texts(parent, asked, 64, Options(device="cpu"))
     assert set(alone.sequences.kinds) == {"text.txt"}
+    assert alone.wanted.self_share == 0
+    assert "none is sampled beside the text" in capsys.readouterr().err
     # What counts is the dtype that it computes in.
     between = Room(parent.checkpoint.nbytes(torch.float32) * 3 // 4, "what the machine has free")
     monkeypatch.setattr(texts, "room", lambda: between)
