@@ -29,6 +29,7 @@ WAYS = {
     "text": lambda text: {"text": text, "self_share": 0.0},
     "openers": lambda text: {"texts": tuple(TextSource(self=kind) for kind in ("prose", "encyclopaedia", "news"))},
     "kinds": lambda text: {},
+    "quarter": lambda text: {"text": text, "self_share": 0.25},
     "half": lambda text: {"text": text, "self_share": 0.5},
 }
 

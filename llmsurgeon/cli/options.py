@@ -101,7 +101,7 @@ SelfShare = Annotated[
         min=0.0,
         max=0.95,
         help="Share that the model writes beside --text or --dataset, of all kinds; default: the recipe's, else "
-        "half (of encoders nothing).",
+        "a quarter (of encoders nothing).",
     ),
 ]
 

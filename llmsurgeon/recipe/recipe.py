@@ -50,7 +50,7 @@ class _Part(BaseModel):
 
 OfItself = Annotated[str, AfterValidator(one_kind)]
 # The share of calibration text that is sampled from the model beside what a user names, where nobody says another.
-SELF_SHARE = 0.5
+SELF_SHARE = 0.25
 
 
 class TextSource(_Part):
@@ -92,7 +92,7 @@ class Calibration(_Part):
         default=None,
         ge=0,
         lt=1,
-        description="share that is sampled from the model beside text or dataset; left out: 0.5, of encoders 0",
+        description="share that is sampled from the model beside text or dataset; left out: 0.25, of encoders 0",
     )
     tokens: int = Field(default=65_536, ge=1, le=MOST_TOKENS, description="how many tokens to use at most")
     sequence_length: int = Field(
