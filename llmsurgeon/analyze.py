@@ -65,7 +65,7 @@ def analyze(
     holds report.html, report.json (docs/report.md), scores.safetensors and suggested.yaml, which `run` takes as it is.
 
     Args:
-        self_share: the share that the model writes beside `text` or `dataset`, of all kinds; None: a quarter, of encoders 0.
+        self_share: the share that the model writes beside `text` or `dataset`, of all kinds; None: 0.25, of encoders 0.
         tokens: how many to measure on, in windows of `sequence_length`: 256, or as many as the model has positions.
         drop: attentions to drop; None: about a quarter of the layers.
         max_run: the longest run of FFNs to fuse.
