@@ -23,7 +23,7 @@ from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opening import described, files_of, opened
 from llmsurgeon.planning.options import Options as Options
 from llmsurgeon.planning.options import as_given, model_of
-from llmsurgeon.planning.plan import Planned, foreseen, plan
+from llmsurgeon.planning.plan import Planned, check_shapes, foreseen, plan
 from llmsurgeon.planning.records import RunRecords
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.processes.first import from_first, only_first, seen_by_all
@@ -77,6 +77,7 @@ def run(
     check_recipe(parent, recipe)
     recipe = settled(parent, recipe)
     check_weights(parent, recipe)
+    check_shapes(parent, recipe)
     inputs = Inputs.of("run", {"model": parent.checkpoint}, recipe, options)
     # Work of another job is heard of before anything is measured.
     from_first(lambda: Stage.check(out, job=inputs.job(), **place))

@@ -138,6 +138,21 @@ def foreseen(parent: DescribedModel, recipe: Recipe) -> dict[str, Any]:
     return scores
 
 
+def check_shapes(parent: DescribedModel, recipe: Recipe) -> None:
+    """Raise SurgeryError for what planning refuses whatever is measured: before it is.
+
+    Steps are planned up to the first one whose result scores decide, with scores that only have the right shape.
+    """
+    subject, steps = parent.subject({}), list[Step]()
+    for step in recipe.steps:
+        if step.needs() - step.foresee(subject).keys():
+            break
+        steps.append(step)
+    if any(step.needs() for step in steps):
+        first = recipe.model_copy(update={"steps": tuple(steps), "format": "auto", "gate": None})
+        plan(parent, first, foreseen(parent, first))
+
+
 def _packing(student: Student, steps: Sequence[Step]) -> Packing:
     """How the linears that the steps make ternary are packed, whose weights are not ternary yet.
 
