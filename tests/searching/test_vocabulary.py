@@ -133,7 +133,10 @@ def test_a_search_that_may_trim_the_vocabulary_does(scene):
 def test_tokens_stay_by_text_that_neither_scores_nor_judges(scene):
     parent = open_model("parent")
     texts = Texts(
-        parent, calibration(text="text.txt", tokens=2048, sequence_length=LENGTH), 2048, Options(device="cpu")
+        parent,
+        calibration(text="text.txt", self_share=0.0, tokens=2048, sequence_length=LENGTH),
+        2048,
+        Options(device="cpu"),
     )
     space = Space.of(parent, meters(parse_targets(["params=0.8x"]), None, parent), OPS).priced()
     scorer = scorer_of(space, texts, 192, 4, lambda: True)

@@ -191,8 +191,9 @@ def calibration_rows(
             continue
         rows = read_rows(tokenizer, length, Text(source.text, source.dataset, **limits))
         found.append(replace(rows, weight=source.weight / total))
-    if written:
-        own = windows[torch.tensor([kind not in calibration.labels for kind in windows.kinds])].tokens
+    own = windows[torch.tensor([kind not in calibration.labels for kind in windows.kinds])].tokens
+    # A share beside a short text may be shorter than a row.
+    if written and (own.numel() >= length or not found):
         limit = max(1, limits["limit"] // windows.tokens.shape[1])
         found.append(replace(rows_of(own[:limit], length, OWN, written), own=True))
     return found

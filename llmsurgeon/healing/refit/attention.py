@@ -18,7 +18,6 @@ from llmsurgeon.healing import batches
 from llmsurgeon.healing.refit.context import LayerFit, weights_in
 from llmsurgeon.healing.refit.projection import attention_out, output_projection
 from llmsurgeon.healing.refit.ridge import best_update
-from llmsurgeon.model.parts import AttentionSpec
 from llmsurgeon.processes.exchange import total
 
 
@@ -34,7 +33,9 @@ def lost_heads(here: LayerFit) -> bool:
     if len(here.span) != 1 or here.student.parallel_residual or here.is_ternary(attention_out(here.family)):
         return False
     before = parents[here.span[0]].attention
-    return isinstance(mine, AttentionSpec) and isinstance(before, AttentionSpec) and mine.shape != before.shape
+    if mine is None or before is None:
+        return False
+    return mine.looks_back and before.looks_back and mine.shape != before.shape
 
 
 def comes_back(here: LayerFit) -> bool:

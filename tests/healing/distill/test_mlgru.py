@@ -10,6 +10,7 @@ from healing.refit.test_refit import fresh, kl_to, prepared
 from operations.helpers import some_tokens
 
 from llmsurgeon.healing.distill.distill import distill
+from llmsurgeon.healing.refit.context import weights_in
 from llmsurgeon.healing.refit.refit import refit
 from llmsurgeon.healing.store import overlay
 from llmsurgeon.operations.matmulfree import MatMulFree
@@ -52,7 +53,7 @@ def test_the_fit_is_least_squares(tmp_path):
     """On the first changed block the fitted projection is that of one ridge regression on what does not judge."""
     model, tokens = tiny_model("llama"), some_tokens(batch=96, length=16)
     context, config, weights = prepared(model, HYBRID, tokens=tokens, store=tmp_path / "store")
-    tokens = tokens[torch.arange(96) % 4 > 0]
+    fits = torch.arange(96) % 4 > 0
     made = refit(context)
     healed = overlay(weights, made.files)
     ridge = next(each.ridge for each in made.updates if each.layer == 1 and each.projection == "self_attn.o_proj")
@@ -66,7 +67,8 @@ def test_the_fit_is_least_squares(tmp_path):
         with student.loaded(1) as layer:
             states, gates = layer.self_attn.mixed(layer.input_layernorm(entered))
             old = layer.self_attn.o_proj.weight.clone()
-    features, wanted = (states * gates).flatten(0, 1).double(), attended[0].flatten(0, 1).double()
+    counts = weights_in(entered + attended[0])[fits].reshape(-1, 1)
+    features, wanted = ((each[fits].flatten(0, 1) * counts).double() for each in (states * gates, attended[0]))
     gram = features.T @ features
     damped = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
     update = torch.linalg.solve(damped, features.T @ (wanted - features @ old.double().T))

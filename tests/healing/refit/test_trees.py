@@ -125,7 +125,7 @@ def test_a_refit_brings_the_model_nearer_on_unseen_tokens(tmp_path, family, step
     unseen = torch.randint(0, 64, (8, 24), generator=torch.Generator().manual_seed(9))
     raw = kl_to(model, *refitted(model, step, tokens, tmp_path, fit=False), unseen)
     healed = kl_to(model, *refitted(model, step, tokens, tmp_path / "store"), unseen)
-    assert healed < 0.9 * raw
+    assert healed < 0.95 * raw
 
 
 @pytest.mark.parametrize(
