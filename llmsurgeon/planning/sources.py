@@ -39,15 +39,15 @@ def mixed(parent: DescribedModel, asked: Asked) -> Asked:
     if not (asked.text or asked.dataset) or asked.self_share is not None:
         return asked
     share = asked.sampled_share(bool(parent.family.encoder))
-    if share and (wants := too_large(parent)):
+    if share and (wants := too_large(sum(each.numel() * each.itemsize for each in parent.meta().values()))):
         remark(f"{parent.name}: {wants}, so none is sampled beside the text that is given")
         share = 0.0
     return asked.model_copy(update={"self_share": share})
 
 
-def too_large(parent: DescribedModel) -> str | None:
-    """Why the model cannot be in memory as a whole, to sample text from; None where it can."""
-    size, left = sum(each.numel() * each.itemsize for each in parent.meta().values()), room()
+def too_large(size: int) -> str | None:
+    """Why a model of so many bytes cannot be in memory as a whole, to sample text from; None where it can."""
+    left = room()
     if left is None or size <= left.bytes:
         return None
     return f"text is sampled from the whole model, {human(size)}B, and {left.limit} is {human(left.bytes)}B"

@@ -19,12 +19,11 @@ from llmsurgeon.evaluation.bits_per_byte import BitsPerByte, Score, bits_per_byt
 from llmsurgeon.evaluation.judge import walked
 from llmsurgeon.formats.loading import load_tokenizer, model_of
 from llmsurgeon.healing.distill.data import Rows, training_rows
-from llmsurgeon.model.costs import human
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.planning.checks import check_text
 from llmsurgeon.planning.opened import OpenedCheckpoint, check_length
 from llmsurgeon.planning.options import Options, device_kind
-from llmsurgeon.planning.sources import mixed, text_wanted
+from llmsurgeon.planning.sources import mixed, text_wanted, too_large
 from llmsurgeon.processes.first import from_first
 from llmsurgeon.recipe import recipe as recipe_file
 from llmsurgeon.text.cache import cached_self_text
@@ -32,7 +31,6 @@ from llmsurgeon.text.calibration import calibration_sequences
 from llmsurgeon.text.self_text import SelfText
 from llmsurgeon.text.sequences import Sequences
 from llmsurgeon.text.windows import window_start
-from llmsurgeon.walk.memory import room
 from llmsurgeon.walk.runner import LayerRunner
 
 if TYPE_CHECKING:
@@ -107,11 +105,10 @@ class Texts:
         Raises:
             SurgeryError: it is larger than the memory that there is.
         """
-        size, left = self.parent.checkpoint.nbytes(self.dtype), room()
-        if device_kind(self.options.device) == "cpu" and left is not None and size > left.bytes:
+        wants = too_large(self.parent.checkpoint.nbytes(self.dtype))
+        if wants and device_kind(self.options.device) == "cpu":
             raise SurgeryError(
-                f"{self.parent.name}: text is sampled from the whole model, {human(size)}B, and {left.limit} is "
-                f"{human(left.bytes)}B; give --text FILE with --self-share 0, which reads layers one at a time"
+                f"{self.parent.name}: {wants}; give --text FILE with --self-share 0, which reads layers one at a time"
             )
         return model_of(self.parent.checkpoint, dtype=self.dtype, device=self.options.device)
 

@@ -196,7 +196,7 @@ def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys
     from conftest import save_tiny
 
     from llmsurgeon.errors import SurgeryError
-    from llmsurgeon.planning import sources, texts
+    from llmsurgeon.planning import sources
     from llmsurgeon.planning.opened import open_model
     from llmsurgeon.planning.options import Options
     from llmsurgeon.planning.texts import Texts
@@ -206,8 +206,7 @@ def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys
     parent = open_model(str(save_tiny(tmp_path / "parent", "llama", tokenizer=True)))
     (tmp_path / "text.txt").write_text("abc def " * 200)
     asked = Asked(text=str(tmp_path / "text.txt"), tokens=64, sequence_length=16)
-    for module in (sources, texts):
-        monkeypatch.setattr(module, "room", lambda: Room(256, "what the machine has free"))
+    monkeypatch.setattr(sources, "room", lambda: Room(256, "what the machine has free"))
     wanted = asked.model_copy(update={"self_share": 0.5})
     with pytest.raises(SurgeryError, match=r"whole model, .* the machine has free is 256B.*--self-share 0"):
         _ = Texts(parent, wanted, 64, Options(device="cpu")).windows
@@ -218,7 +217,7 @@ def test_a_model_larger_than_memory_writes_no_text(tmp_path, monkeypatch, capsys
     assert "none is sampled beside the text" in capsys.readouterr().err
     # What counts is the dtype that it computes in.
     between = Room(parent.checkpoint.nbytes(torch.float32) * 3 // 4, "what the machine has free")
-    monkeypatch.setattr(texts, "room", lambda: between)
+    monkeypatch.setattr(sources, "room", lambda: between)
     with pytest.raises(SurgeryError, match="whole model"):
         _ = Texts(parent, wanted, 64, Options(device="cpu", dtype=torch.float32)).windows
     assert len(Texts(parent, wanted, 64, Options(device="cpu", dtype=torch.bfloat16)).windows)

@@ -46,7 +46,7 @@ def comes_back(here: LayerFit) -> bool:
 def refit_attention(here: LayerFit) -> None:
     """Move the attention's output projection, where the stream behind it then is nearer to the parent's."""
     text, wanted, reached = here.context.batches, here.read[-1], here.behind_attention()
-    out = output_projection(here, "attention")
+    out, weights = output_projection(here, "attention"), weights_in(wanted)
 
     def batch(part: slice) -> tuple[Tensor, Tensor]:
         here.student.attend(here.index, here.entered[part].to(here.student.device))
@@ -54,14 +54,14 @@ def refit_attention(here: LayerFit) -> None:
         return out.features(), missing
 
     with out:
-        moments = here.moments(batch, weights_in(wanted))
+        moments = here.moments(batch, weights)
     update, ridge, error = best_update(moments, here.options.ridges)
     if update is not None:
         before = out.copies()
         out.move(update)
         moved = batches.attended(here.student, text, here.index, here.entered)
         # Behind a norm the moments promise what holds for small updates: see what this one does.
-        error = _distance(here, moved) / _distance(here, reached)
+        error = _distance(here, moved, weights) / _distance(here, reached, weights)
         if error < 1:
             here.attended = moved
         else:
@@ -70,9 +70,9 @@ def refit_attention(here: LayerFit) -> None:
     here.note(out.name, ridge, error)
 
 
-def _distance(here: LayerFit, stream: Tensor) -> float:
+def _distance(here: LayerFit, stream: Tensor, weights: Tensor) -> float:
     """Squared distance of a stream from what the parent's FFN read, over the sequences that judge, as tokens count."""
     judged = torch.nonzero(here.context.batches.held_out).flatten()
     wanted = here.read[-1]
-    apart = (stream[judged].float() - wanted[judged].float()) * weights_in(wanted)[judged, :, None]
+    apart = (stream[judged].float() - wanted[judged].float()) * weights[judged, :, None]
     return total(apart.square().sum().item())
