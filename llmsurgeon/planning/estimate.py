@@ -18,7 +18,7 @@ from llmsurgeon.operations import Step
 from llmsurgeon.operations.base import HELD_OUT
 from llmsurgeon.operations.fit_memory import Text
 from llmsurgeon.operations.fit_work import PartWork, Work
-from llmsurgeon.planning.opened import shapes_of
+from llmsurgeon.planning.opened import bytes_of, shapes_of
 from llmsurgeon.planning.plan import Planned
 from llmsurgeon.planning.rates import Rates, rates
 from llmsurgeon.walk.memory import room, taken
@@ -119,11 +119,7 @@ def _measured(planned: Planned) -> tuple[str, ...]:
 
 def _sizes(planned: Planned, spec: ModelSpec, meta: Mapping[str, torch.Tensor], text: Text) -> _Sizes:
     shapes = shapes_of(meta)
-    return _Sizes(_bytes(meta), part_work(spec, planned.parent.family, shapes, text.sequence_length))
-
-
-def _bytes(meta: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in map(meta.__getitem__, meta))
+    return _Sizes(bytes_of(meta), part_work(spec, planned.parent.family, shapes, text.sequence_length))
 
 
 def _peak(planned: Planned, dtype: torch.dtype, judging: int) -> int:

@@ -197,6 +197,11 @@ def check_length(parent: DescribedModel, length: int, setting: str) -> None:
         raise SurgeryError(f"{parent.name}: {setting} is {length}, and the model has {limit} positions; lower it")
 
 
+def bytes_of(meta: Mapping[str, Tensor]) -> int:
+    """Bytes of tensors, of which no byte is read."""
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in map(meta.__getitem__, meta))
+
+
 def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Name -> shape."""
     return {name: tuple(meta[name].shape) for name in meta}

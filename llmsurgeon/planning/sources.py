@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.costs import human
-from llmsurgeon.planning.opened import DescribedModel
+from llmsurgeon.planning.opened import DescribedModel, bytes_of
 from llmsurgeon.progress import remark
 from llmsurgeon.recipe.recipe import Calibration as Asked
 from llmsurgeon.recipe.recipe import Recipe
@@ -39,7 +39,7 @@ def mixed(parent: DescribedModel, asked: Asked) -> Asked:
     if not (asked.text or asked.dataset) or asked.self_share is not None:
         return asked
     share = asked.sampled_share(bool(parent.family.encoder))
-    if share and (wants := too_large(sum(each.numel() * each.itemsize for each in parent.meta().values()))):
+    if share and (wants := too_large(bytes_of(parent.meta()))):
         remark(f"{parent.name}: {wants}, so none is sampled beside the text that is given")
         share = 0.0
     return asked.model_copy(update={"self_share": share})

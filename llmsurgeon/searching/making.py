@@ -18,7 +18,7 @@ from llmsurgeon.planning.options import Options
 from llmsurgeon.progress import Say
 from llmsurgeon.recipe.recipe import Calibration, Recipe, dump
 from llmsurgeon.run import run
-from llmsurgeon.searching.options import steps_of
+from llmsurgeon.searching.options import rows_of, steps_of
 from llmsurgeon.searching.seeking import Model, Seeker
 
 # A budget counts as met within this share; a result that is further below it leaves quality on the table.
@@ -66,7 +66,7 @@ class Making:
         return {TOKENS: vocabularies.listed(rows)} if rows and vocabularies else {}
 
     def _rows(self, model: Model) -> int | None:
-        return next((rows for place in model.places if (rows := self.seeker.space.options[place].rows)), None)
+        return rows_of(self.seeker.space.options[place] for place in model.places)
 
     def recipe(self, model: Model, folder: Path) -> Recipe:
         """The recipe that makes a model: its cuts, one refit of the whole, and training where that was asked for.

@@ -64,6 +64,11 @@ class Option:
         return tuple(Option(self.layers, (offer,)) for offer in self.offers)
 
 
+def rows_of(options: Iterable[Option]) -> int | None:
+    """How many rows the table of a model of these options has, where they are fewer than the parent's."""
+    return next((option.rows for option in options if option.rows), None)
+
+
 def steps_of(options: Iterable[Option]) -> tuple[Step, ...]:
     """The steps of a recipe that make these options, in the order of the table of operations."""
     by_op: dict[str, list[Step]] = {}

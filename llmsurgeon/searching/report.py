@@ -9,6 +9,7 @@ from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.model.spec import LayerSpec
 from llmsurgeon.searching.found import Bound, Chosen, Found, Point, Scored, Shape, Table
 from llmsurgeon.searching.making import Made
+from llmsurgeon.searching.options import rows_of
 from llmsurgeon.searching.scoring import Measured
 from llmsurgeon.searching.seeking import Model, Seeker
 from llmsurgeon.searching.space import Space
@@ -130,7 +131,7 @@ def _made(seeker: Seeker, made: Made) -> Point:
     if not isinstance(figures, Evaluation) or figures.kl is None:
         return found
     # Its KL is to the parent with the same tokens, a token of those.
-    rows = next((rows for place in made.model.places if (rows := space.options[place].rows)), None)
+    rows = rows_of(space.options[place] for place in made.model.places)
     reading = seeker.scorer.reading(rows)
     lost = float(reading.lost.mean())
     kl, low, high = (lost + reading.longer * kl for kl in (figures.kl, *(figures.kl_interval or (figures.kl,) * 2)))

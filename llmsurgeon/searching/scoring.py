@@ -19,7 +19,7 @@ from llmsurgeon.evaluation.perplexity import mean_interval
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.fitting import Workshop
 from llmsurgeon.searching.ground import Ground, Reading
-from llmsurgeon.searching.options import Option, key_of
+from llmsurgeon.searching.options import Option, key_of, rows_of
 from llmsurgeon.searching.store import ScoreStore
 from llmsurgeon.searching.vocabulary import Vocabularies
 from llmsurgeon.walk.streams import Streams
@@ -101,7 +101,7 @@ class Scorer:
         by_rows: dict[int | None, dict[str, list[Option]]] = defaultdict(dict)
         for options in models:
             if self.known(options) is None:
-                rows = next((option.rows for option in options if option.rows), None)
+                rows = rows_of(options)
                 by_rows[rows][key_of(options)] = [option for option in options if option.changed]
         lots = []
         for mine in by_rows.values():
@@ -111,7 +111,7 @@ class Scorer:
 
     def _measure(self, lot: dict[str, list[Option]], progress: Progress) -> None:
         """Measure a lot, and keep what it was measured at."""
-        rows = next((option.rows for options in lot.values() for option in options if option.rows), None)
+        rows = rows_of(option for options in lot.values() for option in options)
         reading = self.reading(rows)
         inside = {key: [option for option in options if not option.rows] for key, options in lot.items()}
         found = {key: reading.lost for key in lot}

@@ -15,7 +15,7 @@ from llmsurgeon.operations import OPERATIONS
 from llmsurgeon.operations.base import Offer
 from llmsurgeon.planning.opened import OpenedCheckpoint
 from llmsurgeon.searching.costs.meter import Meter, shape_of
-from llmsurgeon.searching.options import Option, combined, cuts, offered, stays, tables
+from llmsurgeon.searching.options import Option, combined, cuts, offered, rows_of, stays, tables
 from llmsurgeon.searching.solving import Choice, Program
 from llmsurgeon.vocabulary.trimmed import least_rows
 
@@ -120,7 +120,7 @@ class Space:
     def spec(self, model: Sequence[int]) -> ModelSpec:
         """The description of a model of these options."""
         options = sorted((self.options[place] for place in model), key=lambda option: option.layers)
-        rows = next((option.rows for option in options if option.rows), self.parent.spec.vocab)
+        rows = rows_of(options) or self.parent.spec.vocab
         layers = [layer for option in options for layer in option.instead]
         return replace(self.parent.spec.with_layers(layers), vocab=rows)
 
