@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 # Part -> its module in gpu_parts, whose `rows(setting)` gives figures; in order of what they are worth.
 PARTS = {
     "ternary": "ternary",
+    "tiles": "tiles",
     "fusion": "fusion",
     "fff": "fff",
     "matmulfree": "matmulfree",
@@ -50,6 +51,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU: that every line runs")
     parser.add_argument("--model", help="heal: the parent, as SmolLM2-135M-Instruct; without it a tiny one")
     parser.add_argument("--text", action="append", default=[], help="heal: a text that judges; may be repeated")
+    parser.add_argument("--minutes", type=float, help="heal: of training, each student")
+    parser.add_argument("--together", action="store_true", help="heal: all students at once on the card")
     parser.add_argument("--here", action="store_true", help="one part, in this process")
     arguments = parser.parse_args()
     out = Path(arguments.out)
@@ -66,6 +69,8 @@ def run(part: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--here", "--part", part, "--out", str(out)]
     command += [flag for flag, on in (("--quick", arguments.quick), ("--dry-run", arguments.dry_run)) if on]
     command += ["--model", arguments.model] if arguments.model else []
+    command += ["--minutes", str(arguments.minutes)] if arguments.minutes else []
+    command += ["--together"] if arguments.together else []
     command += [word for text in arguments.text for word in ("--text", text)]
     for old in (out / f"{part}.json", out / f"{part}.jsonl"):
         old.unlink(missing_ok=True)
@@ -83,7 +88,10 @@ def measure(part: str, arguments: argparse.Namespace, out: Path) -> None:
     """The rows of a part as they come, and all of it at the end."""
     from gpu_parts.timing import Setting
 
-    setting = Setting(arguments.dry_run, arguments.quick, arguments.model, tuple(arguments.text))
+    setting = Setting(
+        *(arguments.dry_run, arguments.quick, arguments.model, tuple(arguments.text)),
+        *(arguments.minutes, arguments.together),
+    )
     rows: list[dict[str, Any]] = []
     failure, start = None, time.monotonic()
     try:

@@ -68,17 +68,25 @@ def measured(setting: Setting, side: Any, prompt: int, new: int) -> dict[str, An
     context = prompt + new // 2
     seconds, _ = block.prefill(side, prompt, 1 if setting.dry else 3)
     _, cache = block.prefill(side, context, 1)
-    batch = 2 if setting.dry else LARGEST
     wanted = SimpleNamespace(rounds=1 if setting.dry else 3, memory=1e6)
-    while True:
+
+    def tried(batch: int) -> dict[str, Any] | None:
         try:
             [row] = block.decode([side], [cache], context, batch, wanted)
-            break
         except torch.cuda.OutOfMemoryError:
-            freed()
-            batch //= 2
-            if not batch:
-                raise
+            row = None
+        freed()
+        return row
+
+    batch = 2 if setting.dry else LARGEST
+    row = tried(batch)
+    while row is None and batch > 1:
+        batch //= 2
+        row = tried(batch)
+    if row is None:
+        raise MemoryError(f"not even one sequence of {context} tokens fits")
+    if not setting.dry and batch > 1 and (more := tried(batch + batch // 2)):
+        batch, row = batch + batch // 2, more
     rate = row["tokens_per_second"]
     return {
         "batch": batch,

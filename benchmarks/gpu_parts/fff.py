@@ -8,12 +8,13 @@ such whose FFNs are trees, on sequences of 128 tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from gpu_parts.timing import Setting, freed, in_turn
+from gpu_parts.timing import Setting, copies_of, freed, in_turn, rotated
 
 HIDDEN, DEPTH = 768, 11
 BATCHES = (1, 4, 16, 64, 128, 1024, 4096, 16384)
@@ -24,6 +25,8 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
     hidden, depth = (32, 3) if setting.dry else (HIDDEN, DEPTH)
     for batch in (1, 20) if setting.dry else (1, 128, 16384) if setting.quick else BATCHES:
         yield {"what": "layer", "batch": batch, **layer(setting, hidden, depth, batch)}
+        if not setting.dry:
+            yield {"what": "levels read at once", "batch": batch, **levels(setting, hidden, depth, batch)}
     for batch in (1,) if setting.dry else (1, 32) if setting.quick else (1, 8, 32, 128):
         yield {"what": "BERT-base", "batch": batch, "length": 128, **encoders(setting, batch)}
         freed()
@@ -43,11 +46,14 @@ def layer(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, An
     """Microseconds of one layer by each way."""
     device, neurons = setting.device, 2 ** (depth + 1) - 1
     x = torch.randn(batch, hidden, device=device)
-    up, down = (torch.randn(shape, device=device) / 28 for shape in ((neurons, hidden), (hidden, neurons)))
-    narrow = [each.to(torch.bfloat16) for each in (x, up, down)]
-    trees = {kind: tree(hidden, depth, setting, kind) for kind in (torch.float32, torch.bfloat16)}
+    narrow = x.to(torch.bfloat16)
+    # As many layers as no cache holds, in turn, as the layers of a model are.
+    copies = copies_of(2 * neurons * hidden * 2, device)
+    trees = {kind: [tree(hidden, depth, setting, kind) for _ in range(copies)] for kind in (x.dtype, narrow.dtype)}
+    weights = {kind: [dense_of(each, hidden) for each in many] for kind, many in trees.items()}
 
-    def dense(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor, tf32: bool = False) -> torch.Tensor:
+    def dense(number: int, x: torch.Tensor, tf32: bool = False) -> torch.Tensor:
+        up, down = weights[x.dtype][number]
         torch.backends.cuda.matmul.allow_tf32 = tf32
         try:
             return F.linear(F.gelu(F.linear(x, up)), down)
@@ -55,14 +61,40 @@ def layer(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, An
             torch.backends.cuda.matmul.allow_tf32 = False
 
     ways = {
-        "dense float32": lambda: dense(x, up, down),
-        "dense tf32": lambda: dense(x, up, down, True),
-        "dense bfloat16": lambda: dense(*narrow),
-        "tree float32": lambda: trees[torch.float32](x),
-        "tree bfloat16": lambda: trees[torch.bfloat16](narrow[0]),
+        "dense float32": lambda number: dense(number, x),
+        "dense tf32": lambda number: dense(number, x, True),
+        "dense bfloat16": lambda number: dense(number, narrow),
+        "tree float32": lambda number: trees[x.dtype][number](x),
+        "tree bfloat16": lambda number: trees[narrow.dtype][number](narrow),
     }
-    times = in_turn(ways, device, 1.0)
-    return {"times": times, "speedup": _beside(times)}
+    times = in_turn({name: rotated(way, copies) for name, way in ways.items()}, device, 1.0)
+    for each in times.values():
+        each |= {key: each[key] / copies for key in ("us", "us_low", "us_high")}
+    return {"copies": copies, "times": times, "speedup": _beside(times)}
+
+
+@torch.inference_mode()
+def levels(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, Any]:
+    """Microseconds of the tree in bfloat16 by how many levels a program reads at once."""
+    from llmsurgeon.modeling.surgeon_fff_triton import nodes
+
+    copies = 16
+    trees = [tree(hidden, depth, setting, torch.bfloat16) for _ in range(copies)]
+    x = torch.randn(batch, hidden, device=setting.device, dtype=torch.bfloat16)
+
+    def way(levels: int, number: int) -> Any:
+        made = trees[number]
+        parts = (None, made.node_up, made.node_down, None, None, made.out_bias)
+        return nodes(x, *parts, depth, "gelu", levels=levels)
+
+    ways = {str(count): rotated(partial(way, count), copies) for count in (1, 2, 3, 4)}
+    return {"us": {name: each["us"] / copies for name, each in in_turn(ways, setting.device, 0.4).items()}}
+
+
+def dense_of(made: Any, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(up [neurons, hidden], down [hidden, neurons]) of a dense layer with a tree's numbers, in memory of their own."""
+    up, down = (part.reshape(-1, hidden) for part in (made.node_up, made.node_down))
+    return up.clone(), down.T.contiguous()
 
 
 def _beside(times: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from gpu_parts import made
@@ -19,25 +21,75 @@ from gpu_parts.made import brief
 from gpu_parts.timing import Setting
 
 MINUTES = 5.0
+# Tokens that the parent writes to train on, and rows a step: a card is bored by the eight of a CPU.
+SAMPLED, BATCH, RATE = 2_000_000, 32, 2e-4
 
 
 def rows(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Each student as it came, and healed."""
+    """Each student as it came, and healed; one after the other, or all at once."""
     with tempfile.TemporaryDirectory(prefix="llmsurgeon-gpu-") as name:
         folder = Path(name)
         tiny = setting.model is None
         parent = made.llama(folder / "parent", 6, tiny=True) if tiny else Path(str(setting.model))
         texts = [Path(each) for each in setting.texts] or [made.text(folder / "text.txt", 4000)]
-        for student, command in list(students(tiny).items())[: 2 if setting.dry else None]:
-            cut = made.llmsurgeon(*command, parent, "-o", folder / student, "--device", setting.device.type)
-            yield {"student": student, "what": "cut", "model": parent.name, **brief(cut)}
-            yield {"student": student, "what": "as it came", **judged(setting, folder / student, parent, texts)}
-            healed = folder / f"{student}-healed"
-            how = made.llmsurgeon(
-                "heal", folder / student, "--parent", parent, "-o", healed, *training(setting, tiny, student)
-            )
-            yield {"student": student, "what": "heal", **brief(how)}
-            yield {"student": student, "what": "healed", **judged(setting, healed, parent, texts)}
+        ways = list(students(tiny).items())[: 2 if setting.dry else None]
+        found: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+
+        def one(student: str, command: tuple[object, ...]) -> None:
+            try:
+                for row in healed(setting, folder, student, command, parent, texts):
+                    found.put({"student": student, **row})
+            finally:
+                found.put(None)
+
+        if setting.together and not tiny:
+            # What they train on is sampled once.
+            yield {"what": "sample", **brief(sampled(setting, folder, parent))}
+        with ThreadPoolExecutor(len(ways) if setting.together else 1) as pool:
+            done = [pool.submit(one, *way) for way in ways]
+            left = len(ways)
+            while left:
+                row = found.get()
+                left -= row is None
+                if row is not None:
+                    yield row
+            for each in done:
+                each.result()
+
+
+def sampled(setting: Setting, folder: Path, parent: Path) -> dict[str, Any]:
+    """One step of training on what all of them train on."""
+    student = folder / "first"
+    made.llmsurgeon(*students(False)["fused"], parent, "-o", student, "--device", setting.device.type)
+    words = [*training(setting, False, "fused"), "--set", "distill.steps=1", "--set", "distill.evaluations=0"]
+    del words[words.index("--minutes") : words.index("--minutes") + 2]
+    return made.llmsurgeon("heal", student, "--parent", parent, "-o", folder / "one-step", *words)
+
+
+def healed(
+    setting: Setting, folder: Path, student: str, command: tuple[object, ...], parent: Path, texts: list[Path]
+) -> Iterator[dict[str, Any]]:
+    """What becomes of one student."""
+    tiny = setting.model is None
+    cut = made.llmsurgeon(*command, parent, "-o", folder / student, "--device", setting.device.type)
+    yield {"what": "cut", "model": parent.name, **brief(cut)}
+    yield {"what": "as it came", **judged(setting, folder / student, parent, texts)}
+    out = folder / f"{student}-healed"
+    how = made.llmsurgeon("heal", folder / student, "--parent", parent, "-o", out, *training(setting, tiny, student))
+    yield {"what": "heal", **brief(how), "training": told(out)}
+    yield {"what": "healed", **judged(setting, out, parent, texts)}
+
+
+def told(out: Path) -> dict[str, Any]:
+    """What the healed model's folder says of its training: steps, tokens, seconds, losses on held-out text."""
+    found = [out / "surgery.json"]
+    parts: list[Any] = [json.loads(file.read_text()) for file in found if file.exists()]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict) and part.get("trainings"):
+            return dict(part["trainings"][0])
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, list) else []
+    return {}
 
 
 def students(tiny: bool) -> dict[str, tuple[object, ...]]:
@@ -54,12 +106,13 @@ def training(setting: Setting, tiny: bool, student: str) -> tuple[object, ...]:
         sizes = ("calibration.tokens=128", "calibration.sequence_length=16", "distill.steps=2", "distill.tokens=512")
         length = ("distill.sequence_length=16",)
     else:
-        sizes, length = ("distill.precision=bfloat16",), ()
+        sizes = ("distill.precision=bfloat16", "distill.targets=memory", f"distill.data=[{{sampled: {SAMPLED}}}]")
+        length = (f"distill.batch={BATCH}", f"distill.learning_rate={RATE}")
     if student.startswith("blocks"):
         # Its layers stand for none of the parent's.
         sizes = (*sizes, "distill.hidden=0", "distill.cross_entropy=1")
     sets = tuple(word for each in (*sizes, *length) for word in ("--set", each))
-    minutes = () if tiny else ("--minutes", 1.5 if setting.quick else MINUTES)
+    minutes = () if tiny else ("--minutes", setting.minutes or (1.5 if setting.quick else MINUTES))
     return (*sets, *minutes, "--device", setting.device.type)
 
 

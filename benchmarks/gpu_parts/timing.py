@@ -18,13 +18,15 @@ from llmsurgeon.evaluation.graphs import captured as recorded
 class Setting:
     """What a part is told.
 
-    dry: tiny shapes on the CPU. quick: fewer sizes. model, texts: of healing.
+    dry: tiny shapes on the CPU. quick: fewer sizes. model, texts, minutes, together: of healing.
     """
 
     dry: bool
     quick: bool = False
     model: str | None = None
     texts: tuple[str, ...] = ()
+    minutes: float | None = None
+    together: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -22,6 +22,8 @@ if DEVICE == "cpu" and not INTERPRETED:
 
 from llmsurgeon.kernels import packed, packed_triton  # noqa: E402
 from llmsurgeon.kernels.packed_triton import Tile, product, tile_of  # noqa: E402
+from llmsurgeon.modeling import surgeon_fff as fff  # noqa: E402
+from llmsurgeon.modeling import surgeon_fff_triton as fff_kernels  # noqa: E402
 from llmsurgeon.modeling import surgeon_mlgru as mlgru  # noqa: E402
 from llmsurgeon.modeling import surgeon_mlgru_triton as kernels  # noqa: E402
 
@@ -236,3 +238,25 @@ def kernel_of():
     os.environ.pop("LLMSURGEON_MLGRU_KERNEL", None)
     if before is not None:
         os.environ["LLMSURGEON_MLGRU_KERNEL"] = before
+
+
+@few
+@given(
+    depth=st.sampled_from([0, 1, 2, 3, 5, 6]),
+    levels=st.sampled_from([1, 2, 3, 4]),
+    count=st.sampled_from([0, 1, 5]),
+    gated=st.booleans(),
+    biased=st.booleans(),
+    trees=st.sampled_from([1, 2]),
+    seed=st.integers(0, 9),
+)
+def test_trees_whose_levels_are_read_together(depth, levels, count, gated, biased, trees, seed):
+    torch.manual_seed(seed)
+    module = fff.NodeFeedForward(20, depth, "silu", gated, biased, trees=trees)
+    for parameter in module.parameters():
+        parameter.data.normal_(0, 0.3)
+    module = module.to(DEVICE).requires_grad_(False)
+    x = drawn(seed, count, 20)
+    found = fff_kernels.nodes(x, *module._part("node"), module.out_bias, depth, "silu", levels=levels)
+    expected = module._gathered(x) if count else x
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
