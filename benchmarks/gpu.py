@@ -53,13 +53,13 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], help="heal: a text that judges; may be repeated")
     parser.add_argument("--minutes", type=float, help="heal: of training, each student")
     parser.add_argument("--together", action="store_true", help="heal: all students at once on the card")
-    parser.add_argument("--here", action="store_true", help="one part, in this process")
+    parser.add_argument("--here", action="store_true", help="in this process, which loads torch once")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     if arguments.here:
-        measure(arguments.part[0], arguments, out)
-        return
+        failed = [part for part in arguments.part or PARTS if not measure(part, arguments, out)]
+        sys.exit(1 if failed else 0)
     for part in arguments.part or PARTS:
         print(json.dumps(run(part, arguments, out)), flush=True)
 
@@ -84,8 +84,8 @@ def run(part: str, arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     return {"part": part, "code": code, "rows": len(rows), "seconds": round(time.monotonic() - start, 1)}
 
 
-def measure(part: str, arguments: argparse.Namespace, out: Path) -> None:
-    """The rows of a part as they come, and all of it at the end."""
+def measure(part: str, arguments: argparse.Namespace, out: Path) -> bool:
+    """The rows of a part as they come, and all of it at the end; False where it failed."""
     from gpu_parts.timing import Setting
 
     setting = Setting(
@@ -112,7 +112,7 @@ def measure(part: str, arguments: argparse.Namespace, out: Path) -> None:
         "rows": rows,
     }
     (out / f"{part}.json").write_text(json.dumps(made, indent=1) + "\n")
-    sys.exit(1 if failure else 0)
+    return failure is None
 
 
 def machine() -> dict[str, Any]:

@@ -26,7 +26,7 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
     for batch in (1, 20) if setting.dry else (1, 128, 16384) if setting.quick else BATCHES:
         yield {"what": "layer", "batch": batch, **layer(setting, hidden, depth, batch)}
         if not setting.dry:
-            yield {"what": "levels read at once", "batch": batch, **levels(setting, hidden, depth, batch)}
+            yield {"what": "warps a token", "batch": batch, **warps(setting, hidden, depth, batch)}
     for batch in (1,) if setting.dry else (1, 32) if setting.quick else (1, 8, 32, 128):
         yield {"what": "BERT-base", "batch": batch, "length": 128, **encoders(setting, batch)}
         freed()
@@ -67,28 +67,30 @@ def layer(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, An
         "tree float32": lambda number: trees[x.dtype][number](x),
         "tree bfloat16": lambda number: trees[narrow.dtype][number](narrow),
     }
-    times = in_turn({name: rotated(way, copies) for name, way in ways.items()}, device, 1.0)
+    times = in_turn({name: rotated(way, copies) for name, way in ways.items()}, device, 0.5)
     for each in times.values():
         each |= {key: each[key] / copies for key in ("us", "us_low", "us_high")}
     return {"copies": copies, "times": times, "speedup": _beside(times)}
 
 
 @torch.inference_mode()
-def levels(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, Any]:
-    """Microseconds of the tree in bfloat16 by how many levels a program reads at once."""
+def warps(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, Any]:
+    """Microseconds of the tree by how many warps share a token."""
     from llmsurgeon.modeling.surgeon_fff_triton import nodes
 
-    copies = 16
-    trees = [tree(hidden, depth, setting, torch.bfloat16) for _ in range(copies)]
-    x = torch.randn(batch, hidden, device=setting.device, dtype=torch.bfloat16)
+    copies, found = 32, {}
+    for kind in (torch.float32, torch.bfloat16):
+        trees = [tree(hidden, depth, setting, kind) for _ in range(copies)]
+        x = torch.randn(batch, hidden, device=setting.device, dtype=kind)
 
-    def way(levels: int, number: int) -> Any:
-        made = trees[number]
-        parts = (None, made.node_up, made.node_down, None, None, made.out_bias)
-        return nodes(x, *parts, depth, "gelu", levels=levels)
+        def way(warps: int, number: int, trees: Any = trees, x: torch.Tensor = x) -> Any:
+            made = trees[number]
+            return nodes(x, None, made.node_up, made.node_down, None, None, made.out_bias, depth, "gelu", warps=warps)
 
-    ways = {str(count): rotated(partial(way, count), copies) for count in (1, 2, 3, 4)}
-    return {"us": {name: each["us"] / copies for name, each in in_turn(ways, setting.device, 0.4).items()}}
+        ways = {str(count): rotated(partial(way, count), copies) for count in (1, 2, 4, 8)}
+        times = in_turn(ways, setting.device, 0.2)
+        found[str(kind)] = {name: each["us"] / copies for name, each in times.items()}
+    return {"us": found}
 
 
 def dense_of(made: Any, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:

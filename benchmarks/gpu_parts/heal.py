@@ -9,11 +9,11 @@ each text that judges. Without --model a tiny random one runs through the same c
 from __future__ import annotations
 
 import json
+import multiprocessing
 import tempfile
+import traceback
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from gpu_parts import made
@@ -33,37 +33,42 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
         parent = made.llama(folder / "parent", 6, tiny=True) if tiny else Path(str(setting.model))
         texts = [Path(each) for each in setting.texts] or [made.text(folder / "text.txt", 4000)]
         ways = list(students(tiny).items())[: 2 if setting.dry else None]
-        found: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-
-        def one(student: str, command: tuple[object, ...]) -> None:
-            try:
-                for row in healed(setting, folder, student, command, parent, texts):
-                    found.put({"student": student, **row})
-            finally:
-                found.put(None)
-
         if setting.together and not tiny:
             # What they train on is sampled once.
             yield {"what": "sample", **brief(sampled(setting, folder, parent))}
-        with ThreadPoolExecutor(len(ways) if setting.together else 1) as pool:
-            done = [pool.submit(one, *way) for way in ways]
-            left = len(ways)
+        # Each in a process of its own, which loads torch once; together they share the card.
+        spawning = multiprocessing.get_context("spawn")
+        waiting = [(student, (setting, folder, student, command, parent, texts)) for student, command in ways]
+        for some in [waiting] if setting.together else [[each] for each in waiting]:
+            found: Any = spawning.SimpleQueue()
+            for student, given in some:
+                spawning.Process(target=tell, args=(found, student, given), daemon=True).start()
+            left = len(some)
             while left:
                 row = found.get()
                 left -= row is None
                 if row is not None:
                     yield row
-            for each in done:
-                each.result()
+
+
+def tell(found: Any, student: str, given: tuple[Any, ...]) -> None:
+    """Into the queue: what becomes of one student, and None at the end."""
+    try:
+        for row in healed(*given):
+            found.put({"student": student, **row})
+    except Exception:
+        found.put({"student": student, "failure": traceback.format_exc()})
+    finally:
+        found.put(None)
 
 
 def sampled(setting: Setting, folder: Path, parent: Path) -> dict[str, Any]:
     """One step of training on what all of them train on."""
     student = folder / "first"
-    made.llmsurgeon(*students(False)["fused"], parent, "-o", student, "--device", setting.device.type)
+    made.llmsurgeon(*students(False)["fused"], parent, "-o", student, "--device", setting.device.type, here=True)
     words = [*training(setting, False, "fused"), "--set", "distill.steps=1", "--set", "distill.evaluations=0"]
     del words[words.index("--minutes") : words.index("--minutes") + 2]
-    return made.llmsurgeon("heal", student, "--parent", parent, "-o", folder / "one-step", *words)
+    return made.llmsurgeon("heal", student, "--parent", parent, "-o", folder / "one-step", *words, here=True)
 
 
 def healed(
@@ -71,11 +76,13 @@ def healed(
 ) -> Iterator[dict[str, Any]]:
     """What becomes of one student."""
     tiny = setting.model is None
-    cut = made.llmsurgeon(*command, parent, "-o", folder / student, "--device", setting.device.type)
+    cut = made.llmsurgeon(*command, parent, "-o", folder / student, "--device", setting.device.type, here=True)
     yield {"what": "cut", "model": parent.name, **brief(cut)}
     yield {"what": "as it came", **judged(setting, folder / student, parent, texts)}
     out = folder / f"{student}-healed"
-    how = made.llmsurgeon("heal", folder / student, "--parent", parent, "-o", out, *training(setting, tiny, student))
+    how = made.llmsurgeon(
+        "heal", folder / student, "--parent", parent, "-o", out, *training(setting, tiny, student), here=True
+    )
     yield {"what": "heal", **brief(how), "training": told(out)}
     yield {"what": "healed", **judged(setting, out, parent, texts)}
 
@@ -122,7 +129,7 @@ def judged(setting: Setting, student: Path, parent: Path, texts: list[Path]) -> 
     sizes = ("--tokens", "64", "--seq-len", "16") if setting.model is None else ("--tokens", "16384")
     for text in texts:
         asked = ("eval", student, "--against", parent, "--json", "--text", text, *sizes)
-        done = made.llmsurgeon(*asked, "--device", setting.device.type)
+        done = made.llmsurgeon(*asked, "--device", setting.device.type, here=True)
         if done["code"]:
             found[text.name] = done
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
 import subprocess
@@ -77,14 +79,27 @@ def spoken(arguments: list[str]) -> tuple[int, str, str]:
     return done.returncode, done.stdout, done.stderr
 
 
+def in_this_process(arguments: list[str]) -> tuple[int, str, str]:
+    """The same in this process, which imports torch once."""
+    from llmsurgeon.cli.main import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main(arguments)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+    return code, out.getvalue(), err.getvalue()
+
+
 def brief(done: dict[str, Any]) -> dict[str, Any]:
     """How a command ended, without what it printed."""
     return {key: value for key, value in done.items() if key != "out"}
 
 
-def llmsurgeon(*arguments: object) -> dict[str, Any]:
+def llmsurgeon(*arguments: object, here: bool = False) -> dict[str, Any]:
     """A command: its exit code, seconds, and what it printed, or the end of what it said where it failed."""
     start = time.monotonic()
-    code, out, err = spoken([str(each) for each in arguments])
+    code, out, err = (in_this_process if here else spoken)([str(each) for each in arguments])
     found: dict[str, Any] = {"code": code, "seconds": round(time.monotonic() - start, 2)}
     return found | ({"said": (out + err)[-1500:]} if code else {"out": out})

@@ -1,6 +1,6 @@
 """Packed ternary linears beside bfloat16 and int8 ones, at the sizes of Llama-3.1-8B's.
 
-Packed: 2 bits a weight, codes taken out by triton's own instructions or by PTX, activations as they are or of 8 bits.
+Packed: 2 bits a weight, activations as they are or of 8 bits.
 Weights rotate, so that each product reads them from memory; `floor_us` is what their bytes take at 3.0 TB/s, a copy's
 rate on an H100.
 """
@@ -55,7 +55,7 @@ def measured(setting: Setting, outputs: int, inputs: int, tokens: int) -> dict[s
     for name, kernel in packed_ways().items():
         errors[name] = float((kernel(x, bits[0], scale).double() - expected).norm() / expected.norm())
         ways[name] = (partial(lambda kernel, number: kernel(x, bits[number], scale), kernel), copies)
-    times = in_turn({name: rotated(way, count) for name, (way, count) in ways.items()}, device, 0.6)
+    times = in_turn({name: rotated(way, count) for name, (way, count) in ways.items()}, device, 0.3)
     for name, (_, count) in ways.items():
         for key in ("us", "us_low", "us_high"):
             times[name][key] /= count
@@ -71,13 +71,7 @@ def packed_ways() -> dict[str, Any]:
         return {"packed, torch": unpacked}
     if not torch.cuda.is_available() and not INTERPRETED:
         return {"packed, torch": unpacked}
-    ways = {"packed": product, "packed, 8-bit activations": partial(product, rounded=True)}
-    if torch.cuda.is_available():
-        ways |= {
-            "packed, PTX": partial(product, asm=True),
-            "packed, 8-bit activations, PTX": partial(product, rounded=True, asm=True),
-        }
-    return ways
+    return {"packed": product, "packed, 8-bit activations": partial(product, rounded=True)}
 
 
 def unpacked(x: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

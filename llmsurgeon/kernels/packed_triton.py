@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """Products of packed ternary weights on GPUs, compiled by triton (pip install llmsurgeon[gpu]).
 
-The weights stay packed: a program takes four rows of codes out of each byte in registers and multiplies them on tensor
-cores, so device memory gives 2 bits a weight. One kernel serves a few tokens and many; what differs is the tile.
-Activations are the caller's, or 8-bit codes with a scale a token; those products are whole numbers, exactly.
+The weights stay packed: a program takes four rows of codes out of each byte in registers, so device memory gives 2 bits
+a weight. Activations are the caller's, or 8-bit codes with a scale a token; those products are whole numbers, exactly.
+A few tokens are multiplied number by number, since the weights' bytes are all that counts: in float32, or four 8-bit
+codes at once. More tokens are worth the tensor cores; what differs among those is the tile.
 
 Shapes: N tokens, I inputs, R rows of bytes, each of which holds four rows of codes: r, r + R, r + 2 R, r + 3 R.
 With TRITON_INTERPRET=1 it runs on a CPU, slowly.
@@ -12,7 +13,8 @@ With TRITON_INTERPRET=1 it runs on a CPU, slowly.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,10 +57,15 @@ RAISED, LOWERED = 2.0**96, 2.0**30
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens up to which a product is bound by the weights' bytes.
 FEW = 16
-
+# Tokens up to which numbers are multiplied one by one: of the caller's activations, and of 8-bit ones.
+ONE_BY_ONE, FOUR_AT_ONCE = 2, 4
+# Inputs up to which sums of 48 * 127 fit 32 bits.
+MOST_WHOLE = 2**31 // (48 * 127) // 16 * 16
+# Four products of bytes and their sum: codes without a sign, activations with one.
+FOUR_PRODUCTS = tl.constexpr("dp4a.u32.s32 $0, $1, $2, $3;")
 
 # Inputs that a tile of few tokens takes at a time, by what its codes become: more would not fit an H100's registers.
-AT_ONCE = {"float32": 32, "16 bits": 64, "lean": 256}
+AT_ONCE = {"float32": 32, "16 bits": 64, "lean": 128}
 
 
 @dataclass(frozen=True)
@@ -76,18 +83,42 @@ class Tile:
     stages: int = 3
 
 
+@cache
+def knows_ptx(whole: bool) -> bool:
+    """Whether the GPU runs the PTX of whole numbers, or that of bfloat16, which came with compute capability 9.0."""
+    if INTERPRETED or torch.version.cuda is None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= ((6, 1) if whole else (9, 0))
+
+
+@dataclass(frozen=True)
+class Few:
+    """What a program computes of few tokens: 4 * rows outputs, from `columns` bytes of weights of each at a time."""
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int = 4
+
+    @classmethod
+    def of(cls, tokens: int, rounded: bool) -> Few:
+        """What suits so many tokens."""
+        together = min(triton.next_power_of_2(tokens), 4)
+        return cls(together, 1, 2048, warps=2 if together == 1 else 4) if rounded else cls(together, 2, 1024)
+
+
 def tile_of(tokens: int, rows: int, inputs: int, kind: str = "lean", processors: int = 132) -> Tile:
     """The tile for a product of this size on a GPU of so many processors; `kind` is one of `AT_ONCE`."""
     if tokens > FEW:
         if kind == "float32":
             return Tile(32, 32, 32)
         return Tile(64, 64 if tokens <= 64 else 128, 64, warps=4 if tokens <= 64 else 8)
-    tile, parts = Tile(16, 16, AT_ONCE[kind]), 1
+    tile, parts = Tile(16, 16, AT_ONCE[kind], warps=2 if kind == "lean" else 4, stages=4), 1
     # A processor streams weights at full rate with two programs or more, of a few steps each.
     programs = triton.cdiv(rows, tile.rows)
     while parts < 8 and programs * parts < 2 * processors and inputs // (2 * parts) >= 2 * tile.inputs:
         parts *= 2
-    return Tile(tile.rows, tile.tokens, tile.inputs, parts)
+    return replace(tile, parts=parts)
 
 
 @triton.jit
@@ -188,6 +219,98 @@ def together_kernel(
 
 
 @triton.jit
+def four_products(codes, x, sums, ASM: tl.constexpr):
+    """sums plus the four products of the bytes of two words."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            FOUR_PRODUCTS, "=r,r,r,r", [codes, x, sums], dtype=tl.int32, is_pure=True, pack=1
+        )
+    for byte in tl.static_range(0, 4):
+        sums += ((codes >> (8 * byte)) & 255) * ((x << (24 - 8 * byte)) >> 24)
+    return sums
+
+
+@triton.jit
+def few_whole_kernel(
+    x, bits, row_scale, token_scale, bias, out, tokens, rows, words,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, ASM: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row_there, token_there = row < rows, token < tokens
+    place = tl.arange(0, WORDS)
+    zero = tl.zeros((TOKENS, ROWS, WORDS), tl.int32)
+    a, b, c, d = zero, zero, zero, zero
+    own = tl.zeros((TOKENS, WORDS), tl.int32)
+    bits_at = bits + row.to(tl.int64)[:, None] * words
+    for start in range(0, words, WORDS):
+        column = start + place
+        inside = column < words
+        word = tl.load(bits_at + column[None, :], mask=row_there[:, None] & inside[None, :], other=0)[None, :, :]
+        x_TW = tl.load(
+            x + token[:, None] * words + column[None, :], mask=token_there[:, None] & inside[None, :], other=0
+        )
+        own = four_products(own * 0 + 0x01010101, x_TW, own, ASM)
+        x_all = zero + x_TW[:, None, :]
+        # Codes stay where they lie in their bytes, 4 and 16 times as large; 64 times would not fit 32 bits for long.
+        a = four_products(zero + (word & 0x03030303), x_all, a, ASM)
+        b = four_products(zero + (word & 0x0C0C0C0C), x_all, b, ASM)
+        c = four_products(zero + (word & 0x30303030), x_all, c, ASM)
+        d = four_products(zero + ((word >> 2) & 0x30303030), x_all, d, ASM)
+    # A code is one more than what it stands for.
+    own_T = tl.sum(own, 1)[:, None]
+    scale_T = tl.load(token_scale + token, mask=token_there, other=0.0)[:, None]
+    there = token_there[:, None] & row_there[None, :]
+    out_at = out + token.to(tl.int64)[:, None] * (4 * rows)
+    few_put(out_at, row, there, (tl.sum(a, 2) - own_T).to(tl.float32), row_scale, scale_T, bias, row_there, BIASED)
+    made = ((tl.sum(b, 2) >> 2) - own_T).to(tl.float32)
+    few_put(out_at, row + rows, there, made, row_scale, scale_T, bias, row_there, BIASED)
+    made = ((tl.sum(c, 2) >> 4) - own_T).to(tl.float32)
+    few_put(out_at, row + 2 * rows, there, made, row_scale, scale_T, bias, row_there, BIASED)
+    made = ((tl.sum(d, 2) >> 4) - own_T).to(tl.float32)
+    few_put(out_at, row + 3 * rows, there, made, row_scale, scale_T, bias, row_there, BIASED)
+
+
+@triton.jit
+def few_put(out_at, output, there, made, row_scale, scale_T, bias, row_there, BIASED: tl.constexpr):
+    made = made * tl.load(row_scale + output, mask=row_there, other=0.0)[None, :] * scale_T
+    if BIASED:
+        made += tl.load(bias + output, mask=row_there, other=0.0).to(tl.float32)[None, :]
+    tl.store(out_at + output[None, :], made, mask=there)
+
+
+@triton.jit
+def few_float_kernel(
+    x, bits, row_scale, bias, out, tokens, rows, inputs,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, INPUTS: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row_there, token_there = row < rows, token < tokens
+    place = tl.arange(0, INPUTS)
+    zero = tl.zeros((TOKENS, ROWS, INPUTS), tl.float32)
+    a, b, c, d = zero, zero, zero, zero
+    bits_at = bits + row.to(tl.int64)[:, None] * inputs
+    for start in range(0, inputs, INPUTS):
+        column = start + place
+        inside = column < inputs
+        byte = tl.load(bits_at + column[None, :], mask=row_there[:, None] & inside[None, :], other=0).to(tl.int32)
+        x_at = x + token.to(tl.int64)[:, None] * inputs + column[None, :]
+        x_TI = tl.load(x_at, mask=token_there[:, None] & inside[None, :], other=0.0).to(tl.float32)[:, None, :]
+        # A code in the lowest bits of 2^23 is a float without a conversion; what it stands for is one less.
+        a += x_TI * (((byte & 3) | 0x4B000000).to(tl.float32, bitcast=True) - 8388609.0)[None, :, :]
+        b += x_TI * (((byte & 12) | 0x4B000000).to(tl.float32, bitcast=True) - 8388612.0)[None, :, :]
+        c += x_TI * (((byte & 48) | 0x4B000000).to(tl.float32, bitcast=True) - 8388624.0)[None, :, :]
+        d += x_TI * (((byte & 192) | 0x4B000000).to(tl.float32, bitcast=True) - 8388672.0)[None, :, :]
+    there = token_there[:, None] & row_there[None, :]
+    out_at = out + token.to(tl.int64)[:, None] * (4 * rows)
+    few_put(out_at, row, there, tl.sum(a, 2), row_scale, 1.0, bias, row_there, BIASED)
+    few_put(out_at, row + rows, there, tl.sum(b, 2), row_scale, 0.25, bias, row_there, BIASED)
+    few_put(out_at, row + 2 * rows, there, tl.sum(c, 2), row_scale, 0.0625, bias, row_there, BIASED)
+    few_put(out_at, row + 3 * rows, there, tl.sum(d, 2), row_scale, 0.015625, bias, row_there, BIASED)
+
+
+@triton.jit
 def eight_bits_kernel(x, codes, scale, inputs, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -217,23 +340,35 @@ def product(
     bias: Tensor | None = None,
     *,
     rounded: bool = False,
-    asm: bool = False,
+    asm: bool | None = None,
     tile: Tile | None = None,
+    few: Few | None = None,
 ) -> Tensor:
     """x [N, I] times the ternary weights in bits uint8 [R, I] with a scale a row, float32 [4 R]: [N, 4 R] in x's dtype.
 
     Args:
         rounded: multiply 8-bit activations, a scale a token, in place of x itself.
-        asm: take codes out of bytes four at a time in PTX (bfloat16 or `rounded`), which no interpreter runs.
-        tile: what a program computes; None: what suits the size.
+        asm: take codes out of bytes four at a time in PTX (bfloat16 or `rounded`), which no interpreter runs; None:
+            where the GPU knows it.
+        tile: what a program computes on tensor cores; None: what suits the size.
+        few: what a program computes number by number; None: what suits the size, and nothing for many tokens.
     """
     tokens, inputs = x_NI.shape
     rows = len(bits)
     out = x_NI.new_empty(tokens, 4 * rows)
     if not tokens:
         return out
-    asm = asm and (rounded or x_NI.dtype == torch.bfloat16)
     codes, token_scale = eight_bits(x_NI) if rounded else (x_NI.contiguous(), scale_O)
+    one_by_one = FOUR_AT_ONCE if rounded else ONE_BY_ONE
+    if few or (few is None and tile is None and tokens <= one_by_one):
+        whole = inputs % 4 == 0 and inputs <= MOST_WHOLE and bits.data_ptr() % 4 == 0
+        if whole or not rounded:
+            _few_product(
+                codes, bits, scale_O, token_scale if rounded else None, bias, out, few or Few.of(tokens, rounded)
+            )
+            return out
+    asm = knows_ptx(rounded) if asm is None else asm
+    asm = asm and (rounded or x_NI.dtype == torch.bfloat16)
     lift = LOWERED if asm and not rounded else 1.0
     if asm and not rounded:
         codes = codes * RAISED
@@ -257,3 +392,29 @@ def product(
             into, scale_O, token_scale, given, out, tokens, 4 * rows, BLOCK=1024, **how
         )
     return out
+
+
+def _few_product(
+    x_NI: Tensor,
+    bits: Tensor,
+    scale_O: Tensor,
+    token_scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor,
+    few: Few,
+) -> None:
+    """Into out [N, 4 R]; token_scale [N]: of x in 8-bit codes."""
+    (tokens, inputs), rows = x_NI.shape, len(bits)
+    grid = (triton.cdiv(rows, few.rows), triton.cdiv(tokens, few.tokens))
+    given, how = scale_O if bias is None else bias, {"BIASED": bias is not None, "num_warps": few.warps}
+    if token_scale is None:
+        few_float_kernel[grid](
+            x_NI, bits, scale_O, given, out, tokens, rows, inputs,
+            TOKENS=few.tokens, ROWS=few.rows, INPUTS=few.columns, **how,
+        )  # fmt: skip
+        return
+    words = [each.contiguous().view(torch.int32) for each in (x_NI, bits)]
+    few_whole_kernel[grid](
+        *words, scale_O, token_scale, given, out, tokens, rows, inputs // 4,
+        TOKENS=few.tokens, ROWS=few.rows, WORDS=few.columns // 4, ASM=knows_ptx(True), **how,
+    )  # fmt: skip

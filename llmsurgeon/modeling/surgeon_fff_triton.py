@@ -17,9 +17,6 @@ except ImportError as error:  # in a try block: transformers must not ask for tr
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 # Neurons of a leaf that a program multiplies at a time.
 NEURONS = 8
-# Node form: levels of a tree that a program reads at once, by the most tokens: few tokens wait for memory, many for
-# its bytes.
-LEVELS = {256: 4, 2048: 2}
 
 
 @triton.jit
@@ -39,56 +36,37 @@ def activated(z, KIND: tl.constexpr):
 def nodes_kernel(
     x, gate, up, down, gate_bias, up_bias, out_bias, y, trees, size, width,
     DEPTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
-    LEVELS: tl.constexpr, LONG: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     x_D = tl.load(x + token * width + at, mask=inside, other=0.0).to(tl.float32)
     y_D = tl.load(out_bias + at, mask=inside, other=0.0).to(tl.float32)
-    # Places of a subtree of so many levels, the way a heap counts them; the last one is none of them.
-    place = tl.arange(0, 1 << LEVELS)
-    level = place * 0
-    for above in tl.static_range(1, LEVELS):
-        level += (place + 1 >= (1 << above)).to(tl.int32)
+    # A node's row that writes is added while the next node's rows are on their way: each decision waits for its own.
+    active, down_D = 0.0, y_D * 0
     for tree in range(trees):
-        first = tl.cast(tree, tl.int64) * size
-        gate_at, up_at, down_at = gate + first * width, up + first * width, down + first * width
-        root = 0
-        # Every load waits for the last one's decision, and memory is far: a subtree's rows are read at once.
-        for top in range(0, DEPTH + 1, LEVELS):
-            there = (place < (1 << LEVELS) - 1) & (level + top <= DEPTH)
-            row = tl.where(there, root * (1 << level) + place, 0)
-            if LONG:
-                row = row.to(tl.int64)
-            rows = row[:, None] * width + at[None, :]
-            known = there[:, None] & inside[None, :]
+        node = token * 0
+        for _ in range(DEPTH + 1):
+            row = tree * size + node
+            up_D = tl.load(up + row * width + at, mask=inside, other=0.0)
             if GATED:
-                branch = tl.sum(x_D[None, :] * tl.load(gate_at + rows, mask=known, other=0.0).to(tl.float32), 1)
-                if BIASED:
-                    branch += tl.load(gate_bias + first + row, mask=there, other=0.0).to(tl.float32)
-            else:
-                branch = tl.sum(x_D[None, :] * tl.load(up_at + rows, mask=known, other=0.0).to(tl.float32), 1)
-                if BIASED:
-                    branch += tl.load(up_bias + first + row, mask=there, other=0.0).to(tl.float32)
-            signs = tl.sum((branch > 0).to(tl.int32) << place, 0)
-            here = signs * 0
-            visited = signs * 0
-            for down_to in tl.static_range(0, LEVELS):
-                visited += (top + down_to <= DEPTH).to(tl.int32) << here
-                here = 2 * here + 1 + ((signs >> here) & 1)
-            root = root * (1 << LEVELS) + here
-            met = ((visited >> place) & 1) != 0
-            used = met[:, None] & inside[None, :]
+                gate_D = tl.load(gate + row * width + at, mask=inside, other=0.0)
+            next_D = tl.load(down + row * width + at, mask=inside, other=0.0)
+            y_D += active * down_D
+            inner = tl.sum(x_D * up_D.to(tl.float32), 0)
+            if BIASED:
+                inner += tl.load(up_bias + row).to(tl.float32)
+            branch = inner
             if GATED:
-                inner = tl.sum(x_D[None, :] * tl.load(up_at + rows, mask=used, other=0.0).to(tl.float32), 1)
+                branch = tl.sum(x_D * gate_D.to(tl.float32), 0)
                 if BIASED:
-                    inner += tl.load(up_bias + first + row, mask=met, other=0.0).to(tl.float32)
+                    branch += tl.load(gate_bias + row).to(tl.float32)
                 active = activated(branch, KIND) * inner
             else:
                 active = activated(branch, KIND)
-            active = tl.where(met, active, 0.0)
-            y_D += tl.sum(active[:, None] * tl.load(down_at + rows, mask=used, other=0.0).to(tl.float32), 0)
+            down_D = next_D.to(tl.float32)
+            node = 2 * node + 1 + (branch > 0).to(tl.int64)
+    y_D += active * down_D
     tl.store(y + token * width + at, y_D, mask=inside)
 
 
@@ -138,21 +116,14 @@ def leaves_kernel(
     tl.store(y + token * width + at, y_D, mask=inside)
 
 
-def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, levels=None):
-    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D].
-
-    levels: of a tree that are read at once, 1 to 4; None: what suits so many tokens.
-    """
+def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, warps=4):
+    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D]; warps: that share a token."""
     x_ND, y_ND = x_ND.contiguous(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     width = x_ND.shape[1]
-    if levels is None:
-        levels = next((levels for most, levels in LEVELS.items() if len(x_ND) <= most), 1)
     if len(x_ND):
         nodes_kernel[(len(x_ND),)](
             x_ND, _or(gate, up), up, down, _or(gate_bias, up), _or(up_bias, up), out_bias, y_ND, *up.shape[:2], width,
-            DEPTH=depth, LEVELS=min(levels, depth + 1), num_warps=(4, 4, 8, 8, 8)[levels],
-            LONG=up.shape[1] * width >= 2**31,
-            **_kinds(gate, up_bias, activation, width),
+            DEPTH=depth, num_warps=warps, **_kinds(gate, up_bias, activation, width),
         )  # fmt: skip
     return y_ND
 
