@@ -106,7 +106,10 @@ class Benchmark:
             how = {"threads": a.threads, "tokens": a.tokens, "minutes": a.minutes, "allow": tuple(a.allow)}
             wanted = Wanted(engine=a.engine, text=a.text, **how)
             search(a.model, f"decode={speed}x", folder, wanted, overwrite=True, say=print)
-        self.made(recipe.load(folder / "recipe.yaml"), out)
+        found = recipe.load(folder / "recipe.yaml")
+        # All are refitted on as many tokens.
+        read = found.calibration.model_copy(update={"tokens": a.refit_tokens})
+        self.made(found.model_copy(update={"calibration": read}), out)
         self.add(f"searched {speed}", "made", speed, out)
 
     def single(self, method: str, speed: float) -> None:

@@ -124,7 +124,7 @@ def search(
         beside = {f"./{name}": content for name, content in making.files(best).items()}
         for name, content in beside.items():
             stage.write_file(Path(name).name, content)
-        recipe = dump(making.recipe(best, Path()), Path(out), inside=beside)
+        recipe = dump(making.recipe(best, Path()), Path(out), inside=beside, passed_on=False)
         stage.write_file("recipe.yaml", recipe)
         stage.write_file("report.html", html_found(found.plain(), recipe))
         stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")

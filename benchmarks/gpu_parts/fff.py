@@ -8,7 +8,6 @@ such whose FFNs are trees, on sequences of 128 tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +24,6 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
     hidden, depth = (32, 3) if setting.dry else (HIDDEN, DEPTH)
     for batch in (1, 20) if setting.dry else (1, 128, 16384) if setting.quick else BATCHES:
         yield {"what": "layer", "batch": batch, **layer(setting, hidden, depth, batch)}
-        if not setting.dry:
-            yield {"what": "warps a token", "batch": batch, **warps(setting, hidden, depth, batch)}
     for batch in (1,) if setting.dry else (1, 32) if setting.quick else (1, 8, 32, 128):
         yield {"what": "BERT-base", "batch": batch, "length": 128, **encoders(setting, batch)}
         freed()
@@ -67,30 +64,24 @@ def layer(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, An
         "tree float32": lambda number: trees[x.dtype][number](x),
         "tree bfloat16": lambda number: trees[narrow.dtype][number](narrow),
     }
+    if not setting.dry and batch <= 128:
+        for name, ahead in (("ahead", True), ("not ahead", False)):
+            ways[f"tree float32, {name}"] = lambda number, ahead=ahead: direct(trees[x.dtype][number], x, ahead)
     times = in_turn({name: rotated(way, copies) for name, way in ways.items()}, device, 0.5)
     for each in times.values():
         each |= {key: each[key] / copies for key in ("us", "us_low", "us_high")}
-    return {"copies": copies, "times": times, "speedup": _beside(times)}
+    one = trees[x.dtype][0]
+    far = float((one(x) - one._gathered(x)).norm() / one._gathered(x).norm())
+    return {"copies": copies, "times": times, "speedup": _beside(times), "from_torch": far}
 
 
-@torch.inference_mode()
-def warps(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, Any]:
-    """Microseconds of the tree by how many warps share a token."""
+def direct(made: Any, x: torch.Tensor, ahead: bool) -> torch.Tensor:
+    """A tree's kernel, which asks for rows ahead or does not."""
     from llmsurgeon.modeling.surgeon_fff_triton import nodes
 
-    copies, found = 32, {}
-    for kind in (torch.float32, torch.bfloat16):
-        trees = [tree(hidden, depth, setting, kind) for _ in range(copies)]
-        x = torch.randn(batch, hidden, device=setting.device, dtype=kind)
-
-        def way(warps: int, number: int, trees: Any = trees, x: torch.Tensor = x) -> Any:
-            made = trees[number]
-            return nodes(x, None, made.node_up, made.node_down, None, None, made.out_bias, depth, "gelu", warps=warps)
-
-        ways = {str(count): rotated(partial(way, count), copies) for count in (1, 2, 4, 8)}
-        times = in_turn(ways, setting.device, 0.2)
-        found[str(kind)] = {name: each["us"] / copies for name, each in times.items()}
-    return {"us": found}
+    parts = (None, made.node_up, made.node_down, None, None, made.out_bias)
+    found: torch.Tensor = nodes(x, *parts, made.depth, "gelu", ahead=ahead)
+    return found
 
 
 def dense_of(made: Any, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:

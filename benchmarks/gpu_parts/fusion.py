@@ -52,7 +52,7 @@ def stacks(
         times: dict[str, Any] = {}
         for form, each in forms.items():
             stack = Stack(each, batch, context, setting.device, setting.dtype)
-            [times[form]] = in_turn({form: stack.decode}, setting.device, 1.0).values()
+            [times[form]] = in_turn({form: stack.decode}, setting.device, 0.6).values()
             times[form] |= {"layers": len(each.layers), "bytes": stack.nbytes()}
             del stack
             freed()

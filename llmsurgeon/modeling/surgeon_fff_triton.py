@@ -17,6 +17,10 @@ except ImportError as error:  # in a try block: transformers must not ask for tr
 ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 # Neurons of a leaf that a program multiplies at a time.
 NEURONS = 8
+# Node form: tokens up to which a program asks for the rows that it may need two levels on. Each decision waits for its
+# rows, and memory is twice as far as the cache; of many tokens the rows are too many.
+AHEAD = 16
+PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
 @triton.jit
@@ -33,9 +37,22 @@ def activated(z, KIND: tl.constexpr):
 
 
 @triton.jit
+def asked(gate, up, down, tree, size, width, first, ROWS: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr,
+          LINE: tl.constexpr):  # fmt: skip
+    """Ask for so many rows of a tree from the first on: they come to the cache, and nobody waits for them."""
+    row = tree + tl.minimum(first + tl.arange(0, ROWS), size - 1)
+    at = row[:, None] * width + tl.minimum(tl.arange(0, BLOCK // LINE) * LINE, width - 1)[None, :]
+    tl.inline_asm_elementwise(PREFETCH, "=r,l", [up + at], dtype=tl.int32, is_pure=False, pack=1)
+    tl.inline_asm_elementwise(PREFETCH, "=r,l", [down + at], dtype=tl.int32, is_pure=False, pack=1)
+    if GATED:
+        tl.inline_asm_elementwise(PREFETCH, "=r,l", [gate + at], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def nodes_kernel(
     x, gate, up, down, gate_bias, up_bias, out_bias, y, trees, size, width,
     DEPTH: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr, BIASED: tl.constexpr, BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -46,8 +63,13 @@ def nodes_kernel(
     active, down_D = 0.0, y_D * 0
     for tree in range(trees):
         node = token * 0
+        if AHEAD:
+            for below in tl.static_range(0, 2):
+                asked(gate, up, down, tree * size, size, width, token * 0 + below, 2, GATED, BLOCK, LINE)
         for _ in range(DEPTH + 1):
             row = tree * size + node
+            if AHEAD:
+                asked(gate, up, down, tree * size, size, width, 4 * node + 3, 4, GATED, BLOCK, LINE)
             up_D = tl.load(up + row * width + at, mask=inside, other=0.0)
             if GATED:
                 gate_D = tl.load(gate + row * width + at, mask=inside, other=0.0)
@@ -116,14 +138,20 @@ def leaves_kernel(
     tl.store(y + token * width + at, y_D, mask=inside)
 
 
-def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, warps=4):
-    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D]; warps: that share a token."""
+def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, warps=4, ahead=None):
+    """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D].
+
+    warps: that share a token; ahead: ask for rows before they are needed (CUDA alone); None: where it pays.
+    """
     x_ND, y_ND = x_ND.contiguous(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     width = x_ND.shape[1]
+    if ahead is None:
+        ahead = len(x_ND) <= AHEAD and x_ND.is_cuda and torch.version.hip is None
     if len(x_ND):
         nodes_kernel[(len(x_ND),)](
             x_ND, _or(gate, up), up, down, _or(gate_bias, up), _or(up_bias, up), out_bias, y_ND, *up.shape[:2], width,
-            DEPTH=depth, num_warps=warps, **_kinds(gate, up_bias, activation, width),
+            DEPTH=depth, AHEAD=ahead, LINE=128 // up.element_size(), num_warps=warps,
+            **_kinds(gate, up_bias, activation, width),
         )  # fmt: skip
     return y_ND
 

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
-from llmsurgeon.boundary.places import found, published
+from llmsurgeon.boundary.places import found, published, relative
 from llmsurgeon.errors import RecipeError
 from llmsurgeon.formats.names import WantedForm
 from llmsurgeon.operations import OPERATIONS
@@ -232,16 +232,17 @@ def loads(text: str, name: str = "recipe", overrides: Iterable[str] = (), folder
     return _build(document, overrides)
 
 
-def dump(recipe: Recipe, folder: Path | None = None, inside: Collection[str] = ()) -> str:
+def dump(recipe: Recipe, folder: Path | None = None, inside: Collection[str] = (), passed_on: bool = True) -> str:
     """YAML of a recipe with every default written out. `loads(dump(recipe)) == recipe`.
 
     To be written into `folder`, it names files and folders of this disk as `published` does, but for those that will
-    lie `inside` it, `./x`.
+    lie `inside` it, `./x`. What is not `passed_on` names all of them as they lie from there, so that it runs.
     """
     data = recipe.model_dump(mode="json", exclude_none=True)
     if folder is not None:
         here = Path(os.path.abspath(folder.expanduser()))
-        _each_path(data, lambda name: name if name in inside else published(name, here))
+        placed = published if passed_on else relative
+        _each_path(data, lambda name: name if name in inside else placed(name, here))
     return yaml.dump(data, Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 

@@ -51,6 +51,18 @@ def test_the_recipe_makes_what_was_found(scene):
         assert layer.ffn.width == width
 
 
+def test_the_recipe_runs_from_anywhere_though_the_model_lies_far_off(scene, monkeypatch):
+    """The folder of a search is worked with, not passed on: its recipe names model and text as they lie from it."""
+    (scene / "far" / "off").mkdir(parents=True)
+    out = scene / "far" / "off" / "out"
+    given = {**FEW, "text": scene / "text.txt"}
+    search(scene / "parent", ["params=0.9x"], out, Wanted(**given))
+    assert str(scene) not in (out / "recipe.yaml").read_text()
+    monkeypatch.chdir(scene / "far")
+    run_recipe(load(out / "recipe.yaml"), None, "made")
+    assert (scene / "far" / "made" / "config.json").exists()
+
+
 def test_a_killed_search_goes_on_and_another_target_measures_little(scene, monkeypatch):
     whole = search("parent", "params=0.85x", "whole", Wanted(**FEW))
     monkeypatch.setenv("LLMSURGEON_CACHE", str(scene / "other"))
