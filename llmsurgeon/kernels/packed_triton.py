@@ -58,7 +58,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tokens up to which a product is bound by the weights' bytes.
 FEW = 16
 # Tokens up to which numbers are multiplied one by one: of the caller's activations, and of 8-bit ones.
-ONE_BY_ONE, FOUR_AT_ONCE = 2, 4
+ONE_BY_ONE, FOUR_AT_ONCE = 1, 2
 # Inputs up to which sums of 48 * 127 fit 32 bits.
 MOST_WHOLE = 2**31 // (48 * 127) // 16 * 16
 # Four products of bytes and their sum: codes without a sign, activations with one.
@@ -111,12 +111,17 @@ def tile_of(tokens: int, rows: int, inputs: int, kind: str = "lean", processors:
     """The tile for a product of this size on a GPU of so many processors; `kind` is one of `AT_ONCE`."""
     if tokens > FEW:
         if kind == "float32":
-            return Tile(32, 32, 32)
-        return Tile(64, 64 if tokens <= 64 else 128, 64, warps=4 if tokens <= 64 else 8)
-    tile, parts = Tile(16, 16, AT_ONCE[kind], warps=2 if kind == "lean" else 4, stages=4), 1
-    # A processor streams weights at full rate with two programs or more, of a few steps each.
-    programs = triton.cdiv(rows, tile.rows)
-    while parts < 8 and programs * parts < 2 * processors and inputs // (2 * parts) >= 2 * tile.inputs:
+            tile = Tile(32, 32, 32)
+        else:
+            tile = Tile(64, 64 if tokens <= 64 else 128, 64, warps=4 if tokens <= 64 else 8)
+        wanted, steps = processors, 4
+    else:
+        tile = Tile(16, 16, AT_ONCE[kind], warps=2 if kind == "lean" else 4, stages=4)
+        # A processor streams weights at full rate with two programs or more.
+        wanted, steps = 2 * processors, 2
+    # Processors that would have nothing to do share the inputs, a few steps of each.
+    programs, parts = triton.cdiv(rows, tile.rows) * triton.cdiv(tokens, tile.tokens), 1
+    while parts < 8 and programs * parts < wanted and inputs // (2 * parts) >= steps * tile.inputs:
         parts *= 2
     return replace(tile, parts=parts)
 

@@ -19,7 +19,9 @@ ACTIVATIONS = {"silu": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}
 NEURONS = 8
 # Node form: tokens up to which a program asks for the rows that it may need two levels on. Each decision waits for its
 # rows, and memory is twice as far as the cache; of many tokens the rows are too many.
-AHEAD = 16
+AHEAD = 64
+# Tokens from which there are enough of them to fill a GPU with fewer warps each.
+MANY = 4096
 PREFETCH = tl.constexpr("prefetch.global.L2 [$1]; mov.u32 $0, 0;")
 
 
@@ -138,13 +140,15 @@ def leaves_kernel(
     tl.store(y + token * width + at, y_D, mask=inside)
 
 
-def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, warps=4, ahead=None):
+def nodes(x_ND, gate, up, down, gate_bias, up_bias, out_bias, depth, activation, warps=None, ahead=None):
     """Node form, [N, D] -> [N, D]: rows [K, M, D], biases [K, M] or None, out_bias [D].
 
-    warps: that share a token; ahead: ask for rows before they are needed (CUDA alone); None: where it pays.
+    warps: that share a token; ahead: ask for rows before they are needed (CUDA alone); None: what pays.
     """
     x_ND, y_ND = x_ND.contiguous(), torch.empty_like(x_ND, memory_format=torch.contiguous_format)
     width = x_ND.shape[1]
+    if warps is None:
+        warps = 4 if len(x_ND) < MANY else x_ND.element_size() // 2
     if ahead is None:
         ahead = len(x_ND) <= AHEAD and x_ND.is_cuda and torch.version.hip is None
     if len(x_ND):

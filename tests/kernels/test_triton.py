@@ -156,7 +156,7 @@ def test_a_packed_linear_takes_the_kernel(monkeypatch):
 
 
 def test_tiles_cover_what_they_are_made_for():
-    for tokens, rows, inputs in ((1, 1024, 4096), (16, 3584, 4096), (1, 8, 64), (2048, 1024, 14336)):
+    for tokens, rows, inputs in ((1, 1024, 4096), (16, 3584, 4096), (1, 8, 64), (64, 1024, 14336), (2048, 1024, 14336)):
         tile = tile_of(tokens, rows, inputs)
         assert (
             tile.rows >= 16 and tile.tokens >= min(tokens, 16) and tile.parts * tile.inputs <= max(inputs, tile.inputs)
