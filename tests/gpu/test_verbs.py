@@ -21,7 +21,7 @@ CLOSE = {"rtol": 2e-3, "atol": 2e-3}
 # What a model writes beside a text is drawn by the device's own generator.
 SAME = ("--self-share", "0")
 TEXT = ("--text", "text.txt", "--tokens", "128", "--seq-len", "16")
-WRITING = [name for name in COMMANDS if name not in ("analyze", "eval", "eval of an encoder", "bench")]
+WRITING = [name for name in COMMANDS if name not in ("analyze", "search", "eval", "eval of an encoder", "bench")]
 
 
 @pytest.fixture
@@ -115,6 +115,24 @@ def test_each_verb_writes_the_same(place, run, name):
     for key, each in mine.items():
         far, size = (float(torch.linalg.norm(one.double())) for one in (each - theirs[key], theirs[key]))
         assert far <= 2e-2 * size, (key, far, size)
+
+
+def test_a_search_scores_and_chooses_alike(place, run, monkeypatch):
+    save_tiny(place / "parent", "llama", tokenizer=True, num_hidden_layers=4)
+    command = list(COMMANDS["search"])
+    for device in DEVICES:
+        (place / device).mkdir()
+        command[command.index("-o") + 1] = f"{device}/found"
+        # A score that is kept asks no device.
+        monkeypatch.setenv("LLMSURGEON_CACHE", str(place / f"cache-{device}"))
+        code, out, err = run(*command, "--device", device)
+        assert code == 0, out + err
+    mine, theirs = (tensors_of(place / device / "found") for device in DEVICES)
+    assert mine.keys() == theirs.keys() and mine
+    for name, each in mine.items():
+        torch.testing.assert_close(each, theirs[name], **CLOSE)
+    recipes = [(place / device / "found" / "recipe.yaml").read_text() for device in DEVICES]
+    assert recipes[0] == recipes[1]
 
 
 def test_bench_says_what_the_allocator_held(place, run):
