@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT, encoder_tokenizer, save_encoder, save_tiny
+from safetensors.torch import load_file
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
@@ -278,13 +279,14 @@ def test_processes_of_local_mode_end_with_the_run(folder, number):
         assert err.count("error: ") == 1
 
 
-def test_two_processes_of_accelerate_launch_write_once(folder):
+def two_ranks(words):
+    """What two processes say, started as `accelerate launch` starts them."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            command("-o", "healed", "--json"),
+            words,
             env=environment(
                 WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank,
                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no",
@@ -295,5 +297,22 @@ def test_two_processes_of_accelerate_launch_write_once(folder):
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said
+    return said
+
+
+def test_two_processes_of_accelerate_launch_write_once(folder):
+    said = two_ranks(command("-o", "healed", "--json"))
     assert json.loads(said[0][0])["distill"][0]["trainings"][0]["tokens"] == 6 * 2 * 2 * 16 and said[1][0] == ""
     assert verify_files(folder / "healed") == []
+
+
+def test_sharded_parameters_train_as_whole_ones(folder, run):
+    """FSDP2 of two processes, states saved on the way, against one process with the same rows a step."""
+    code, _, err = run(*command()[3:], "-o", "one", "--set", "distill.batch=4")
+    assert code == 0, err
+    script = str(Path(__file__).parents[1] / "healing" / "distill" / "sharded.py")
+    two_ranks([sys.executable, script, "SHARDED_STATE_DICT", *command("-o", "sharded")[3:]])
+    mine, theirs = (load_file(folder / name / "model.safetensors") for name in ("sharded", "one"))
+    assert mine.keys() == theirs.keys()
+    for name, each in mine.items():
+        torch.testing.assert_close(each, theirs[name], atol=1e-6, rtol=1e-5)
