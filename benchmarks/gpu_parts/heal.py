@@ -36,19 +36,27 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
         if setting.together and not tiny:
             # What they train on is sampled once.
             yield {"what": "sample", **brief(sampled(setting, folder, parent))}
-        # Each in a process of its own, which loads torch once; together they share the card.
-        spawning = multiprocessing.get_context("spawn")
-        waiting = [(student, (setting, folder, student, command, parent, texts)) for student, command in ways]
-        for some in [waiting] if setting.together else [[each] for each in waiting]:
-            found: Any = spawning.SimpleQueue()
-            for student, given in some:
-                spawning.Process(target=tell, args=(found, student, given), daemon=True).start()
-            left = len(some)
-            while left:
-                row = found.get()
-                left -= row is None
-                if row is not None:
-                    yield row
+        given = {student: (setting, folder, student, command, parent, texts) for student, command in ways}
+        if setting.together:
+            yield from side_by_side(given)
+            return
+        for student, each in given.items():
+            for row in healed(*each):
+                yield {"student": student, **row}
+
+
+def side_by_side(given: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Each student in a process of its own; together they share the card."""
+    spawning = multiprocessing.get_context("spawn")
+    found: Any = spawning.SimpleQueue()
+    for student, each in given.items():
+        spawning.Process(target=tell, args=(found, student, each), daemon=True).start()
+    left = len(given)
+    while left:
+        row = found.get()
+        left -= row is None
+        if row is not None:
+            yield row
 
 
 def tell(found: Any, student: str, given: tuple[Any, ...]) -> None:
