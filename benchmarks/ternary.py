@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from llmsurgeon import run  # noqa: E402
-from llmsurgeon.evaluation.llamacpp import LlamaCpp  # noqa: E402
+from llmsurgeon.evaluation.apart import Apart  # noqa: E402
+from llmsurgeon.evaluation.llama_server import LlamaCpp  # noqa: E402
 from llmsurgeon.export import export, export_gguf  # noqa: E402
 from llmsurgeon.formats.loading import load_model, load_tokenizer  # noqa: E402
 from llmsurgeon.kernels.packed import PackedLinear, pack_linears, resident_bytes  # noqa: E402
@@ -186,7 +187,7 @@ def in_llamacpp(folder: Path, arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         context = arguments.prompt + arguments.new_tokens + 1
         engines = {
-            kind: stack.enter_context(LlamaCpp(file.path, context=context, threads=arguments.threads))
+            kind: stack.enter_context(Apart(file.path, context=context, threads=arguments.threads))
             for kind, file in files.items()
         }
         for round_ in range(arguments.rounds + 1):

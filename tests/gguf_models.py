@@ -119,7 +119,7 @@ def export(model: Path, out: Path, type: str = "F32", overwrite: bool = False, *
 
 def largest_difference(model: Any, gguf: Path, lengths: Sequence[int] = (5, 19, 40), context: int = 256) -> float:
     """max |log p - log p'| of the next token between a transformers model and llama.cpp, over the whole vocabulary."""
-    from llmsurgeon.evaluation.llamacpp import LlamaCpp
+    from llmsurgeon.evaluation.llama_server import LlamaCpp
 
     worst = 0.0
     with LlamaCpp(gguf, context=context, threads=1, exact_cache=True) as engine:

@@ -19,7 +19,9 @@ from llmsurgeon.engines.base import Asked, Kind, Setting
 from llmsurgeon.engines.random_weights import write_random_gguf
 from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.llamacpp import LlamaCpp, benchmark_llamacpp, require_xllamacpp
+from llmsurgeon.evaluation.apart import Apart
+from llmsurgeon.evaluation.llama_server import require_xllamacpp
+from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.export import export_gguf
 from llmsurgeon.formats.gguf.kinds import TERNARY, TYPES, chosen_kinds, known_type
@@ -49,7 +51,8 @@ class LlamaCppKind(Kind):
         require_xllamacpp()
 
     def version(self) -> str:
-        return f"xllamacpp {version('xllamacpp')}"
+        # How it is run is part of it: figures of several servers in one process are no longer believed.
+        return f"xllamacpp {version('xllamacpp')}, a process each"
 
     def grain(self, setting: Setting) -> int:
         return 32  # numbers of a block that share a scale
@@ -76,7 +79,7 @@ class LlamaCppKind(Kind):
         with passing() as folder:
             write_random_gguf(folder / "model.gguf", model, setting.type)
             context = setting.context + steps + 1
-            with LlamaCpp(folder / "model.gguf", context=context, threads=setting.threads) as engine:
+            with Apart(folder / "model.gguf", context=context, threads=setting.threads) as engine:
 
                 def run() -> float:
                     if not steps:

@@ -18,7 +18,9 @@ from typer.testing import CliRunner
 
 from llmsurgeon.cli import bench, evaluate
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.llamacpp import LlamaCpp, benchmark_llamacpp
+from llmsurgeon.evaluation.apart import Apart
+from llmsurgeon.evaluation.llama_server import LlamaCpp
+from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 
 needs_engine = pytest.mark.skipif(
@@ -108,7 +110,7 @@ def test_bench_exports_what_is_no_gguf_file(run, tmp_path):
 
 @needs_engine
 def test_rounds_alternate_in_llamacpp(tmp_path, monkeypatch):
-    from llmsurgeon.evaluation.llamacpp import Timing
+    from llmsurgeon.evaluation.llama_server import Timing
 
     path = export(save_uniform(tmp_path / "model", "llama"), tmp_path / "model.gguf").path
     other = tmp_path / "other.gguf"
@@ -120,11 +122,41 @@ def test_rounds_alternate_in_llamacpp(tmp_path, monkeypatch):
         seconds = next(times[engine.path.stem])
         return Timing(seconds, seconds * 2)
 
-    monkeypatch.setattr(LlamaCpp, "time", time)
+    monkeypatch.setattr(Apart, "time", time)
     bench_ = benchmark_llamacpp(path, other, prompt=4, new_tokens=2, rounds=3, threads=1)
     assert order == ["other", "model"] * 4
     assert (bench_.prefill_speedup.median, bench_.prefill_speedup.max) == (2, 3)
     assert bench_.model.decode_step_seconds.max == 10
+
+
+@needs_engine
+def test_a_process_of_its_own_times_and_ends(tmp_path):
+    path = export(save_uniform(tmp_path / "model", "llama"), tmp_path / "model.gguf").path
+    with Apart(path, context=64, threads=1) as engine:
+        assert engine.threads == 1
+        timing = engine.time(range(8, 24), 4)
+        assert timing.prefill > 0 and timing.decode > 0
+        # Another request goes on from what is read; too long a one is refused by llama.cpp, and said.
+        assert engine.time(range(8, 24), 4, again=True).decode > 0
+        with pytest.raises(SurgeryError, match=r"model\.gguf: llama\.cpp"):
+            engine.time([8] * 600, 4)
+        process = engine._process
+    assert process.returncode is not None
+    with pytest.raises(SurgeryError, match="no such GGUF file"):
+        Apart(tmp_path / "none.gguf", context=64)
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(SurgeryError, match=r"llama\.cpp cannot load it"):
+        Apart(tmp_path / "broken.gguf", context=64)
+
+
+@needs_engine
+def test_a_process_that_dies_is_said(tmp_path):
+    path = export(save_uniform(tmp_path / "model", "llama"), tmp_path / "model.gguf").path
+    with Apart(path, context=64, threads=1) as engine:
+        engine._process.kill()
+        engine._process.wait()
+        with pytest.raises(SurgeryError, match="process ended with exit code -9; is there memory for it"):
+            engine.time(range(8, 24), 4)
 
 
 def test_bench_options_that_do_not_go_together(run, tmp_path):

@@ -21,7 +21,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "
 @pytest.mark.parametrize("kind", ["byte-level", "sentence-piece"])
 def test_tokens_and_scores(kind: str, tmp_path: Path, run: Any) -> None:
     pytest.importorskip("xllamacpp")
-    from llmsurgeon.evaluation.llamacpp import LlamaCpp
+    from llmsurgeon.evaluation.llama_server import LlamaCpp
 
     inner = tokenizer_of(kind)
     ids = {"bos_token_id": inner.token_to_id("<s>"), "eos_token_id": inner.token_to_id("</s>")}

@@ -59,7 +59,7 @@ def differing(folder: Path, lines: list[str]) -> list[str]:
     """The lines that llama.cpp reads as other tokens than the `tokenizers` package does."""
     from tokenizers import Tokenizer
 
-    from llmsurgeon.evaluation.llamacpp import LlamaCpp
+    from llmsurgeon.evaluation.llama_server import LlamaCpp
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     save_model(folder, tokenizer.get_vocab_size(with_added_tokens=True))
