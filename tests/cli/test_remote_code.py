@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+import warm
 from conftest import SMALL, save_tiny
 
-import llmsurgeon
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 
 OWN = """
@@ -119,10 +115,9 @@ def test_the_flag_is_known_to_every_command_that_reads_text(run, own, command):
 
 def test_a_y_on_stdin_is_no_consent(own):
     """In a process of its own: transformers asks on the real stdin."""
-    command = [sys.executable, "-m", "llmsurgeon", *map(str, READS["eval"])]
-    env = os.environ | {"PYTHONPATH": str(Path(llmsurgeon.__file__).parents[1])}
-    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, env=env, timeout=300)
-    assert done.returncode == 2 and "--trust-remote-code" in done.stderr and not (own / "ran").exists()
+    process = warm.start(warm.LLMSURGEON, *READS["eval"], stdin="y\n" * 9)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "--trust-remote-code" in err and not (own / "ran").exists()
 
 
 def test_a_config_names_no_kernel_to_fetch(tiny):

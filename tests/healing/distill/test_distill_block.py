@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+import warm
 from healing.distill.test_distill import case_of, losses_of, settings_of, wait_for
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -139,10 +136,7 @@ def test_next_tokens_are_for_any_student(tmp_path):
 
 
 JOB = """
-import sys
-sys.path[:0] = {path!r}
-import os, torch
-torch.set_num_threads(1)
+import os
 os.environ["LLMSURGEON_CACHE"] = {cache!r}
 from pathlib import Path
 from healing.distill.test_distill_block import BLOCKS, TEXT, case_of, distill, settings_of
@@ -154,14 +148,8 @@ print(next(iter(made.files.values())))
 
 
 def test_killed_in_the_middle_it_goes_on_bit_for_bit(tmp_path):
-    tests = Path(__file__).parents[2]
-
     def job(folder):
-        path = [str(tests), str(tests.parent)]
-        script = JOB.format(path=path, cache=str(tmp_path / f"cache-{folder}"), folder=str(tmp_path / folder))
-        return subprocess.Popen(
-            [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        return warm.start(JOB.format(cache=str(tmp_path / f"cache-{folder}"), folder=str(tmp_path / folder)))
 
     whole, killed = job("whole"), job("killed")
     wait_for(killed, tmp_path / "killed" / "loss.jsonl", 12)
