@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,34 @@ def byte_tokenizer() -> Any:
     )
 
 
+# Files that take long, the longest first: none of them is left to one process when the others are done.
+LONG = (
+    "test_readme.py",
+    "searching/test_search.py",
+    "healing/distill/test_distill.py",
+    "formats/test_loads_alone.py",
+    "standin/test_placement.py",
+    "cli/test_heal.py",
+    "scripts/test_attack.py",
+    "cli/test_ending.py",
+    "test_library.py",
+    "test_positions.py",
+    "checkpoint/test_writer.py",
+    "golden/test_golden.py",
+    "extending/test_extending.py",
+    "scripts/test_gpu_benchmark.py",
+    "modeling/test_two_ranks.py",
+    "test_run.py",
+    "test_threads.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first."""
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_the_session(tmp_path_factory) -> Iterator[None]:
     """What is kept for later is kept in a folder of the session, and never in that of whoever runs the tests."""
@@ -284,6 +313,21 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path.parent / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def little_text(monkeypatch) -> None:
+    """Commands read, or sample from the model, 8,192 tokens at most, whatever their defaults or recipes say."""
+    from llmsurgeon.evaluation import pair
+    from llmsurgeon.planning import texts
+
+    for module in (texts, pair):
+        every = module.calibration_sequences
+
+        def some(name: str, tokenizer: Any, wanted: Any, *more: Any, every: Any = every) -> Any:
+            return every(name, tokenizer, replace(wanted, tokens=min(wanted.tokens, 8192)), *more)
+
+        monkeypatch.setattr(module, "calibration_sequences", some)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_the_readme_has_commands():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_text")
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
