@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from conftest import FAMILY_NAMES, byte_tokenizer, save_tiny, tiny_model
 from operations.helpers import declared, logits, naive, operate, skip, some_tokens, subject_of
@@ -386,13 +386,12 @@ def test_shards_that_lack_a_tensor(tmp_path):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
 from llmsurgeon.checkpoint import writer
 from llmsurgeon.healing.refit import refit
 from llmsurgeon.recipe.recipe import load
 from llmsurgeon.run import Options, run
 
-place, after = sys.argv[5], int(sys.argv[6])
+place, after = sys.argv[4], int(sys.argv[5])
 owner, name = {"refit": (refit, "fitted_layer"), "shards": (writer.Stage, "_record")}[place]
 real, calls = getattr(owner, name), []
 
@@ -404,7 +403,7 @@ def counted(*arguments):
     return made
 
 setattr(owner, name, counted)
-run(load(sys.argv[2]), sys.argv[3], sys.argv[4], Options(max_shard_size="30KB"))
+run(load(sys.argv[1]), sys.argv[2], sys.argv[3], Options(max_shard_size="30KB"))
 """
 
 
@@ -415,12 +414,11 @@ def test_a_killed_run_goes_on(tmp_path, text, place, after):
     recipe = tmp_path / "recipe.yaml"
     more = f"calibration: {{text: {text}, tokens: 512, sequence_length: 16}}\n"
     recipe.write_text(recipe_of(*ALL_STEPS["fold"], "{op: refit}", more=more))
-    root = str(Path(__file__).parents[1])
-    arguments = [root, str(recipe), str(parent), str(tmp_path / "out"), place, str(after)]
     # Sums over another number of threads round otherwise.
     alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    result = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=alike)
-    assert result.returncode == -signal.SIGKILL, result.stderr
+    killed = warm.start(KILLED, recipe, parent, tmp_path / "out", place, after, env=alike)
+    _, err = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, err
     assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").exists()
     options = Options(max_shard_size="30KB")
     resumed = run(load(recipe), str(parent), str(tmp_path / "out"), options).out

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import FAMILY_NAMES, tiny_model
 from operations.helpers import operate, some_tokens, subject_of
 from safetensors.torch import load_file
@@ -364,10 +362,7 @@ def test_local_mode_trains_changed_blocks_alone_and_as_well_in_processes(tmp_pat
 
 
 JOB = """
-import sys
-sys.path[:0] = {path!r}
-import os, torch
-torch.set_num_threads(1)
+import os, sys
 os.environ["LLMSURGEON_CACHE"] = {cache!r}
 from pathlib import Path
 from healing.distill.test_distill import case_of, settings_of
@@ -384,14 +379,7 @@ print(next(iter(made.files.values())))
 
 
 def job(tmp_path, folder, mode="global"):
-    tests = Path(__file__).parents[2]
-    script = JOB.format(
-        path=[str(tests), str(tests.parent)],
-        cache=str(tmp_path / f"cache-{folder}"),
-        folder=str(tmp_path / folder),
-        mode=mode,
-    )
-    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm.start(JOB.format(cache=str(tmp_path / f"cache-{folder}"), folder=str(tmp_path / folder), mode=mode))
 
 
 def losses_of(log):
@@ -457,11 +445,6 @@ def test_a_finished_run_is_not_repeated(tmp_path):
 
 
 PAIR = """
-import sys
-sys.path[:0] = {path!r}
-import os, torch
-torch.set_num_threads(1)
-os.environ["LLMSURGEON_CACHE"] = {cache!r}
 from pathlib import Path
 from healing.distill.test_distill import case_of, settings_of
 from llmsurgeon.healing.distill.distill import distill
@@ -471,11 +454,10 @@ made = distill(case_of(Path({folder!r})), settings_of(batch=2, steps=12, evaluat
 
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
     """Two gloo processes with 2 sequences each against one with 4: the same losses, the same weights."""
-    tests = Path(__file__).parents[2]
-    folder = tmp_path / "two"
-    script = PAIR.format(path=[str(tests), str(tests.parent)], cache=str(tmp_path / "cache-two"), folder=str(folder))
+    script = PAIR.format(folder=str(tmp_path / "two"))
     common = {
         **os.environ,
+        "LLMSURGEON_CACHE": str(tmp_path / "cache-two"),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
@@ -484,13 +466,7 @@ def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
         "ACCELERATE_MIXED_PRECISION": "no",
         "OMP_NUM_THREADS": "1",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", script], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    processes = [warm.start(script, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
     for process in processes:
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
