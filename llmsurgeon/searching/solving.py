@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsurgeon.boundary.streams import stdout_kept_clean
+
 # Seconds that one program may take; a solution that is only near the best will do.
 SECONDS = 20.0
 GAP = 1e-4
@@ -85,13 +87,14 @@ class Program:
             row = np.zeros(count)
             row[list(earlier)] = [len(self.choices[place].layers) for place in earlier]
             constraints.append(LinearConstraint(row[None], -np.inf, overlap * self.layers))
-        made = milp(
-            _scaled(weights),
-            constraints=constraints,
-            integrality=np.ones(count),
-            bounds=Bounds(0, 1),
-            options={"time_limit": SECONDS, "mip_rel_gap": GAP},
-        )
+        with stdout_kept_clean():  # HiGHS prints a line now and then, though it is told not to
+            made = milp(
+                _scaled(weights),
+                constraints=constraints,
+                integrality=np.ones(count),
+                bounds=Bounds(0, 1),
+                options={"time_limit": SECONDS, "mip_rel_gap": GAP},
+            )
         return None if made.x is None else [int(place) for place in np.flatnonzero(made.x > 0.5)]
 
 
