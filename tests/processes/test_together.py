@@ -6,17 +6,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import TEXT, save_tiny
 from safetensors.torch import load_file
 
-import llmsurgeon
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.planning.checks import check_processes
@@ -67,24 +65,19 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def launched(*commands: list[str]) -> list[subprocess.Popen[str]]:
+def launched(*commands: list[str]) -> list[warm.Process]:
     """Two processes that each run these command lines."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     shared = {
-        **os.environ,
-        "PYTHONPATH": str(Path(llmsurgeon.__file__).parents[1]), "OMP_NUM_THREADS": "1",
+        **os.environ, "OMP_NUM_THREADS": "1",
         "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
     }  # fmt: skip
     return [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, json.dumps(commands)],
-            env={**shared, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        warm.start(SCRIPT, json.dumps(commands), env={**shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank in ("0", "1")
-    ]  # fmt: skip
+    ]
 
 
 def commands(out: str) -> list[list[str]]:
