@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from conftest import TEXT, encoder_tokenizer, save_encoder, save_tiny
-from safetensors.torch import load_file
 
 from llmsurgeon.checkpoint.manifest import verify_files
 from llmsurgeon.cli import main as cli
@@ -27,18 +28,27 @@ STEP = "{op: distill, steps: 6, sequence_length: 16, batch: 2, learning_rate: 0.
 HEAL = f"{CALIBRATION}steps:\n  - {STEP}\n"
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    """A working folder with a parent, a student cut from it, and recipes."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
-    save_tiny(tmp_path / "parent", "llama", tokenizer=True)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "cut.yaml").write_text(CALIBRATION + CUT)
-    (tmp_path / "heal.yaml").write_text(HEAL)
-    with pytest.raises(SystemExit) as stop:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A parent, a student cut from it, and recipes."""
+    made = tmp_path_factory.mktemp("made")
+    save_tiny(made / "parent", "llama", tokenizer=True)
+    (made / "text.txt").write_text(TEXT)
+    (made / "cut.yaml").write_text(CALIBRATION + CUT)
+    (made / "heal.yaml").write_text(HEAL)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(made)
         cli.main(["run", "cut.yaml", "parent", "-o", "student"])
     assert not stop.value.code
+    return made
+
+
+@pytest.fixture
+def folder(made, tmp_path, monkeypatch) -> Path:
+    """A working folder with all that was made."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -194,18 +204,15 @@ def test_an_encoder_is_not_asked_for_next_tokens(folder, run):
     assert code == 2 and "kl and cross_entropy are of the next token" in err and not (folder / "healed").exists()
 
 
-def command(*arguments):
-    return [sys.executable, "-m", "llmsurgeon", "heal", "student", "--parent", "parent", "-r", "heal.yaml", *arguments]
+HEALING = ("heal", "student", "--parent", "parent", "-r", "heal.yaml", "-o", "healed")
 
 
-def environment(**more):
-    return {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1", **more}
+def healing(*arguments, **options):
+    return warm.start(warm.LLMSURGEON, *HEALING, *arguments, **options)
 
 
 def begun(folder, *arguments):
-    process = subprocess.Popen(
-        command("-o", "healed", *arguments), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = healing(*arguments)
     log = folder / "healed.partial/scratch/distill-0/loss.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < 6:
         assert process.poll() is None, process.communicate()
@@ -257,9 +264,14 @@ def in_group(group: int) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_processes_of_local_mode_end_with_the_run(folder, number):
-    process = subprocess.Popen(
-        command("-o", "healed", *LOCAL), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    if number == signal.SIGTERM:  # as from a shell: what its processes import is what it is there
+        environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "llmsurgeon", *HEALING, *LOCAL],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+    else:
+        process = healing(*LOCAL, new_session=True)
     scratch = folder / "healed.partial/scratch/distill-0"
     while len(list(scratch.glob("block-*/state-*[0-9]"))) < 1:
         assert process.poll() is None, process.communicate()
@@ -270,8 +282,7 @@ def test_processes_of_local_mode_end_with_the_run(folder, number):
     while left := in_group(process.pid):
         assert time.monotonic() < until, left
         time.sleep(0.02)
-    with process.stderr:
-        err = process.stderr.read()
+    _, err = process.communicate()
     assert "Traceback" not in err
     if number != signal.SIGKILL:
         assert process.returncode == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
@@ -279,40 +290,22 @@ def test_processes_of_local_mode_end_with_the_run(folder, number):
         assert err.count("error: ") == 1
 
 
-def two_ranks(words):
-    """What two processes say, started as `accelerate launch` starts them."""
+def test_two_processes_of_accelerate_launch_write_once(folder):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
     ranks = [
-        subprocess.Popen(
-            words,
-            env=environment(
-                WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank,
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port, ACCELERATE_USE_CPU="true", ACCELERATE_MIXED_PRECISION="no",
-            ),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        healing(
+            "--json",
+            env={
+                **os.environ, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": rank, "LOCAL_RANK": rank,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no",
+            },
         )
         for rank in ("0", "1")
     ]  # fmt: skip
     said = [process.communicate(timeout=300) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said
-    return said
-
-
-def test_two_processes_of_accelerate_launch_write_once(folder):
-    said = two_ranks(command("-o", "healed", "--json"))
     assert json.loads(said[0][0])["distill"][0]["trainings"][0]["tokens"] == 6 * 2 * 2 * 16 and said[1][0] == ""
     assert verify_files(folder / "healed") == []
-
-
-def test_sharded_parameters_train_as_whole_ones(folder, run):
-    """FSDP2 of two processes, states saved on the way, against one process with the same rows a step."""
-    code, _, err = run(*command()[3:], "-o", "one", "--set", "distill.batch=4")
-    assert code == 0, err
-    script = str(Path(__file__).parents[1] / "healing" / "distill" / "sharded.py")
-    two_ranks([sys.executable, script, "SHARDED_STATE_DICT", *command("-o", "sharded")[3:]])
-    mine, theirs = (load_file(folder / name / "model.safetensors") for name in ("sharded", "one"))
-    assert mine.keys() == theirs.keys()
-    for name, each in mine.items():
-        torch.testing.assert_close(each, theirs[name], atol=1e-6, rtol=1e-5)
