@@ -31,6 +31,7 @@ def test_every_verb_has_a_part_of_the_page_with_an_example():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("little_text")
 def test_the_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))

@@ -29,6 +29,7 @@ def call(tmp_path, monkeypatch):
     return lambda *arguments: CliRunner().invoke(app, [str(a) for a in arguments])
 
 
+@pytest.mark.usefixtures("little_text")
 @pytest.mark.parametrize("family", ("gpt2", "llama"))
 def test_defaults_fit_in_every_command(tmp_path, call, family):
     parent = save_tiny(tmp_path / "parent", family, tokenizer=True, max_position_embeddings=FEW)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -123,6 +124,19 @@ def test_what_lies_beside_the_weights_comes_from_the_hub_too(hub, tmp_path):
     assert made.apply_chat_template(talk, tokenize=False) == "plain"
 
 
+ONE_AFTER_THE_OTHER = """
+import json, sys
+from pathlib import Path
+from llmsurgeon.cli.main import main
+
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(f"\\nended with {end.code or 0}, ran: {Path('ran').exists()}", file=sys.stderr)
+"""
+
+
 def test_code_on_the_hub_is_no_more_trusted_than_in_a_folder(hub, tmp_path):
     root, _, env = hub
     config = json.loads((root / "tokenizer_config.json").read_text())
@@ -131,10 +145,10 @@ def test_code_on_the_hub_is_no_more_trusted_than_in_a_folder(hub, tmp_path):
     own = f"from transformers import PreTrainedTokenizerFast\nopen({str(tmp_path / 'ran')!r}, 'w')\n"
     (root / "tokenization_own.py").write_text(own + "class Own(PreTrainedTokenizerFast): pass\n")
     (tmp_path / "text.txt").write_text("The quick brown fox. " * 99)
-    command = [sys.executable, "-m", "llmsurgeon", "eval", "owner/model", "--text", "text.txt"]
-    command += ["--tokens", "64", "--seq-len", "16"]
+    judge = ["eval", "owner/model", "--text", "text.txt", "--tokens", "64", "--seq-len", "16"]
+    command = [sys.executable, "-c", ONE_AFTER_THE_OTHER, json.dumps([judge, [*judge, "--trust-remote-code"]])]
     given = {"env": env, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300}
     done = subprocess.run(command, input="y\n" * 9, **given)
-    assert done.returncode == 2 and "needs code of its own" in done.stderr and not (tmp_path / "ran").exists()
-    done = subprocess.run([*command, "--trust-remote-code"], **given)
-    assert done.returncode == 0 and (tmp_path / "ran").exists(), done.stderr
+    refused, trusted = re.findall(r"^ended with (.*)$", done.stderr, re.MULTILINE)
+    assert refused == "2, ran: False" and "needs code of its own" in done.stderr.partition("ended with")[0]
+    assert trusted == "0, ran: True", done.stderr

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def test_a_signal_while_importing(model, tmp_path, number, count):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_writing(model, tmp_path, number):
     arguments = ("--quiet", "prune", str(model), "--blocks", "2", "--no-refit", "-o", str(tmp_path / "out"))
-    process = command("os.truncate", str(int(number)), "1", *arguments, script=SCRIPT)
+    process = warm.start(SCRIPT, "os.truncate", int(number), 1, *arguments)
     _, err = process.communicate(timeout=300)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], err
     assert err.startswith("error: ") and err.count("\n") == 1 and list(tmp_path.iterdir()) == []
@@ -104,7 +105,7 @@ def test_a_reader_that_leaves_stops_no_work(model, tmp_path):
 
 
 @pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
-def test_closed_descriptors(model, tmp_path, closed):
+def test_closed_descriptors(model, tmp_path, closed, run):
     """The weights must not be opened as descriptor 1 or 2, where everything is printed."""
     arguments = ("prune", str(model), "--blocks", "2", "--no-refit", "-o", str(tmp_path / "out"))
     close = " ".join(f"{fd}>&-" for fd in closed)
@@ -114,8 +115,8 @@ def test_closed_descriptors(model, tmp_path, closed):
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and "error" not in done.stderr
-    checked = command("verify", str(tmp_path / "out"))
-    assert checked.communicate()[0].startswith(str(tmp_path / "out")) and checked.returncode == 0
+    code, said, _ = run("verify", tmp_path / "out")
+    assert said.startswith(str(tmp_path / "out")) and code == 0
 
 
 def test_a_full_disk_under_stdout_is_said():
