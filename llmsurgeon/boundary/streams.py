@@ -33,6 +33,7 @@ def stdout_kept_clean() -> Iterator[None]:
 
 def _flush() -> None:
     """What Python and C have not written yet, they write now."""
-    sys.stdout.flush()
+    if sys.stdout is not None:  # as a program without a console has it
+        sys.stdout.flush()
     with suppress(OSError, AttributeError, TypeError):  # where C's library cannot be asked, as on Windows
         ctypes.CDLL(None).fflush(None)

@@ -12,7 +12,6 @@ from random import Random
 
 import pytest
 import torch
-import warm
 from conftest import save_tiny
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -29,17 +28,10 @@ def letters(seed, count):
 
 
 def extended(*arguments):
-    """The command line with the extension, in a process of its own: exit code, stdout, stderr."""
-    process = warm.start("from extending.__main__ import main; main()", *arguments)
-    return process.wait(), *process.communicate()
-
-
-def extended_from_the_start(*arguments):
-    """The same in a process that imports everything anew, as the page shows it."""
+    """The command line with the extension, in a process of its own."""
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "extending", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=variables)
-    return done.returncode, done.stdout, done.stderr
+    return subprocess.run(command, capture_output=True, text=True, env=variables)
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +41,14 @@ def made(tmp_path_factory):
     parent = save_tiny(folder / "parent", "llama", tokenizer=True)
     (folder / "text.txt").write_text(letters(0, 20_000))
     out = {}
-    for name, command, steps in (
-        ("fitted", extended_from_the_start, "  - {op: linear_run, length: 2}\n  - {op: refit}\n"),
-        ("zero", extended, "  - {op: linear_run, layers: '2-3'}\n"),
-    ):
+    for name, steps in {
+        "fitted": "  - {op: linear_run, length: 2}\n  - {op: refit}\n",
+        "zero": "  - {op: linear_run, layers: '2-3'}\n",
+    }.items():
         recipe = folder / f"{name}.yaml"
         recipe.write_text(RECIPE.format(text=folder / "text.txt", steps=steps))
-        code, _, err = command("run", recipe, parent, "-o", folder / name)
-        assert code == 0, err
+        done = extended("run", recipe, parent, "-o", folder / name)
+        assert done.returncode == 0, done.stderr
         out[name] = folder / name
     return parent, out["fitted"], out["zero"]
 
@@ -134,16 +126,20 @@ def test_it_loads_where_nothing_of_the_extension_is_known(made, tmp_path):
 
 def test_other_verbs_take_it(made, tmp_path):
     parent, fitted, _ = made
-    code, out, err = extended("inspect", fitted)
-    assert code == 0 and "linear" in out, err
-    code, out, err = extended("eval", fitted, "--against", parent, "--tokens", "512", "--seq-len", "64")
-    assert code == 0 and "perplexity" in out, err
+    done = extended("inspect", fitted)
+    assert done.returncode == 0 and "linear" in done.stdout, done.stderr
+    done = extended("eval", fitted, "--against", parent, "--tokens", "512", "--seq-len", "64")
+    assert done.returncode == 0 and "perplexity" in done.stdout, done.stderr
     (tmp_path / "cut.yaml").write_text("version: 1\nsteps:\n  - {op: prune_width, keep: 0.5, score: magnitude}\n")
-    code, _, err = extended("run", tmp_path / "cut.yaml", fitted, "-o", tmp_path / "out")
-    assert code == 2 and "has a linear map in the place of its FFN; cut first" in err
+    done = extended("run", tmp_path / "cut.yaml", fitted, "-o", tmp_path / "out")
+    assert done.returncode == 2 and "has a linear map in the place of its FFN; cut first" in done.stderr
 
 
 def test_without_the_extension_its_kind_is_refused(made):
-    process = warm.start(warm.LLMSURGEON, "inspect", made[1])
-    _, err = process.communicate()
-    assert process.returncode == 2 and "kind 'linear'" in err
+    done = subprocess.run(
+        [sys.executable, "-m", "llmsurgeon", "inspect", made[1]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 2 and "kind 'linear'" in done.stderr

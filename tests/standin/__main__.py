@@ -35,8 +35,8 @@ COMMANDS = {
     "matmulfree": ("matmulfree", "parent", "-o", "mixers", "--count", "1", *TEXT, *SHORT),
     "block": ("block", "parent", "-o", "blocks", *TEXT, *SHORT),
     "search": (
-        *("search", "parent", "-o", "searched", "--target", "params=0.9x", *TEXT, "--tokens", "128", "--seq-len", "16"),
-        *("--allow", "prune_width", "--allow", "prune_attention"),
+        *("search", "parent", "-o", "searched", "--target", "params=0.9x", *TEXT, "--tokens", "64", "--seq-len", "16"),
+        *("--allow", "prune_attention"),
     ),
     "heal": ("heal", "fused", "--parent", "parent", "-o", "healed", *TRAINED),
     "heal, layer by layer": (
