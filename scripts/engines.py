@@ -3,7 +3,8 @@
 
     scripts/engines                 vLLM for CPUs and mlx-lm: minutes to install, minutes to run
     scripts/engines mlx-lm          one of them
-    scripts/engines --model MODEL   with a real model beside the tiny ones
+    scripts/engines --model MODEL   with a real model, fused, beside the tiny ones
+    scripts/engines --checkpoint A  with a checkpoint as it is, its tokenizer too
     scripts/engines --write         and put the table into docs/formats.md, between its markers
 
 Environments are made under .venv-engines/ and kept. Checkpoints, and what transformers makes of them, are written by
@@ -117,10 +118,11 @@ def plugin_folder() -> Path:
     return folder
 
 
-def written(base: Path, model: str | None) -> None:
+def written(base: Path, model: str | None, checkpoints: list[Path]) -> None:
     """Checkpoints, and what transformers makes of them."""
+    more = [*(["--model", model] if model else []), "--checkpoint", *(folder.resolve() for folder in checkpoints)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run([sys.executable, "tests/engines/write.py", base, *([model] if model else [])], env=environment, check=True)
+    run([sys.executable, "tests/engines/write.py", base, *more], env=environment, check=True)
 
 
 def tested(python: Path, engine: Engine, base: Path, extra: dict[str, str]) -> int:
@@ -159,12 +161,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", choices=[*ENGINES, []], help="all by default")
     parser.add_argument("--model", help="a real model that is fused, too: hub id, folder or GGUF file")
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="folders that are compared as they are")
     parser.add_argument("--write", action="store_true", help="put the table into docs/formats.md")
     arguments = parser.parse_args()
     worst, versions = 0, {}
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
-        written(base, arguments.model)
+        written(base, arguments.model, arguments.checkpoint)
         for name in arguments.engines or ENGINES:
             engine = ENGINES[name]
             python = made(name, engine)

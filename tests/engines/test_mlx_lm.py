@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compared import BASE, expected, held
+from compared import expected, held
 
 pytest.importorskip("mlx_lm")
 pytestmark = pytest.mark.engines
@@ -19,11 +19,15 @@ NEW = 12
 def test_a_checkpoint_is_computed_as_by_transformers(name):
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
+    from mlx_lm.utils import load_model, load_tokenizer
 
     wanted = expected()[name]
-    model, _ = load_model(BASE / name)
+    folder = Path(wanted["folder"])
+    model, _ = load_model(folder)
     model.set_dtype(getattr(mx, wanted["dtype"]))
+    if wanted["texts"]:
+        tokenizer = load_tokenizer(folder)
+        assert [tokenizer.encode(text) for text in wanted["texts"]] == wanted["prompts"]
     logs, follow = [], []
     for prompt in wanted["prompts"]:
         cache = make_prompt_cache(model)

@@ -40,18 +40,19 @@ def test_a_checkpoint_is_computed_as_by_transformers(name):
 
     wanted = expected()[name]
     model = LLM(
-        str(BASE / name),
+        wanted["folder"],
         dtype=wanted["dtype"],
         enforce_eager=True,
         max_model_len=256,
         enable_prefix_caching=True,
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=wanted["texts"] is None,
         trust_remote_code=not PLUGIN,
     )
     how = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0, detokenize=False)
-    prompts = [{"prompt_token_ids": prompt} for prompt in wanted["prompts"]]
+    prompts = wanted["texts"] or [{"prompt_token_ids": prompt} for prompt in wanted["prompts"]]
     # All in one call are batched; once more, alone and with what the first call has left in the prefix cache.
     batched = model.generate(prompts, how, use_tqdm=False)
+    assert [list(each.prompt_token_ids) for each in batched] == wanted["prompts"]
     logs = [
         [place[token].logprob for place, token in zip(each.prompt_logprobs[1:], prompt[1:], strict=True)]
         for each, prompt in zip(batched, wanted["prompts"], strict=True)

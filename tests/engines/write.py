@@ -1,11 +1,13 @@
-"""Checkpoints for engines to load, and what transformers makes of them: python tests/engines/write.py FOLDER [MODEL]
+"""Checkpoints for engines to load, and what transformers makes of them: python tests/engines/write.py FOLDER
 
-expected.json: name of the checkpoint -> its prompts as tokens, the log-probability of each of their tokens but the
-first in float32, how far from that transformers itself is in bfloat16, and the tokens that follow greedily.
+expected.json: name of the checkpoint -> its folder, its prompts as tokens (and of real checkpoints as text), the
+log-probability of each of their tokens but the first in float32, how far from that transformers itself is in bfloat16,
+and the tokens that follow greedily.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ from gguf_models import byte_level_tokenizer
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.run import Options, run
 
-PROMPTS, FEWEST, MOST, NEW = 20, 5, 40, 12
+PROMPTS, TEXTS, FEWEST, MOST, NEW = 20, 8, 5, 40, 12
 VOCAB = 64
 # Heads of 32 and rows of whole tiles: what engines' kernels take. Weights as far apart as those of a trained model.
 SIZES = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 256}
@@ -49,32 +51,42 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def write(base: Path, model: str | None) -> None:
-    """All checkpoints, and expected.json."""
+def write(base: Path, model: str | None, checkpoints: list[Path]) -> None:
+    """All checkpoints but those that are there, and expected.json."""
     expected = {}
     for name, (family, settings, recipe) in TINY.items():
         parent = save_tiny(base / f"parent-{name}", family, tokenizer=True, **{**SIZES, **settings})
         if recipe == TRIMMED:  # what is trimmed is a BPE's
             byte_level_tokenizer().save_pretrained(parent)
-        expected[name] = made(base, name, str(parent), recipe, torch.float32)
+        expected[name] = computed(made(base, name, str(parent), recipe), torch.float32)
     if model:
-        expected["nas-real"] = made(base, "nas-real", model, FUSED, torch.bfloat16)
+        expected["nas-real"] = computed(made(base, "nas-real", model, FUSED), torch.bfloat16)
+    for folder in checkpoints:
+        expected[folder.name] = computed(folder.resolve(), torch.bfloat16)
     (base / "expected.json").write_text(json.dumps(expected))
 
 
-def made(base: Path, name: str, parent: str, recipe: str, dtype: torch.dtype) -> dict[str, Any]:
-    """A checkpoint, and what transformers makes of it."""
+def made(base: Path, name: str, parent: str, recipe: str) -> Path:
+    """A recipe's checkpoint."""
     path = base / f"{name}.yaml"
     path.write_text(recipe)
     run(path, parent, base / name, Options())
-    exact, rounded = (load_model(str(base / name), dtype=kind) for kind in (torch.float32, torch.bfloat16))
-    prompts = _prompts(str(base / name), exact.config.vocab_size, real=dtype == torch.bfloat16)
+    return base / name
+
+
+def computed(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers makes of a checkpoint; in bfloat16 it is a real one, read as text."""
+    exact, rounded = (load_model(str(folder), dtype=kind) for kind in (torch.float32, torch.bfloat16))
+    texts = _texts() if dtype == torch.bfloat16 else None
+    prompts = _drawn(exact.config.vocab_size) if texts is None else load_tokenizer(str(folder))(texts)["input_ids"]
     logs, off, follow = [], [], []
     for prompt in prompts:
         logs.append(_logs(exact, prompt))
         off += [abs(a - b) for a, b in zip(logs[-1], _logs(rounded, prompt), strict=True)]
         follow.append(_follow(exact if dtype == torch.float32 else rounded, prompt))
     return {
+        "folder": str(folder),
+        "texts": texts,
         "prompts": prompts,
         "logs": logs,
         "bfloat16": sum(off) / len(off),
@@ -83,12 +95,14 @@ def made(base: Path, name: str, parent: str, recipe: str, dtype: torch.dtype) ->
     }
 
 
-def _prompts(folder: str, vocab: int, real: bool) -> list[list[int]]:
-    """Lists of tokens of differing length: random ones for tiny models, of a text for a real one."""
-    if real:
-        text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
-        ids = load_tokenizer(folder)(text)["input_ids"]
-        return [ids[i * 37 : i * 37 + FEWEST + i * 2] for i in range(PROMPTS)]
+def _texts() -> list[str]:
+    """Pieces of a text, of differing length."""
+    text = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text()
+    return [text[i * 400 : i * 400 + (i + 1) * FEWEST * 4] for i in range(TEXTS)]
+
+
+def _drawn(vocab: int) -> list[list[int]]:
+    """Random tokens, lists of differing length."""
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(FEWEST, MOST, (PROMPTS,), generator=draw).tolist()
     return [torch.randint(3, min(vocab, VOCAB), (length,), generator=draw).tolist() for length in lengths]
@@ -106,11 +120,18 @@ def _logs(model: Any, prompt: list[int]) -> list[float]:
 def _follow(model: Any, prompt: list[int]) -> list[int]:
     """The tokens that follow greedily, whatever ends a text."""
     made: list[int] = []
+    cache, seen = None, prompt
     while len(made) < NEW:
-        logits = model(input_ids=torch.tensor([[*prompt, *made]]), use_cache=False).logits[0, -1]
-        made.append(int(logits.argmax()))
+        found = model(input_ids=torch.tensor([seen]), past_key_values=cache, use_cache=True)
+        made.append(int(found.logits[0, -1].argmax()))
+        cache, seen = found.past_key_values, made[-1:]
     return made
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--model")
+    parser.add_argument("--checkpoint", type=Path, nargs="*", default=[])
+    arguments = parser.parse_args()
+    write(arguments.base, arguments.model, arguments.checkpoint)

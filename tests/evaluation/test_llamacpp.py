@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.apart import Apart
 from llmsurgeon.evaluation.llama_server import LlamaCpp
 from llmsurgeon.evaluation.llamacpp import benchmark_llamacpp
+from llmsurgeon.evaluation.strided import strided
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 
 needs_engine = pytest.mark.skipif(
@@ -69,6 +71,26 @@ def test_engine_answers_as_transformers_does(tmp_path):
     greedy = generate(reference, prompt, max_new_tokens=12, suppress_tokens=ends)
     assert made == greedy[0, len(ids) :].tolist()
     assert timing.prefill > 0 and timing.decode > 0
+
+
+@needs_engine
+@pytest.mark.parametrize("stride", [0, 5])
+def test_perplexity_over_a_stream_is_that_of_llama_cpps_probabilities(tmp_path, stride):
+    path = export(save_uneven(tmp_path / "model"), tmp_path / "model.gguf").path
+    model, window = load_model(str(path)), 12
+    tokens = torch.randint(20, 250, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    found = strided(model, torch.tensor(tokens), load_tokenizer(str(path)), window, stride)
+    # As llama-perplexity counts: all of the windows that fit, and of each the last `stride` tokens or the second half.
+    starts = range(0, len(tokens) - window, stride) if stride else (0, 12)
+    first = window - stride if stride else window // 2 + 1
+    losses = []
+    with LlamaCpp(path, context=64, threads=1, exact_cache=True) as engine:
+        for start in starts:
+            for place in range(start + first, start + window):
+                told = engine.next_logprobs(tokens[start:place], top=model.config.vocab_size)
+                losses.append(-told[tokens[place]])
+    assert found.tokens == len(losses)
+    assert found.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-3)
 
 
 @needs_engine
