@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from conftest import save_tiny
 from gguf_models import byte_level_tokenizer
 
+from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.run import Options, run
 
@@ -122,9 +123,9 @@ def _follow(model: Any, prompt: list[int]) -> list[int]:
     made: list[int] = []
     cache, seen = None, prompt
     while len(made) < NEW:
-        found = model(input_ids=torch.tensor([seen]), past_key_values=cache, use_cache=True)
-        made.append(int(found.logits[0, -1].argmax()))
-        cache, seen = found.past_key_values, made[-1:]
+        output, cache = cached_call(model, cache, input_ids=torch.tensor([seen]))
+        made.append(int(output.logits[0, -1].argmax()))
+        seen = made[-1:]
     return made
 
 
