@@ -172,9 +172,10 @@ def now(model: Any) -> float:
 
 
 @torch.inference_mode()
-def prefill(side: Side, context: int, rounds: int) -> tuple[float, Any]:
-    """Median seconds to read `context` tokens of one sequence, the prompt ending where a block ends; and its cache."""
-    ids = torch.randint(side.spec.vocab, (1, context), generator=torch.Generator().manual_seed(0))
+def prefill(side: Side, context: int, rounds: int, together: int = 1) -> tuple[float, Any]:
+    """Median seconds to read `context` tokens of one sequence, or of some, prompts that end where a block ends; and
+    their cache."""
+    ids = torch.randint(side.spec.vocab, (together, context), generator=torch.Generator().manual_seed(0))
     ids = ids.to(side.model.device)
     halves = {"block_padding": -context % side.length} if side.spec.block_transformer else {}
     taken, cache = [], None

@@ -7,7 +7,6 @@ what is timed are steps at the middle of what is written. Paper: 12.4 against 0.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -66,24 +65,11 @@ def made(setting: Setting, name: str, hidden: int, heads: int, length: int | Non
     return block.Side(name, model, spec, setting.dtype.itemsize)
 
 
-@torch.inference_mode()
-def prefill(side: Any, prompt: int, together: int, rounds: int) -> float:
-    """Median seconds to read prompts that fill the card."""
-    ids = torch.randint(side.spec.vocab, (together, prompt), device=side.model.device)
-    halves = {"block_padding": -prompt % side.length} if side.spec.block_transformer else {}
-    taken = []
-    for _ in range(rounds + 1):
-        start = block.now(side.model)
-        block.cached_call(side.model, input_ids=ids, logits_to_keep=1, **halves)
-        taken.append(block.now(side.model) - start)
-    return statistics.median(taken[1:])
-
-
 def measured(setting: Setting, side: Any, prompt: int, new: int) -> dict[str, Any]:
     """Prefill of some prompts at once; decoding in the middle of what is written, at the largest batch that fits."""
     context = prompt + new // 2
     together = 1 if setting.dry else PROMPTS
-    seconds = prefill(side, prompt, together, 1 if setting.dry else 3) / together
+    seconds = block.prefill(side, prompt, 1 if setting.dry else 3, together)[0] / together
     _, cache = block.prefill(side, context, 1)
     wanted = SimpleNamespace(rounds=1 if setting.dry else 3, memory=1e6)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_parts.timing import Setting, copies_of, freed, in_turn, rotated
+from gpu_parts.timing import Setting, copies_of, freed, in_turn, per_copy, rotated
 
 HIDDEN, DEPTH = 768, 11
 BATCHES = (1, 4, 16, 64, 128, 1024, 4096, 16384)
@@ -68,8 +68,7 @@ def layer(setting: Setting, hidden: int, depth: int, batch: int) -> dict[str, An
         for name, ahead in (("ahead", True), ("not ahead", False)):
             ways[f"tree float32, {name}"] = lambda number, ahead=ahead: direct(trees[x.dtype][number], x, ahead)
     times = in_turn({name: rotated(way, copies) for name, way in ways.items()}, device, 0.5)
-    for each in times.values():
-        each |= {key: each[key] / copies for key in ("us", "us_low", "us_high")}
+    times = {name: per_copy(each, copies) for name, each in times.items()}
     one = trees[x.dtype][0]
     far = float((one(x) - one._gathered(x)).norm() / one._gathered(x).norm())
     return {"copies": copies, "times": times, "speedup": _beside(times), "from_torch": far}

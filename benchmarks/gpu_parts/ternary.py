@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_parts.timing import Setting, copies_of, freed, in_turn, rotated
+from gpu_parts.timing import Setting, copies_of, freed, in_turn, per_copy, rotated
 
 SHAPES = {"attention": (4096, 4096), "up": (14336, 4096), "down": (4096, 14336)}
 TOKENS = (1, 4, 16, 64, 512, 2048)
@@ -56,9 +56,7 @@ def measured(setting: Setting, outputs: int, inputs: int, tokens: int) -> dict[s
         errors[name] = float((kernel(x, bits[0], scale).double() - expected).norm() / expected.norm())
         ways[name] = (partial(lambda kernel, number: kernel(x, bits[number], scale), kernel), copies)
     times = in_turn({name: rotated(way, count) for name, (way, count) in ways.items()}, device, 0.3)
-    for name, (_, count) in ways.items():
-        for key in ("us", "us_low", "us_high"):
-            times[name][key] /= count
+    times = {name: per_copy(each, ways[name][1]) for name, each in times.items()}
     floor = 1e6 * outputs * inputs / 4 / BYTES_A_SECOND
     return {"floor_us": floor, "errors": errors, "times": times}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from gpu_parts.timing import Setting, copies_of, freed, in_turn, rotated
+from gpu_parts.timing import Setting, copies_of, freed, in_turn, per_copy, rotated
 
 SHAPES = {"attention": (4096, 4096), "up": (14336, 4096)}
 WAYS: dict[str, dict[str, Any]] = {"its own activations": {"asm": True}, "8 bits": {"asm": True, "rounded": True}}
@@ -101,6 +101,8 @@ def best(setting: Setting, outputs: int, inputs: int, tokens: int, how: dict[str
         except Exception as problem:
             left_out.append(f"{given}: {type(problem).__name__} {str(problem)[:80]}")
             continue
-        found.append({"given": str(next(iter(given.values()), None)), "us": time["us"] / copies, "error": error})
+        found.append(
+            {"given": str(next(iter(given.values()), None)), "us": per_copy(time, copies)["us"], "error": error}
+        )
     unasked, rest = found[0], sorted(found[1:], key=lambda each: each["us"])
     return {"unasked": unasked, "best": rest[:5], "tried": len(rest), "left_out": len(left_out), "why": left_out[:2]}

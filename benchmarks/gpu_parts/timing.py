@@ -116,6 +116,11 @@ def rotated(function: Callable[[int], Any], copies: int) -> Callable[[], Any]:
     return every
 
 
+def per_copy(time: dict[str, Any], copies: int) -> dict[str, Any]:
+    """The spread of one of so many calls that were timed together."""
+    return time | {key: time[key] / copies for key in ("us", "us_low", "us_high")}
+
+
 def copies_of(nbytes: int, device: torch.device) -> int:
     """How many sets of weights of this size are more than a card's cache holds."""
     return 1 if device.type != "cuda" else max(2, min(64, -(-400_000_000 // max(nbytes, 1))))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -24,18 +22,7 @@ def parts(monkeypatch):
     from gpu_parts import made
     from gpu_parts.timing import Setting
 
-    def spoken(arguments):
-        from llmsurgeon.cli.main import main
-
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                main(arguments)
-            except SystemExit as end:
-                return int(end.code or 0), out.getvalue(), err.getvalue()
-        return 0, out.getvalue(), err.getvalue()
-
-    monkeypatch.setattr(made, "spoken", spoken)
+    monkeypatch.setattr(made, "spoken", made.in_this_process)
 
     def rows(part):
         module = __import__(f"gpu_parts.{gpu.PARTS[part]}", fromlist=["rows"])
