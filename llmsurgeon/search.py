@@ -44,7 +44,8 @@ class Wanted:
 
     engine: "llama.cpp:q8_0", "transformers" ...; context: tokens that a sequence has read when it is timed;
         threads: of the CPU that it may use, all by default.
-    text, dataset: what options are fitted and scored on; sampled from the model where neither is given.
+    text, dataset: what options are fitted and scored on; sampled from the model where neither is given. self_share: of
+        it that the model writes beside a text or dataset, of all kinds; a quarter where it can.
     tokens: how many score; sequence_length: of the windows.
     allow, forbid: operations, by the names that recipes have for them; by default all may be used but trim_vocab, which
         changes the tokenizer. "all" allows that, too.
@@ -57,6 +58,7 @@ class Wanted:
     batch: int = 8
     text: str | os.PathLike[str] | None = None
     dataset: str | None = None
+    self_share: float | None = None
     tokens: int = 4096
     sequence_length: int | None = None
     allow: tuple[str, ...] = ()
@@ -211,7 +213,7 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
         dataset=wanted.dataset,
         tokens=max(REFIT_TOKENS, 4 * wanted.tokens),
         sequence_length=longest if wanted.sequence_length is None else wanted.sequence_length,
-        self_share=0.0 if wanted.text or wanted.dataset else None,
+        self_share=wanted.self_share,
         seed=wanted.seed,
     )
     texts = Texts(parent, asked, asked.tokens, options)

@@ -39,6 +39,10 @@ def prune_steps(
         int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
     ] = None,
     vocab_text: Annotated[str | None, typer.Option(help="Text whose tokens stay.", callback=text_file)] = None,
+    vocab_self: Annotated[
+        bool,
+        typer.Option("--vocab-self/--no-vocab-self", help="And tokens of text of every kind that the model writes."),
+    ] = True,
     refit: Annotated[bool, typer.Option("--refit/--no-refit", help="Closed-form healing afterwards.")] = True,
 ) -> list[dict[str, Any]]:
     """Remove attentions, FFNs, blocks, heads, FFN channels or tokens, by a recipe that prunes or by flags."""
@@ -47,9 +51,13 @@ def prune_steps(
     if vocab_text or vocab is not None:
         # With a number of rows, as many of the text's tokens as have room in them.
         some = {} if vocab is None else {"tokens": 0}
-        keep = {"keep": {"text": vocab_text, **some}} if vocab_text else {}
-        fill = {"fill": "predicted"} if vocab_text and vocab is not None else {}
-        trim.append({"op": "trim_vocab", **keep, **({} if vocab is None else {"rows": vocab}), **fill})
+        keep = [{"text": vocab_text, **some}] if vocab_text else []
+        if keep and vocab is not None and vocab_self:
+            # A text says nothing of what else the model is asked for: code, sums, another language.
+            keep.append({"self": "all", **some})
+        fill = {"fill": "predicted"} if keep and vocab is not None else {}
+        rows = {} if vocab is None else {"rows": vocab}
+        trim.append({"op": "trim_vocab", **({"keep": keep} if keep else {}), **rows, **fill})
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:
             steps.append({"op": op, "layers": split(layers)})

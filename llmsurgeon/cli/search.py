@@ -17,6 +17,7 @@ from llmsurgeon.cli.options import (
     OVERWRITE,
     Batch,
     Seed,
+    SelfShare,
     TrustRemoteCode,
     length_option,
     short_name,
@@ -59,6 +60,7 @@ def search_command(
         typer.Option(help="Text like what the model will meet: .txt, .jsonl or .parquet.", callback=text_file),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Such text on the hub, NAME[:CONFIG][:SPLIT].")] = None,
+    self_share: SelfShare = None,
     tokens: Annotated[int, tokens_option("How many tokens score each option.")] = 4096,
     seq_len: Annotated[
         int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
@@ -101,6 +103,7 @@ def search_command(
         batch=batch,
         text=text,
         dataset=dataset,
+        self_share=self_share,
         tokens=tokens,
         sequence_length=seq_len,
         allow=tuple(allow or ()),

@@ -19,34 +19,47 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.parts import Touch
 from llmsurgeon.operations.base import Offer, Plan, Step, Subject, shares_of
 from llmsurgeon.text.files import TextFile
+from llmsurgeon.text.kinds import OfItself
 
 # What a search may leave of the rows, and what their number is then a multiple of.
 SHARES, MULTIPLE = (0.75, 0.5, 0.375, 0.25), 64
 
 
 class KeepTokens(BaseModel):
-    """Tokens that stay: those of a text, the first of the vocabulary, or those in a list."""
+    """Tokens that stay: of a text or of what the model writes, the first of the vocabulary, or those in a list."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     text: TextFile | None = Field(default=None, description="a .txt, .jsonl or .parquet file whose tokens stay")
-    min_count: int = Field(default=1, ge=1, description="of text: how often a token must occur")
+    self: OfItself | None = Field(
+        default=None, description="a kind of text sampled from the model, or all of them, whose tokens stay"
+    )
+    min_count: int = Field(default=1, ge=1, description="of text and self: how often a token must occur")
     tokens: int | None = Field(
         default=None,
         ge=0,
-        description="so many: of text the most frequent (0: they only come first in filling `rows` up), else the first",
+        description="so many: of text and self the most frequent (0: they only come first in filling `rows` up), else "
+        "the first",
     )
     file: str | None = Field(default=None, description="a list of tokens: one a line, or JSON with tokens or ids")
 
     @model_validator(mode="after")
     def _one_kind(self) -> KeepTokens:
-        if (self.text is not None) + (self.file is not None) + (self.text is None and self.tokens is not None) != 1:
-            raise ValueError("keep takes text (with min_count or tokens), tokens alone, or file; a list takes several")
-        if self.text is None and self.tokens == 0:
-            raise ValueError("keep: tokens 0 goes with text")
-        if self.min_count != 1 and self.text is None:
-            raise ValueError("keep: min_count goes with text")
+        given = [self.text is not None, self.self is not None, self.file is not None]
+        if sum([*given, not self.read and self.tokens is not None]) != 1:
+            raise ValueError(
+                "keep takes text or self (with min_count or tokens), tokens alone, or file; a list takes several"
+            )
+        if not self.read and self.tokens == 0:
+            raise ValueError("keep: tokens 0 goes with text or self")
+        if self.min_count != 1 and not self.read:
+            raise ValueError("keep: min_count goes with text or self")
         return self
+
+    @property
+    def read(self) -> bool:
+        """Whether a text says which tokens these are."""
+        return self.text is not None or self.self is not None
 
 
 class TrimVocab(Step):
@@ -71,8 +84,10 @@ class TrimVocab(Step):
     def _something(self) -> TrimVocab:
         if not self.keep and self.rows is None:
             raise ValueError("trim_vocab takes keep, rows, or both")
-        if self.fill == "predicted" and (self.rows is None or not any(entry.text for entry in self.entries)):
-            raise ValueError("trim_vocab: fill: predicted goes with rows and a text in keep")
+        if self.rows is None and any(entry.self for entry in self.entries):
+            raise ValueError("trim_vocab: self goes with rows: how many tokens a model uses shows when it has written")
+        if self.fill == "predicted" and (self.rows is None or not any(entry.read for entry in self.entries)):
+            raise ValueError("trim_vocab: fill: predicted goes with rows and with text or self in keep")
         return self
 
     @property
@@ -81,7 +96,7 @@ class TrimVocab(Step):
         return (self.keep,) if isinstance(self.keep, KeepTokens) else self.keep
 
     def computes(self) -> bool:
-        return self.fill == "predicted"
+        return self.fill == "predicted" or any(entry.self for entry in self.entries)
 
     def reads(self) -> tuple[str | None, ...]:
         return tuple(name for entry in self.entries for name in (entry.text, entry.file))

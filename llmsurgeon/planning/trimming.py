@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from llmsurgeon.operations.trim_vocab import TrimVocab
-from llmsurgeon.planning.opened import OpenedCheckpoint, opened_model
+from llmsurgeon.errors import SurgeryError
+from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
+from llmsurgeon.planning.opened import OpenedCheckpoint, bytes_of, opened_model
 from llmsurgeon.planning.options import Options
+from llmsurgeon.planning.sources import too_large
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.progress import Progress, remark
-from llmsurgeon.recipe.recipe import Calibration
+from llmsurgeon.recipe.recipe import Calibration, TextSource
 from llmsurgeon.text.documents import documents
 from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import walk
 
-# Of each text, in windows of so many, the model is asked what it expects.
+# Of each text, in windows of so many, the model is asked what it expects; so much it writes.
 EXPECTED_TOKENS, WINDOW = 8192, 256
 
 
@@ -29,25 +32,59 @@ def trimmed_by(parent: OpenedCheckpoint, step: TrimVocab, options: Options | Non
     Raises:
         SurgeryError: the vocabulary cannot be trimmed as asked for.
     """
+    entries = _written(parent, step.entries)
+    read = {} if options is None else {entry: _texts(parent, entry, options) for entry in entries if entry.read}
     expected: dict[int, float] = {}
-    asked = step.fill == "predicted"
-    if asked and parent.family.encoder:
-        remark(f"{parent.name}: an encoder predicts no next token, so rows fill up in the vocabulary's order")
-    elif asked and options is not None:
-        for text in dict.fromkeys(entry.text for entry in step.entries if entry.text):
-            for token, count in expected_tokens(parent, text, options).items():
-                expected[token] = expected.get(token, 0.0) + count
-    sources = [
-        Source(
-            documents(text=entry.text) if entry.text else None,
-            entry.min_count,
-            entry.tokens,
-            Path(entry.file) if entry.file else None,
-        )
-        for entry in step.entries
-    ]
+    if step.fill == "predicted":
+        if parent.family.encoder:
+            remark(f"{parent.name}: an encoder predicts no next token, so rows fill up in the vocabulary's order")
+        else:
+            # Two entries may take tokens of one text in two ways.
+            for texts in {(entry.text, entry.self): texts for entry, texts in read.items()}.values():
+                for token, count in expected_tokens(texts).items():
+                    expected[token] = expected.get(token, 0.0) + count
+    sources = [_source(entry, read.get(entry)) for entry in entries]
     return trimmed(
         parent, trim(parent.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of, expected=expected)
+    )
+
+
+def _written(parent: OpenedCheckpoint, entries: tuple[KeepTokens, ...]) -> tuple[KeepTokens, ...]:
+    """The entries without those of text that the model would have to write where it cannot.
+
+    Raises:
+        SurgeryError: none is left.
+    """
+    others = tuple(entry for entry in entries if not entry.self)
+    if len(others) == len(entries):
+        return entries
+    reason = "an encoder writes no text" if parent.family.encoder else too_large(bytes_of(parent.meta()))
+    if reason is None:
+        return entries
+    if not others:
+        raise SurgeryError(f"trim_vocab: {parent.name}: {reason}; give keep a text (--vocab-text FILE)")
+    remark(f"{parent.name}: {reason}, so tokens are not kept by it")
+    return others
+
+
+def _texts(parent: OpenedCheckpoint, entry: KeepTokens, options: Options) -> Texts:
+    """The text of an entry in windows, as much of it as the model reads."""
+    source = TextSource(text=entry.text, self=entry.self)
+    length = min(WINDOW, parent.spec.max_positions or WINDOW)
+    asked = Calibration(texts=(source,), tokens=EXPECTED_TOKENS, sequence_length=length)
+    return Texts(parent, asked, EXPECTED_TOKENS, options)
+
+
+def _source(entry: KeepTokens, texts: Texts | None) -> Source:
+    """The tokens that an entry asks for; of what the model writes those of `texts`, none for a dry run."""
+    if entry.self:
+        written = texts.windows.flatten().tolist() if texts else ()
+        return Source(counts=Counter(written), min_count=entry.min_count, tokens=entry.tokens)
+    return Source(
+        documents(text=entry.text) if entry.text else None,
+        entry.min_count,
+        entry.tokens,
+        Path(entry.file) if entry.file else None,
     )
 
 
@@ -61,8 +98,8 @@ def trimmed(whole: OpenedCheckpoint, checkpoint: TrimmedCheckpoint) -> OpenedChe
     return replace(made, whole=whole, notes=(*made.notes, *notes))
 
 
-def expected_tokens(parent: OpenedCheckpoint, text: str, options: Options) -> Mapping[int, float]:
-    """Token -> how often the model expects it on some of a text: its next-token probabilities, summed over positions.
+def expected_tokens(texts: Texts) -> Mapping[int, float]:
+    """Token -> how often the model expects it on some texts: its next-token probabilities, summed over positions.
 
     What occurs in a text is few of the tokens that its like would use; what the model gives weight to there is all of
     them. Layers are read one at a time.
@@ -70,19 +107,11 @@ def expected_tokens(parent: OpenedCheckpoint, text: str, options: Options) -> Ma
     Raises:
         SurgeryError: the text is shorter than a window.
     """
-    length = min(WINDOW, parent.spec.max_positions or WINDOW)
-    texts = Texts(
-        parent,
-        Calibration(text=text, self_share=0, tokens=EXPECTED_TOKENS, sequence_length=length),
-        EXPECTED_TOKENS,
-        options,
-    )
-    windows = texts.windows
-    hidden = walk(texts.runner, windows, [Variant()], batch=options.batch)[0]
-    counts = torch.zeros(parent.spec.vocab)
+    hidden = walk(texts.runner, texts.windows, [Variant()], batch=texts.options.batch)[0]
+    counts = torch.zeros(texts.parent.spec.vocab)
     with torch.no_grad(), Progress("expected tokens", len(hidden), "sequences") as progress:
         for row in hidden:
-            logits = texts.runner.final(row.to(options.device))
+            logits = texts.runner.final(row.to(texts.options.device))
             counts += logits.float().softmax(-1).sum(0)[: len(counts)].cpu()
             progress.advance()
     return dict(enumerate(counts.tolist()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from llmsurgeon.boundary.limits import LARGEST_SEED, LONGEST_SEQUENCE, MOST_TOKENS
@@ -34,7 +34,7 @@ from llmsurgeon.recipe.files import (
     recipes_dir,
 )
 from llmsurgeon.text.files import TextFile
-from llmsurgeon.text.kinds import ALL, one_kind
+from llmsurgeon.text.kinds import ALL, OfItself
 
 if TYPE_CHECKING:
     from llmsurgeon.operations.base import Step as AnyStep
@@ -48,7 +48,6 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-OfItself = Annotated[str, AfterValidator(one_kind)]
 # The share of calibration text that is sampled from the model beside what a user names, where nobody says another.
 SELF_SHARE = 0.25
 

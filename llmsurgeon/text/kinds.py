@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 from llmsurgeon.text import openers
 
@@ -49,3 +52,7 @@ def one_kind(name: str) -> str:
     if name != ALL and name not in KINDS:
         raise ValueError(f"{name!r} is no kind of text that a model is asked for; expected {ALL}, {', '.join(KINDS)}")
     return name
+
+
+# In a recipe: a kind of text that the model writes, or all of them.
+OfItself = Annotated[str, AfterValidator(one_kind)]

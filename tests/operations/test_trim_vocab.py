@@ -218,7 +218,7 @@ def test_what_cannot_be_done_is_said(place: Path, run) -> None:
     assert "nosuchtoken" in message({"op": "trim_vocab", "keep": {"file": "list.txt"}})
     assert "no such text file" in message({"op": "trim_vocab", "keep": {"text": "none.txt"}})
     assert "keep, rows, or both" in message({"op": "trim_vocab"})
-    assert "min_count goes with text" in message({"op": "trim_vocab", "keep": {"tokens": 5, "min_count": 2}})
+    assert "min_count goes with text or self" in message({"op": "trim_vocab", "keep": {"tokens": 5, "min_count": 2}})
     (place / "parent" / "tokenizer.json").rename(place / "kept.json")
     (place / "parent" / "tokenizer.model").write_bytes(b"x")
     assert "no tokenizer.json" in message(trim)
@@ -245,10 +245,11 @@ def test_rows_fill_up_with_what_the_model_expects(family: str, place: Path, run)
     parent = open_model(str(place / "parent"))
     length = min(256, parent.spec.max_positions or 256)
     wanted = Calibration(text="text.txt", self_share=0, tokens=8192, sequence_length=length)
-    windows = Texts(parent, wanted, 8192, Options(device="cpu")).windows
+    texts = Texts(parent, wanted, 8192, Options(device="cpu"))
+    windows = texts.windows
     with torch.no_grad():
         expected = sum(model(window[None]).logits[0].softmax(-1).sum(0) for window in windows)
-    found = expected_tokens(parent, "text.txt", Options(device="cpu"))
+    found = expected_tokens(texts)
     torch.testing.assert_close(torch.tensor([found[i] for i in range(len(expected))]), expected, atol=1e-3, rtol=1e-3)
     seen = set(AutoTokenizer.from_pretrained(place / "parent")(TEXT).input_ids)
     kept = set(mapped(place / "out", place / "parent").tolist())
@@ -263,11 +264,53 @@ def test_what_the_model_expects_needs_a_text_and_rows(place: Path, run) -> None:
     parent_in(place / "parent", "llama")
     write(place / "r.yaml", {"op": "trim_vocab", "keep": {"text": "text.txt"}, "fill": "predicted"})
     code, _, err = run("run", "r.yaml", "parent", "-o", "out")
-    assert code == 2 and "fill: predicted goes with rows and a text in keep" in err
+    assert code == 2 and "fill: predicted goes with rows and with text or self in keep" in err
     cut = ("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt")
     assert run(*cut, "--dry-run")[0] == 0
     code, _, err = run(*cut, "-o", "out")
     assert code == 0 and "fill: predicted" in (place / "out" / "recipe.yaml").read_text(), err
+
+
+def test_tokens_that_the_model_writes_stay(place: Path, run) -> None:
+    parent_in(place / "parent", "llama", max_position_embeddings=64)
+    keep = [{"text": "text.txt", "tokens": 0}, {"self": "prose", "tokens": 60}]
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": keep, "rows": 640, "fill": "predicted"})
+    assert run("run", "r.yaml", "parent", "--dry-run")[0] == 0
+    code, out, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 0 and "sampled from the model itself" in out + err, err
+    wanted = Calibration(texts=({"self": "prose"},), tokens=8192, sequence_length=64)
+    windows = Texts(open_model("parent"), wanted, 8192, Options(device="cpu")).windows
+    counts = torch.bincount(windows.flatten(), minlength=1520)
+    often = sorted(range(1520), key=lambda i: (-int(counts[i]), i))[:60]
+    kept = set(mapped(place / "out", place / "parent").tolist())
+    assert set(often) <= kept and set(AutoTokenizer.from_pretrained("parent")(TEXT).input_ids) <= kept
+    # By the text alone they would not.
+    write(place / "t.yaml", {"op": "trim_vocab", "keep": keep[0], "rows": 640, "fill": "predicted"})
+    assert run("run", "t.yaml", "parent", "-o", "by-text")[0] == 0
+    assert not set(often) <= set(mapped(place / "by-text", place / "parent").tolist())
+
+
+def test_a_text_is_not_all_that_a_vocabulary_is_kept_by(place: Path, run) -> None:
+    parent_in(place / "parent", "llama", max_position_embeddings=64)
+    cut = ("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt")
+    assert run(*cut, "-o", "out")[0] == 0 and run(*cut, "--no-vocab-self", "-o", "alone")[0] == 0
+    mixed, alone = ((place / name / "recipe.yaml").read_text() for name in ("out", "alone"))
+    assert "self: all" in mixed and "self:" not in alone
+
+
+def test_a_model_that_writes_nothing_keeps_no_tokens_by_it(place: Path, run, monkeypatch) -> None:
+    parent_in(place / "parent", "llama", max_position_embeddings=64)
+    step = {"op": "trim_vocab", "keep": {"self": "all"}}
+    write(place / "r.yaml", step)
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 2 and "self goes with rows" in err
+    monkeypatch.setattr("llmsurgeon.planning.trimming.too_large", lambda size: "it is larger than the room")
+    write(place / "r.yaml", {**step, "rows": 640})
+    code, _, err = run("run", "r.yaml", "parent", "-o", "out")
+    assert code == 2 and "larger than the room; give keep a text (--vocab-text FILE)" in err
+    assert not (place / "out").exists()
+    code, _, err = run("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt", "-o", "out")
+    assert code == 0 and "larger than the room, so tokens are not kept by it" in err
 
 
 def test_an_encoder_expects_nothing(place: Path, run) -> None:

@@ -21,7 +21,8 @@ from llmsurgeon.searching import scoring
 from llmsurgeon.searching.costs.measured import SecondsMeter
 from llmsurgeon.searching.store import ScoreStore
 
-FEW = {"tokens": 128, "sequence_length": 32, "text": "text.txt", "allow": ("prune_width", "prune_attention")}
+TEXT = {"text": "text.txt", "self_share": 0.0}
+FEW = {"tokens": 128, "sequence_length": 32, **TEXT, "allow": ("prune_width", "prune_attention")}
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def test_time_that_is_up_while_options_are_scored_ends_with_the_best_of_those(sc
 def test_time_that_is_up_before_anything_can_be_chosen_is_said(scene, run, monkeypatch):
     for lots, scored in ((0, 0), (1, 2)):
         some_time(monkeypatch, lots, few=2)
-        few = ("--text", "text.txt", "--seq-len", 32, "--tokens", 128, "--allow", "prune_width")
+        few = ("--text", "text.txt", "--self-share", 0, "--seq-len", 32, "--tokens", 128, "--allow", "prune_width")
         code, _, err = run("search", "parent", "--target", "params=0.7x", *few, "-o", "out", "--minutes", 1)
         assert code == 2 and f"time was up when {scored} of 30 options were scored" in err
         assert "the others take about" in err and "kept" in err and not (scene / "out").exists()
@@ -193,8 +194,15 @@ def test_what_cannot_be_searched_is_said(scene, targets, wanted, said):
     assert not (scene / "out").exists()
 
 
+def test_a_quarter_of_the_text_is_what_the_model_writes(scene):
+    given = {"tokens": 128, "sequence_length": 16, "text": "text.txt", "allow": ("prune_attention",)}
+    found = search("parent", "params=0.95x", "out", Wanted(**given))
+    assert "sampled from the model itself: text.txt " in found.text
+    assert load(scene / "out" / "recipe.yaml").calibration.self_share == 0.25
+
+
 def test_the_command(scene, run):
-    short = ("--text", "text.txt", "--seq-len", 32)
+    short = ("--text", "text.txt", "--self-share", 0, "--seq-len", 32)
     code, out, _ = run("search", "parent", "--target", "params=0.9x", *short, "--dry-run", "--json")
     space = json.loads(out)
     assert code == 0 and space["scored"] < space["options"] and space["operations"]["prune_width"]

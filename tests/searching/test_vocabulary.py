@@ -107,7 +107,7 @@ def test_scores_against_models_that_have_the_vocabulary(scene):
 
 
 def test_a_search_that_may_trim_the_vocabulary_does(scene):
-    few = {"tokens": 128, "sequence_length": 32, "text": "text.txt"}
+    few = {"tokens": 128, "sequence_length": 32, "text": "text.txt", "self_share": 0.0}
     (scene / "tokens.json").write_text('["a", "b"]')  # of somebody else
     found = search("parent", "params=0.7x", "out", Wanted(allow=OPS, **few))
     kept = json.loads((scene / "out" / "tokens.json").read_text())
@@ -159,7 +159,7 @@ def test_a_tokenizer_that_cannot_be_trimmed_is_said(scene):
         {"type": "WordLevel", "vocab": made["model"]["vocab"], "unk_token": "a"},
     )
     file.write_text(json.dumps(made))
-    few = {"text": "text.txt", "sequence_length": 32, "tokens": 128}
+    few = {"text": "text.txt", "self_share": 0.0, "sequence_length": 32, "tokens": 128}
     with pytest.raises(SurgeryError, match="WordLevel"):
         search("parent", "params=0.8x", "out", Wanted(allow=("all",), **few))
     assert not (scene / "out").exists()

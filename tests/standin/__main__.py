@@ -36,7 +36,7 @@ COMMANDS = {
     "block": ("block", "parent", "-o", "blocks", *TEXT, *SHORT),
     "search": (
         *("search", "parent", "-o", "searched", "--target", "params=0.9x", *TEXT, "--tokens", "64", "--seq-len", "16"),
-        *("--allow", "prune_attention"),
+        *("--allow", "prune_attention", "--self-share", "0"),
     ),
     "heal": ("heal", "fused", "--parent", "parent", "-o", "healed", *TRAINED),
     "heal, layer by layer": (
