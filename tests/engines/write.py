@@ -40,6 +40,10 @@ SURGEON = (
     "  - {op: prune_width, width: 200, layers: [5], score: magnitude}\n  - {op: fuse_ffn, runs: [2-3]}\n"
 )
 PARALLEL = "version: 1\nformat: surgeon\nsteps: [{op: parallel_blocks, windows: ['2-3']}]\n"
+NARROW = (
+    "version: 1\nformat: native\nsteps:\n  - {op: prune_blocks, layers: [2]}\n"
+    "  - {op: prune_width, width: 192, score: magnitude}\n"
+)
 TRIMMED = "version: 1\nformat: native\nsteps: [{op: trim_vocab, rows: 288}]\n"
 # A name, the family of its parent, settings of that, what is done.
 TINY: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -48,6 +52,8 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     "nas-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, UNEVEN),
     "surgeon-llama": ("llama", {"num_key_value_heads": 2}, SURGEON),
     "refused-parallel": ("llama", {"num_key_value_heads": 2}, PARALLEL),
+    "native-llama": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}, NARROW),
+    "native-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, NARROW),
     "native-trimmed": ("llama", {"num_key_value_heads": 2, "vocab_size": 320}, TRIMMED),
 }
 

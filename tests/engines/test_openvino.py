@@ -1,0 +1,50 @@
+"""OpenVINO loads native forms by optimum-intel, and computes what transformers does. Started by scripts/engines."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compared import expected, held
+
+pytest.importorskip("optimum.intel")
+pytestmark = pytest.mark.engines
+NEW = 12
+
+
+def loaded(folder: str, dtype: str):
+    """The checkpoint, exported and compiled: computing in its dtype, weights as they are."""
+    from optimum.intel import OVModelForCausalLM
+
+    precision = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    return OVModelForCausalLM.from_pretrained(
+        folder, export=True, load_in_8bit=False, ov_config={"INFERENCE_PRECISION_HINT": precision}
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in expected() if name.startswith("native")])
+def test_a_checkpoint_is_computed_as_by_transformers(name):
+    import torch
+
+    wanted = expected()[name]
+    model = loaded(wanted["folder"], wanted["dtype"])
+    logs, follow = [], []
+    for prompt in wanted["prompts"]:
+        ids = torch.tensor([prompt])
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, :-1].float()
+        logs.append(logits.log_softmax(-1).gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist())
+        how = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+        made = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+        follow.append(made[0, len(prompt) :].tolist())
+    held("openvino", name, "optimum-intel's", logs, follow)
+
+
+@pytest.mark.parametrize("name", [name for name in expected() if name.startswith(("surgeon", "nas"))])
+def test_other_forms_are_refused(name):
+    """Its exporter knows models by their type: what brings code of its own is not exported, and nothing else is."""
+    with pytest.raises((ValueError, ImportError, OSError, RuntimeError)) as refusal:
+        loaded(expected()[name]["folder"], "float32")
+    assert any(word in str(refusal.value) for word in ("trust_remote_code", "custom", "architecture", "export"))
