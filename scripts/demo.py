@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
-RESULTS = ("parent", "found", "student")
-# What a search of a few minutes can score.
-ALLOWED = ("trim_vocab", "prune_width", "prune_heads", "prune_attention")
+RESULTS = ("parent", "analysis", "student")
 PROMPT = "The river had been rising for three days when"
 
 
@@ -53,14 +51,7 @@ def continuation(folder: Path, prompt: str) -> str:
     return " ".join(tokenizer.decode(made[0], skip_special_tokens=True).split())
 
 
-def rows(folder: Path) -> int:
-    """Of a checkpoint's vocabulary."""
-    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
-
-
-def table(
-    evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, Any], parent: Path, student: Path
-) -> None:
+def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, Any]) -> None:
     """Before and after, side by side."""
     from rich.console import Console
     from rich.table import Table
@@ -73,15 +64,9 @@ def table(
     shown.add_row("attentions", str(before["attentions"]), str(after["attentions"]))
     shown.add_row("parameters", f"{before['parameters'] / 1e6:.1f} M", f"{after['parameters'] / 1e6:.1f} M")
     shown.add_row("KV cache bytes a token", f"{before['kv_bytes_per_token']:,}", f"{after['kv_bytes_per_token']:,}")
-    shown.add_row("tokens in the vocabulary", *(f"{rows(folder):,}" for folder in (parent, student)))
-    if bits := evaluation.get("bits"):
-        low, high = bits["ratio_interval"]
-        shown.add_row("bits per byte", f"{bits['parent_bits_per_byte']:.3f}", f"{bits['bits_per_byte']:.3f}")
-        shown.add_row("bits per byte, ratio", "1", f"{bits['ratio']:.3f} ({low:.3f} to {high:.3f})")
-    else:
-        low, high = evaluation["perplexity_ratio_interval"]
-        shown.add_row("perplexity", f"{evaluation['parent_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}")
-        shown.add_row("perplexity, ratio", "1", f"{evaluation['perplexity_ratio']:.3f} ({low:.3f} to {high:.3f})")
+    shown.add_row("perplexity", f"{evaluation['parent_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}")
+    low, high = evaluation["perplexity_ratio_interval"]
+    shown.add_row("perplexity ratio", "1", f"{evaluation['perplexity_ratio']:.3f} ({low:.3f} to {high:.3f})")
     shown.add_row("KL to the parent, nats a token", "0", f"{evaluation['kl']:.3f}")
     shown.add_row("top-1 agreement", "100 %", f"{100 * evaluation['top1_agreement']:.1f} %")
     for part in ("prefill", "decode"):
@@ -113,39 +98,35 @@ def make_room(folder: Path) -> None:
 
 
 def main() -> None:
-    """Search, make, prove."""
+    """Measure, cut, heal, prove."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything that is written")
-    parser.add_argument(
-        "--target", default="size=0.8x", help="what is wanted of the result, as `llmsurgeon search` takes it"
-    )
-    parser.add_argument("--minutes", type=float, default=6, help="of the search")
-    parser.add_argument("--text", help="text like what the model will meet; default: sampled from the model")
+    parser.add_argument("--text", help="calibration text of your own; default: sampled from the model")
     parser.add_argument("--eval-text", help="text to measure on; default: fresh text sampled from the parent")
+    parser.add_argument("--drop", type=int, default=8, help="attentions to drop")
     options = parser.parse_args()
     start = time.monotonic()
     make_room(options.out)
-    parent, found, student = (options.out / name for name in RESULTS)
+    parent, analysis, student = (options.out / name for name in RESULTS)
 
     from llmsurgeon.export import export
 
     print("Unpacking SmolLM2-135M-Instruct from its GGUF file", flush=True)
     export(str(find_model()), str(parent), "native")
     text = ["--text", options.text] if options.text else []
-    allowed = [word for name in ALLOWED for word in ("--allow", name)]
-    little = ["--tokens", "1024", "--refit-tokens", "16384", "--minutes", f"{options.minutes:g}"]
-    llmsurgeon("search", str(parent), "--target", options.target, *allowed, *little, *text, "-o", str(found))
-    llmsurgeon("run", str(found / "recipe.yaml"), "-o", str(student))
+    llmsurgeon("analyze", str(parent), "--tokens", "2048", "--drop", str(options.drop), "-o", str(analysis), *text)
+    recipe = str(analysis / "suggested.yaml")
+    llmsurgeon("run", recipe, "--set", "calibration.tokens=16384", "-o", str(student))
     against = [str(student), "--against", str(parent), "--json"]
     measured_on = ["--text", options.eval_text] if options.eval_text else []
     evaluation = llmsurgeon("eval", *against, "--tokens", "4096", "--seq-len", "256", *measured_on, capture=True)
     bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "3", capture=True)
     print()
-    table(evaluation, bench, json.loads((student / "surgery.json").read_text()), parent, student)
+    table(evaluation, bench, json.loads((student / "surgery.json").read_text()))
     print(f"Measured on {evaluation['tokens']:,} tokens: {evaluation['text']}.\n")
     for name, folder in (("parent", parent), ("student", student)):
         print(f"{name}: {continuation(folder, PROMPT)}\n")
-    print(f"Report: {found / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
+    print(f"Report: {analysis / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_an_earlier_demo_makes_room(tmp_path):
     with Stage.open(out / "student", job={"verb": "run"}) as stage:
         stage.write_file("config.json", "{}")
         stage.commit()
-    with Stage.open(out / "found", job={"verb": "search"}) as stage:  # of a demo that was killed
+    with Stage.open(out / "analysis", job={"verb": "analyze"}) as stage:  # of a demo that was killed
         (stage.scratch / "half").touch()
     demo.make_room(out)
     assert [path.name for path in out.iterdir()] == [demo.MARK]
