@@ -13,8 +13,11 @@ from safetensors.torch import save
 
 from llmsurgeon.checkpoint.out_place import existing
 from llmsurgeon.checkpoint.writer import Stage
+from llmsurgeon.errors import SurgeryError
 from llmsurgeon.formats.devices import chosen_device
 from llmsurgeon.formats.loading import dtype_of
+from llmsurgeon.model.parts import Touch
+from llmsurgeon.operations import OPERATIONS
 from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
 from llmsurgeon.planning.options import Options
@@ -47,7 +50,7 @@ class Wanted:
         it that the model writes beside a text or dataset, of all kinds; a quarter where it can.
     tokens: how many score; refit_tokens: of the recipe, of which a search takes some; sequence_length: of the windows.
     allow, forbid: operations, by the names that recipes have for them; by default all may be used but trim_vocab, which
-        changes the tokenizer. "all" allows that, too.
+        changes the tokenizer. "all" allows that, too. It takes a text or dataset that tells which tokens stay.
     minutes: the search ends, with the best that it knows, about then; heal: minutes of training in the recipe.
     """
 
@@ -194,7 +197,7 @@ class _Opened:
 
 def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted: Wanted, say: Say) -> _Opened:
     bounds = parse_targets([targets] if isinstance(targets, str) else targets)
-    operations = chosen_operations(wanted.allow, wanted.forbid)
+    operations = _told_by_text(chosen_operations(wanted.allow, wanted.forbid), wanted, say)
     device = chosen_device(wanted.device)
     engine = None
     if wanted.engine:
@@ -219,6 +222,27 @@ def _opened(model: str | os.PathLike[str], targets: str | Sequence[str], wanted:
     texts = Texts(parent, asked, asked.tokens, options)
     made = meters(bounds, engine, parent)
     return _Opened(parent, engine.written if engine else "none", made, operations, texts, options)
+
+
+def _told_by_text(operations: tuple[str, ...], wanted: Wanted, say: Say) -> tuple[str, ...]:
+    """The operations without those that only text of the user's can choose for, where there is none.
+
+    What a model writes in some thousand tokens holds few of the words that it knows, and none that it finds unlikely:
+    which of them other text needs it does not tell, nor what it costs that they are gone.
+
+    Raises:
+        SurgeryError: none is left.
+    """
+    if wanted.text or wanted.dataset:
+        return operations
+    left = tuple(name for name in operations if Touch.CUTS_VOCABULARY not in OPERATIONS[name].touches)
+    dropped = ", ".join(name for name in operations if name not in left)
+    reason = "text that is sampled from the model tells too little of which tokens other text needs; give --text FILE"
+    if not left:
+        raise SurgeryError(f"{dropped}: {reason}")
+    if dropped:
+        say(f"{dropped} is not used: {reason}")
+    return left
 
 
 class _Clock:

@@ -70,7 +70,9 @@ def search_command(
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(help="An operation that may be used; default: all but trim_vocab; all: that, too."),
+        typer.Option(
+            help="An operation that may be used; default: all but trim_vocab; all: that, too, where there is a text."
+        ),
     ] = None,
     forbid: Annotated[list[str] | None, typer.Option(help="An operation that may not.")] = None,
     minutes: Annotated[

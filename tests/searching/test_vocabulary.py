@@ -20,7 +20,7 @@ from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.recipe.recipe import calibration, load, loads
-from llmsurgeon.search import Wanted
+from llmsurgeon.search import Wanted, preview
 from llmsurgeon.searching.costs import meters, parse_targets
 from llmsurgeon.searching.options import key_of
 from llmsurgeon.searching.setting import scorer_of
@@ -128,6 +128,16 @@ def test_a_search_that_may_trim_the_vocabulary_does(scene):
     assert "trim_vocab" not in chosen_operations((), ()) and "trim_vocab" in chosen_operations(("all",), ())
     assert search("parent", "params=0.95x", "plain", Wanted(allow=("prune_width",), **few)).table is None
     assert not (scene / "plain" / "tokens.json").exists()
+
+
+def test_without_a_text_the_vocabulary_stays(scene):
+    said: list = []
+    preview("parent", "params=0.8x", Wanted(allow=OPS), said.append)
+    assert any("trim_vocab is not used" in line and "--text FILE" in line for line in said)
+    operations = preview("parent", "params=0.8x", Wanted(allow=OPS)).space.options
+    assert operations and not any(option.rows for option in operations)
+    with pytest.raises(SurgeryError, match="trim_vocab: text that is sampled from the model tells too little"):
+        search("parent", "params=0.8x", "out", Wanted(allow=("trim_vocab",)))
 
 
 def test_tokens_stay_by_text_that_neither_scores_nor_judges(scene):
