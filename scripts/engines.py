@@ -172,7 +172,7 @@ def main() -> int:
         for name in arguments.engines or ENGINES:
             engine = ENGINES[name]
             python = made(name, engine)
-            versions[name] = version_in(python, engine.package)
+            versions[engine.package] = version_in(python, engine.package)
             ways = [{}, {"PYTHONPATH": str(plugin_folder())}] if engine.plugin else [{}]
             worst = max(worst, *(tested(python, engine, base, way) for way in ways))
         lines = table(base, versions)
