@@ -48,16 +48,13 @@ def prune_steps(
     """Remove attentions, FFNs, blocks, heads, FFN channels or tokens, by a recipe that prunes or by flags."""
     steps: list[dict[str, Any]] = []
     trim: list[dict[str, Any]] = []
-    if vocab_text or vocab is not None:
-        # With a number of rows, as many of the text's tokens as have room in them.
-        some = {} if vocab is None else {"tokens": 0}
-        keep = [{"text": vocab_text, **some}] if vocab_text else []
-        if keep and vocab is not None and vocab_self:
-            # A text says nothing of what else the model is asked for: code, sums, another language.
-            keep.append({"self": "all", **some})
-        fill = {"fill": "predicted"} if keep and vocab is not None else {}
-        rows = {} if vocab is None else {"rows": vocab}
-        trim.append({"op": "trim_vocab", **({"keep": keep} if keep else {}), **rows, **fill})
+    if vocab is None and vocab_text:
+        trim.append({"op": "trim_vocab", "keep": [{"text": vocab_text}]})
+    elif vocab is not None:
+        # As many of the text's tokens as have room; and of what it says nothing of: code, sums, another language.
+        texts = [{"text": vocab_text}, *([{"self": "all"}] if vocab_self else [])] if vocab_text else []
+        kept = {"keep": [{**text, "tokens": 0} for text in texts], "fill": "predicted"} if texts else {}
+        trim.append({"op": "trim_vocab", **kept, "rows": vocab})
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:
             steps.append({"op": op, "layers": split(layers)})
