@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +25,11 @@ from llmsurgeon.searching.options import key_of
 from llmsurgeon.searching.setting import scorer_of
 from llmsurgeon.searching.space import Space, chosen_operations
 from tests.operations.test_trim_vocab import parent_in
+from tests.prose import sentences
 
 LENGTH = 24
 OPS = ("trim_vocab", "prune_width")
-PAGES = "".join(path.read_text() for path in sorted((Path(__file__).parents[2] / "docs" / "methods").glob("*.md"))[:3])
+PAGES = "\n".join(sentences(400, seed=3))[:20_000]
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def scene(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
     parent_in(tmp_path / "parent", "llama")
-    (tmp_path / "text.txt").write_text(PAGES[:20_000])
+    (tmp_path / "text.txt").write_text(PAGES)
     return tmp_path
 
 
@@ -152,7 +152,7 @@ def test_tokens_stay_by_text_that_neither_scores_nor_judges(scene):
     scorer = scorer_of(space, texts, 192, 4, lambda: True)
     counts = scorer.vocabularies._counts
     tokenizer = AutoTokenizer.from_pretrained("parent")
-    whole = tokenizer(PAGES[:20_000], add_special_tokens=False)["input_ids"]
+    whole = tokenizer(PAGES, add_special_tokens=False)["input_ids"]
     scored = scorer.ground.scores.flatten().tolist()
     # A token that occurs where the text scores, and nowhere else, does not stay for that.
     only = [token for token in set(scored) if whole.count(token) == scored.count(token)]

@@ -1,27 +1,25 @@
-"""Small tokenizers of each kind, trained on the project's own pages."""
+"""Small tokenizers of each kind."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from tests.odd_text import odd_lines
+from tests.prose import sentences
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>"]
-ROOT = Path(__file__).parents[2]
 
 
 @cache
 def corpus() -> list[str]:
     """Lines to train on: prose, code, and odd text for the rare characters."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))[:4], ROOT / "llmsurgeon" / "model" / "spec.py"]
-    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines()] + odd_lines(60, seed=7)
+    return sentences(900, seed=7) + odd_lines(60, seed=7)
 
 
 def byte_level(ignore_merges: bool = False) -> Tokenizer:
