@@ -41,9 +41,12 @@ class Strided:
 
 
 def stream(text: str, tokenizer: PreTrainedTokenizerBase, most: int, where: str) -> Tensor:
-    """The first `most` tokens of a text, with what the tokenizer puts before it: int64 [T]."""
+    """The first `most` tokens of a text, with what the tokenizer puts before it: int64 [T].
+
+    "<unk>" and the like that stand in the text are text, as llama-perplexity reads it, and no special tokens.
+    """
     # A token has rarely more than a few characters; what is cut off here is far behind the last one.
-    ids = token_ids(tokenizer, text[: most * 64], verbose=False)[:most]
+    ids = token_ids(tokenizer, text[: most * 64], verbose=False, split_special_tokens=True)[:most]
     if len(ids) < 2:
         raise SurgeryError(f"{where}: {len(ids)} tokens are too few to measure on; give a longer text")
     return torch.tensor(ids)

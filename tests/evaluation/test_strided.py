@@ -55,6 +55,14 @@ def test_without_a_stride_second_halves_are_scored_behind_a_beginning_of_text(mo
     assert found.perplexity == pytest.approx(expected, rel=1e-5) and found.tokens == count == 12
 
 
+def test_names_of_special_tokens_in_a_text_are_text(tmp_path):
+    tokenizer = byte_tokenizer()
+    name = tokenizer.eos_token
+    assert tokenizer(f"a {name} b")["input_ids"].count(tokenizer.eos_token_id) == 1
+    found = stream(f"a {name} b", tokenizer, 256, "text").tolist()
+    assert found == [tokenizer(letter)["input_ids"][0] for letter in f"a {name} b"]
+
+
 def test_what_cannot_be(model):
     tokens = torch.arange(3, 20)
     with pytest.raises(SurgeryError, match="expected fewer than the 8 tokens"):
