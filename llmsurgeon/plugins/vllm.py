@@ -1,7 +1,8 @@
 """vLLM's entry point: with llmsurgeon installed, vLLM loads its checkpoints without trust_remote_code.
 
-Of nemotron-nas vLLM knows the model (DeciLMForCausalLM), and lacks the class that reads the config. Llamas in the
-surgeon form it learns whole. vLLM calls `register` in each of its processes, before a model is asked for.
+Of nemotron-nas vLLM knows the model (DeciLMForCausalLM), and lacks the class that reads the config. The surgeon form of
+families that it has layers for it learns whole. vLLM calls `register` in each of its processes, before a model is asked
+for.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 
+from llmsurgeon.plugins.vllm_families import FAMILIES
+
 # Releases that scripts/engines was run with.
 TESTED = ("0.32",)
 
 
 def register() -> None:
-    """Make transformers read config.json of our forms as our checkpoints' own classes do, and vLLM run Llamas."""
+    """Make transformers read config.json of our forms as our checkpoints' own classes do, and vLLM run the models."""
     from transformers import AutoConfig
     from vllm import ModelRegistry, __version__
 
@@ -24,7 +27,8 @@ def register() -> None:
         )
     nas = import_module("llmsurgeon.modeling.configuration_decilm").DeciLMConfig
     AutoConfig.register(nas.model_type, nas, exist_ok=True)
-    llama = import_module("llmsurgeon.plugins.vllm_config").SurgeonLlamaConfig
-    AutoConfig.register(llama.model_type, llama, exist_ok=True)
-    # By name: vLLM imports it in a process of its own where it looks at it.
-    ModelRegistry.register_model("SurgeonLlamaForCausalLM", "llmsurgeon.plugins.vllm_llama:SurgeonLlamaForCausalLM")
+    config_class = import_module("llmsurgeon.plugins.vllm_config").config_class
+    for family in FAMILIES:
+        AutoConfig.register(family.model_type, config_class(family), exist_ok=True)
+        # By name: vLLM imports it in a process of its own where it looks at it.
+        ModelRegistry.register_model(family.architecture, f"llmsurgeon.plugins.vllm_models:{family.architecture}")

@@ -1,11 +1,11 @@
-"""The config of a Llama in the surgeon form, as vLLM reads it: entries of block_configs by attribute."""
+"""The configs of models in the surgeon form, as vLLM reads them: entries of block_configs by attribute."""
 
 from __future__ import annotations
 
-from importlib import import_module
+from functools import cache
 from typing import Any
 
-Shipped: Any = import_module("llmsurgeon.modeling.modeling_surgeon_llama").SurgeonLlamaConfig
+from llmsurgeon.plugins.vllm_families import FAMILIES, Family
 
 
 class Entry(dict[str, Any]):
@@ -18,18 +18,27 @@ class Entry(dict[str, Any]):
         return Entry(value) if isinstance(value, dict) else value
 
 
-class SurgeonLlamaConfig(Shipped):
-    """As the checkpoint's own class, with entries that vLLM can ask for `entry.attention.no_op`."""
+@cache
+def config_class(family: Family) -> Any:
+    """The checkpoint's own class, with entries that vLLM can ask for `entry.attention.no_op`."""
+    shipped: Any = getattr(family.shipped(), family.config)
 
-    model_type = "surgeon_llama"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The config, and what is left of the arguments where that is asked for."""
-        made = super().from_dict(config_dict, **kwargs)
+        made = super(ours, cls).from_dict(config_dict, **kwargs)
         config = made[0] if isinstance(made, tuple) else made
         config.block_configs = [Entry(entry) for entry in config.block_configs or []]
         return made
 
+    members = {"model_type": family.model_type, "from_dict": classmethod(from_dict), "__module__": __name__}
+    ours: Any = type(family.config, (shipped,), members)
+    ours._auto_class = None
+    return ours
 
-SurgeonLlamaConfig._auto_class = None
+
+def __getattr__(name: str) -> Any:
+    """A class by its name: vLLM sends configs from process to process, which find their class so."""
+    for family in FAMILIES:
+        if name == family.config:
+            return config_class(family)
+    raise AttributeError(name)

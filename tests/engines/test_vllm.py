@@ -27,11 +27,19 @@ LOADED = [name for name in expected() if not name.startswith("refused") and (PLU
 
 
 @pytest.mark.skipif(not PLUGIN or not expected(), reason="the plugin refuses")
-def test_what_vllm_has_no_layers_for_is_refused_with_the_reason(capfd):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("refused-parallel", "layer 2 of this surgeon_llama checkpoint runs blocks in parallel"),
+        ("refused-heads", "Qwen2Attention takes no heads of 32 where there are 2"),
+        ("refused-settings", "use_parallel_residual of this surgeon_stablelm checkpoint is True"),
+    ],
+)
+def test_what_vllm_has_no_layers_for_is_refused_with_the_reason(name, message):
     from vllm import LLM
 
-    with pytest.raises(Exception, match="layer 2 of this surgeon_llama checkpoint runs blocks in parallel"):
-        LLM(str(BASE / "refused-parallel"), enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    with pytest.raises(Exception, match=message):
+        LLM(str(BASE / name), enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
 
 
 @pytest.mark.parametrize("name", LOADED)

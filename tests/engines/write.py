@@ -37,21 +37,41 @@ UNEVEN = (
 FUSED = STEPS + "  - {op: prune_attention, layers: [4, 5, 11, 12]}\n  - {op: fuse_ffn, runs: [4-5, 11-12]}\n"
 SURGEON = (
     "version: 1\nformat: surgeon\nsteps:\n  - {op: prune_attention, layers: [0, 3]}\n  - {op: prune_ffn, layers: [1]}\n"
-    "  - {op: prune_width, width: 200, layers: [5], score: magnitude}\n  - {op: fuse_ffn, runs: [2-3]}\n"
 )
+NARROWER = "  - {op: prune_width, width: 200, layers: [5], score: magnitude}\n"
+FUSED_PAIR = "  - {op: fuse_ffn, runs: [2-3]}\n"
+FEWER_KV = "  - {op: prune_kv_heads, kv_heads: 1, layers: [4]}\n"
+FEWER_HEADS = "version: 1\nformat: surgeon\nsteps: [{op: prune_heads, heads: 2, layers: [1], score: magnitude}]\n"
 PARALLEL = "version: 1\nformat: surgeon\nsteps: [{op: parallel_blocks, windows: ['2-3']}]\n"
 NARROW = (
     "version: 1\nformat: native\nsteps:\n  - {op: prune_blocks, layers: [2]}\n"
     "  - {op: prune_width, width: 192, score: magnitude}\n"
 )
 TRIMMED = "version: 1\nformat: native\nsteps: [{op: trim_vocab, rows: 288}]\n"
+WIDE_HEADS = {"head_dim": 32, "query_pre_attn_scalar": 32}
 # A name, the family of its parent, settings of that, what is done.
 TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     "nas-llama": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}, UNEVEN),
     "nas-mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, UNEVEN),
     "nas-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, UNEVEN),
-    "surgeon-llama": ("llama", {"num_key_value_heads": 2}, SURGEON),
+    "surgeon-llama": ("llama", {"num_key_value_heads": 2}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-mistral": ("mistral", {"num_key_value_heads": 2}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-qwen2": ("qwen2", {"use_sliding_window": False}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-qwen3": ("qwen3", {"head_dim": 32}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-phi3": ("phi3", {}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-granite": ("granite", {}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-gemma2": ("gemma2", WIDE_HEADS, SURGEON + NARROWER + FEWER_KV),
+    "surgeon-gemma3_text": ("gemma3_text", WIDE_HEADS, SURGEON + NARROWER),
+    "surgeon-gpt2": ("gpt2", {"n_inner": 256}, SURGEON + NARROWER + FUSED_PAIR),
+    "surgeon-bloom": ("bloom", {}, SURGEON + NARROWER + FUSED_PAIR),
+    "surgeon-opt": ("opt", {"ffn_dim": 256, "word_embed_proj_dim": 128}, SURGEON + NARROWER),
+    "surgeon-falcon": ("falcon", {"ffn_hidden_size": 512}, SURGEON + NARROWER),
+    "surgeon-stablelm": ("stablelm", {"use_parallel_residual": False, "qk_layernorm": False}, SURGEON + NARROWER),
+    "surgeon-mixtral": ("mixtral", {"sliding_window": None}, SURGEON),
+    "surgeon-qwen3_moe": ("qwen3_moe", {"head_dim": 32, "moe_intermediate_size": 64}, SURGEON),
     "refused-parallel": ("llama", {"num_key_value_heads": 2}, PARALLEL),
+    "refused-settings": ("stablelm", {"use_parallel_residual": True}, SURGEON),
+    "refused-heads": ("qwen2", {"use_sliding_window": False}, FEWER_HEADS),
     "native-llama": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}, NARROW),
     "native-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, NARROW),
     "native-trimmed": ("llama", {"num_key_value_heads": 2, "vocab_size": 320}, TRIMMED),

@@ -24,6 +24,7 @@ from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
 from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
 from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
 from llmsurgeon.plugins.vllm import register
+from llmsurgeon.plugins.vllm_families import FAMILIES
 from llmsurgeon.run import Options, run
 
 ROPE = {"rope_type": "linear", "factor": 2.0}
@@ -145,21 +146,29 @@ def vllm(monkeypatch):
     made.ModelRegistry = types.SimpleNamespace(register_model=made.models.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", made)
     yield made
-    for name in ("nemotron-nas", "surgeon_llama"):
+    for name in ("nemotron-nas", *(family.model_type for family in FAMILIES)):
         CONFIG_MAPPING._extra_content.pop(name, None)
 
 
-def test_the_vllm_plugin_reads_surgeon_llamas(tmp_path, vllm, caplog):
-    parent = save_tiny(tmp_path / "parent", "llama")
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_vllm_plugin_reads_surgeon_configs(family, tmp_path, vllm, caplog):
+    parent = save_tiny(tmp_path / "parent", family.name)
     (tmp_path / "cut.yaml").write_text("version: 1\nformat: surgeon\nsteps: [{op: prune_attention, layers: [0]}]\n")
     run(tmp_path / "cut.yaml", str(parent), tmp_path / "out", Options())
     register()
-    assert vllm.models == {"SurgeonLlamaForCausalLM": "llmsurgeon.plugins.vllm_llama:SurgeonLlamaForCausalLM"}
+    (architecture,) = json.loads((tmp_path / "out" / "config.json").read_text())["architectures"]
+    assert vllm.models[architecture] == f"llmsurgeon.plugins.vllm_models:{architecture}"
     made = AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)
     first, second = made.block_configs[:2]
     assert first.attention.no_op and not second.attention.no_op and second.attention.kind is None
     assert second.ffn.intermediate_size == second["ffn"]["intermediate_size"] and isinstance(made.hidden_size, int)
+    # vLLM hands it to other processes.
+    again = pickle.loads(pickle.dumps(made))
+    assert type(again) is type(made) and again.block_configs[0].attention.no_op
     assert caplog.records == []
+
+
+def test_the_vllm_plugin_says_what_it_was_tested_with(vllm, caplog):
     vllm.__version__ = "0.40.0"
     register()
     assert "was tested with vLLM 0.32, and this is 0.40.0" in caplog.text
