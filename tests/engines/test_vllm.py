@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -71,3 +76,55 @@ def test_a_checkpoint_is_computed_as_by_transformers(name):
     again = [list(model.generate([prompt], plain, use_tqdm=False)[0].outputs[0].token_ids) for prompt in prompts[:4]]
     if wanted["dtype"] == "float32":
         assert again == follow[:4]
+
+
+@pytest.mark.skipif(not expected(), reason="scripts/engines has written no checkpoints")
+def test_a_server_answers(tmp_path):
+    """`vllm serve OUT`, with the flag without the plugin and without any with it: a completion, and a chat."""
+    from transformers import AutoTokenizer
+
+    name = "surgeon-qwen2" if PLUGIN else "nas-llama"
+    wanted = expected()[name]
+    (tmp_path / "chat.jinja").write_text("{% for message in messages %}{{ message['content'] }}{% endfor %}")
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", wanted["folder"], "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "128"]
+    command += ["--chat-template", str(tmp_path / "chat.jinja"), *([] if PLUGIN else ["--trust-remote-code"])]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    try:
+        ready(f"http://127.0.0.1:{port}/health", server, tmp_path / "log")
+        how = {"model": wanted["folder"], "max_tokens": NEW, "temperature": 0, "ignore_eos": True}
+        prompt, follow = wanted["prompts"][0], wanted["follow"][0]
+        told = posted(f"http://127.0.0.1:{port}/v1/completions", {**how, "prompt": prompt, "return_token_ids": True})
+        assert told["choices"][0]["token_ids"] == follow
+        chat = {**how, "messages": [{"role": "user", "content": "abc def"}], "return_token_ids": True}
+        told = posted(f"http://127.0.0.1:{port}/v1/chat/completions", chat)
+        assert told["usage"]["completion_tokens"] == NEW
+        text = AutoTokenizer.from_pretrained(wanted["folder"]).decode(told["choices"][0]["token_ids"])
+        assert told["choices"][0]["message"]["content"].split() == text.split()
+    finally:
+        os.killpg(server.pid, 9)
+
+
+def ready(address, server, log):
+    """Wait until a server answers."""
+    for _ in range(300):
+        assert server.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"no answer in five minutes: {log.read_text()[-3000:]}")
+
+
+def posted(address, asked):
+    """What a server answers."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, json.dumps(asked).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
