@@ -155,6 +155,24 @@ def table(base: Path, engines: dict[str, str]) -> list[str]:
         texts = f"{row['same']} of {row['texts']} the same"
         cells = (row["engine"], row["name"], row["code"], f"{row['difference']:.2g}", f"{row['bfloat16']:.2g}", texts)
         lines.append(f"| {' | '.join(cells)} |")
+    return lines + speeds(base)
+
+
+def speeds(base: Path) -> list[str]:
+    """A row for each engine that a real model and its parent were timed in."""
+    rows = [json.loads(line) for file in sorted(base.glob("raced-*.jsonl")) for line in file.read_text().splitlines()]
+    if not rows:
+        return []
+    lines = [
+        "",
+        "| engine | checkpoint | code | decode beside the parent (quartiles) | tokens/s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, median, high = row["speedup"]
+        parent, mine = row["tokens_per_second"]
+        ratio = f"{median:.2f}x ({low:.2f} to {high:.2f})"
+        lines.append(f"| {row['engine']} | {row['name']} | {row['code']} | {ratio} | {parent:.1f} -> {mine:.1f} |")
     return lines
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ BASE = Path(os.environ.get("ENGINES_BASE", "."))
 EXACT, WITHIN = 2e-4, 2.0
 # A tie of two logits may fall either way in bfloat16: so many of the real model's texts must be the same.
 MOST_TEXTS = 0.7
+# Of the speed: tokens that are generated, behind so many, and rounds after one to warm up.
+BEHIND, STEPS, ROUNDS = 64, 48, 9
+REAL = ("native-real", "nas-real")  # a real model, and what was made of it
 
 
 def expected() -> dict[str, dict[str, Any]]:
@@ -41,3 +46,28 @@ def held(
     else:
         assert row["difference"] < WITHIN * wanted["bfloat16"] and same >= MOST_TEXTS * len(follow), row
     return row
+
+
+def raced(engine: str, code: str, generate: dict[str, Callable[[list[int], int], object]]) -> None:
+    """Time both real models in turn and write down how fast they decode; `generate`: (prompt, new tokens) of each."""
+    prompt = (expected()[REAL[0]]["prompts"][0] * BEHIND)[:BEHIND]
+    ratios, seconds = [], {name: [] for name in REAL}
+    for counted in [False] + [True] * ROUNDS:
+        took = {}
+        for name in REAL:
+            # Reading the prompt is in both, and taken off.
+            times = []
+            for new in (1, 1 + STEPS):
+                start = time.perf_counter()
+                generate[name](prompt, new)
+                times.append(time.perf_counter() - start)
+            took[name] = (times[1] - times[0]) / STEPS
+        if counted:
+            ratios.append(took[REAL[0]] / took[REAL[1]])
+            for name in REAL:
+                seconds[name].append(took[name])
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    speeds = [1 / statistics.median(seconds[name]) for name in REAL]
+    row = {"engine": engine, "name": REAL[1], "code": code, "speedup": [low, median, high], "tokens_per_second": speeds}
+    with (BASE / f"raced-{engine}.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")

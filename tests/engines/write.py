@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from conftest import save_tiny
 from gguf_models import byte_level_tokenizer
 
+from llmsurgeon.export import export
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.loading import load_model, load_tokenizer
 from llmsurgeon.run import Options, run
@@ -87,6 +88,8 @@ def write(base: Path, model: str | None, checkpoints: list[Path]) -> None:
             byte_level_tokenizer().save_pretrained(parent)
         expected[name] = computed(made(base, name, str(parent), recipe), torch.float32)
     if model:
+        export(model, base / "native-real", "native")
+        expected["native-real"] = computed(base / "native-real", torch.bfloat16)
         expected["nas-real"] = computed(made(base, "nas-real", model, FUSED), torch.bfloat16)
     for folder in checkpoints:
         expected[folder.name] = computed(folder.resolve(), torch.bfloat16)
