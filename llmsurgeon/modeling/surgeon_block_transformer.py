@@ -216,7 +216,11 @@ class BlockTransformerBody(BlockTransformer):
 
         Raises:
             TypeError: an argument that is not understood.
+            ValueError: one that a block transformer has no answer to, also where its config asks for it.
         """
+        for name in ("output_attentions", "output_hidden_states"):
+            if kwargs.get(name, getattr(self.config, name, False)):
+                raise ValueError(f"a block transformer's two decoders read sequences of differing length: no {name}")
         who, others = type(self).__name__, {"cache": cache, **kwargs}
         given = pop_cache(who, others)
         check_known(who, {name: value for name, value in others.items() if name not in OPTIONS or value}, TAKEN)

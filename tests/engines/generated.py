@@ -27,7 +27,7 @@ def main(name: str, ranks: str, how: str = "eager") -> None:
     )
     greedy = SamplingParams(temperature=0, max_tokens=len(wanted["follow"][0]), ignore_eos=True, detokenize=False)
     made = model.generate([{"prompt_token_ids": prompt} for prompt in wanted["prompts"]], greedy, use_tqdm=False)
-    print(json.dumps([list(each.outputs[0].token_ids) for each in made]))
+    print("TOKENS", json.dumps([list(each.outputs[0].token_ids) for each in made]), flush=True)
 
 
 if __name__ == "__main__":  # the ranks import this file

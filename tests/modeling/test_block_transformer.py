@@ -404,8 +404,9 @@ def test_what_cannot_be_asked():
         model(input_ids=ids, cache=DynamicCache(), past_key_values=DynamicCache())
     with pytest.raises(TypeError, match="does not understand: 'memory'"):
         model(input_ids=ids, memory=DynamicCache())
-    with pytest.raises(TypeError, match="does not understand: 'output_hidden_states'"):
-        model(input_ids=ids, output_hidden_states=True)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"sequences of differing length: no {name}"):
+            model(input_ids=ids, **{name: True})
     model(input_ids=ids, output_hidden_states=False, memory=None)
     _, cache = cached_call(model, input_ids=ids)
     with pytest.raises(NotImplementedError, match="cannot go back"):
