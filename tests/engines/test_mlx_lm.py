@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compared import REAL, expected, held, raced
+from compared import expected, held
 
 pytest.importorskip("mlx_lm")
 pytestmark = pytest.mark.engines
@@ -39,22 +39,3 @@ def test_a_checkpoint_is_computed_as_by_transformers(name):
             made.append(mx.argmax(model(mx.array([[made[-1]]]), cache=cache)[0, -1]).item())
         follow.append(made)
     held("mlx-lm", name, "mlx-lm's", logs, follow)
-
-
-@pytest.mark.skipif(not set(REAL) <= set(expected()), reason="needs a real model: scripts/engines --model")
-def test_the_speed_of_a_real_model_beside_its_parents():
-    import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
-    from mlx_lm.utils import load_model
-
-    def generating(name):
-        model, _ = load_model(Path(expected()[name]["folder"]))
-
-        def generate(prompt, new):
-            cache, seen = make_prompt_cache(model), prompt
-            for _ in range(new):
-                seen = [mx.argmax(model(mx.array([seen]), cache=cache)[0, -1]).item()]
-
-        return generate
-
-    raced("mlx-lm", "mlx-lm's", {name: generating(name) for name in REAL})
