@@ -13,8 +13,8 @@ from typing import Any
 BASE = Path(os.environ.get("ENGINES_BASE", "."))
 # Of a tiny model, in float32 on both sides; of a real one in bfloat16, as a multiple of transformers' own error.
 EXACT, WITHIN = 2e-4, 2.0
-# A tie of two logits may fall either way in bfloat16, and the text goes on differently: so many of the real model's texts
-# must be the same.
+# A tie of two logits may fall either way in bfloat16, and the text goes on differently: so many of the real model's
+# texts must be the same.
 MOST_TEXTS = 0.5
 # Of the speed: tokens that are generated, behind so many, and rounds after one to warm up.
 BEHIND, STEPS, ROUNDS = 64, 48, 9
