@@ -67,7 +67,21 @@ class DeciLMConfig(LlamaConfig):
         view = copy.copy(self)
         view.block_configs = None
         view.num_hidden_layers = slots
+        # What is changed on the view is meant for the model.
+        view.__dict__["_viewed"] = self
         return view
+
+    def __setattr__(self, key, value):
+        super().__setattr__(key, value)
+        if "_viewed" in self.__dict__ and key not in ("block_configs", "num_hidden_layers"):
+            setattr(self.__dict__["_viewed"], key, value)
+
+    def __getstate__(self):
+        # A copy of the view stands alone.
+        return {key: value for key, value in self.__dict__.items() if key != "_viewed"}
+
+    def to_dict(self):
+        return {key: value for key, value in super().to_dict().items() if key != "_viewed"}
 
     def to_json_string(self, use_diff=True):
         text = super().to_json_string(use_diff)

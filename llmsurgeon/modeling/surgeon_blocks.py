@@ -80,7 +80,22 @@ class SurgeonConfigMixin:
         view.num_hidden_layers = len(slots)
         if mixers or getattr(self, "layer_types", None) is not None:
             view.layer_types = cache_types(self, found)
+        # What is changed on the view is meant for the model.
+        view.__dict__["_viewed"] = self
         return view
+
+    def __setattr__(self, key, value):
+        super().__setattr__(key, value)
+        own = {self.attribute_map.get(name, name) for name in ("block_configs", "num_hidden_layers", "layer_types")}
+        if "_viewed" in self.__dict__ and self.attribute_map.get(key, key) not in own:
+            setattr(self.__dict__["_viewed"], key, value)
+
+    def __getstate__(self):
+        # A copy of the view stands alone.
+        return {key: value for key, value in self.__dict__.items() if key != "_viewed"}
+
+    def to_dict(self):
+        return {key: value for key, value in super().to_dict().items() if key != "_viewed"}
 
 
 class SurgeonModelMixin:

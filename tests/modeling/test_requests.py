@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -226,6 +227,22 @@ def test_a_learnt_prefix_is_read_by_every_attention_that_is_left(family):
     tuned(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=IDS).loss.backward()
     assert (table.grad.unflatten(1, (8, -1)).abs().amax((0, 2)) > 0).all()
     assert (logits(tuned, attention_mask=torch.ones_like(IDS)) - logits(model)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "decilm", "mlgru-hybrid"])
+def test_what_is_changed_on_the_caches_view_reaches_the_model(name):
+    config = copy.deepcopy(built(name).config)
+    view, whole = config.get_text_config(decoder=True), config.num_hidden_layers
+    assert view is not config
+    view.output_router_logits, view.use_cache = True, False
+    assert config.output_router_logits is True and config.use_cache is False
+    view.num_hidden_layers, view.block_configs = 1, []
+    assert config.num_hidden_layers == whole == len(config.block_configs)
+    # A copy of the view, and what is sent to another process, stands alone.
+    for alone in (copy.copy(view), copy.deepcopy(view)):
+        alone.use_cache = True
+    assert config.use_cache is False and view.use_cache is False
+    assert "_viewed" not in view.to_dict() and "_viewed" not in json.loads(view.to_json_string(use_diff=False))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
