@@ -28,6 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from generated_page import write_between
+
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".venv-engines"
 PAGE = ROOT / "docs" / "formats.md"
@@ -196,9 +198,7 @@ def main() -> int:
         lines = table(base, versions)
     print("\n".join(lines))
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(MARKERS[0])
-        _, _, after = rest.partition(MARKERS[1])
-        PAGE.write_text(f"{before}{MARKERS[0]}\n\n" + "\n".join(lines) + f"\n\n{MARKERS[1]}{after}")
+        write_between(PAGE, MARKERS, "\n".join(lines))
     return 1 if worst else 0
 
 

@@ -24,6 +24,8 @@ import xml.etree.ElementTree as ET
 from importlib.metadata import version
 from pathlib import Path
 
+from generated_page import write_between
+
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".venv-engines" / "peer"
 PAGE = ROOT / "docs" / "formats.md"
@@ -105,9 +107,9 @@ def rows(name: str, mine: dict[str, str], theirs: dict[str, str]) -> tuple[str, 
         # test_x_01_fp32 and test_x_02_bf16 are one test with parameters.
         key = (re.split(r"_\d+_", test)[0], mine.get(test, "is gone").replace("|", "/"))
         alike[key] = alike.get(key, 0) + 1
-    times = {1: ""}
     return line, [
-        f"| {name} | `{test}`{times.get(count, f', {count} times')} | {said} |" for (test, said), count in alike.items()
+        f"| {name} | `{test}`{f', {count} times' if count > 1 else ''} | {said} |"
+        for (test, said), count in alike.items()
     ]
 
 
@@ -135,9 +137,7 @@ def main() -> int:
     ]
     lines += ["| checkpoint | test | what it says |", "|---|---|---|", *lost] if lost else []
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(MARKERS[0])
-        _, _, after = rest.partition(MARKERS[1])
-        PAGE.write_text(f"{before}{MARKERS[0]}\n\n" + "\n".join(lines) + f"\n\n{MARKERS[1]}{after}")
+        write_between(PAGE, MARKERS, "\n".join(lines))
     return 1 if lost else 0
 
 

@@ -30,6 +30,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from generated_page import write_between
+
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / ".venv-versions"
 PAGE = ROOT / "docs" / "formats.md"
@@ -248,8 +250,7 @@ def main() -> int:
     text = "\n\n".join("\n".join(lines) for lines in tables)
     print(text)
     if arguments.write:
-        before, _, rest = PAGE.read_text().partition(MARKERS[0])
-        PAGE.write_text(f"{before}{MARKERS[0]}\n\n{text}\n\n{MARKERS[1]}{rest.partition(MARKERS[1])[2]}")
+        write_between(PAGE, MARKERS, text)
     return int(failed)
 
 

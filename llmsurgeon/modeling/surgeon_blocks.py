@@ -86,9 +86,10 @@ class SurgeonConfigMixin:
 
     def __setattr__(self, key, value):
         super().__setattr__(key, value)
-        own = {self.attribute_map.get(name, name) for name in ("block_configs", "num_hidden_layers", "layer_types")}
-        if "_viewed" in self.__dict__ and self.attribute_map.get(key, key) not in own:
-            setattr(self.__dict__["_viewed"], key, value)
+        if "_viewed" in self.__dict__:
+            own = {self.attribute_map.get(name, name) for name in ("block_configs", "num_hidden_layers", "layer_types")}
+            if self.attribute_map.get(key, key) not in own:
+                setattr(self.__dict__["_viewed"], key, value)
 
     def __getstate__(self):
         # A copy of the view stands alone.

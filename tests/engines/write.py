@@ -42,6 +42,7 @@ SURGEON = (
 NARROWER = "  - {op: prune_width, width: 200, layers: [5], score: magnitude}\n"
 FUSED_PAIR = "  - {op: fuse_ffn, runs: [2-3]}\n"
 FEWER_KV = "  - {op: prune_kv_heads, kv_heads: 1, layers: [4]}\n"
+ALL_SHAPES = SURGEON + NARROWER + FUSED_PAIR + FEWER_KV
 FEWER_HEADS = "version: 1\nformat: surgeon\nsteps: [{op: prune_heads, heads: 2, layers: [1], score: magnitude}]\n"
 PARALLEL = "version: 1\nformat: surgeon\nsteps: [{op: parallel_blocks, windows: ['2-3']}]\n"
 NARROW = (
@@ -55,12 +56,12 @@ TINY: dict[str, tuple[str, dict[str, Any], str]] = {
     "nas-llama": ("llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}, UNEVEN),
     "nas-mistral": ("mistral", {"num_key_value_heads": 2, "sliding_window": None}, UNEVEN),
     "nas-qwen2": ("qwen2", {"num_key_value_heads": 4, "use_sliding_window": False}, UNEVEN),
-    "surgeon-llama": ("llama", {"num_key_value_heads": 2}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
-    "surgeon-mistral": ("mistral", {"num_key_value_heads": 2}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
-    "surgeon-qwen2": ("qwen2", {"use_sliding_window": False}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
-    "surgeon-qwen3": ("qwen3", {"head_dim": 32}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
-    "surgeon-phi3": ("phi3", {}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
-    "surgeon-granite": ("granite", {}, SURGEON + NARROWER + FUSED_PAIR + FEWER_KV),
+    "surgeon-llama": ("llama", {"num_key_value_heads": 2}, ALL_SHAPES),
+    "surgeon-mistral": ("mistral", {"num_key_value_heads": 2}, ALL_SHAPES),
+    "surgeon-qwen2": ("qwen2", {"use_sliding_window": False}, ALL_SHAPES),
+    "surgeon-qwen3": ("qwen3", {"head_dim": 32}, ALL_SHAPES),
+    "surgeon-phi3": ("phi3", {}, ALL_SHAPES),
+    "surgeon-granite": ("granite", {}, ALL_SHAPES),
     "surgeon-gemma2": ("gemma2", WIDE_HEADS, SURGEON + NARROWER + FEWER_KV),
     "surgeon-gemma3_text": ("gemma3_text", WIDE_HEADS, SURGEON + NARROWER),
     "surgeon-gpt2": ("gpt2", {"n_inner": 256}, SURGEON + NARROWER + FUSED_PAIR),
