@@ -28,13 +28,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from generated_page import write_between
-
 ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from generated_page import write_between  # noqa: E402
+
+from llmsurgeon.bench import bench  # noqa: E402
+
 HOME = ROOT / ".venv-engines"
 PAGE = ROOT / "docs" / "formats.md"
 MARKERS = ("<!-- written by scripts/engines -->", "<!-- end of engines -->")
 TORCH = "torch==2.13.0"
+REAL, ROUNDS = ("native-real", "nas-real"), 15  # a real model, and what was made of it
 HEADS = (
     *("engine", "checkpoint", "code", "log-probabilities, mean difference", "transformers' own in bfloat16"),
     "greedy text",
@@ -44,13 +49,17 @@ PYTEST = "pytest>=8.3"
 
 @dataclass(frozen=True)
 class Engine:
-    """package: whose version counts; alone: installed without what it asks for; needs: what is installed beside it."""
+    """package: whose version counts; alone: installed without what it asks for; needs: what is installed beside it.
+
+    timed: whether the real model is timed in it beside what was made of it.
+    """
 
     package: str
     alone: tuple[str, ...]
     needs: tuple[str, ...]
     tests: str
     plugin: bool = False
+    timed: bool = False
 
 
 # What engines ask for would bring builds with CUDA; loading and generating on a CPU takes the rest of it.
@@ -62,6 +71,7 @@ ENGINES = {
         ("numba==0.65.0", "llguidance", "xgrammar", "transformers<5.20"),
         "test_vllm.py",
         plugin=True,
+        timed=True,
     ),
     "mlx-lm": Engine("mlx-lm", (), ("mlx[cpu]==0.32.4", "mlx-lm"), "test_mlx_lm.py"),
     "openvino": Engine("optimum-intel", ("optimum-intel==2.2.0",), ("transformers<5.6",), "test_openvino.py"),
@@ -157,25 +167,33 @@ def table(base: Path, engines: dict[str, str]) -> list[str]:
         texts = f"{row['same']} of {row['texts']} the same"
         cells = (row["engine"], row["name"], row["code"], f"{row['difference']:.2g}", f"{row['bfloat16']:.2g}", texts)
         lines.append(f"| {' | '.join(cells)} |")
-    return lines + speeds(base)
-
-
-def speeds(base: Path) -> list[str]:
-    """A row for each engine that a real model and its parent were timed in."""
-    rows = [json.loads(line) for file in sorted(base.glob("raced-*.jsonl")) for line in file.read_text().splitlines()]
-    if not rows:
-        return []
-    lines = [
-        "",
-        "| engine | checkpoint | code | decode beside the parent (quartiles) | tokens/s |",
-        "|---|---|---|---|---|",
-    ]
-    for row in rows:
-        low, median, high = row["speedup"]
-        parent, mine = row["tokens_per_second"]
-        ratio = f"{median:.2f}x ({low:.2f} to {high:.2f})"
-        lines.append(f"| {row['engine']} | {row['name']} | {row['code']} | {ratio} | {parent:.1f} -> {mine:.1f} |")
     return lines
+
+
+def speeds(python: Path, name: str, base: Path) -> list[str]:
+    """How fast the real model and what was made of it are in an engine."""
+    found = bench(
+        base / REAL[1],
+        base / REAL[0],
+        engine=name,
+        engine_python=python,
+        prompt=64,
+        new_tokens=48,
+        rounds=ROUNDS,
+        dtype="bfloat16",
+        trust_remote_code=True,
+    )
+    ratio = found.decode_speedup
+    assert ratio and found.parent and found.parent.decode_tokens_per_second and found.model.decode_tokens_per_second
+    medians = found.parent.decode_tokens_per_second.median, found.model.decode_tokens_per_second.median
+    quartiles = f"{ratio.lower_quartile:.2f} to {ratio.upper_quartile:.2f}"
+    return [
+        "",
+        "| engine | checkpoint | decode beside the parent (quartiles; 95 % interval) | tokens/s |",
+        "|---|---|---|---|",
+        f"| {name} | {REAL[1]} | {ratio.median:.2f}x ({quartiles}; {ratio.interval[0]:.2f} to {ratio.interval[1]:.2f}) "
+        f"| {medians[0]:.1f} -> {medians[1]:.1f} |",
+    ]
 
 
 def main() -> int:
@@ -185,7 +203,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, nargs="+", default=[], help="folders that are compared as they are")
     parser.add_argument("--write", action="store_true", help="put the table into docs/formats.md")
     arguments = parser.parse_args()
-    worst, versions = 0, {}
+    worst, versions, raced = 0, {}, []
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         written(base, arguments.model, arguments.checkpoint)
@@ -195,7 +213,9 @@ def main() -> int:
             versions[engine.package] = version_in(python, engine.package)
             ways = [{}, {"PYTHONPATH": str(plugin_folder())}] if engine.plugin else [{}]
             worst = max(worst, *(tested(python, engine, base, way) for way in ways))
-        lines = table(base, versions)
+            if engine.timed and all((base / each).is_dir() for each in REAL):
+                raced += speeds(python, name, base)
+        lines = table(base, versions) + raced
     print("\n".join(lines))
     if arguments.write:
         write_between(PAGE, MARKERS, "\n".join(lines))

@@ -29,6 +29,8 @@ class Engine(StrEnum):
 
     TRANSFORMERS = "transformers"
     LLAMA_CPP = "llama.cpp"
+    OPENVINO = "openvino"
+    VLLM = "vllm"
 
 
 def register(app: typer.Typer) -> None:
@@ -52,12 +54,21 @@ def bench_command(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads; default: as many as there are.", callback=check_threads)
     ] = None,
-    device: Annotated[str, typer.Option(help=f"{DEVICE} llama.cpp: cpu.", callback=usable_device)] = "auto",
+    device: Annotated[str, typer.Option(help=f"{DEVICE} Others: as built.", callback=usable_device)] = "auto",
     dtype: Annotated[
-        str | None, typer.Option(help="transformers: float32, bfloat16 or float16; default: the checkpoint's.")
+        str | None,
+        typer.Option(help="Computed in: float32, bfloat16 or float16; default: the checkpoint's, in openvino its own."),
     ] = None,
     type: Annotated[
-        str | None, typer.Option(help="llama.cpp: type in which models that are no GGUF file are tried; default: F16.")
+        str | None,
+        typer.Option(
+            help="llama.cpp: type in which models that are no GGUF file are tried, default F16; openvino: int8 or int4 "
+            "weights."
+        ),
+    ] = None,
+    engine_python: Annotated[
+        str | None,
+        typer.Option(help="openvino, vllm: Python of the environment that has the engine; default: this one's."),
     ] = None,
     graph: Annotated[bool, typer.Option("--graph", help="Decode as replays of a CUDA graph, as engines do.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
@@ -66,7 +77,8 @@ def bench_command(
 ) -> None:
     """Time prefill and decode, interleaved with the parent's, and measure weights and KV cache.
 
-    In llama.cpp, models that are no GGUF file are exported to a temporary one first.
+    In llama.cpp, models that are no GGUF file are exported to a temporary one first. vLLM and OpenVINO run in an
+    environment of their own.
     """
     from llmsurgeon.bench import bench
 
@@ -85,6 +97,7 @@ def bench_command(
         graph=graph,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        engine_python=engine_python,
         say=say,
     )
     if as_json:

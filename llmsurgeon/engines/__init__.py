@@ -1,7 +1,8 @@
 """What runs models: what a type of them weighs there, what cannot be held, and how fast they are.
 
-An engine is a row of `ENGINES`: `transformers` on a device, `llama.cpp` at a type. `bench` and searches look it up
-here. May import `planning` and below, and `export`, which makes the files that some of them read.
+An engine is a row of `ENGINES`: `transformers` on a device, `llama.cpp` at a type, others in an environment of their
+own. `bench` looks it up here; so do searches, which measure in those that are a `Kind`. May import `planning` and
+below, and `export`, which makes the files that some of them read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 
 from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.boundary.limits import LONGEST_SEQUENCE, MOST_SEQUENCES, check_threads
-from llmsurgeon.engines.base import Asked, Kind, Setting
+from llmsurgeon.engines.base import Asked, Benched, Kind, Setting
+from llmsurgeon.engines.elsewhere import VLLM, OpenVINO
 from llmsurgeon.engines.llamacpp import LlamaCppKind
 from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.engines.transformers import TransformersKind
@@ -20,7 +22,8 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.model.spec import LayerSpec
 
-ENGINES: Mapping[str, Kind] = {"transformers": TransformersKind(), "llama.cpp": LlamaCppKind()}
+ENGINES: Mapping[str, Benched] = {each.name: each for each in (TransformersKind(), LlamaCppKind(), OpenVINO(), VLLM())}
+SEARCHED: Mapping[str, Kind] = {name: each for name, each in ENGINES.items() if isinstance(each, Kind)}
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,15 @@ class Engine:
             SurgeryError: no such engine or type, or a batch, context, device or number of threads that it cannot have.
         """
         name, _, type_ = (text or "transformers").partition(":")
-        if name not in ENGINES:
+        if name not in SEARCHED:
+            then = "; it is for bench alone" if name in ENGINES else ""
             raise SurgeryError(
-                f"--engine {shortened(text)}: expected one of {', '.join(ENGINES)}, such as llama.cpp:q8_0"
+                f"--engine {shortened(text)}: expected one of {', '.join(SEARCHED)}, such as llama.cpp:q8_0{then}"
             )
         for what, value, most in (("batch", batch, MOST_SEQUENCES), ("context", context, LONGEST_SEQUENCE)):
             if not 1 <= value <= most:
                 raise SurgeryError(f"--{what} {value}: expected 1 to {most:,}")
-        kind = ENGINES[name]
+        kind = SEARCHED[name]
         setting = Setting(kind.type_of(type_), batch, context, threads, device if kind.devices else "cpu")
         check_threads(setting.threads)
         kind.check(setting)
@@ -89,4 +93,4 @@ class Engine:
         return batch * (numbers + model.spec.state_numbers()) * self.kind.kv_number_bytes(model, self.setting)
 
 
-__all__ = ["ENGINES", "Asked", "Described", "Engine", "Kind", "Setting"]
+__all__ = ["ENGINES", "SEARCHED", "Asked", "Benched", "Described", "Engine", "Kind", "Setting"]

@@ -37,6 +37,7 @@ class Asked:
     sizes: prompt, new_tokens, rounds; None for what a model's positions allow.
     dtype, type: what weights are in, of an engine that computes in a dtype, or that reads files of a type.
     anew: files that are in some type already are written in `type`, too.
+    engine_python: the Python of the environment that the engine is installed in; None: this one.
     """
 
     model: str
@@ -52,15 +53,33 @@ class Asked:
     trust_remote_code: bool = False
     say: Say = silent
     graph: bool = False
+    engine_python: str | None = None
 
 
-class Kind(ABC):
-    """An engine. It is asked with a `Setting`, and keeps nothing.
+class Benched(ABC):
+    """An engine in which written models are timed. It keeps nothing.
+
+    elsewhere: whether it may be installed in another environment.
+    """
+
+    name: ClassVar[str]
+    elsewhere: ClassVar[bool] = False
+
+    @abstractmethod
+    def bench(self, asked: Asked) -> Bench:
+        """A written model, timed in turn with another where one is named.
+
+        Raises:
+            SurgeryError: it is not installed, or cannot do what is asked.
+        """
+
+
+class Kind(Benched):
+    """An engine that searches measure in, too. It is asked with a `Setting`.
 
     devices: whether it runs on others than the CPU.
     """
 
-    name: ClassVar[str]
     devices: ClassVar[bool]
 
     @abstractmethod
@@ -107,11 +126,3 @@ class Kind(ABC):
     @abstractmethod
     def at(self, asked: Asked, setting: Setting) -> Asked:
         """The same models, timed at a setting."""
-
-    @abstractmethod
-    def bench(self, asked: Asked) -> Bench:
-        """A written model, timed in turn with another where one is named.
-
-        Raises:
-            SurgeryError: it is not installed, or cannot do what is asked.
-        """

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,6 @@ EXACT, WITHIN = 2e-4, 2.0
 # A tie of two logits may fall either way in bfloat16, and the text goes on differently: so many of the real model's
 # texts must be the same.
 MOST_TEXTS = 0.5
-# Of the speed: tokens that are generated, behind so many, and rounds after one to warm up.
-BEHIND, STEPS, ROUNDS = 64, 48, 9
-REAL = ("native-real", "nas-real")  # a real model, and what was made of it
 
 
 def expected() -> dict[str, dict[str, Any]]:
@@ -49,26 +46,16 @@ def held(
     return row
 
 
-def raced(engine: str, code: str, generate: dict[str, Callable[[list[int], int], object]]) -> None:
-    """Time both real models in turn and write down how fast they decode; `generate`: (prompt, new tokens) of each."""
-    prompt = (expected()[REAL[0]]["prompts"][0] * BEHIND)[:BEHIND]
-    ratios, seconds = [], {name: [] for name in REAL}
-    for counted in [False] + [True] * ROUNDS:
-        took = {}
-        for name in REAL:
-            # Reading the prompt is in both, and taken off.
-            times = []
-            for new in (1, 1 + STEPS):
-                start = time.perf_counter()
-                generate[name](prompt, new)
-                times.append(time.perf_counter() - start)
-            took[name] = (times[1] - times[0]) / STEPS
-        if counted:
-            ratios.append(took[REAL[0]] / took[REAL[1]])
-            for name in REAL:
-                seconds[name].append(took[name])
-    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    speeds = [1 / statistics.median(seconds[name]) for name in REAL]
-    row = {"engine": engine, "name": REAL[1], "code": code, "speedup": [low, median, high], "tokens_per_second": speeds}
-    with (BASE / f"raced-{engine}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def answered(worker: str, folder: str, **how: Any) -> list[dict[str, Any]]:
+    """What the process that `llmsurgeon bench` starts says of a checkpoint, and the seconds of two requests."""
+    asked = {"folder": folder, "encoder": False, "batch": 2, "positions": 24, "share": 0.9, "trust_remote_code": False}
+    asked |= {"threads": 1, "dtype": "float32", "type": None, **how}
+    file = Path(__file__).resolve().parents[2] / "llmsurgeon" / "workers" / worker
+    requests = "".join(json.dumps([[[5] * 16] * 2, 7]) + "\n" for _ in range(2))
+    made = subprocess.run(
+        [sys.executable, str(file), json.dumps(asked)], input=requests, capture_output=True, text=True, timeout=600
+    )
+    found = [json.loads(line) for line in made.stdout.splitlines()]
+    assert len(found) == 3 and "error" not in found[-1], (found, made.stderr[-2000:])
+    assert all(seconds > 0 for each in found[1:] for seconds in (each["prefill"], each["decode"]))
+    return found

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compared import expected, held
+from compared import answered, expected, held
 
 pytest.importorskip("optimum.intel")
 pytestmark = pytest.mark.engines
@@ -48,3 +48,13 @@ def test_other_forms_are_refused(name):
     with pytest.raises((ValueError, ImportError, OSError, RuntimeError)) as refusal:
         loaded(expected()[name]["folder"], "float32")
     assert any(word in str(refusal.value) for word in ("trust_remote_code", "custom", "architecture", "export"))
+
+
+@pytest.mark.skipif(not expected(), reason="scripts/engines has written no checkpoints")
+@pytest.mark.parametrize("type_", [None, "int8", "int4"])
+def test_what_bench_asks_is_timed(type_):
+    said, *_ = answered("openvino_worker.py", expected()["native-llama"]["folder"], type=type_)
+    assert said["device"] == "cpu" and said["dtype"] == "f32" and said["cache_number_bytes"] in (1, 2, 4)
+    # Rounded weights take fewer bytes than the checkpoint's, which are of 32 bits.
+    stored = sum(file.stat().st_size for file in Path(expected()["native-llama"]["folder"]).glob("*.safetensors"))
+    assert (said["weight_bytes"] < stored / 2) == (type_ is not None)

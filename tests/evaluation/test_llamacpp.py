@@ -177,7 +177,7 @@ def test_a_process_that_dies_is_said(tmp_path):
     with Apart(path, context=64, threads=1) as engine:
         engine._process.kill()
         engine._process.wait()
-        with pytest.raises(SurgeryError, match="process ended with exit code -9; is there memory for it"):
+        with pytest.raises(SurgeryError, match="process was ended by SIGKILL; is there memory for it"):
             engine.time(range(8, 24), 4)
 
 
