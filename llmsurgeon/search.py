@@ -22,6 +22,8 @@ from llmsurgeon.planning.inputs import Inputs
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.texts import Texts
+from llmsurgeon.processes.first import from_first, only_first, seen_by_all
+from llmsurgeon.processes.world import join
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration, dump
 from llmsurgeon.report.search import html_found
@@ -98,7 +100,8 @@ def search(
 
     `out` holds recipe.yaml, which `run` takes as it is, report.html, report.json and scores.safetensors, and
     tokens.json, the tokens that stay, where the recipe trims the vocabulary. What is measured is kept in the cache: a
-    search that was killed goes on, and one for another target on the same text measures little anew.
+    search that was killed goes on, and one for another target on the same text measures little anew. Several processes,
+    where a launcher started them, share the models that are measured; the first one times in the engine, and writes.
 
     Args:
         model: a hub id, a folder or a GGUF file.
@@ -110,6 +113,7 @@ def search(
         SurgeryError: a target that cannot be read, or is out of reach, a model, a text or an engine that cannot be
             used, an `out` that cannot be written.
     """
+    join()
     clock = _Clock(wanted.minutes)
     opened = _opened(model, targets, wanted, say)
     inputs = Inputs.of("search", {"model": opened.parent.checkpoint}, None, Options())
@@ -117,14 +121,16 @@ def search(
         inputs.watch_text("text", os.fspath(wanted.text))
     read = (opened.parent.checkpoint.path, *existing(named_text(wanted.text), wanted.dataset))
     staging = replace(opened.options, overwrite=overwrite, discard_partial=discard_partial).staging(*read)
-    with Stage.open(os.fspath(out), job=inputs.job(), **staging) as stage:
-        making = _prepared(opened, wanted, clock, stage.scratch, say)
+    with only_first(lambda: Stage.open(os.fspath(out), job=inputs.job(), **staging)) as stage:
+        making = _prepared(opened, wanted, clock, seen_by_all(lambda: stage.scratch), say)
         seeker = making.seeker
         alone = seeker.compare([1.0] * len(opened.meters))
         clock.lap("measure single operations")
         best, made = making.best(clock.in_time, say)
         clock.lap("choose and make")
         found = described(opened.found(clock.laps), seeker, best, made, alone)
+        if stage is None:
+            return found
         stage.confirm(inputs.check)
         beside = {f"./{name}": content for name, content in making.files(best).items()}
         for name, content in beside.items():
@@ -258,8 +264,11 @@ class _Clock:
         return self.before(1.0)()
 
     def before(self, share: float) -> Callable[[], bool]:
-        """What tells whether this share of the time is not over."""
-        return lambda: self.seconds is None or time.monotonic() - self.start < share * self.seconds
+        """What tells whether this share of the time is not over, by the first process's clock."""
+        if self.seconds is None:
+            return lambda: True
+        end = self.start + share * self.seconds
+        return lambda: from_first(lambda: time.monotonic() < end)
 
     def lap(self, phase: str) -> None:
         """A phase is over."""

@@ -41,7 +41,7 @@ atexit.register(gc.freeze)
 QUIET = ("--quiet", "-q")
 EXIT_ERROR, EXIT_GATE = 2, 3
 # Verbs whose work several processes share.
-SHARED = ("analyze", "run", "fuse", "prune", "heal", "fff", "ternary", "matmulfree", "block", "eval")
+SHARED = ("analyze", "search", "run", "fuse", "prune", "heal", "fff", "ternary", "matmulfree", "block", "eval")
 
 # Plain help: importing rich's formatter alone would take longer than everything else that --help does.
 app = typer.Typer(

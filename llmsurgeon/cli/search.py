@@ -99,6 +99,7 @@ def search_command(
     whole models are measured, and the best is made and timed in the engine. What was measured is kept: a search that
     was killed goes on, and one for another target is quick.
     """
+    from llmsurgeon.processes.world import first
     from llmsurgeon.search import Wanted, preview, search
 
     wanted = Wanted(
@@ -127,6 +128,8 @@ def search_command(
         return
     folder = out or f"{short_name(model)}-search"
     found = search(model, target, folder, wanted, overwrite=overwrite, discard_partial=discard_partial, say=say)
+    if not first():
+        return  # it has written nothing, and has nothing to show
     if as_json:
         print(json.dumps(found.plain()))
         return

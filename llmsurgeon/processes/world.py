@@ -85,6 +85,17 @@ def join() -> None:
 
 
 @contextmanager
+def alone() -> Iterator[None]:
+    """For a while this process shares nothing with the others, each of which has work of its own."""
+    global _world
+    together, _world = _world, _World()
+    try:
+        yield
+    finally:
+        _world = together
+
+
+@contextmanager
 def reaching_others() -> Iterator[None]:
     """What torch raises where another process is gone, as LostProcess."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
 from llmsurgeon.planning.options import Options
+from llmsurgeon.processes.first import from_first
+from llmsurgeon.processes.world import first
 from llmsurgeon.progress import Say
 from llmsurgeon.recipe.recipe import Calibration, Recipe, dump
 from llmsurgeon.run import run
@@ -89,7 +92,7 @@ class Making:
     def make(self, model: Model) -> Made:
         """Run a model's recipe without the training, and measure what it costs."""
         for name, content in self.files(model).items():
-            (self.place.scratch / name).write_text(content, encoding="utf-8")
+            from_first(partial(_write, self.place.scratch / name, content))
         recipe = self.recipe(model, self.place.scratch)
         cut = recipe.model_copy(update={"steps": tuple(step for step in recipe.steps if not step.trains)})
         # A name of its own: a run that was killed goes on.
@@ -98,7 +101,8 @@ class Making:
         parent = self.seeker.space.parent.original
         path = Path(parent.checkpoint.path)
         costs = tuple(meter.measured(out, path) for meter in self.seeker.space.meters)
-        shutil.rmtree(out, ignore_errors=True)
+        if first():
+            shutil.rmtree(out, ignore_errors=True)
         return Made(model, costs, outcome.evaluation)
 
     def best(self, in_time: Callable[[], bool], say: Say) -> tuple[Model, list[Made]]:
@@ -155,3 +159,7 @@ class Making:
         meters = self.seeker.space.meters
         worst = max(cost / meter.budget() - 1 for meter, cost in zip(meters, costs, strict=True))
         return worst if worst > TOLERANCE else 0.0
+
+
+def _write(path: Path, content: str) -> None:
+    path.write_text(content, encoding="utf-8")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from llmsurgeon.analysis.divergence import divergences
 from llmsurgeon.evaluation.perplexity import mean_interval
+from llmsurgeon.processes.exchange import things
+from llmsurgeon.processes.world import alone, count, rank
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.fitting import Workshop
 from llmsurgeon.searching.ground import Ground, Reading
@@ -24,7 +26,7 @@ from llmsurgeon.searching.store import ScoreStore
 from llmsurgeon.searching.vocabulary import Vocabularies
 from llmsurgeon.walk.streams import Streams
 
-# Models that are walked side by side: after each such lot what was found is kept.
+# Models that are walked side by side in a process: after each such lot what was found is kept.
 SIDE_BY_SIDE = 24
 
 
@@ -105,21 +107,31 @@ class Scorer:
                 by_rows[rows][key_of(options)] = [option for option in options if option.changed]
         lots = []
         for mine in by_rows.values():
-            some = list(mine.items())
-            lots += [dict(some[start : start + SIDE_BY_SIDE]) for start in range(0, len(some), SIDE_BY_SIDE)]
+            some, size = list(mine.items()), SIDE_BY_SIDE * count()
+            lots += [dict(some[start : start + size]) for start in range(0, len(some), size)]
         return lots
 
     def _measure(self, lot: dict[str, list[Option]], progress: Progress) -> None:
-        """Measure a lot, and keep what it was measured at."""
+        """Measure a lot, of which each process has its part, and keep what it was measured at."""
         rows = rows_of(option for options in lot.values() for option in options)
         reading = self.reading(rows)
+        mine = dict(list(lot.items())[rank() :: count()])
+        with alone():
+            found = self._found(mine, reading, progress)
+        parts = things(found)
+        progress.advance(float(len(lot) - len(mine)) * len(self.ground.runner.layers))
+        together = {key: each for part in parts for key, each in part.items()}
+        self.store.keep({key: together[key] for key in lot})
+
+    def _found(self, lot: dict[str, list[Option]], reading: Reading, progress: Progress) -> dict[str, Tensor]:
+        """What each model of a lot is measured at."""
         inside = {key: [option for option in options if not option.rows] for key, options in lot.items()}
         found = {key: reading.lost for key in lot}
         changed = {key: options for key, options in inside.items() if options}
         if changed:
             kl = self._walk(list(changed.values()), reading, progress)
             found |= {key: reading.lost + reading.longer * each for key, each in zip(changed, kl, strict=True)}
-        self.store.keep(found)
+        return found
 
     def _walk(self, models: list[list[Option]], reading: Reading, progress: Progress) -> Tensor:
         """KL of each model on each sequence, [models, S], in nats a token of the reading's."""

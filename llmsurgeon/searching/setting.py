@@ -18,6 +18,8 @@ from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
 from llmsurgeon.planning.opened import OpenedCheckpoint
 from llmsurgeon.planning.texts import Texts
+from llmsurgeon.processes.first import from_first
+from llmsurgeon.processes.world import alone
 from llmsurgeon.searching.fitting import Workshop
 from llmsurgeon.searching.ground import Ground, shared_out
 from llmsurgeon.searching.options import cuts
@@ -42,7 +44,8 @@ def scorer_of(space: Space, texts: Texts, tokens: int, batch: int, in_time: Call
     folder = _folder(texts, fits.tokens, scores.tokens)
     store = ScoreStore(folder)
     found = _orders(space, texts, folder, batch)
-    ground = Ground.of(texts.runner, fits, scores.tokens, batch)
+    with alone():  # each process fits options of its own, on all of the text
+        ground = Ground.of(texts.runner, fits, scores.tokens, batch)
     made = cuts(parent.subject(found), parent.weights, space.options)
     workshop = Workshop(parent.config, parent.spec, ground, made)
     return Scorer(ground, workshop, store, in_time, Vocabularies(texts, ground))
@@ -65,14 +68,15 @@ def _orders(space: Space, texts: Texts, folder: Path, batch: int) -> Mapping[str
         return {}
     wanted = sha256("\n".join(names).encode()).hexdigest()[:16]
     file = folder / f"orders-{wanted}.safetensors"
-    if not kept(file):
+    flat = from_first(lambda: load_file(file) if kept(file) else None)
+    if flat is None:
         found = compute_scores(steps, texts.runner, texts.windows, texts.parent.subject({}), batch)
         flat = {
             f"{name}/{layer}": tensor.contiguous() for name, each in found.items() for layer, tensor in each.items()
         }
-        keep(file, lambda path: save_file(flat, path))
+        from_first(lambda: keep(file, lambda path: save_file(flat, path)))
     nested: dict[str, dict[int, Tensor]] = {}
-    for key, tensor in load_file(file).items():
+    for key, tensor in flat.items():
         name, _, layer = key.rpartition("/")
         nested.setdefault(name, {})[int(layer)] = tensor
     return nested

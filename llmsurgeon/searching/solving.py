@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsurgeon.boundary.streams import stdout_kept_clean
+from llmsurgeon.processes.first import from_first
 
 # Seconds that one program may take; a solution that is only near the best will do.
 SECONDS = 20.0
@@ -68,6 +69,12 @@ class Program:
         return sum(self.choices[place].score for place in chosen)
 
     def _solve(
+        self, weights: Sequence[float], budgets: Sequence[float], apart_from: Sequence[Sequence[int]], overlap: float
+    ) -> list[int] | None:
+        # Of two solutions as good as each other, or of time that is up, each process might have its own.
+        return from_first(lambda: self._solved(weights, budgets, apart_from, overlap))
+
+    def _solved(
         self, weights: Sequence[float], budgets: Sequence[float], apart_from: Sequence[Sequence[int]], overlap: float
     ) -> list[int] | None:
         from scipy.optimize import Bounds, LinearConstraint, milp

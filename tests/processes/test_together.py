@@ -125,6 +125,44 @@ def test_two_processes_do_what_one_does(folder, run):
     assert json.loads(said[0][0].splitlines()[-1]) == numbers(judged)
 
 
+SEARCH = ["search", "parent", "--text", "text.txt", "--tokens", "256", "--refit-tokens", "736", "--seq-len", "32"]
+
+
+def test_two_processes_find_what_one_finds(folder, run, monkeypatch):
+    """Each measures its part of the models: what it measures is bit for bit what one process measures."""
+    (folder / "text.txt").write_text(TEXT * 10)
+    command = [*SEARCH, "--target", "params=0.8x", "--forbid", "fuse_ffn", "-o"]
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(folder / "cache of two"))
+    both = launched([*command, "two"])
+    monkeypatch.setenv("LLMSURGEON_CACHE", str(folder / "cache of one"))
+    code, _, err = run(*command, "one")
+    assert code == 0, err
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[1] == ("", "") and "wrote two/recipe.yaml" in said[0][0]
+    one, two = (load_file(folder / out / "scores.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) > 50
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    steps = [loads((folder / out / "recipe.yaml").read_text()).steps for out in ("one", "two")]
+    assert steps[0] == steps[1]
+    reports = [json.loads((folder / out / "report.json").read_text()) for out in ("one", "two")]
+    for report in reports:
+        report.pop("timings")
+    assert reports[1] == numbers(reports[0])
+    # Neither has measured what the other has.
+    kept = list((folder / "cache of two/search").glob("*/scores-*.safetensors"))
+    assert sum(len(load_file(file)) for file in kept) == len(two)
+
+
+def test_two_processes_time_in_one(folder):
+    """The first one times in the engine; both choose by its figures, and measure what they choose."""
+    command = [*SEARCH, "--target", "decode=1.05x", "--engine", "transformers", "--context", "16"]
+    both = launched([*command, "--allow", "prune_attention", "--allow", "prune_blocks", "-o", "out"])
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[1] == ("", "") and "decode=1.05x: " in said[0][0] and "measured" in said[0][0]
+
+
 def test_a_process_that_dies_ends_the_run_and_the_same_command_goes_on(folder, run):
     (folder / "text.txt").write_text(TEXT * 10)
     (folder / "cut.yaml").write_text(

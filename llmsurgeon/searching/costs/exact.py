@@ -14,6 +14,7 @@ from llmsurgeon.engines import Engine
 from llmsurgeon.engines.shapes import Described, Shapes
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
 from llmsurgeon.planning.opened import open_model
+from llmsurgeon.processes.first import from_first
 from llmsurgeon.searching.costs.meter import Meter, shape_of
 from llmsurgeon.searching.costs.target import Target
 
@@ -54,6 +55,9 @@ class ExactMeter(Meter):
         return self._whole(spec)
 
     def measured(self, path: Path, parent: Path) -> float:
+        return from_first(lambda: self._measured(path))
+
+    def _measured(self, path: Path) -> float:
         made = Shapes(open_model(str(path)))
         return self._count(made.of(made.parent.spec), self.engine)
 

@@ -19,6 +19,7 @@ from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.model.spec import LayerSpec, ModelSpec
+from llmsurgeon.processes.first import from_first
 from llmsurgeon.progress import spoken
 from llmsurgeon.searching.costs.columns import REST, ROWS, Columns
 from llmsurgeon.searching.costs.design import base_of, design
@@ -106,7 +107,7 @@ class SecondsMeter(Meter):
 
     def speedup(self, path: Path, parent: Path) -> Speedup:
         """How much faster a written model is than the parent, timed in turn in the engine."""
-        made = self.engine.bench(path, parent, ROUNDS)
+        made = from_first(lambda: self.engine.bench(path, parent, ROUNDS))
         found = made.decode_speedup if self.target.name == "decode" else made.prefill_speedup
         assert found
         return found

@@ -19,6 +19,7 @@ from llmsurgeon.engines import Engine
 from llmsurgeon.engines.shapes import Shapes
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.spec import ModelSpec
+from llmsurgeon.processes.first import from_first
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.costs.meter import shape_of
 from llmsurgeon.searching.costs.timing import Ratio, time_in_turn
@@ -45,7 +46,11 @@ class Timings:
         return [spec for spec in specs if self._look_up(spec) is None]
 
     def of(self, specs: list[ModelSpec]) -> dict[ModelSpec, Ratio]:
-        """The ratio of each."""
+        """The ratio of each, as the first process times it: the others would only be in its way."""
+        self._known = from_first(lambda: self._found(specs))
+        return {spec: self._known[spec] for spec in specs}
+
+    def _found(self, specs: list[ModelSpec]) -> dict[ModelSpec, Ratio]:
         missing = self.missing(specs)
         if missing:
             self.engine.kind.require()
@@ -53,7 +58,7 @@ class Timings:
                 for group in self._groups(missing):
                     self._time(group)
                     progress.advance(len(group))
-        return {spec: self._known[spec] for spec in specs}
+        return self._known
 
     @property
     def known(self) -> dict[ModelSpec, Ratio]:
