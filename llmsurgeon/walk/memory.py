@@ -34,10 +34,13 @@ class Room:
 def room() -> Room | None:
     """What this process may still take: the least that the machine, its control groups and its own limits leave.
 
-    Cache of files counts as free, since the kernel gives it up. None where the system does not tell.
+    Cache of files counts as free, since the kernel gives it up, and so does what this process has freed and kept, which
+    it gives back here. None where the system does not tell.
     """
     if not sys.platform.startswith("linux"):
         return None
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     return min([*_of_machine(), *_of_groups(), *_of_process()], default=None)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,6 +92,25 @@ def test_nothing_is_told(tmp_path, monkeypatch):
     assert room() is None
     monkeypatch.setattr(memory.sys, "platform", "darwin")
     assert room() is None and Streams(1, (2, 3), torch.float32).data.shape == (1, 2, 3)
+
+
+def test_what_was_freed_and_kept_is_free():
+    """Of a process that keeps freed memory for itself, as a command does."""
+    script = """
+import torch
+from llmsurgeon.walk.memory import keep_freed_memory, room, taken
+keep_freed_memory()
+blocks = [torch.ones(1_000_000) for _ in range(100)]
+between = torch.ones(1000)
+full = taken()
+del blocks
+kept = taken()
+room()
+print(full, kept, taken())
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    full, kept, left = map(int, said.split())
+    assert kept > full - 100e6 and left < full - 300e6
 
 
 def test_here_something_is_told():

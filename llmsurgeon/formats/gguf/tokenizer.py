@@ -171,6 +171,8 @@ def _byte_level(description: Mapping[str, Any], pre: str | None, source: Path, n
     if row and row.whole_words != whole:
         notes += _unreached(model, row.whole_words, row.name)
     merges = [f"{left} {right}" for left, right in pairs_of(model)]
+    if not merges:
+        raise SurgeryError(f"{source}: its tokens are bytes that nothing merges, and llama.cpp's BPE wants a merge")
     return [
         Field("tokenizer.ggml.model", "gpt2", STRING),
         Field("tokenizer.ggml.pre", pre or (row.name if row else ""), STRING),

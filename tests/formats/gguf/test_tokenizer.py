@@ -131,6 +131,19 @@ def test_unknown_pre_tokenizers_are_refused_and_can_be_named(pre, tmp_path):
     assert fields_of(tmp_path, pre="gpt-2")["tokenizer.ggml.pre"] == "gpt-2"
 
 
+def test_bytes_alone_are_refused(tmp_path):
+    """A file without merges has no key for them, and llama.cpp does not load it."""
+    byte_level_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["model"]["merges"] = []
+    path.write_text(json.dumps(description))
+    with pytest.raises(
+        SurgeryError, match=r"its tokens are bytes that nothing merges, and llama\.cpp's BPE wants a merge"
+    ):
+        fields_of(tmp_path)
+
+
 def test_kinds_that_llamacpp_does_not_know(tmp_path):
     from conftest import byte_tokenizer
 
