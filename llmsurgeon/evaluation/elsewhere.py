@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -106,16 +106,15 @@ def benchmark_elsewhere(
             asked |= {"positions": min(prompt + new_tokens + 1, model.positions or sys.maxsize)}
             command = [python, str(WORKERS / place.worker), json.dumps(asked)]
             what = f"{model.name}: {place.name}"
-            try:
+            with _told(what, "cannot load it"):
                 return stack.enter_context(Worker(command, _environment(), what, quiet=True))
-            except SurgeryError as error:
-                raise _told(error, what) from error
 
         workers = [started(model) for model in models]
         said = workers[-1].said
 
         def run(model: Served, worker: Worker) -> Round:
-            found = worker.ask([ids, new_tokens])
+            with _told(worker.what, "failed"):
+                found = worker.ask([ids, new_tokens])
             token = model.cache_numbers * worker.said["cache_number_bytes"] * batch
             decode = found["decode"] if new_tokens else None
             return Round(found["prefill"], decode, prompt * token, (prompt + new_tokens) * token, None)
@@ -131,17 +130,21 @@ def benchmark_elsewhere(
     return bench_of(speeds, timed, **sizes, **computed, engine=place.name)
 
 
-def _told(error: SurgeryError, what: str) -> SurgeryError:
-    """What an engine said of a model, in our words where they help."""
-    said = str(error)
-    if said.startswith(what):
-        return error
-    if "trust_remote_code" in said:
-        return SurgeryError(
-            f"{what} has no code for this form; install llmsurgeon beside it, whose plugin has, or pass "
-            "--trust-remote-code to let the checkpoint's own run"
-        )
-    return SurgeryError(f"{what} cannot load it: {first_lines(error)}")
+@contextmanager
+def _told(what: str, how: str) -> Iterator[None]:
+    """What an engine said of a model, in one line, and in our words where they help."""
+    try:
+        yield
+    except SurgeryError as error:
+        said = str(error)
+        if said.startswith(what):
+            raise
+        if "trust_remote_code" in said:
+            raise SurgeryError(
+                f"{what} has no code for this form; install llmsurgeon beside it, whose plugin has, or pass "
+                "--trust-remote-code to let the checkpoint's own run"
+            ) from error
+        raise SurgeryError(f"{what} {how}: {first_lines(error)}") from error
 
 
 def _environment() -> dict[str, str]:

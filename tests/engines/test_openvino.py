@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compared import answered, expected, held
+from compared import BASE, answered, expected, held
 
 pytest.importorskip("optimum.intel")
 pytestmark = pytest.mark.engines
@@ -48,6 +48,12 @@ def test_other_forms_are_refused(name):
     with pytest.raises((ValueError, ImportError, OSError, RuntimeError)) as refusal:
         loaded(expected()[name]["folder"], "float32")
     assert any(word in str(refusal.value) for word in ("trust_remote_code", "custom", "architecture", "export"))
+
+
+@pytest.mark.skipif(not expected(), reason="scripts/engines has written no checkpoints")
+def test_an_encoder_is_timed():
+    said, *_ = answered("openvino_worker.py", str(BASE / "encoder-bert"), encoder=True)
+    assert said["weight_bytes"] > 0
 
 
 @pytest.mark.skipif(not expected(), reason="scripts/engines has written no checkpoints")

@@ -18,7 +18,7 @@ import torch
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from conftest import save_tiny
+from conftest import save_encoder, save_tiny
 from gguf_models import byte_level_tokenizer
 
 from llmsurgeon.export import export
@@ -88,6 +88,8 @@ def write(base: Path, model: str | None, checkpoints: list[Path]) -> None:
         if recipe == TRIMMED:  # what is trimmed is a BPE's
             byte_level_tokenizer().save_pretrained(parent)
         expected[name] = computed(made(base, name, str(parent), recipe), torch.float32)
+    encoder = {**SIZES, "num_attention_heads": 4, "vocab_size": VOCAB}
+    save_encoder(base / "encoder-bert", "bert", **encoder)
     if model:
         export(model, base / "native-real", "native")
         expected["native-real"] = computed(base / "native-real", torch.bfloat16)

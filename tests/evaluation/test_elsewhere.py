@@ -68,7 +68,7 @@ class OVModelForCausalLM:
 class OVModelForFeatureExtraction(OVModelForCausalLM): pass
 
 class OVWeightQuantizationConfig:
-    def __init__(self, bits): self.bits = bits
+    def __init__(self, bits, **how): self.bits = bits
 """
 VLLM = """
 import json, os
@@ -94,6 +94,7 @@ class Core:
         self.left[name] = how.max_tokens
     def has_unfinished_requests(self): return bool(self.left)
     def step(self):
+        if os.environ.get("STAND_IN_FAILS") == "step": raise RuntimeError("a kernel of this is missing")
         # The first prompt is read in a step of its own, and gives nothing yet where there are several.
         names = list(self.left)[:1] if len(self.left) > 1 and self.first else list(self.left)
         self.first = 0
@@ -198,6 +199,7 @@ def header_bytes(model: Path) -> int:
     [
         ("error", "model: vllm cannot load it: no class for it and more"),
         ("code", "model: vllm has no code for this form; install llmsurgeon beside it, whose plugin has, or pass"),
+        ("step", "model: vllm failed: a kernel of this is missing"),
         ("death", "vllm's process was ended by SIGKILL; is there memory for it. It said last: the last words"),
     ],
 )
