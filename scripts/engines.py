@@ -165,7 +165,8 @@ def table(base: Path, engines: dict[str, str]) -> list[str]:
     ]
     for row in rows:
         texts = f"{row['same']} of {row['texts']} the same"
-        cells = (row["engine"], row["name"], row["code"], f"{row['difference']:.2g}", f"{row['bfloat16']:.2g}", texts)
+        rounded = "" if row["bfloat16"] is None else f"{row['bfloat16']:.2g}"
+        cells = (row["engine"], row["name"], row["code"], f"{row['difference']:.2g}", rounded, texts)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -1,8 +1,8 @@
 """vLLM's entry point: with llmsurgeon installed, vLLM loads its checkpoints without trust_remote_code.
 
 Of nemotron-nas vLLM knows the model (DeciLMForCausalLM), and lacks the class that reads the config. The surgeon form of
-families that it has layers for it learns whole. vLLM calls `register` in each of its processes, before a model is asked
-for.
+families that it has layers for it learns whole, and of bitnet the packed linears. vLLM calls `register` in each of its
+processes, before a model is asked for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def register() -> None:
         )
     nas = import_module("llmsurgeon.modeling.configuration_decilm").DeciLMConfig
     AutoConfig.register(nas.model_type, nas, exist_ok=True)
+    import_module("llmsurgeon.plugins.vllm_bitnet")  # registers itself
     config_class = import_module("llmsurgeon.plugins.vllm_config").config_class
     for family in FAMILIES:
         AutoConfig.register(family.model_type, config_class(family), exist_ok=True)

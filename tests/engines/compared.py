@@ -13,6 +13,9 @@ from typing import Any
 BASE = Path(os.environ.get("ENGINES_BASE", "."))
 # Of a tiny model, in float32 on both sides; of a real one in bfloat16, as a multiple of transformers' own error.
 EXACT, WITHIN = 2e-4, 2.0
+# Of packed linears, which round what they read to int8: a change of 2e-7 of the embedding makes 1.3e-4 in transformers
+# itself, and 0.01 at most, as some numbers fall to another side.
+ROUNDED, MOST_ROUNDED = 2e-3, 0.9
 # A tie of two logits may fall either way in bfloat16, and the text goes on differently: so many of the real model's
 # texts must be the same.
 MOST_TEXTS = 0.5
@@ -39,7 +42,9 @@ def held(
     row |= {"texts": len(follow), "bfloat16": wanted["bfloat16"], "largest": max(off)}
     with (BASE / f"found-{engine}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    if wanted["dtype"] == "float32":
+    if wanted["bfloat16"] is None:
+        assert row["difference"] < ROUNDED and same >= MOST_ROUNDED * len(follow), row
+    elif wanted["dtype"] == "float32":
         assert row["largest"] < EXACT and same == len(follow), row
     else:
         assert row["difference"] < WITHIN * wanted["bfloat16"] and same >= MOST_TEXTS * len(follow), row

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
@@ -90,6 +94,7 @@ def write(base: Path, model: str | None, checkpoints: list[Path]) -> None:
         expected[name] = computed(made(base, name, str(parent), recipe), torch.float32)
     encoder = {**SIZES, "num_attention_heads": 4, "vocab_size": VOCAB}
     save_encoder(base / "encoder-bert", "bert", **encoder)
+    expected["bitnet-llama"] = computed(packed(base), torch.float32, AutoModelForCausalLM.from_pretrained, rounds=False)
     if model:
         export(model, base / "native-real", "native")
         expected["native-real"] = computed(base / "native-real", torch.bfloat16)
@@ -107,22 +112,48 @@ def made(base: Path, name: str, parent: str, recipe: str) -> Path:
     return base / name
 
 
-def computed(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers makes of a checkpoint; in bfloat16 it is a real one, read as text."""
-    exact, rounded = (load_model(str(folder), dtype=kind) for kind in (torch.float32, torch.bfloat16))
+def packed(base: Path) -> Path:
+    """A checkpoint whose linears are ternary, each with a scale of its own, and packed."""
+    parent = save_tiny(base / "parent-bitnet-llama", "llama", tokenizer=True, **{**SIZES, "num_key_value_heads": 2})
+    file = parent / "model.safetensors"
+    tensors = load_file(file)
+    for number, (name, weight) in enumerate(tensors.items()):
+        if weight.dim() == 2 and ".layers." in name:
+            ternary = torch.where(weight.abs() > weight.abs().mean(), weight.sign(), 0.0)
+            tensors[name] = ternary * (0.02 + 0.001 * number)
+    save_file(tensors, file, metadata={"format": "pt"})
+    export(parent, base / "bitnet-llama", "bitnet")
+    # vLLM has queries, keys and values in one linear: of these one would be plain.
+    shutil.copytree(base / "bitnet-llama", base / "refused-mixed")
+    config = json.loads((base / "refused-mixed" / "config.json").read_text())
+    config["quantization_config"]["modules_to_not_convert"].append("model.layers.2.self_attn.q_proj")
+    (base / "refused-mixed" / "config.json").write_text(json.dumps(config))
+    return base / "bitnet-llama"
+
+
+def computed(
+    folder: Path, dtype: torch.dtype, load: Callable[..., Any] = load_model, rounds: bool = True
+) -> dict[str, Any]:
+    """What transformers makes of a checkpoint; in bfloat16 it is a real one, read as text.
+
+    rounds: whether transformers computes in bfloat16 what is stored in float32, which it does not of packed linears.
+    """
+    exact = load(str(folder), dtype=torch.float32)
+    rounded = load(str(folder), dtype=torch.bfloat16) if rounds else None
     texts = _texts() if dtype == torch.bfloat16 else None
     prompts = _drawn(exact.config.vocab_size) if texts is None else load_tokenizer(str(folder))(texts)["input_ids"]
     logs, off, follow = [], [], []
     for prompt in prompts:
         logs.append(_logs(exact, prompt))
-        off += [abs(a - b) for a, b in zip(logs[-1], _logs(rounded, prompt), strict=True)]
-        follow.append(_follow(exact if dtype == torch.float32 else rounded, prompt))
+        if rounded:
+            off += [abs(a - b) for a, b in zip(logs[-1], _logs(rounded, prompt), strict=True)]
+        follow.append(_follow(rounded if rounded and dtype == torch.bfloat16 else exact, prompt))
     return {
         "folder": str(folder),
         "texts": texts,
         "prompts": prompts,
         "logs": logs,
-        "bfloat16": sum(off) / len(off),
+        "bfloat16": sum(off) / len(off) if off else None,
         "follow": follow,
         "dtype": str(dtype).removeprefix("torch."),
     }
