@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
-RESULTS = ("parent", "analysis", "found", "student")  # an analysis is of earlier ones
+RESULTS = ("parent", "analysis", "student")
 PROMPT = "The river had been rising for three days when"
 
 
@@ -51,8 +51,8 @@ def continuation(folder: Path, prompt: str) -> str:
     return " ".join(tokenizer.decode(made[0], skip_special_tokens=True).split())
 
 
-def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, Any], found: dict[str, Any]) -> None:
-    """Before and after, side by side; under it the best that each operation alone makes of the same size."""
+def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, Any]) -> None:
+    """Before and after, side by side."""
     from rich.console import Console
     from rich.table import Table
 
@@ -62,8 +62,6 @@ def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, 
         shown.add_column(column, justify="right" if column else "left")
     shown.add_row("blocks", str(before["blocks"]), str(after["blocks"]))
     shown.add_row("attentions", str(before["attentions"]), str(after["attentions"]))
-    changed = [f"{layer['name']}" for layer in found["layers"] if layer["name"] != "as it is"]
-    shown.add_row("blocks changed", "", str(len(changed)))
     shown.add_row("parameters", f"{before['parameters'] / 1e6:.1f} M", f"{after['parameters'] / 1e6:.1f} M")
     shown.add_row("KV cache bytes a token", f"{before['kv_bytes_per_token']:,}", f"{after['kv_bytes_per_token']:,}")
     shown.add_row("perplexity", f"{evaluation['parent_perplexity']:.2f}", f"{evaluation['perplexity']:.2f}")
@@ -71,16 +69,9 @@ def table(evaluation: dict[str, Any], bench: dict[str, Any], surgery: dict[str, 
     shown.add_row("perplexity ratio", "1", f"{evaluation['perplexity_ratio']:.3f} ({low:.3f} to {high:.3f})")
     shown.add_row("KL to the parent, nats a token", "0", f"{evaluation['kl']:.3f}")
     shown.add_row("top-1 agreement", "100 %", f"{100 * evaluation['top1_agreement']:.1f} %")
-    weights = [bench[name]["parameter_bytes"] / 1e6 for name in ("parent", "model")]
-    shown.add_row("weights as Q8_0", f"{weights[0]:.0f} MB", f"{weights[1]:.0f} MB")
     for part in ("prefill", "decode"):
-        speed = bench[part + "_speedup"]
-        low, high = speed["interval"]
-        shown.add_row(f"{part} in llama.cpp, ratio", "1", f"{speed['median']:.2f} ({low:.2f} to {high:.2f})")
+        shown.add_row(f"{part} speed, ratio", "1", f"{bench[part + '_speedup']['median']:.2f}")
     Console().print(shown)
-    alone = [f"{point['name']} {point['kl']:.2f}" for point in found["points"] if point["kind"] == "single"]
-    if alone:
-        print(f"KL of each operation alone, to the same target, before the refit of the whole: {', '.join(alone)}")
 
 
 def make_room(folder: Path) -> None:
@@ -107,39 +98,35 @@ def make_room(folder: Path) -> None:
 
 
 def main() -> None:
-    """Say what is wanted, find it, make it, prove it."""
+    """Measure, cut, heal, prove."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything that is written")
     parser.add_argument("--text", help="calibration text of your own; default: sampled from the model")
     parser.add_argument("--eval-text", help="text to measure on; default: fresh text sampled from the parent")
-    parser.add_argument("--target", default="size=0.85x", help="what the result is to reach, as search takes it")
-    parser.add_argument("--minutes", type=float, default=7.0, help="that the search may take")
+    parser.add_argument("--drop", type=int, default=8, help="attentions to drop")
     options = parser.parse_args()
     start = time.monotonic()
     make_room(options.out)
-    parent, found, student = (options.out / name for name in ("parent", "found", "student"))
+    parent, analysis, student = (options.out / name for name in RESULTS)
 
     from llmsurgeon.export import export
 
     print("Unpacking SmolLM2-135M-Instruct from its GGUF file", flush=True)
     export(str(find_model()), str(parent), "native")
     text = ["--text", options.text] if options.text else []
-    wanted = ["--target", options.target, "--engine", "llama.cpp:q8_0", "--minutes", f"{options.minutes:g}"]
-    fitted = ["--tokens", "2048", "--refit-tokens", "16384"]
-    llmsurgeon("search", str(parent), *wanted, *fitted, "-o", str(found), *text)
-    llmsurgeon("run", str(found / "recipe.yaml"), "-o", str(student))
+    llmsurgeon("analyze", str(parent), "--tokens", "2048", "--drop", str(options.drop), "-o", str(analysis), *text)
+    recipe = str(analysis / "suggested.yaml")
+    llmsurgeon("run", recipe, "--set", "calibration.tokens=16384", "-o", str(student))
     against = [str(student), "--against", str(parent), "--json"]
     measured_on = ["--text", options.eval_text] if options.eval_text else []
     evaluation = llmsurgeon("eval", *against, "--tokens", "4096", "--seq-len", "256", *measured_on, capture=True)
-    timed = ["--engine", "llama.cpp", "--type", "Q8_0", "--prompt", "256", "--new-tokens", "64", "--rounds", "7"]
-    bench = llmsurgeon("bench", *against, *timed, capture=True)
+    bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "3", capture=True)
     print()
-    surgery, report = (json.loads(path.read_text()) for path in (student / "surgery.json", found / "report.json"))
-    table(evaluation, bench, surgery, report)
+    table(evaluation, bench, json.loads((student / "surgery.json").read_text()))
     print(f"Measured on {evaluation['tokens']:,} tokens: {evaluation['text']}.\n")
     for name, folder in (("parent", parent), ("student", student)):
         print(f"{name}: {continuation(folder, PROMPT)}\n")
-    print(f"Report: {found / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
+    print(f"Report: {analysis / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
 
 
 if __name__ == "__main__":
