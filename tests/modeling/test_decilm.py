@@ -8,6 +8,7 @@ import pickle
 import sys
 import tomllib
 import types
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import pytest
 import torch
 from conftest import save_tiny
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from llmsurgeon.formats.bitnet import packed
 from llmsurgeon.formats.caches import cached_call
 from llmsurgeon.formats.nemotron_nas import ATTENTION_KEYS, FFN_KEYS, width_of
 from llmsurgeon.modeling.configuration_decilm import DeciLMConfig, sizes_of
@@ -26,6 +29,10 @@ from llmsurgeon.modeling.modeling_decilm import DeciLMForCausalLM
 from llmsurgeon.plugins.vllm import register
 from llmsurgeon.plugins.vllm_families import FAMILIES
 from llmsurgeon.run import Options, run
+
+with warnings.catch_warnings():  # importing torch's compiler warns of torch's own doings
+    warnings.simplefilter("ignore")
+    from transformers.integrations.bitnet import AutoBitLinear
 
 ROPE = {"rope_type": "linear", "factor": 2.0}
 
@@ -136,6 +143,9 @@ def test_it_needs_transformers_alone():
     }
 
 
+LINEAR = ("LinearBase", "LinearMethodBase", "UnquantizedLinearMethod")
+
+
 @pytest.fixture
 def vllm(monkeypatch):
     """What the plugin asks of vLLM, which is not installed here (tests/engines/ runs the real one); registries as they
@@ -145,7 +155,29 @@ def vllm(monkeypatch):
     made.models = {}
     made.ModelRegistry = types.SimpleNamespace(register_model=made.models.__setitem__)
     monkeypatch.setitem(sys.modules, "vllm", made)
+    made.quantizations = {}
+
+    def registered(name):
+        return lambda kind: made.quantizations.setdefault(name, kind)
+
+    class QuantizationConfig:
+        def __init__(self):
+            self.packed_modules_mapping = {}
+
+    layers = "vllm.model_executor.layers"
+    inner = {
+        f"{layers}.linear": {name: type(name, (), {}) for name in LINEAR},
+        f"{layers}.quantization": {"register_quantization_config": registered},
+        f"{layers}.quantization.base_config": {"QuantizationConfig": QuantizationConfig, "QuantizeMethodBase": object},
+        "vllm.model_executor.utils": {"set_weight_attrs": lambda tensor, attributes: vars(tensor).update(attributes)},
+    }
+    for name, content in inner.items():
+        module = types.ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "llmsurgeon.plugins.vllm_bitnet", raising=False)
     yield made
+    sys.modules.pop("llmsurgeon.plugins.vllm_bitnet", None)
     for name in ("nemotron-nas", *(family.model_type for family in FAMILIES)):
         CONFIG_MAPPING._extra_content.pop(name, None)
 
@@ -166,6 +198,59 @@ def test_the_vllm_plugin_reads_surgeon_configs(family, tmp_path, vllm, caplog):
     again = pickle.loads(pickle.dumps(made))
     assert type(again) is type(made) and again.block_configs[0].attention.no_op
     assert caplog.records == []
+
+
+def eagerly(module, read):
+    """What a module gives without the compiler, which is slow and changes no number."""
+    torch.compiler.set_stance("force_eager")
+    try:
+        return module(read)
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.mark.parametrize("linear_class", ["autobitlinear", "bitlinear"])
+def test_the_vllm_plugin_computes_packed_linears_as_transformers_does(vllm, linear_class):
+    """Two ternary linears that vLLM has stacked in one, each packed with a scale of its own."""
+    register()
+    config = vllm.quantizations["bitnet"].from_config({"quant_method": "bitnet", "linear_class": linear_class})
+    config.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    linear = sys.modules["vllm.model_executor.layers.linear"].LinearBase()
+    method = config.get_quant_method(linear, "model.layers.0.mlp.gate_up_proj")
+    layer, codes = nn.Module(), [torch.randint(-1, 2, (8, 16)).float() for _ in range(2)]
+
+    def place(param, whole, shard):
+        param.data[8 * shard : 8 * shard + 8] = whole
+
+    method.create_weights(layer, 16, [8, 8], 16, 16, torch.float32, weight_loader=place)
+    read, expected = torch.randn(5, 16), []
+    for shard, (each, scale) in enumerate(zip(codes, (0.02, 0.5), strict=True)):
+        bits, stored = packed("w", linear_class, each * scale)
+        layer.weight.weight_loader(layer.weight, bits, shard)
+        layer.weight_scale.weight_loader(layer.weight_scale, stored, shard)
+        theirs = AutoBitLinear(16, 8, bias=False)
+        theirs.weight.data, theirs.weight_scale = each, torch.tensor([scale])
+        expected.append(eagerly(theirs, read))
+    method.process_weights_after_loading(layer)
+    torch.testing.assert_close(method.apply(layer, read), torch.cat(expected, -1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="run on one rank"):
+        method.create_weights(nn.Module(), 8, [8], 16, 8, torch.float32, weight_loader=place)
+
+
+def test_the_vllm_plugin_leaves_plain_linears_alone(vllm):
+    register()
+    kind, linears = vllm.quantizations["bitnet"], sys.modules["vllm.model_executor.layers.linear"]
+    kept = ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.mlp"]
+    config = kind.from_config({"modules_to_not_convert": kept})
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj"]}
+    plain = config.get_quant_method(linears.LinearBase(), "model.layers.1.mlp.down_proj")
+    assert isinstance(plain, linears.UnquantizedLinearMethod)
+    assert config.get_quant_method(object(), "model.embed_tokens") is None
+    with pytest.raises(ValueError, match=r"here model.layers.0.self_attn.k_proj is packed and .*q_proj is not"):
+        config.get_quant_method(linears.LinearBase(), "model.layers.0.self_attn.qkv_proj")
+    for odd in ({"quantization_mode": "online"}, {"use_rms_norm": True}):
+        with pytest.raises(ValueError, match="are not read"):
+            kind.from_config(odd)
 
 
 def test_the_vllm_plugin_says_what_it_was_tested_with(vllm, caplog):
