@@ -107,7 +107,7 @@ def benchmark_elsewhere(
             command = [python, str(WORKERS / place.worker), json.dumps(asked)]
             what = f"{model.name}: {place.name}"
             with _told(what, "cannot load it"):
-                return stack.enter_context(Worker(command, _environment(), what, quiet=True))
+                return stack.enter_context(Worker(command, _environment(how.get("threads")), what, quiet=True))
 
         workers = [started(model) for model in models]
         said = workers[-1].said
@@ -147,7 +147,9 @@ def _told(what: str, how: str) -> Iterator[None]:
         raise SurgeryError(f"{what} {how}: {first_lines(error)}") from error
 
 
-def _environment() -> dict[str, str]:
+def _environment(threads: int | None) -> dict[str, str]:
     """This process's, without what would lead another Python to this one's packages; nothing is fetched."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
+    if threads:
+        kept["OMP_NUM_THREADS"] = str(threads)
     return kept | {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}

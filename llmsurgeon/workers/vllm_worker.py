@@ -14,8 +14,9 @@ from typing import Any
 
 
 def load(asked: dict[str, Any]) -> tuple[dict[str, Any], Callable[[list[Any]], dict[str, Any]]]:
-    """The engine. asked: folder, positions, batch, trust_remote_code, share of a card, and threads, dtype or None."""
-    # On a CPU: no thread is bound to a processor, two models are timed in turn; the cache is as large as it has to be.
+    """The engine. asked: folder, positions, batch, trust_remote_code, share of a card, and dtype or None."""
+    # On a CPU: no thread is bound to a processor, as two models take turns. How many there are is told from outside, by
+    # OMP_NUM_THREADS.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # The engine's steps are counted here, in this process.
@@ -36,9 +37,6 @@ def load(asked: dict[str, Any]) -> tuple[dict[str, Any], Callable[[list[Any]], d
         trust_remote_code=asked["trust_remote_code"],
         disable_log_stats=True,
     )
-    # It computes in this thread, and has chosen how many others help it.
-    if asked["threads"]:
-        torch.set_num_threads(asked["threads"])
     engine, number = made.llm_engine, iter(range(1 << 62))
 
     def answer(request: list[Any]) -> dict[str, Any]:

@@ -65,7 +65,12 @@ def answered(worker: str, folder: str, encoder: bool = False, **how: Any) -> lis
     file = Path(__file__).resolve().parents[2] / "llmsurgeon" / "workers" / worker
     requests = "".join(json.dumps([[[5] * 16] * 2, 0 if encoder else 7]) + "\n" for _ in range(2))
     made = subprocess.run(
-        [sys.executable, str(file), json.dumps(asked)], input=requests, capture_output=True, text=True, timeout=600
+        [sys.executable, str(file), json.dumps(asked)],
+        input=requests,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     found = [json.loads(line) for line in made.stdout.splitlines()]
     assert len(found) == 3 and "error" not in found[-1], (found, made.stderr[-2000:])

@@ -110,7 +110,7 @@ class LLM:
             print("the last words", file=__import__("sys").stderr, flush=True)
             os.kill(os.getpid(), 9)
         self.llm_engine = Core()
-        torch.set_num_threads(5)
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 5)))
         self.llm_engine.note(loads=folder, **how)
 """
 PLATFORMS = "class current_platform: device_type = 'cpu'\n"
