@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -146,26 +147,34 @@ def converted(command: list[str]) -> dict[str, float]:
         while (line := child.stdout.readline()) and line.strip() != "ready":
             pass
         before = anonymous_bytes(child.pid)
-        peak = [before]
-        ended = threading.Event()
-
-        def sample() -> None:
-            while not ended.wait(0.01):
-                peak[0] = max(peak[0], anonymous_bytes(child.pid))
-
-        sampler = threading.Thread(target=sample)
-        start = time.perf_counter()
-        child.stdin.write("go\n")
-        child.stdin.flush()
-        sampler.start()
-        child.stdout.read()
-        status = child.wait()
-        seconds = time.perf_counter() - start
-        ended.set()
-        sampler.join()
+        with peak_anonymous(child.pid) as peak:
+            start = time.perf_counter()
+            child.stdin.write("go\n")
+            child.stdin.flush()
+            child.stdout.read()
+            status = child.wait()
+            seconds = time.perf_counter() - start
     if status:
         raise SystemExit(f"{command[0]} failed with exit code {status}")
     return {"seconds": seconds, "start": start - started, "anonymous": peak[0], "before": before}
+
+
+@contextmanager
+def peak_anonymous(pid: int) -> Iterator[list[int]]:
+    """The most anonymous memory of a process while this is entered, as the list's one number."""
+    peak, ended = [anonymous_bytes(pid)], threading.Event()
+
+    def sample() -> None:
+        while not ended.wait(0.01):
+            peak[0] = max(peak[0], anonymous_bytes(pid))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        sampler.join()
 
 
 def anonymous_bytes(pid: int) -> int:

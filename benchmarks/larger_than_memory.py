@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,13 +27,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from convert import anonymous_bytes, llama_config, size, write_source  # noqa: E402
+from convert import llama_config, peak_anonymous, size, write_source  # noqa: E402
 
 GROUP, SYSTEMD = "llmsurgeon-larger-than-memory", Path("/run/systemd/system")
-# Version 2 of control groups, version 1: the folder, the file with the limit, the one with the most that was taken.
+# Version 2 of control groups, version 1: the file with a group's limit.
 GROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.peak"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+    Path("/sys/fs/cgroup") / GROUP / "memory.max",
+    Path("/sys/fs/cgroup/memory") / GROUP / "memory.limit_in_bytes",
 )
 VERBS = ("analyze", "run", "eval", "export")
 RECIPE = """
@@ -53,39 +52,40 @@ def limited(limit: int) -> Iterator[list[str]]:
     if SYSTEMD.is_dir():
         yield ["systemd-run", "--scope", "--quiet", "-p", f"MemoryMax={limit}", "-p", "MemorySwapMax=0"]
         return
-    for top, most, _ in GROUPS:
-        folder = top / GROUP
-        with suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            if not (folder / most).exists():
-                folder.rmdir()
-                continue
-            (folder / most).write_text(str(limit))
-            yield ["sh", "-c", f'echo $$ > {folder}/cgroup.procs && exec "$@"', "sh"]
-            folder.rmdir()
-            return
-    raise SystemExit("no control group can be made here: run it as root, or where systemd is")
+    group = next(filter(None, (made(most, limit) for most in GROUPS)), None)
+    if group is None:
+        raise SystemExit("no control group can be made here: run it as root, or where systemd is")
+    try:
+        yield ["sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh"]
+    finally:
+        group.rmdir()
+
+
+def made(most: Path, limit: int) -> Path | None:
+    """The control group whose file `most` holds the limit, None where groups are of another version, or not ours."""
+    group = most.parent
+    with suppress(OSError):
+        group.mkdir(exist_ok=True)
+        if most.exists():
+            most.write_text(str(limit))
+            return group
+        group.rmdir()
+    return None
 
 
 def measured(begin: list[str], arguments: list[str]) -> dict[str, float]:
     """Seconds of a verb, and the most memory that it took, without pages of files."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     command = [*begin, sys.executable, "-m", "llmsurgeon", *arguments, "--quiet"]
-    start, peak, ended = time.perf_counter(), [0], threading.Event()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as child:
-
-        def sample() -> None:
-            while not ended.wait(0.02):
-                peak[0] = max(peak[0], anonymous_bytes(child.pid))
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
+    start = time.perf_counter()
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment) as child,
+        peak_anonymous(child.pid) as peak,
+    ):
         assert child.stderr
         said = child.stderr.read().decode(errors="replace")
         status = child.wait()
         seconds = time.perf_counter() - start
-        ended.set()
-        sampler.join()
     if status:
         raise SystemExit(f"{arguments[0]} ended with exit code {status}: {said[-2000:]}")
     return {"seconds": round(seconds, 1), "anonymous_bytes": peak[0]}
@@ -124,8 +124,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     arguments = parser.parse_args()
     limit = round(1e9 * arguments.limit)
-    with tempfile.TemporaryDirectory(prefix="llmsurgeon-larger-", dir=arguments.folder) as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="llmsurgeon-larger-", dir=arguments.folder) as temporary:
+        folder = Path(temporary)
         source, out = folder / "source", folder / "out"
         config = llama_config(arguments.gigabytes)
         write_source(source, config)

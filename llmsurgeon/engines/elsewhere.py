@@ -10,17 +10,17 @@ from llmsurgeon.boundary.foreign import shortened
 from llmsurgeon.engines.base import Asked, Benched
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.elsewhere import Place, Served, benchmark_elsewhere
-from llmsurgeon.evaluation.speed import Bench
+from llmsurgeon.evaluation.speed import Bench, Timed
 from llmsurgeon.formats.loading import dtype_of
 from llmsurgeon.planning.opened import OpenedCheckpoint, open_model
 
 
 class _Elsewhere(Benched):
-    """An engine in another environment. `devices` are those that --device may name."""
+    """An engine in another environment. accepted: what --device may say."""
 
     elsewhere: ClassVar[bool] = True
     place: ClassVar[Place]
-    devices: ClassVar[tuple[str, ...]]
+    accepted: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def how(self, asked: Asked) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class _Elsewhere(Benched):
         """Why it cannot load this model, None where it can as far as can be told here."""
 
     def bench(self, asked: Asked) -> Bench:
-        if asked.device not in self.devices or asked.graph:
+        if asked.device not in self.accepted or asked.graph:
             raise SurgeryError(f"--engine {self.name} runs where its build does; leave out --device and --graph")
         dtype_of(asked.dtype)  # a word that is one
         how = {"threads": asked.threads, "dtype": asked.dtype, "trust_remote_code": asked.trust_remote_code}
@@ -54,11 +54,8 @@ class _Elsewhere(Benched):
             raise SurgeryError(f"{name}: --engine {self.name} cannot load it: {why}")
         weights = model.costs(model.spec, {each: tuple(tensor.shape) for each, tensor in model.meta().items()})
         return Served(
-            name,
+            Timed(name, model.spec.vocab, model.spec.max_positions, model.family.encoder),
             Path(folder).absolute(),
-            model.spec.vocab,
-            model.spec.max_positions,
-            model.family.encoder,
             0 if model.family.encoder else model.spec.kv_numbers_per_token(),
             weights.disk_bytes,
         )
@@ -68,7 +65,7 @@ class OpenVINO(_Elsewhere):
     """OpenVINO through optimum-intel's export and classes, which know models of the native form."""
 
     name: ClassVar[str] = "openvino"
-    devices: ClassVar[tuple[str, ...]] = ("auto", "cpu")
+    accepted: ClassVar[tuple[str, ...]] = ("auto", "cpu")
     place: ClassVar[Place] = Place("openvino", "optimum.intel", "openvino_worker.py", "optimum-intel[openvino]")
     TYPES: ClassVar[tuple[str, ...]] = ("int8", "int4")
 
@@ -93,7 +90,7 @@ class VLLM(_Elsewhere):
     """vLLM, whatever its build runs on."""
 
     name: ClassVar[str] = "vllm"
-    devices: ClassVar[tuple[str, ...]] = ("auto",)
+    accepted: ClassVar[tuple[str, ...]] = ("auto",)
     place: ClassVar[Place] = Place("vllm", "vllm", "vllm_worker.py", "vllm")
 
     def how(self, asked: Asked) -> dict[str, Any]:

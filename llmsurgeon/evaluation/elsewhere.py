@@ -16,11 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmsurgeon.boundary.foreign import first_lines, shortened
 from llmsurgeon.errors import SurgeryError
-from llmsurgeon.evaluation.speed import Bench, Round, bench_of, check_length, check_sizes, in_turn, lengths, speed_of
+from llmsurgeon.evaluation.speed import Bench, Round, Task, Timed, bench_of, in_turn, speed_of
 from llmsurgeon.evaluation.worker import Worker
 
 WORKERS = Path(__file__).resolve().parents[1] / "workers"
@@ -62,11 +60,8 @@ class Place:
 class Served:
     """A checkpoint that is to be timed. cache_numbers: keys and values that a token adds; weight_bytes: on the disk."""
 
-    name: str
+    timed: Timed
     folder: Path
-    vocab: int
-    positions: int | None
-    encoder: bool
     cache_numbers: int
     weight_bytes: int
 
@@ -89,23 +84,17 @@ def benchmark_elsewhere(
     Raises:
         SurgeryError: sizes that do not fit, or what the engine says of a model.
     """
-    encoder = models[-1].encoder
-    if models[0].encoder != encoder:
-        raise SurgeryError("bench: one of the models is an encoder and the other a decoder; they do different work")
-    prompt, new_tokens = lengths(prompt, 0 if encoder else new_tokens, [each.positions for each in models])
-    check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoder else {"new_tokens": new_tokens}))
-    for each in models:
-        # One token more than is timed comes with the prefill.
-        check_length(each.name, prompt + new_tokens, each.positions)
-    vocab = min(each.vocab for each in models)
-    ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    timeds = [each.timed for each in models]
+    task = Task.of(timeds, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    prompt, new_tokens, ids = task.prompt, task.new_tokens, task.ids.tolist()
     with ExitStack() as stack:
 
         def started(model: Served) -> Worker:
-            asked = {**how, "folder": str(model.folder), "encoder": encoder, "batch": batch}
-            asked |= {"positions": min(prompt + new_tokens + 1, model.positions or sys.maxsize)}
+            asked = {**how, "folder": str(model.folder), "encoder": model.timed.encoder, "batch": batch}
+            # One token more than is timed comes with the prefill.
+            asked |= {"positions": min(prompt + new_tokens + 1, model.timed.positions or sys.maxsize)}
             command = [python, str(WORKERS / place.worker), json.dumps(asked)]
-            what = f"{model.name}: {place.name}"
+            what = f"{model.timed.name}: {place.name}"
             with _told(what, "cannot load it"):
                 return stack.enter_context(Worker(command, _environment(how.get("threads")), what, quiet=True))
 
@@ -125,9 +114,8 @@ def benchmark_elsewhere(
     speeds = [
         speed_of(size, kept, batch * prompt, batch, new_tokens) for size, kept in zip(weights, timed, strict=True)
     ]
-    sizes = {"batch": batch, "prompt": prompt, "new_tokens": new_tokens, "rounds": rounds}
     computed = {key: said[key] for key in ("device", "dtype", "threads")}
-    return bench_of(speeds, timed, **sizes, **computed, engine=place.name)
+    return bench_of(speeds, timed, **task.sizes, rounds=rounds, **computed, engine=place.name)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.encoders import encoder_family, name_of, positions_of
 from llmsurgeon.evaluation.graphs import GraphedSteps
-from llmsurgeon.evaluation.speed import Bench, Round, bench_of, check_length, check_sizes, in_turn, lengths, speed_of
+from llmsurgeon.evaluation.speed import Bench, Round, Task, Timed, bench_of, in_turn, speed_of
 from llmsurgeon.formats.caches import cached_call
 
 if TYPE_CHECKING:
@@ -44,28 +44,22 @@ def benchmark(
     Raises SurgeryError for sizes below one or beyond the models' positions, and for differing vocabularies.
     """
     models = [model] if parent is None else [parent, model]
-    encoders = [encoder_family(each) is not None for each in models]
-    if encoders[0] != encoders[-1]:
-        raise SurgeryError("bench: one of the models is an encoder and the other a decoder; they do different work")
-    prompt, new_tokens = lengths(prompt, 0 if encoders[0] else new_tokens, [positions_of(each) for each in models])
-    check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoders[0] else {"new_tokens": new_tokens}))
-    for each in models:
-        check_length(name_of(each), prompt + new_tokens, positions_of(each))
-    if graph and any(each.device.type != "cuda" or encoder for each, encoder in zip(models, encoders, strict=True)):
+    timeds = [
+        Timed(name_of(each), each.config.vocab_size, positions_of(each), encoder_family(each) is not None)
+        for each in models
+    ]
+    task = Task.of(timeds, batch=batch, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    if graph and any(each.device.type != "cuda" or timed.encoder for each, timed in zip(models, timeds, strict=True)):
         raise SurgeryError("bench: --graph records the decode steps of a decoder on a CUDA device; leave it out")
-    vocab = min(each.config.vocab_size for each in models)
-    ids = torch.randint(vocab, (batch, prompt), generator=torch.Generator().manual_seed(0))
-    timed = in_turn([partial(timed_round, each, ids, new_tokens, graph) for each in models], rounds)
+    timed = in_turn([partial(timed_round, each, task.ids, task.new_tokens, graph) for each in models], rounds)
     speeds = [
-        speed_of(parameter_bytes(each), kept, ids.numel(), batch, new_tokens)
+        speed_of(parameter_bytes(each), kept, task.ids.numel(), batch, task.new_tokens)
         for each, kept in zip(models, timed, strict=True)
     ]
     return bench_of(
         speeds,
         timed,
-        batch=batch,
-        prompt=prompt,
-        new_tokens=new_tokens,
+        **task.sizes,
         rounds=rounds,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),

@@ -7,12 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from llmsurgeon.checkpoint.gguf.file import GGUFFile
 from llmsurgeon.checkpoint.gguf.parts import open_gguf
 from llmsurgeon.evaluation.apart import Apart
-from llmsurgeon.evaluation.speed import Bench, Round, bench_of, check_length, check_sizes, in_turn, lengths, speed_of
+from llmsurgeon.evaluation.speed import Bench, Round, Task, Timed, bench_of, in_turn, speed_of
 
 
 def benchmark_llamacpp(
@@ -32,13 +30,16 @@ def benchmark_llamacpp(
     paths = [model] if parent is None else [parent, model]
     files = [open_gguf(path) for path in paths]
     paths = [file.path for file in files]
-    prompt, new_tokens = lengths(prompt, new_tokens, [_of_architecture(file, "context_length") for file in files])
-    sizes = dict(prompt=prompt, new_tokens=new_tokens, rounds=rounds)
-    check_sizes(sizes)
-    vocab = min(len(file.metadata.get("tokenizer.ggml.tokens", ())) for file in files)
-    for file in files:
-        check_length(str(file.path), prompt + new_tokens, _of_architecture(file, "context_length"))
-    ids = torch.randint(vocab, (prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    timeds = [
+        Timed(
+            str(file.path),
+            len(file.metadata.get("tokenizer.ggml.tokens", ())),
+            _of_architecture(file, "context_length"),
+        )
+        for file in files
+    ]
+    task = Task.of(timeds, batch=1, prompt=prompt, new_tokens=new_tokens, rounds=rounds)
+    prompt, new_tokens, (ids,) = task.prompt, task.new_tokens, task.ids.tolist()
     with ExitStack() as stack:
         engines = [
             # One token more than is timed comes with the prefill.
@@ -56,7 +57,9 @@ def benchmark_llamacpp(
     weights = [sum(entry.end - entry.start for entry in file.entries.values()) for file in files]
     speeds = [speed_of(size, kept, prompt, 1, new_tokens) for size, kept in zip(weights, timed, strict=True)]
     kinds = " and ".join(dict.fromkeys(_file_type(file) for file in files))
-    return bench_of(speeds, timed, batch=1, **sizes, device="cpu", dtype=kinds, threads=used, engine="llama.cpp")
+    return bench_of(
+        speeds, timed, **task.sizes, rounds=rounds, device="cpu", dtype=kinds, threads=used, engine="llama.cpp"
+    )
 
 
 def _of_architecture(file: GGUFFile, key: str) -> Any:

@@ -8,6 +8,9 @@ from math import comb
 from statistics import median, quantiles
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Progress
 
@@ -159,6 +162,53 @@ def speed_of(weights: int, rounds: list[Round], tokens: int, batch: int, new_tok
 def _ratios(theirs: list[float | None], mine: list[float | None]) -> Speedup | None:
     ratios = [a / b for a, b in zip(theirs, mine, strict=True) if a is not None and b is not None]
     return Speedup.of(ratios) if ratios else None
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A model that is to be timed, as far as it says what it can read."""
+
+    name: str
+    vocab: int
+    positions: int | None
+    encoder: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every model of a bench does in a round: read ids [B, T], and decode so many tokens."""
+
+    ids: Tensor
+    new_tokens: int
+
+    @classmethod
+    def of(
+        cls, models: Sequence[Timed], *, batch: int, prompt: int | None, new_tokens: int | None, rounds: int
+    ) -> Task:
+        """Of `prompt` random tokens that all models know; lengths that are left out as in `lengths`.
+
+        Raises:
+            SurgeryError: models that do different work, sizes below one or beyond a model's positions.
+        """
+        encoder = models[0].encoder
+        if any(each.encoder != encoder for each in models):
+            raise SurgeryError("bench: one of the models is an encoder and the other a decoder; they do different work")
+        prompt, new_tokens = lengths(prompt, 0 if encoder else new_tokens, [each.positions for each in models])
+        check_sizes(dict(batch=batch, prompt=prompt, rounds=rounds) | ({} if encoder else {"new_tokens": new_tokens}))
+        for each in models:
+            check_length(each.name, prompt + new_tokens, each.positions)
+        made = torch.Generator().manual_seed(0)
+        return cls(torch.randint(min(each.vocab for each in models), (batch, prompt), generator=made), new_tokens)
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of each sequence."""
+        return self.ids.shape[1]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `Bench` has them, but for the rounds."""
+        return {"batch": len(self.ids), "prompt": self.prompt, "new_tokens": self.new_tokens}
 
 
 def lengths(prompt: int | None, new_tokens: int | None, limits: Sequence[int | None]) -> tuple[int, int]:

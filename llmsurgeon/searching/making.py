@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -91,8 +90,7 @@ class Making:
 
     def make(self, model: Model) -> Made:
         """Run a model's recipe without the training, and measure what it costs."""
-        for name, content in self.files(model).items():
-            from_first(partial(_write, self.place.scratch / name, content))
+        from_first(lambda: self._write_files(model))
         recipe = self.recipe(model, self.place.scratch)
         cut = recipe.model_copy(update={"steps": tuple(step for step in recipe.steps if not step.trains)})
         # A name of its own: a run that was killed goes on.
@@ -104,6 +102,10 @@ class Making:
         if first():
             shutil.rmtree(out, ignore_errors=True)
         return Made(model, costs, outcome.evaluation)
+
+    def _write_files(self, model: Model) -> None:
+        for name, content in self.files(model).items():
+            (self.place.scratch / name).write_text(content, encoding="utf-8")
 
     def best(self, in_time: Callable[[], bool], say: Say) -> tuple[Model, list[Made]]:
         """The best of models made one after the other, each for a budget corrected by what the one before missed.
@@ -159,7 +161,3 @@ class Making:
         meters = self.seeker.space.meters
         worst = max(cost / meter.budget() - 1 for meter, cost in zip(meters, costs, strict=True))
         return worst if worst > TOLERANCE else 0.0
-
-
-def _write(path: Path, content: str) -> None:
-    path.write_text(content, encoding="utf-8")

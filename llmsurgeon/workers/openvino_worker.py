@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-BITS = {"int8": 8, "int4": 4}
-# Widths that are no multiples of a group are cut into smaller ones.
-GROUPS: dict[str, dict[str, Any]] = {"int8": {}, "int4": {"group_size_fallback": "adjust"}}
+# Of widths that are no multiples of a group, smaller groups are made.
+ROUNDINGS: dict[str, dict[str, Any]] = {"int8": {"bits": 8}, "int4": {"bits": 4, "group_size_fallback": "adjust"}}
 
 
 def load(asked: dict[str, Any]) -> tuple[dict[str, Any], Callable[[list[Any]], dict[str, Any]]]:
@@ -28,7 +27,7 @@ def load(asked: dict[str, Any]) -> tuple[dict[str, Any], Callable[[list[Any]], d
     # Left to itself, it would round the weights of models above a size.
     how: dict[str, Any] = {"load_in_8bit": False}
     if asked["type"]:
-        how = {"quantization_config": OVWeightQuantizationConfig(bits=BITS[asked["type"]], **GROUPS[asked["type"]])}
+        how = {"quantization_config": OVWeightQuantizationConfig(**ROUNDINGS[asked["type"]])}
     kind = OVModelForFeatureExtraction if asked["encoder"] else OVModelForCausalLM
     model = kind.from_pretrained(asked["folder"], export=True, ov_config=config, **how)
     model.compile()
