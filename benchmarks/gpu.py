@@ -37,6 +37,7 @@ PARTS = {
     "heal": "heal",
     "analyze": "analyze",
     "convert": "convert",
+    "search": "search",
 }
 SECONDS = 120
 

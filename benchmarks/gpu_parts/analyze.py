@@ -19,7 +19,7 @@ LENGTH = 512
 
 def rows(setting: Setting) -> Iterator[dict[str, Any]]:
     """An analysis, then a cut with its refit."""
-    layers, tokens = (4, 64) if setting.dry else (4, 4096) if setting.quick else (8, 8192)
+    layers, tokens = (4, 64) if setting.dry else (8, 4096) if setting.quick else (32, 4096)
     length = 16 if setting.dry else LENGTH
     device = setting.device.type
     with tempfile.TemporaryDirectory(prefix="llmsurgeon-gpu-") as name:

@@ -8,8 +8,10 @@ each text that judges. Without --model a tiny random one runs through the same c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
+import queue
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -23,6 +25,8 @@ from gpu_parts.timing import Setting
 MINUTES = 5.0
 # Tokens that the parent writes to train on, and rows a step: a card is bored by the eight of a CPU.
 SAMPLED, BATCH, RATE = 2_000_000, 32, 2e-4
+# Of block transformers, which begin far from their parent.
+BLOCK_RATE = 6e-4
 
 
 def rows(setting: Setting) -> Iterator[dict[str, Any]]:
@@ -48,32 +52,37 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
 def side_by_side(given: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Each student in a process of its own; together they share the card."""
     spawning = multiprocessing.get_context("spawn")
-    found: Any = spawning.SimpleQueue()
-    for student, each in given.items():
-        spawning.Process(target=tell, args=(found, student, each), daemon=True).start()
-    left = len(given)
-    while left:
-        row = found.get()
-        left -= row is None
-        if row is not None:
-            yield row
+    found: Any = spawning.Queue()
+    ways = [spawning.Process(target=tell, args=(found, *each), daemon=True) for each in given.items()]
+    for way in ways:
+        way.start()
+    alive = True
+    while alive:
+        # One more look behind the end of all: what they said last is there by then.
+        alive = any(way.is_alive() for way in ways)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                yield found.get(timeout=1)
+    for student, way in zip(given, ways, strict=True):
+        if way.exitcode:
+            yield {"student": student, "failure": f"its process ended with {way.exitcode}"}
 
 
 def tell(found: Any, student: str, given: tuple[Any, ...]) -> None:
-    """Into the queue: what becomes of one student, and None at the end."""
+    """Into the queue: what becomes of one student."""
     try:
         for row in healed(*given):
             found.put({"student": student, **row})
     except Exception:
         found.put({"student": student, "failure": traceback.format_exc()})
-    finally:
-        found.put(None)
 
 
 def sampled(setting: Setting, folder: Path, parent: Path) -> dict[str, Any]:
     """One step of training on what all of them train on."""
     student = folder / "first"
-    made.llmsurgeon(*students(False)["fused"], parent, "-o", student, "--device", setting.device.type, here=True)
+    cut = made.llmsurgeon(*students(False)["fused"], parent, "-o", student, "--device", setting.device.type, here=True)
+    if cut["code"]:
+        return cut
     words = [*training(setting, False, "fused"), "--set", "distill.steps=1", "--set", "distill.evaluations=0"]
     del words[words.index("--minutes") : words.index("--minutes") + 2]
     return made.llmsurgeon("heal", student, "--parent", parent, "-o", folder / "one-step", *words, here=True)
@@ -122,7 +131,8 @@ def training(setting: Setting, tiny: bool, student: str) -> tuple[object, ...]:
         length = ("distill.sequence_length=16",)
     else:
         sizes = ("distill.precision=bfloat16", "distill.targets=memory", f"distill.data=[{{sampled: {SAMPLED}}}]")
-        length = (f"distill.batch={BATCH}", f"distill.learning_rate={RATE}")
+        rate = BLOCK_RATE if student.startswith("blocks") else RATE
+        length = (f"distill.batch={BATCH}", f"distill.learning_rate={rate}")
     if student.startswith("blocks"):
         # Its layers stand for none of the parent's.
         sizes = (*sizes, "distill.hidden=0", "distill.cross_entropy=1")
@@ -142,13 +152,5 @@ def judged(setting: Setting, student: Path, parent: Path, texts: list[Path]) -> 
             found[text.name] = done
             continue
         said = json.loads(done["out"])
-        found[text.name] = {key: value for key, value in _flat(said).items() if "perplexity" in key or key == "kl"}
-    return found
-
-
-def _flat(value: dict[str, Any]) -> dict[str, Any]:
-    """A report's innermost entries by their own names."""
-    found: dict[str, Any] = {}
-    for key, each in value.items():
-        found |= _flat(each) if isinstance(each, dict) else {key: each}
+        found[text.name] = made.perplexities(said)
     return found

@@ -103,3 +103,14 @@ def llmsurgeon(*arguments: object, here: bool = False) -> dict[str, Any]:
     code, out, err = (in_this_process if here else spoken)([str(each) for each in arguments])
     found: dict[str, Any] = {"code": code, "seconds": round(time.monotonic() - start, 2)}
     return found | ({"said": (out + err)[-1500:]} if code else {"out": out})
+
+
+def perplexities(report: dict[str, Any]) -> dict[str, Any]:
+    """What an evaluation says of perplexity and KL: innermost entries, by their own names."""
+    found: dict[str, Any] = {}
+    for key, each in report.items():
+        if isinstance(each, dict):
+            found |= perplexities(each)
+        elif "perplexity" in key or key == "kl":
+            found[key] = each
+    return found

@@ -1,6 +1,6 @@
 """Packed ternary linears beside bfloat16 and int8 ones, at the sizes of Llama-3.1-8B's.
 
-Packed: 2 bits a weight, activations as they are or of 8 bits.
+Packed: 2 bits a weight, activations as they are or of 8 bits; codes taken out in registers, or written out for cuBLAS.
 Weights rotate, so that each product reads them from memory; `floor_us` is what their bytes take at 3.0 TB/s, a copy's
 rate on an H100.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from gpu_parts.timing import Setting, copies_of, freed, in_turn, per_copy, rotated
 
 SHAPES = {"attention": (4096, 4096), "up": (14336, 4096), "down": (4096, 14336)}
-TOKENS = (1, 4, 16, 64, 512, 2048)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 2048)
 BYTES_A_SECOND = 3.0e12
 
 
@@ -52,7 +52,7 @@ def measured(setting: Setting, outputs: int, inputs: int, tokens: int) -> dict[s
         narrow = torch.randint(-127, 128, (tokens, inputs), device=device, dtype=torch.int8)
         ways["int8 of torch"] = (lambda number: torch._int_mm(narrow, whole[number].T), len(whole))
     errors: dict[str, float] = {}
-    for name, kernel in packed_ways().items():
+    for name, kernel in packed_ways(tokens).items():
         errors[name] = float((kernel(x, bits[0], scale).double() - expected).norm() / expected.norm())
         ways[name] = (partial(lambda kernel, number: kernel(x, bits[number], scale), kernel), copies)
     times = in_turn({name: rotated(way, count) for name, (way, count) in ways.items()}, device, 0.3)
@@ -61,15 +61,17 @@ def measured(setting: Setting, outputs: int, inputs: int, tokens: int) -> dict[s
     return {"floor_us": floor, "errors": errors, "times": times}
 
 
-def packed_ways() -> dict[str, Any]:
-    """The products of packed weights; the slow one of torch where triton cannot run."""
+def packed_ways(tokens: int) -> dict[str, Any]:
+    """The products of packed weights, of more than a few tokens by each means; torch's where triton cannot run."""
     try:
         from llmsurgeon.kernels.packed_triton import INTERPRETED, product
     except ImportError:
         return {"packed, torch": unpacked}
     if not torch.cuda.is_available() and not INTERPRETED:
         return {"packed, torch": unpacked}
-    return {"packed": product, "packed, 8-bit activations": partial(product, rounded=True)}
+    ways = {"packed": product, "packed, 8-bit activations": partial(product, rounded=True)}
+    means = {"packed, in registers": False, "packed, written out": True} if tokens > 16 else {}
+    return ways | {name: partial(product, written_out=out) for name, out in means.items()}
 
 
 def unpacked(x: torch.Tensor, bits: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

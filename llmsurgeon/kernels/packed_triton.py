@@ -4,7 +4,8 @@
 The weights stay packed: a program takes four rows of codes out of each byte in registers, so device memory gives 2 bits
 a weight. Activations are the caller's, or 8-bit codes with a scale a token; those products are whole numbers, exactly.
 A few tokens are multiplied number by number, since the weights' bytes are all that counts: in float32, or four 8-bit
-codes at once. More tokens are worth the tensor cores; what differs among those is the tile.
+codes at once. More tokens are worth the tensor cores; what differs among those is the tile. Of a long prompt the products
+are dear and bytes are not: its weights are written out, in the activations' dtype, for the vendor's own product.
 
 Shapes: N tokens, I inputs, R rows of bytes, each of which holds four rows of codes: r, r + R, r + 2 R, r + 3 R.
 With TRITON_INTERPRET=1 it runs on a CPU, slowly.
@@ -59,6 +60,9 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FEW = 16
 # Tokens up to which numbers are multiplied one by one: of the caller's activations, and of 8-bit ones.
 ONE_BY_ONE, FOUR_AT_ONCE = 1, 2
+# Tokens from which weights are written out, unless activations have 8 bits; not in float16, whose sums could overflow
+# before the scale makes them small.
+MANY, WRITTEN_OUT = 256, (torch.bfloat16, torch.float32)
 # Inputs up to which sums of 48 * 127 fit 32 bits.
 MOST_WHOLE = 2**31 // (48 * 127) // 16 * 16
 # Four products of bytes and their sum: codes without a sign, activations with one.
@@ -316,6 +320,29 @@ def few_float_kernel(
 
 
 @triton.jit
+def codes_kernel(bits, out, rows, inputs, ROWS: tl.constexpr, INPUTS: tl.constexpr):
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    column = tl.program_id(1) * INPUTS + tl.arange(0, INPUTS)[None, :]
+    there = (row < rows) & (column < inputs)
+    byte = tl.load(bits + row * inputs + column, mask=there, other=0)
+    for place in tl.static_range(0, 4):
+        made = ((byte >> (2 * place)) & 3).to(tl.int8) - 1
+        tl.store(out + (row + place * rows) * inputs + column, made.to(tl.float32), mask=there)
+
+
+@triton.jit
+def scaled_kernel(out, row_scale, bias, outputs, BIASED: tl.constexpr, BLOCK: tl.constexpr):
+    out += tl.program_id(0).to(tl.int64) * outputs
+    output = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = output < outputs
+    made = tl.load(out + output, mask=there, other=0.0).to(tl.float32)
+    made *= tl.load(row_scale + output, mask=there, other=0.0)
+    if BIASED:
+        made += tl.load(bias + output, mask=there, other=0.0).to(tl.float32)
+    tl.store(out + output, made, mask=there)
+
+
+@triton.jit
 def eight_bits_kernel(x, codes, scale, inputs, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -348,6 +375,7 @@ def product(
     asm: bool | None = None,
     tile: Tile | None = None,
     few: Few | None = None,
+    written_out: bool | None = None,
 ) -> Tensor:
     """x [N, I] times the ternary weights in bits uint8 [R, I] with a scale a row, float32 [4 R]: [N, 4 R] in x's dtype.
 
@@ -357,12 +385,19 @@ def product(
             where the GPU knows it.
         tile: what a program computes on tensor cores; None: what suits the size.
         few: what a program computes number by number; None: what suits the size, and nothing for many tokens.
+        written_out: write the weights out in x's dtype and let the vendor's library multiply; None: of a long prompt,
+            where nothing else is asked for. Its sums are rounded to that dtype before the scale as well as behind it.
     """
     tokens, inputs = x_NI.shape
     rows = len(bits)
-    out = x_NI.new_empty(tokens, 4 * rows)
     if not tokens:
-        return out
+        return x_NI.new_empty(tokens, 4 * rows)
+    if written_out is None:
+        asked = rounded or asm is not None or tile is not None or few is not None
+        written_out = not asked and tokens >= MANY and x_NI.dtype in WRITTEN_OUT
+    if written_out:
+        return _scaled(torch.nn.functional.linear(x_NI, codes_of(bits, x_NI.dtype)), scale_O, bias)
+    out = x_NI.new_empty(tokens, 4 * rows)
     codes, token_scale = eight_bits(x_NI) if rounded else (x_NI.contiguous(), scale_O)
     one_by_one = FOUR_AT_ONCE if rounded else ONE_BY_ONE
     if few or (few is None and tile is None and tokens <= one_by_one):
@@ -396,6 +431,23 @@ def product(
         together_kernel[(triton.cdiv(4 * rows, 1024), tokens)](
             into, scale_O, token_scale, given, out, tokens, 4 * rows, BLOCK=1024, **how
         )
+    return out
+
+
+def codes_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights -1, 0 and 1 that bits uint8 [R, I] stand for: [4 R, I]."""
+    rows, inputs = bits.shape
+    codes = torch.empty(4 * rows, inputs, dtype=dtype, device=bits.device)
+    codes_kernel[(triton.cdiv(rows, 4), triton.cdiv(inputs, 1024))](bits, codes, rows, inputs, ROWS=4, INPUTS=1024)
+    return codes
+
+
+def _scaled(out: Tensor, scale_O: Tensor, bias: Tensor | None) -> Tensor:
+    """`out` [N, O], which changes: times a scale an output, plus the bias."""
+    tokens, outputs = out.shape
+    scaled_kernel[(tokens, triton.cdiv(outputs, 1024))](
+        out, scale_O, scale_O if bias is None else bias, outputs, BIASED=bias is not None, BLOCK=1024
+    )
     return out
 
 

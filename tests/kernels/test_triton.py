@@ -75,6 +75,40 @@ def test_products_of_packed_weights(tokens, inputs, rows, dtype, how, biased, se
     assert distance(product(x, bits, scale, bias, rounded=True, **given), expected) < CLOSE[dtype]
 
 
+@few
+@given(
+    tokens=st.sampled_from([1, 2, 17, 40]),
+    inputs=st.sampled_from([1, 31, 300, 1030]),
+    rows=st.sampled_from([1, 7, 33, 260]),
+    dtype=st.sampled_from(list(packed_triton.WRITTEN_OUT)),
+    biased=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_weights_that_are_written_out(tokens, inputs, rows, dtype, biased, seed):
+    bits, codes, scale = weights(rows, inputs, seed)
+    assert torch.equal(packed_triton.codes_of(bits, dtype), codes.to(dtype))
+    x = drawn(seed + 1, tokens, 2 * inputs, dtype=dtype)[:, ::2]  # not contiguous
+    bias = drawn(seed, 4 * rows) if biased else None
+    expected = x.double() @ (codes.double() * scale.double()[:, None]).T + (0 if bias is None else bias.double())
+    found = product(x, bits, scale, bias, written_out=True)
+    assert found.dtype == dtype and found.shape == (tokens, 4 * rows) and distance(found, expected) < CLOSE[dtype]
+
+
+def test_long_prompts_have_their_weights_written_out(monkeypatch):
+    bits, _, scale = weights(7, 31)
+    written = []
+    real = packed_triton.codes_of
+    monkeypatch.setattr(packed_triton, "codes_of", lambda *given: written.append(1) or real(*given))
+    for dtype in CLOSE:
+        for tokens in (packed_triton.MANY - 1, packed_triton.MANY):
+            x = drawn(1, tokens, 31, dtype=dtype)
+            product(x, bits, scale, rounded=True)
+            product(x, bits, scale)
+            long = dtype in packed_triton.WRITTEN_OUT and tokens == packed_triton.MANY
+            assert bool(written) == long, (dtype, tokens)
+            written.clear()
+
+
 @pytest.mark.skipif(INTERPRETED or DEVICE == "cpu", reason="PTX runs on cards")
 @pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 130])
