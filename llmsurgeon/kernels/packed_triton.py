@@ -4,8 +4,8 @@
 The weights stay packed: a program takes four rows of codes out of each byte in registers, so device memory gives 2 bits
 a weight. Activations are the caller's, or 8-bit codes with a scale a token; those products are whole numbers, exactly.
 A few tokens are multiplied number by number, since the weights' bytes are all that counts: in float32, or four 8-bit
-codes at once. More tokens are worth the tensor cores; what differs among those is the tile. Of a long prompt the products
-are dear and bytes are not: its weights are written out, in the activations' dtype, for the vendor's own product.
+codes at once. More tokens are worth the tensor cores; what differs among those is the tile. Of a long prompt the
+products are dear and bytes are not: weights are written out, in the activations' dtype, for the vendor's own product.
 
 Shapes: N tokens, I inputs, R rows of bytes, each of which holds four rows of codes: r, r + R, r + 2 R, r + 3 R.
 With TRITON_INTERPRET=1 it runs on a CPU, slowly.

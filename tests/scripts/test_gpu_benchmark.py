@@ -34,7 +34,10 @@ def parts(monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("part", ["ternary", "fusion", "fff", "matmulfree", "block", "analyze", "convert", "heal", "search"])
+PARTS = ["ternary", "fusion", "fff", "matmulfree", "block", "analyze", "convert", "heal", "search"]
+
+
+@pytest.mark.parametrize("part", PARTS)
 def test_every_part_runs_dry(parts, part, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("LLMSURGEON_CACHE", str(tmp_path / "cache"))
