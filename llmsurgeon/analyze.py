@@ -71,7 +71,8 @@ def analyze(
         max_run: the longest run of FFNs to fuse.
         seed: of sampled text.
         device: "auto" (a card where there is one), "cpu", "cuda" ...
-        dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
+        dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own, or
+            float32 on a CPU without bfloat16.
         batch: sequences that go through a layer together.
         revision: of `model`, on the hub; trust_remote_code: let code that its tokenizer brings along run.
         overwrite: replace `out` if it holds nothing but what llmsurgeon wrote.

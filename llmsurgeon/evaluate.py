@@ -88,7 +88,8 @@ def evaluate(
         tasks_output: a folder for the harness's own files of results.
         stride: measure perplexity over one stream of the text, too, as llama-perplexity does; 0: without a stride.
         device: "auto" (a card where there is one), "cpu", "cuda" ...
-        dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own.
+        dtype: "float32", "bfloat16" or "float16"; None: the checkpoint's own, or
+            float32 on a CPU without bfloat16.
         revision: of `model`, on the hub.
         trust_remote_code: let code that a tokenizer brings along run.
         say: is told what is measured on, and what cannot be.

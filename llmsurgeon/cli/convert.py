@@ -17,6 +17,7 @@ from llmsurgeon.cli.made import outcome_report, plan_report, print_outcome, prin
 from llmsurgeon.cli.options import (
     DEVICE,
     DISCARD,
+    DTYPE_DEFAULT,
     OVERWRITE,
     ChecksumKind,
     Private,
@@ -50,7 +51,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help=OVERWRITE)]
 Discard = Annotated[bool, typer.Option("--discard-partial", help=DISCARD)]
 ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file.")]
 Device = Annotated[str, typer.Option(help=f"Where calibration runs. {DEVICE}", callback=usable_device)]
-Dtype = Annotated[str | None, typer.Option(help="Dtype of calibration: float32, bfloat16; default: the checkpoint's.")]
+Dtype = Annotated[str | None, typer.Option(help=f"Dtype of calibration: float32, bfloat16; {DTYPE_DEFAULT}")]
 Revision = Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Model = Annotated[str | None, typer.Argument(help="Hub id, folder or GGUF file; default: the recipe's model.")]

@@ -11,6 +11,7 @@ from llmsurgeon.boundary.limits import LONGEST_SEQUENCE
 from llmsurgeon.cli import console, say, tell
 from llmsurgeon.cli.options import (
     DEVICE,
+    Dtype,
     TrustRemoteCode,
     length_option,
     text_file,
@@ -64,7 +65,7 @@ def evaluate_command(
         whole("Perplexity as llama-perplexity --ppl-stride, too; 0: as it measures without.", 0, LONGEST_SEQUENCE),
     ] = None,
     device: Annotated[str, typer.Option(help=DEVICE, callback=usable_device)] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    dtype: Dtype = None,
     revision: Annotated[str | None, typer.Option(help="Revision of MODEL on the hub.")] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

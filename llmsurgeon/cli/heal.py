@@ -15,6 +15,7 @@ from llmsurgeon.cli.made import kinds_lines, plan_report, print_plan, shown, war
 from llmsurgeon.cli.options import (
     DEVICE,
     DISCARD,
+    DTYPE_DEFAULT,
     OVERWRITE,
     ChecksumKind,
     Private,
@@ -65,7 +66,7 @@ def heal_command(
     device: Annotated[
         str, typer.Option(help=f"{DEVICE} Under accelerate launch: what it was told.", callback=usable_device)
     ] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="Dtype that the parent runs in; default: the checkpoint's.")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Dtype that the parent runs in; {DTYPE_DEFAULT}")] = None,
     trust_remote_code: TrustRemoteCode = False,
     push_to_hub: PushToHub = None,
     private: Private = False,

@@ -71,6 +71,8 @@ def usable_device(name: str) -> str:
     return chosen_device(name)
 
 
+DTYPE_DEFAULT = "default: the checkpoint's; float32 on a CPU without bfloat16."
+Dtype = Annotated[str | None, typer.Option(help=f"float32, bfloat16 or float16; {DTYPE_DEFAULT}")]
 Seed = Annotated[int, whole("Seed of sampled calibration text.", 0, LARGEST_SEED)]
 Batch = Annotated[int, whole("Sequences that go through a layer together.", 1, MOST_SEQUENCES)]
 Rounds = Annotated[int, whole("Timed rounds, after one to warm up.", 1, MOST_ROUNDS)]

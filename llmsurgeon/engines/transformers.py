@@ -20,6 +20,7 @@ from llmsurgeon.evaluation.latency import benchmark, prompt_read, timed_round, t
 from llmsurgeon.evaluation.speed import Bench
 from llmsurgeon.evaluation.threads import threads_of_torch
 from llmsurgeon.formats.devices import chosen_device
+from llmsurgeon.formats.dtypes import computed_in
 from llmsurgeon.formats.loading import dtype_of, load_model
 from llmsurgeon.formats.models import filled_model
 from llmsurgeon.model.spec import ModelSpec
@@ -90,7 +91,5 @@ class TransformersKind(Kind):
             return benchmark(student, parent, batch=asked.batch, graph=asked.graph, **asked.sizes)
 
     def _dtype(self, model: Described, setting: Setting) -> torch.dtype:
-        if setting.type is None:
-            return model.dtype
-        found: torch.dtype = getattr(torch, setting.type)
-        return found
+        asked: torch.dtype | None = getattr(torch, setting.type) if setting.type else None
+        return computed_in(model.dtype, asked, setting.device)

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from llmsurgeon.boundary.foreign import check_token_ids
+from llmsurgeon.checkpoint.source import Checkpoint
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.evaluation.judge import judge
 from llmsurgeon.evaluation.pair import Pair
-from llmsurgeon.formats.dtypes import computed_in
+from llmsurgeon.formats.dtypes import computed_in, plain_dtype, stored_dtype
 from llmsurgeon.formats.forms import form_of
 from llmsurgeon.formats.loading import load_tokenizer
 from llmsurgeon.formats.reading import Reading, read_model
@@ -39,7 +40,7 @@ def pair_of(plain: Pair) -> Pair:
         SurgeryError: a model that cannot be read.
     """
     free = room() if torch.device(plain.device).type == "cpu" else None
-    size = sum(checkpoint.nbytes(plain.dtype) for checkpoint in plain.opened)
+    size = sum(_held(checkpoint, plain) for checkpoint in plain.opened)
     if free is None or size <= free.bytes:
         return plain
     what = f"{plain.model} takes" if plain.against is None else f"{plain.model} and {plain.against} take"
@@ -50,6 +51,14 @@ def pair_of(plain: Pair) -> Pair:
     layered = LayerPair(plain.model, plain.against)
     vars(layered).update(vars(plain))  # what is open stays open
     return layered
+
+
+def _held(checkpoint: Checkpoint, plain: Pair) -> int:
+    """Bytes of a model in memory as a whole; of packed numbers, which are refused further on, those of the files."""
+    meta = checkpoint.meta()
+    if not stored_dtype(meta).is_floating_point:
+        return checkpoint.nbytes()
+    return checkpoint.nbytes(computed_in(plain_dtype(meta, checkpoint.config), plain.dtype, plain.device))
 
 
 @dataclass

@@ -38,7 +38,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a hub id, folder or GGUF file, in one dtype: `dtype`, else the one most of its numbers have.
 
-    On a CPU bfloat16 stands for float16; ask for it where it is wanted.
+    On a CPU bfloat16 stands for float16, and float32 for both where the processor has no instructions for bfloat16; ask
+    for what is wanted.
 
     Code inside the checkpoint never runs: converted checkpoints load through this package's modeling files.
     """

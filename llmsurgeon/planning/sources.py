@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.costs import human
-from llmsurgeon.planning.opened import DescribedModel, bytes_of
+from llmsurgeon.planning.opened import DescribedModel
 from llmsurgeon.progress import remark
 from llmsurgeon.recipe.recipe import Calibration as Asked
 from llmsurgeon.recipe.recipe import Recipe
@@ -39,15 +41,19 @@ def mixed(parent: DescribedModel, asked: Asked) -> Asked:
     if not (asked.text or asked.dataset) or asked.self_share is not None:
         return asked
     share = asked.sampled_share(bool(parent.family.encoder))
-    if share and (wants := too_large(bytes_of(parent.meta()))):
+    if share and (wants := too_large(parent)):
         remark(f"{parent.name}: {wants}, so none is sampled beside the text that is given")
         share = 0.0
     return asked.model_copy(update={"self_share": share})
 
 
-def too_large(size: int) -> str | None:
-    """Why a model of so many bytes cannot be in memory as a whole, to sample text from; None where it can."""
-    left = room()
+def too_large(parent: DescribedModel, dtype: torch.dtype | None = None) -> str | None:
+    """Why a model cannot be in memory as a whole, to sample text from; None where it can.
+
+    dtype: what it is computed in; None: what it is where nothing else is asked for.
+    """
+    chosen = dtype or parent.computed_in(None, "cpu")
+    left, size = room(), chosen.itemsize * sum(tensor.numel() for tensor in parent.meta().values())
     if left is None or size <= left.bytes:
         return None
     return f"text is sampled from the whole model, {human(size)}B, and {left.limit} is {human(left.bytes)}B"

@@ -105,7 +105,7 @@ class Texts:
         Raises:
             SurgeryError: it is larger than the memory that there is.
         """
-        wants = too_large(self.parent.checkpoint.nbytes(self.dtype))
+        wants = too_large(self.parent, self.dtype)
         if wants and device_kind(self.options.device) == "cpu":
             raise SurgeryError(
                 f"{self.parent.name}: {wants}; give --text FILE with --self-share 0, which reads layers one at a time"

@@ -11,7 +11,7 @@ import torch
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
-from llmsurgeon.planning.opened import OpenedCheckpoint, bytes_of, opened_model
+from llmsurgeon.planning.opened import OpenedCheckpoint, opened_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.sources import too_large
 from llmsurgeon.planning.texts import Texts
@@ -58,7 +58,7 @@ def _written(parent: OpenedCheckpoint, entries: tuple[KeepTokens, ...]) -> tuple
     others = tuple(entry for entry in entries if not entry.self)
     if len(others) == len(entries):
         return entries
-    reason = "an encoder writes no text" if parent.family.encoder else too_large(bytes_of(parent.meta()))
+    reason = "an encoder writes no text" if parent.family.encoder else too_large(parent)
     if reason is None:
         return entries
     if not others:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import save_encoder, save_tiny
 from operations.helpers import logits, some_tokens
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -20,6 +22,7 @@ from llmsurgeon.errors import CheckpointError, SurgeryError
 from llmsurgeon.evaluation.decoders import evaluate_decoder
 from llmsurgeon.evaluation.encoders import evaluate_encoder
 from llmsurgeon.evaluation.latency import benchmark
+from llmsurgeon.formats import dtypes
 from llmsurgeon.formats.dtypes import computed_in
 from llmsurgeon.formats.loading import load_model
 from llmsurgeon.planning.opened import open_model
@@ -55,8 +58,9 @@ def call(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("make", (mixed, float8))
-def test_one_dtype_for_every_command(tmp_path, call, make):
+def test_one_dtype_for_every_command(tmp_path, call, make, monkeypatch):
     """A bfloat16 model with float32 norms, or with numbers of 8 bits, is computed in bfloat16 by all of them."""
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: True)
     folder = make(save_tiny(tmp_path / "parent", "llama", tokenizer=True))
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert torch.equal(logits(load_model(str(folder)), some_tokens()), logits(expected, some_tokens()))
@@ -95,10 +99,43 @@ def test_whole_numbers_are_no_weights(tmp_path):
             reader(str(folder))
 
 
-def test_float16_on_a_cpu():
-    assert computed_in(torch.float16, None, "cpu") == torch.bfloat16
-    assert computed_in(torch.float16, None, "cuda") == torch.float16
-    assert computed_in(torch.float16, torch.float16, "cpu") == torch.float16
+@pytest.mark.parametrize("knows", (True, False))
+def test_half_precision_on_a_cpu(knows, monkeypatch):
+    """float16 becomes bfloat16, and both float32 where the processor has no instructions for bfloat16."""
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: knows)
+    low = torch.bfloat16 if knows else torch.float32
+    for half in (torch.float16, torch.bfloat16):
+        assert computed_in(half, None, "cpu") == low
+        assert computed_in(half, None, "cuda:1") == half
+        for asked in (torch.float16, torch.bfloat16, torch.float32):
+            assert computed_in(half, asked, "cpu") == asked
+    assert computed_in(torch.float32, None, "cpu") == computed_in(torch.float32, None, "cuda") == torch.float32
+
+
+def test_a_processor_without_bfloat16(tmp_path, call, monkeypatch):
+    """A bfloat16 checkpoint is computed in float32 by every command, and written in bfloat16."""
+    monkeypatch.setattr(dtypes, "multiplies_bfloat16", lambda: False)
+    folder = save_tiny(tmp_path / "parent", "llama", tokenizer=True)
+    cast(folder, lambda name, tensor: tensor.to(torch.bfloat16))
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(logits(load_model(str(folder)), some_tokens()), logits(expected, some_tokens()))
+    result = call("bench", folder, "--prompt", "8", "--new-tokens", "2", "--rounds", "1", "--json")
+    assert json.loads(result.stdout)["dtype"] == "float32"
+    mixed = ["--text", "text.txt", "--self-share", "0.25", "--tokens", "512"]
+    for arguments in (["fuse", folder, "--drop-count", "2", *mixed, "-o", "out"], ["eval", "out", "--against", folder]):
+        result = call(*arguments, *(SHORT if arguments[0] == "eval" else ()))
+        assert result.exit_code == 0, (arguments, result.output, result.exception)
+    with safe_open(Path("out") / "model.safetensors", "pt") as made:
+        assert {made.get_tensor(name).dtype for name in made.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_what_the_processor_says(monkeypatch):
+    dtypes.multiplies_bfloat16.cache_clear()
+    assert isinstance(dtypes.multiplies_bfloat16(), bool)
+    dtypes.multiplies_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())  # a build of torch without oneDNN
+    assert not dtypes.multiplies_bfloat16()
+    dtypes.multiplies_bfloat16.cache_clear()
 
 
 def damaged(folder: Path, value: float = float("nan")) -> Path:

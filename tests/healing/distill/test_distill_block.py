@@ -112,7 +112,9 @@ def test_it_learns_the_text(tmp_path, step, changes):
         moved = {name for name in case.weights if not torch.equal(weights[name], case.weights[name])}
         # Behind a prefix, with blocks of one token, the token decoder reads none.
         idle = {f"model.{name}" for name in ("embed_tokens.weight", "token_projection.weight", "token_projection.bias")}
-        assert moved == set(case.weights) - (idle if step.block_length == 1 else set())
+        # Of one vector to attend to, queries and keys say nothing: rounding alone moves them, on some processors.
+        unsaid = {name for name in case.weights if "cross_attn.q_proj" in name or "cross_attn.k_proj" in name}
+        assert moved - unsaid == set(case.weights) - unsaid - (idle if step.block_length == 1 else set())
 
 
 def test_the_evaluation_is_that_of_the_weights_that_are_kept(tmp_path):
