@@ -24,9 +24,9 @@ from gpu_parts.timing import Setting
 
 MINUTES = 5.0
 # Tokens that the parent writes to train on, and rows a step: a card is bored by the eight of a CPU.
-SAMPLED, BATCH, RATE = 2_000_000, 32, 2e-4
+SAMPLED, BATCH, RATE = 2_000_000, 128, 4e-4
 # Of block transformers, which begin far from their parent.
-BLOCK_RATE = 6e-4
+BLOCK_RATE = 8e-4
 
 
 def rows(setting: Setting) -> Iterator[dict[str, Any]]:
