@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,16 +80,25 @@ MATRICES = {
 
 @dataclass(frozen=True)
 class Words:
-    """What the distance to the parent is called, its unit, and what it looks at."""
+    """What the distance to the parent is called, its unit, and what it looks at; `meaning` says it to a newcomer."""
 
     name: str
     short: str
     unit: str
     looks_at: str
     scores: dict[str, About]
+    meaning: str
 
 
-KL = Words("KL", "KL", "nats a token", "what the model says", SCORES)
+KL = Words(
+    "KL",
+    "KL",
+    "nats a token",
+    "what the model says",
+    SCORES,
+    "KL is how far what a model says of the next token is from what the parent says, averaged over text that fitted "
+    "nothing: 0 is the same model.",
+)
 # Hidden states are what an encoder is for.
 COSINE = Words(
     "cosine distance",
@@ -106,9 +116,11 @@ COSINE = Words(
         "ffn_kl": replace(SCORES["ffn_kl"], title="FFN distance"),
         "block_kl": replace(SCORES["block_kl"], title="Block distance"),
     },
+    "The distance is 1 \N{MINUS SIGN} cos between the last hidden states of a model and of the parent, averaged over "
+    "the tokens of text that fitted nothing: 0 is the same direction.",
 )
 
 
-def words_of(report: dict[str, Any]) -> Words:
-    """The words for the distance by which an analysis ranked."""
+def words_of(report: Mapping[str, Any]) -> Words:
+    """The words for the distance by which an analysis ranked, or a search chose."""
     return COSINE if report.get("distance") == "cosine" else KL

@@ -15,25 +15,26 @@ LEFT = 130
 ATTENTION, FFN, SCORE = (20, 62), (70, 134), (156, 214)
 
 
-def strip_of(chosen: Sequence[Mapping[str, Any]], parent: Sequence[Sequence[int]]) -> Markup:
+def strip_of(chosen: Sequence[Mapping[str, Any]], parent: Sequence[Sequence[int]], short: str = "KL") -> Markup:
     """A column a layer of the parent, one over all layers of a run: outlines are the parent's, what is left is filled.
 
-    chosen: entries of `layers` of a search's report; parent: (heads, KV heads, FFN width) of each of its layers.
+    chosen: entries of `layers` of a search's report; parent: (heads, KV heads, FFN width) of each of its layers; short:
+    what the scores are called.
     """
     layers = len(parent)
     slot = min(52.0, (PAGE - LEFT - 10) / max(layers, 1))
     scale = Scale.over([0.0, *(each["kl"] for each in chosen if is_number(each["kl"]))], SCORE[1], SCORE[0])
-    parts = [*_rows(scale)]
+    parts = [*_rows(scale, short)]
     step = label_step(layers, slot, 26)
     for layer in range(0, layers, step):
         parts.append(label(LEFT + (layer + 0.5) * slot - 1, 12, layer, "mid"))
     for each in chosen:
-        parts += _column(each, parent, slot, scale)
+        parts += _column(each, parent, slot, scale, short)
     return svg(PAGE, SCORE[1] + 8, f"what was chosen in each of {layers} layers", parts)
 
 
-def _rows(scale: Scale) -> list[str]:
-    named = [("attention", ATTENTION), ("FFN", FFN), ("KL alone", SCORE)]
+def _rows(scale: Scale, short: str) -> list[str]:
+    named = [("attention", ATTENTION), ("FFN", FFN), (f"{short} alone", SCORE)]
     parts = [label(LEFT - 54, (top + floor) / 2 + 4, name, "end") for name, (top, floor) in named]
     parts.append(label(LEFT - 54, 12, "layer", "end"))
     for tick in scale.ticks:
@@ -42,10 +43,12 @@ def _rows(scale: Scale) -> list[str]:
     return parts
 
 
-def _column(each: Mapping[str, Any], parent: Sequence[Sequence[int]], slot: float, scale: Scale) -> list[str]:
+def _column(
+    each: Mapping[str, Any], parent: Sequence[Sequence[int]], slot: float, scale: Scale, short: str
+) -> list[str]:
     layers = each["layers"]
     where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layer_range(layers[0], layers[-1])}"
-    tip = escape(f"{where}: {each['name']}" + (f", KL {each['kl']:.4g}" if is_number(each["kl"]) else ""))
+    tip = escape(f"{where}: {each['name']}" + (f", {short} {each['kl']:.4g}" if is_number(each["kl"]) else ""))
     x, width = LEFT + layers[0] * slot + 0.5, len(layers) * slot - (1 if slot < 14 else 3)
     parts = [f"<g><title>{tip}</title>"]
     for place, kind, (top, floor) in ((0, "attention", ATTENTION), (2, "ffn", FFN)):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmsurgeon.report.abouts import Words, words_of
 from llmsurgeon.report.charts import DASH, fixed, is_number, layer_range
 from llmsurgeon.report.chosen import strip_of
 from llmsurgeon.report.pages import html_page
@@ -20,7 +21,7 @@ UNNAMED = ("measured", "made")
 
 
 @dataclass(frozen=True)
-class Words:
+class TargetWords:
     """How a target's ratio is called: on an axis, of the model that was made, of a share that is saved; its title."""
 
     title: str
@@ -30,22 +31,22 @@ class Words:
 
 
 WORDS = {
-    "decode": Words(
+    "decode": TargetWords(
         "Decode speed", "decode speed, of the parent's", "times as fast at decoding", "of a decode step's time"
     ),
-    "prefill": Words(
+    "prefill": TargetWords(
         "Prefill speed", "prefill speed, of the parent's", "times as fast at reading", "of a prompt's time"
     ),
-    "params": Words("Parameters", "parameters, of the parent's", "of the parameters", "of the parameters"),
-    "flops": Words(
+    "params": TargetWords("Parameters", "parameters, of the parent's", "of the parameters", "of the parameters"),
+    "flops": TargetWords(
         "Multiplications",
         "multiplications a token, of the parent's",
         "of the multiplications",
         "of the multiplications",
     ),
-    "size": Words("Size", "bytes of the weights, of the parent's", "of the bytes", "of the bytes of the weights"),
-    "memory": Words("Memory", "bytes of weights and KV cache, of the parent's", "of the memory", "of the memory"),
-    "kv": Words("KV cache", "bytes of the KV cache, of the parent's", "of the KV cache", "of the KV cache"),
+    "size": TargetWords("Size", "bytes of the weights, of the parent's", "of the bytes", "of the bytes of the weights"),
+    "memory": TargetWords("Memory", "bytes of weights and KV cache, of the parent's", "of the memory", "of the memory"),
+    "kv": TargetWords("KV cache", "bytes of the KV cache, of the parent's", "of the KV cache", "of the KV cache"),
 }
 KINDS = {
     "chosen": "the recipe's",
@@ -59,20 +60,22 @@ KINDS = {
 
 def html_found(found: Plain, recipe: str) -> str:
     """The page for `Found.plain()` and the recipe that came of it. Null values are a dash; all text is escaped."""
+    words = words_of(found)
     first = found["bounds"][0]["name"] if found["bounds"] else "params"
     chosen = next((point for point in found["points"] if point.get("chosen")), None)
     return html_page(
         "search.html.j2",
         name=found["model"],
         facts=_facts(found),
-        lead=_lead(found, chosen),
-        curve=_curve(found["points"], first),
+        words=words,
+        lead=_lead(found, chosen, words),
+        curve=_curve(found["points"], first, words),
         kinds=[(kind, text) for kind, text in KINDS.items() if kind in _kinds(found["points"])],
-        strip=strip_of(found["layers"], found["parent"]),
+        strip=strip_of(found["layers"], found["parent"], words.short),
         rows=_rows(found),
         table=_table(found.get("table")),
         bounds=[_bound(bound) for bound in found["bounds"]],
-        sums=_sums(found["points"]),
+        sums=_sums(found["points"], words),
         singles=_singles(found["points"], first, chosen),
         alone=_short_alone(found),
         axis=WORDS[first].axis,
@@ -93,14 +96,16 @@ def _facts(found: Plain) -> dict[str, str]:
     }
 
 
-def _lead(found: Plain, chosen: Plain | None) -> dict[str, Any]:
+def _lead(found: Plain, chosen: Plain | None, words: Words) -> dict[str, Any]:
     """The result in one sentence, and its figures."""
     figures = []
     for bound in found["bounds"]:
         verdict = "met" if _met(bound) else f"missed by {100 * (_cost(bound) / bound['budget'] - 1):.1f} %"
         figures.append((WORDS[bound["name"]].title, f"{bound['ratio']:.3g} x", f"{bound['target']} {verdict}"))
     if chosen:
-        figures.append(("KL to the parent", fixed(chosen["kl"], 3), "nats a token"))
+        figures.append((f"{words.short} to the parent", fixed(chosen["kl"], 3), words.unit))
+        if is_number(chosen.get("pooled")):
+            figures.append(("Cosine of pooled states", fixed(chosen["pooled"], 4), "to the parent's, held-out text"))
         if is_number(chosen.get("perplexity")):
             figures.append(("Perplexity", f"{chosen['perplexity']:.3f} x", "the parent's, held-out text"))
     said = " and ".join(f"{bound['ratio']:.3g} {WORDS[bound['name']].made}" for bound in found["bounds"])
@@ -135,8 +140,8 @@ def _kind(point: Plain) -> str:
     return "chosen" if point.get("chosen") else str(point["kind"])
 
 
-def _curve(points: Sequence[Plain], target: str) -> Any:
-    """Every model that was measured, by the first target's ratio and by its KL."""
+def _curve(points: Sequence[Plain], target: str, words: Words) -> Any:
+    """Every model that was measured, by the first target's ratio and by its distance to the parent."""
     known = [point for point in points if is_number(point["ratios"].get(target)) and is_number(point["kl"])]
     # What matters is drawn last.
     order = list(KINDS)[::-1]
@@ -146,7 +151,7 @@ def _curve(points: Sequence[Plain], target: str) -> Any:
             x=point["ratios"][target],
             y=point["kl"],
             kind=_kind(point),
-            tip=f"{point['name']}: {point['ratios'][target]:.3g} x, KL {point['kl']:.4g}",
+            tip=f"{point['name']}: {point['ratios'][target]:.3g} x, {words.short} {point['kl']:.4g}",
             name="searched" if _kind(point) == "chosen" else "" if _kind(point) in UNNAMED else str(point["name"]),
             low=point["low"],
             high=point["high"],
@@ -158,7 +163,8 @@ def _curve(points: Sequence[Plain], target: str) -> Any:
     if not dots:
         return None
     searched = [(dot.x, dot.y) for dot in dots if dot.kind in ("chosen", "made", "measured")]
-    frame = Frame(WORDS[target].axis, "KL to the parent, nats a token", downhill=target not in SPEEDS, root=True)
+    axis = f"{words.short} to the parent, {words.unit}"
+    frame = Frame(WORDS[target].axis, axis, downhill=target not in SPEEDS, root=True)
     return scatter(dots, frame, "quality against the target", _front(searched, target in SPEEDS))
 
 
@@ -230,8 +236,8 @@ def _bound(bound: Plain) -> dict[str, str]:
     }
 
 
-def _sums(points: Sequence[Plain]) -> Any:
-    """The KL of whole models against the sum of their options' single scores."""
+def _sums(points: Sequence[Plain], words: Words) -> Any:
+    """The distance of whole models against the sum of their options' single scores."""
     dots = [
         Dot(
             point["predicted"],
@@ -248,8 +254,8 @@ def _sums(points: Sequence[Plain]) -> Any:
         return None
     most = max(max(dot.x for dot in dots), max(dot.y for dot in dots))
     least = min(min(dot.x for dot in dots), min(dot.y for dot in dots))
-    frame = Frame("sum of single scores", "KL of the whole model", width=564, height=360, even=True)
-    return scatter(dots, frame, "joint KL against the sum of scores", [(least, least), (most, most)])
+    frame = Frame("sum of single scores", f"{words.short} of the whole model", width=564, height=360, even=True)
+    return scatter(dots, frame, f"joint {words.short} against the sum of scores", [(least, least), (most, most)])
 
 
 def _singles(points: Sequence[Plain], target: str, chosen: Plain | None) -> list[dict[str, Any]]:

@@ -78,8 +78,9 @@ class Table:
 class Point:
     """A whole model. kind: "measured" on the walk, "made" by a recipe, or "single", of one method.
 
-    ratios: by target name, as targets count them. predicted: the sum of single scores. perplexity: over the parent's,
-    on text that chose nothing, where the model was made. chosen: it is what the recipe makes.
+    ratios: by target name, as targets count them. predicted: the sum of single scores. held_out: `kl` is of text that
+    fitted and chose nothing, where the model was made, and so are perplexity, over the parent's, and of an encoder
+    pooled, the cosine of its sequences' mean states to the parent's. chosen: it is what the recipe makes.
     """
 
     kind: str
@@ -90,12 +91,17 @@ class Point:
     high: float
     predicted: float | None = None
     perplexity: float | None = None
+    pooled: float | None = None
+    held_out: bool = False
     chosen: bool = False
 
 
 @dataclass
 class Found:
-    """All of it. parent: the shapes of its layers. table: where there was a choice of it. timings: seconds a phase."""
+    """All of it. parent: the shapes of its layers. table: where there was a choice of it. timings: seconds a phase.
+
+    distance: what `kl` stands for everywhere: "kl" in nats a token, or of an encoder "cosine", 1 - cos of last states.
+    """
 
     model: str
     engine: str
@@ -103,6 +109,7 @@ class Found:
     tokens: int
     sequence_length: int
     operations: tuple[str, ...]
+    distance: str = "kl"
     parent: tuple[Shape, ...] = ()
     bounds: tuple[Bound, ...] = ()
     options: tuple[Scored, ...] = ()

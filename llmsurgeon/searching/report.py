@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llmsurgeon.evaluation.decoders import Evaluation
+from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.model.spec import LayerSpec
 from llmsurgeon.searching.found import Bound, Chosen, Found, Point, Scored, Shape, Table
 from llmsurgeon.searching.making import Made
@@ -30,6 +31,7 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
     costs = next((each.costs for each in made if each.model == best), None)
     return replace(
         found,
+        distance="cosine" if space.parent.family.encoder else "kl",
         operations=tuple(dict.fromkeys(o.offers[0].steps[-1].op for o in space.options if o.single)),
         parent=tuple(map(_shape, space.parent.spec.layers)),
         bounds=_bounds(space, best, costs),
@@ -128,6 +130,10 @@ def _made(seeker: Seeker, made: Made) -> Point:
     ratios = [meter.ratio(cost) for meter, cost in zip(space.meters, made.costs, strict=True)]
     figures, found = made.evaluation, replace(_point(space, "made", made.model), low=float("nan"), high=float("nan"))
     found = replace(found, ratios=dict(zip(_names(space), ratios, strict=True)))
+    if isinstance(figures, EncoderEvaluation) and figures.hidden_cosine is not None:
+        near = (figures.hidden_cosine, *(figures.hidden_cosine_interval or (figures.hidden_cosine,) * 2))
+        kl, high, low = (1 - cosine for cosine in near)
+        return replace(found, kl=kl, low=low, high=high, pooled=figures.pooled_cosine, held_out=True)
     if not isinstance(figures, Evaluation) or figures.kl is None:
         return found
     # Its KL is to the parent with the same tokens, a token of those.
@@ -138,7 +144,7 @@ def _made(seeker: Seeker, made: Made) -> Point:
     perplexity = figures.perplexity_ratio
     if figures.bits:
         perplexity = figures.bits.word_perplexity / figures.bits.parent_word_perplexity
-    return replace(found, kl=kl, low=low, high=high, perplexity=perplexity)
+    return replace(found, kl=kl, low=low, high=high, perplexity=perplexity, held_out=True)
 
 
 def _name(space: Space, model: Model) -> str:

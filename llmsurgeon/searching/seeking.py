@@ -102,7 +102,8 @@ class Seeker:
             without = without + 1 if found is best else 0
             best = found
             if best is not None:
-                self.say(f"round {round_ + 1}: KL {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
+                short = "distance" if self.space.parent.family.encoder else "KL"
+                self.say(f"round {round_ + 1}: {short} {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
             if without == PATIENCE or not new or not self.in_time():
                 break
         return best or self._likeliest(tightened)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from conftest import save_encoder
 
 from llmsurgeon import run as run_recipe
 from llmsurgeon import search
@@ -211,3 +212,23 @@ def test_the_command(scene, run):
     assert code == 0 and "params=0.9x: 0.8" in out and "llmsurgeon run out/recipe.yaml" in out
     code, _, err = run("search", "parent", "--target", "params=0.01x", *few, "--overwrite")
     assert code == 2 and "out of reach" in err and (scene / "out" / "recipe.yaml").exists()
+
+
+def test_an_encoder_is_chosen_by_a_distance_and_says_so(scene, run):
+    """Nothing is called KL; distance and pooled cosine of the model that was made are of held-out text."""
+    save_encoder(scene / "encoder", "bert")
+    sizes = ("--text", "text.txt", "--tokens", 128, "--refit-tokens", 256, "--seq-len", 32, "--allow", "prune_width")
+    code, out, err = run("search", "encoder", "--target", "params=0.9x", *sizes, "-o", "out")
+    assert code == 0, err
+    assert "distance alone" in out and "on text that fitted and chose nothing, pooled states at a cosine of" in out
+    assert "KL" not in out + err
+    report = json.loads((scene / "out" / "report.json").read_text())
+    [made] = [point for point in report["points"] if point["kind"] == "made"]
+    assert report["distance"] == "cosine" and made["held_out"] and -1 <= made["pooled"] <= 1
+    assert made["low"] <= made["kl"] <= made["high"] and made["perplexity"] is None
+    page = (scene / "out" / "report.html").read_text()
+    assert "KL" not in page and "Cosine of pooled states" in page and "between the last hidden states" in page
+    # What the recipe makes has the very figures.
+    outcome = run_recipe(load(scene / "out" / "recipe.yaml"), None, "made")
+    assert 1 - outcome.evaluation.hidden_cosine == pytest.approx(made["kl"], abs=1e-6)
+    assert outcome.evaluation.pooled_cosine == pytest.approx(made["pooled"], abs=1e-6)
