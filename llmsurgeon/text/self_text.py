@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2 * 2**30  # of the KV cache of one batch
 # A card draws a token of many sequences in the time that one takes: this many times the batch, and of its memory the
-# share that their KV cache may take.
-CARD_BATCH, CARD_SHARE = 8, 1 / 8
+# share that their KV cache and logits may take. An H100 waits for the CPU with 1,024 sequences of a small model.
+CARD_BATCH, CARD_SHARE = 32, 1 / 3
+# Logits, what is allowed of them, and the likeliest are there at once.
+LOGITS = 4
 
 
 class RoomyLayer(DynamicLayer):
@@ -223,12 +225,13 @@ def _never_drawn(tokenizer: PreTrainedTokenizerBase, vocab: int) -> Tensor:
 
 def _cache_rows(model: PreTrainedModel, wanted: SelfText) -> int:
     """How many sequences go together: `wanted.batch`, on a card more, or as many as the cache may hold."""
-    most, room = wanted.batch, CACHE_BYTES
+    most, room, each = wanted.batch, CACHE_BYTES, wanted.sequence_length * _cache_bytes_per_token(model)
     if model.device.type == "cuda":
         # Of all its memory, not of what is free: the text hangs on how many are drawn together.
         all_of_it = torch.cuda.get_device_properties(model.device).total_memory
         most, room = CARD_BATCH * most, max(room, int(CARD_SHARE * all_of_it))
-    return max(1, min(most, room // (wanted.sequence_length * _cache_bytes_per_token(model))))
+        each += LOGITS * model.config.get_text_config().vocab_size * model.dtype.itemsize
+    return max(1, min(most, room // each))
 
 
 @torch.no_grad()
