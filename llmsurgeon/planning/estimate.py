@@ -80,9 +80,20 @@ def estimate(planned: Planned, dtype: torch.dtype, speeds: Rates, process: int) 
         work += Work(layers=judging * (before.whole + after.whole) + 4.0 * logits * parent.spec.hidden)
         seconds += logits / speeds.compared
         read += before.bytes + after.bytes
+    seconds += _sampling(planned, before, speeds)
     written += round(work.moved) * parent.dtype.itemsize
     seconds += _computing(work, speeds) + _reading(read, before.bytes, speeds) + written / speeds.written
     return Estimate(round(seconds, 1), read, written, process + _peak(planned, dtype, judging), without, speeds)
+
+
+def _sampling(planned: Planned, parent: _Sizes, speeds: Rates) -> float:
+    """Seconds in which the parent writes its share of the text, where none of it is kept from before."""
+    wanted, spec = planned.recipe.calibration, planned.parent.spec
+    if not planned.text_shares:
+        return 0.0
+    tokens = max([wanted.tokens, *(step.calibration_tokens() or 0 for step in planned.heals)])
+    drawn = tokens * wanted.written_share(bool(planned.parent.family.encoder))
+    return drawn * ((parent.whole + 2.0 * spec.vocab * spec.hidden) / speeds.stepped + spec.vocab / speeds.drawn)
 
 
 def _computing(work: Work, speeds: Rates) -> float:
@@ -110,11 +121,8 @@ def _judged(planned: Planned, text: Text) -> int:
 
 
 def _measured(planned: Planned) -> tuple[str, ...]:
-    """What is not counted of scores and texts."""
-    names = sorted({name for step in planned.recipe.steps for name in step.needs()})
-    wanted = planned.recipe.calibration
-    sampled = planned.text_shares and (not wanted.sources or wanted.self_share)
-    return (*(["sampling text"] if sampled else []), *(f"the score {name}" for name in names))
+    """What is not counted: scores."""
+    return tuple(f"the score {name}" for name in sorted({n for step in planned.recipe.steps for n in step.needs()}))
 
 
 def _sizes(planned: Planned, spec: ModelSpec, meta: Mapping[str, torch.Tensor], text: Text) -> _Sizes:

@@ -24,6 +24,7 @@ from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.agreement import kl_divergence, top1_agreement
 from llmsurgeon.evaluation.perplexity import token_losses
 from llmsurgeon.healing.refit.symmetric import add_gram, damped_solution, square_zeros
+from llmsurgeon.text.self_text import BATCH, Draw, Sampling
 
 DAY = 24 * 3600.0
 # Sizes at which rates are taken: wide enough for what is small to count little, small enough for seconds.
@@ -37,8 +38,9 @@ class Rates:
     """What is done in a second.
 
     layers, sums, wide, solved: floating-point operations in forward passes of layers, in Gram matrices, in other
-    float32 products, in solving. compared: numbers of logits. read, read_again, written: bytes, from the disk, from
-    memory, to the disk.
+    float32 products, in solving. compared: numbers of logits. stepped: floating-point operations in layers that read a
+    token of each sequence, as where text is sampled; drawn: numbers of logits from which tokens are drawn. read,
+    read_again, written: bytes, from the disk, from memory, to the disk.
     """
 
     layers: float
@@ -46,6 +48,8 @@ class Rates:
     wide: float
     solved: float
     compared: float
+    stepped: float
+    drawn: float
     read: float
     read_again: float
     written: float
@@ -58,7 +62,7 @@ def rates(hidden: int, dtype: torch.dtype, device: str, folder: Path) -> Rates:
         SurgeryError: the disk of `folder` cannot be written.
     """
     width = min(WIDTH, max(256, 1 << (hidden.bit_length() - 1)))
-    torch_says = [version("torch"), torch.get_num_threads(), str(dtype), device, width]
+    torch_says = [version("torch"), torch.get_num_threads(), str(dtype), device, width, *Rates.__annotations__]
     disk = os.stat(folder).st_dev
     parts = json.dumps([platform.node(), platform.processor(), disk, *torch_says])
     path = None
@@ -81,6 +85,8 @@ def _computing(width: int, dtype: torch.dtype, device: str) -> dict[str, float]:
     shapes = [(3 * width, width), (width, width), (3 * width, width), (3 * width, width), (width, 3 * width)]
     weights = [random(*shape) * shape[1] ** -0.5 for shape in shapes]
     x, rows, logits = random(TOKENS // SEQUENCE, SEQUENCE, width), random(TOKENS, FEATURES), random(64, VOCABULARY)
+    # As many sequences as text is sampled of at a time.
+    apart, draw = random(BATCH, 1, width), Draw(Sampling(), torch.tensor([0]), 0, torch.device(device))
     gram, wide, targets = square_zeros(FEATURES, rows), rows.float(), torch.zeros(64, dtype=torch.long, device=device)
 
     def judge() -> None:
@@ -99,6 +105,8 @@ def _computing(width: int, dtype: torch.dtype, device: str) -> dict[str, float]:
             "wide": (lambda: wide.T @ wide, 2.0 * TOKENS * FEATURES**2),
             "solved": (lambda: damped_solution(spread, spread.clone(), damping), FEATURES**3 * (2 + 1 / 3)),
             "compared": (judge, float(logits.numel())),
+            "stepped": (lambda: _layer(apart, weights), 2.0 * len(apart) * sum(weight.numel() for weight in weights)),
+            "drawn": (lambda: draw(logits, None), float(logits.numel())),
         }
         return {name: amount / _seconds(work, device) for name, (work, amount) in works.items()}
 

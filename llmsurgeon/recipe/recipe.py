@@ -120,17 +120,24 @@ class Calibration(_Part):
 
     def shares(self, encoder: bool) -> dict[str, float]:
         """What each source is, in words, and its share of the text; they add up to 1."""
+        sources = self._all_sources(encoder)
+        total = sum(source.weight for source in sources)
+        return {source.words: source.weight / total for source in sources}
+
+    def written_share(self, encoder: bool) -> float:
+        """The share of the text that the model writes itself."""
+        sources = self._all_sources(encoder)
+        return sum(source.weight for source in sources if source.self) / sum(source.weight for source in sources)
+
+    def _all_sources(self, encoder: bool) -> tuple[TextSource, ...]:
         share = self.sampled_share(encoder)
         own = TextSource(self=ALL, weight=share or 1.0)
         if self.texts is not None:
-            sources = self.texts
-        elif not self.sources:
-            sources = (own,)
-        else:
-            named = self.sources[0].model_copy(update={"weight": 1 - share})
-            sources = (named, own) if share else (named,)
-        total = sum(source.weight for source in sources)
-        return {source.words: source.weight / total for source in sources}
+            return self.texts
+        if not self.sources:
+            return (own,)
+        named = self.sources[0].model_copy(update={"weight": 1 - share})
+        return (named, own) if share else (named,)
 
     def sampled_share(self, encoder: bool) -> float:
         """What is sampled from the model beside text or dataset; nothing where it cannot write such text."""

@@ -28,6 +28,7 @@ from llmsurgeon.text.shares import Part, shares
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+BATCH = 128  # sequences that are sampled together
 CACHE_BYTES = 2 * 2**30  # of the KV cache of one batch
 # A card draws a token of many sequences in the time that one takes: this many times the batch, and of its memory the
 # share that their KV cache and logits may take. An H100 waits for the CPU with 1,024 sequences of a small model.
@@ -86,7 +87,7 @@ class SelfText:
     tokens: int
     sequence_length: int
     seed: int = 0
-    batch: int = 128
+    batch: int = BATCH
     sampling: Sampling = Sampling()
     kinds: tuple[str, ...] = tuple(KINDS)
 

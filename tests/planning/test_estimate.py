@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from llmsurgeon.planning.rates import Rates
 from llmsurgeon.run import Options, preview
 from llmsurgeon.run import run as run_recipe
 
-ONE = Rates(*[1.0] * 8)
+ONE = Rates(*[1.0] * len(fields(Rates)))
 RECIPE = """version: 1
 calibration: {text: text.txt, tokens: 2048, sequence_length: 64}
 steps:
@@ -84,8 +84,10 @@ def test_a_refit_makes_the_operations_that_are_foreseen(planned, monkeypatch):
 
 
 def test_an_estimate_follows_from_rates(planned):
-    slow, fast = (estimate(planned, torch.float32, rates, 1000) for rates in (ONE, Rates(*[1e12] * 8)))
-    assert slow.seconds > 1e8 and fast.seconds == 0.0 and slow.without == ("sampling text",)
+    slow, fast = (
+        estimate(planned, torch.float32, rates, 1000) for rates in (ONE, replace(ONE, **dict.fromkeys(vars(ONE), 1e12)))
+    )
+    assert slow.seconds > 1e8 and fast.seconds == 0.0 and slow.without == ()
     assert slow.bytes_written > planned.after.disk_bytes
     parent = sum(t.numel() * 4 for t in open_model("parent").weights.values())
     assert slow.bytes_read == 2 * parent + 3 * planned.after.disk_bytes
@@ -97,7 +99,20 @@ def test_a_dry_run_says_what_a_run_takes_and_what_is_not_counted(planned, run):
     code, out, _ = run(
         "run", "fuse.yaml", "parent/config.json", "-o", "out", "--dry-run", "--set", "calibration.self_share=0.5"
     )
-    assert code == 0 and "on this machine: about" in out and "not counted: sampling text" in out
+    assert code == 0 and "on this machine: about" in out and "not counted" not in out
     code, out, _ = run("run", "fuse.yaml", "parent", "-o", "out", "--dry-run", "--json")
     takes = json.loads(out)["estimate"]
     assert code == 0 and takes["seconds"] >= 0 and takes["bytes_read"] > 0 and all(takes["rates"].values())
+
+
+@pytest.mark.parametrize(("given", "share"), [({}, 0.25), ({"self_share": 0.0}, 0.0), ({"text": None}, 1.0)])
+def test_text_that_the_model_writes_is_counted(planned, given, share):
+    """By what a token multiplies and by the logits that it is drawn from."""
+    asked = planned.recipe.calibration.model_copy(update={"self_share": None, **given})
+    some = replace(planned, recipe=planned.recipe.model_copy(update={"calibration": asked}))
+    fast = replace(ONE, **dict.fromkeys(vars(ONE), 1e30))
+    stepped, drawn = (estimate(some, torch.float32, replace(fast, **{name: 1.0}), 0) for name in ("stepped", "drawn"))
+    spec, shapes = planned.parent.spec, shapes_of(planned.parent.meta())
+    layers = sum(map(sum, part_work(spec, planned.parent.family, shapes, 64)))
+    assert stepped.seconds == pytest.approx(2048 * share * (layers + 2 * spec.vocab * spec.hidden))
+    assert drawn.seconds == 2048 * share * spec.vocab
