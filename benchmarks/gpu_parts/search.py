@@ -43,6 +43,8 @@ def rows(setting: Setting) -> Iterator[dict[str, Any]]:
 
 
 def told(found: dict[str, Any]) -> dict[str, Any]:
-    """Bounds and the mean KL of the chosen model."""
+    """Targets, seconds of each phase, remarks, how many options were scored, and the model that was chosen."""
     report = json.loads(found.get("out") or "{}")
-    return {key: report[key] for key in ("bounds", "chosen", "options", "notes") if key in report}
+    kept = {key: report[key] for key in ("bounds", "timings", "notes") if key in report}
+    chosen = [point for point in report.get("points", ()) if point["chosen"]]
+    return kept | {"options": len(report.get("options", ())), "chosen": chosen}
