@@ -53,7 +53,7 @@ def inference(setting: Setting, hidden: int, heads: int, ffn: int, layers: int) 
     prompt, vocab = (8, 64) if setting.dry else (PROMPT, VOCAB)
     llama = Shape.llama(hidden, heads, heads, ffn, layers, vocab)
     free = replace(llama, layers=tuple(Layer("mlgru", ffn) for _ in llama.layers))
-    ways = packed_ways()
+    ways = packed_ways(tokens=1)
     product = ways.get("packed, 8-bit activations", ways.get("packed, torch"))
     models = {"Llama": (llama, None), "MatMul-free": (free, lambda o, i: Packed(o, i, device, product))}
     found: dict[str, Any] = {"prompt": prompt}
