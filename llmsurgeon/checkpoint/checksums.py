@@ -20,6 +20,8 @@ from llmsurgeon.errors import SurgeryError
 ChecksumName = Literal["blake3", "sha256", "none"]
 
 READ_STEP = 1 << 24  # enough to be shared out over the cores
+# Threads that BLAKE3 shares a large file among: as many as its pool has.
+_threads = blake3.AUTO
 
 
 class Digest(Protocol):
@@ -65,9 +67,19 @@ class _Count:
         return str(self.size)
 
 
+def _forked() -> None:
+    """In a process that was forked: the pool's threads did not come along, and who gave them work would wait forever."""
+    global _threads
+    _threads = 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def _blake3_of(file: BufferedReader) -> str:
     # Read and not mapped: a file that becomes shorter meanwhile is an error and no signal.
-    digest, size = blake3(max_threads=blake3.AUTO), os.fstat(file.fileno()).st_size
+    digest, size = blake3(max_threads=_threads), os.fstat(file.fileno()).st_size
     buffer = memoryview(bytearray(min(READ_STEP, size + 1)))
     while count := file.raw.readinto(buffer):
         digest.update(buffer[:count])

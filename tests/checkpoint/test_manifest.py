@@ -4,7 +4,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
+import time
 
 import pytest
 from blake3 import blake3
@@ -179,3 +181,21 @@ def test_abandoned_sum_ends(tmp_path):
     following = FollowingSum(tmp_path / "a", 10, "key", CHECKSUMS["blake3"])
     following.abandon()
     assert not following.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are not forked here")
+def test_a_forked_process_hashes_by_itself(tmp_path):
+    """The threads that share a large file out stay in the process that began them."""
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(1 << 22))
+    expected = file_sum(large, CHECKSUMS["blake3"])
+    child = os.fork()
+    if not child:
+        os._exit(0 if file_sum(large, CHECKSUMS["blake3"]) == expected else 1)
+    until = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < until:
+        time.sleep(0.02)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
