@@ -68,7 +68,7 @@ class _Count:
 
 
 def _forked() -> None:
-    """In a process that was forked: the pool's threads did not come along, and who gave them work would wait forever."""
+    """In a forked process: the pool's threads did not come along, and who gave them work would wait forever."""
     global _threads
     _threads = 1
 
