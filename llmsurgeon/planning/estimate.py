@@ -91,8 +91,7 @@ def _sampling(planned: Planned, parent: _Sizes, speeds: Rates) -> float:
     wanted, spec = planned.recipe.calibration, planned.parent.spec
     if not planned.text_shares:
         return 0.0
-    tokens = max([wanted.tokens, *(step.calibration_tokens() or 0 for step in planned.heals)])
-    drawn = tokens * wanted.written_share(bool(planned.parent.family.encoder))
+    drawn = planned.text_tokens * wanted.written_share(bool(planned.parent.family.encoder))
     return drawn * ((parent.whole + 2.0 * spec.vocab * spec.hidden) / speeds.stepped + spec.vocab / speeds.drawn)
 
 

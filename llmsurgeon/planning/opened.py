@@ -197,9 +197,9 @@ def check_length(parent: DescribedModel, length: int, setting: str) -> None:
         raise SurgeryError(f"{parent.name}: {setting} is {length}, and the model has {limit} positions; lower it")
 
 
-def bytes_of(meta: Mapping[str, Tensor]) -> int:
-    """Bytes of tensors, of which no byte is read."""
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in map(meta.__getitem__, meta))
+def bytes_of(meta: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> int:
+    """Bytes of tensors, of which no byte is read: in their own dtypes, or all in `dtype`."""
+    return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in map(meta.__getitem__, meta))
 
 
 def shapes_of(meta: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

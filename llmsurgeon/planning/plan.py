@@ -85,8 +85,13 @@ class Planned:
         wanted = self.recipe.calibration
         if not (self.heals or self.recipe.gate or wanted.text or wanted.dataset):
             return 0
-        tokens = max([wanted.tokens, *(step.calibration_tokens() or 0 for step in self.recipe.steps)])
-        return tokens * self.parent.spec.hidden * self.parent.dtype.itemsize
+        return self.text_tokens * self.parent.spec.hidden * self.parent.dtype.itemsize
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the calibration text: as many as the step that reads most of it."""
+        steps = (step.calibration_tokens() or 0 for step in self.recipe.steps)
+        return max([self.recipe.calibration.tokens, *steps])
 
     @property
     def healing_bytes(self) -> int:

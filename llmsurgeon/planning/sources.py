@@ -6,7 +6,7 @@ import torch
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.model.costs import human
-from llmsurgeon.planning.opened import DescribedModel
+from llmsurgeon.planning.opened import DescribedModel, bytes_of
 from llmsurgeon.progress import remark
 from llmsurgeon.recipe.recipe import Calibration as Asked
 from llmsurgeon.recipe.recipe import Recipe
@@ -52,8 +52,7 @@ def too_large(parent: DescribedModel, dtype: torch.dtype | None = None) -> str |
 
     dtype: what it is computed in; None: what it is where nothing else is asked for.
     """
-    chosen = dtype or parent.computed_in(None, "cpu")
-    left, size = room(), chosen.itemsize * sum(tensor.numel() for tensor in parent.meta().values())
+    left, size = room(), bytes_of(parent.meta(), dtype or parent.computed_in(None, "cpu"))
     if left is None or size <= left.bytes:
         return None
     return f"text is sampled from the whole model, {human(size)}B, and {left.limit} is {human(left.bytes)}B"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,9 @@ def test_a_dry_run_says_what_a_run_takes_and_what_is_not_counted(planned, run):
         "run", "fuse.yaml", "parent/config.json", "-o", "out", "--dry-run", "--set", "calibration.self_share=0.5"
     )
     assert code == 0 and "on this machine: about" in out and "not counted" not in out
+    Path("narrow.yaml").write_text("version: 1\nsteps: [{op: prune_width, width: 64}]\n")
+    code, out, _ = run("run", "narrow.yaml", "parent", "-o", "out", "--dry-run")
+    assert code == 0 and "not counted: the score ffn_elimination" in " ".join(out.split())
     code, out, _ = run("run", "fuse.yaml", "parent", "-o", "out", "--dry-run", "--json")
     takes = json.loads(out)["estimate"]
     assert code == 0 and takes["seconds"] >= 0 and takes["bytes_read"] > 0 and all(takes["rates"].values())
