@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from llmsurgeon.planning.texts import Texts
 from llmsurgeon.progress import Progress, remark
 from llmsurgeon.recipe.recipe import Calibration, TextSource
 from llmsurgeon.text.documents import documents
+from llmsurgeon.vocabulary.likely import Expected
 from llmsurgeon.vocabulary.trimmed import Source, TrimmedCheckpoint, trim
 from llmsurgeon.walk.variants import Variant
 from llmsurgeon.walk.walk import walk
@@ -34,19 +35,34 @@ def trimmed_by(parent: OpenedCheckpoint, step: TrimVocab, options: Options | Non
     """
     entries = _written(parent, step.entries)
     read = {} if options is None else {entry: _texts(parent, entry, options) for entry in entries if entry.read}
-    expected: dict[int, float] = {}
+    expected = None
     if step.fill == "predicted":
         if parent.family.encoder:
             remark(f"{parent.name}: an encoder predicts no next token, so rows fill up in the vocabulary's order")
         else:
-            # Two entries may take tokens of one text in two ways.
-            for texts in {(entry.text, entry.self): texts for entry, texts in read.items()}.values():
-                for token, count in expected_tokens(texts).items():
-                    expected[token] = expected.get(token, 0.0) + count
+            expected = _expected(read)
     sources = [_source(entry, read.get(entry)) for entry in entries]
     return trimmed(
         parent, trim(parent.checkpoint, sources, rows=step.rows, multiple_of=step.multiple_of, expected=expected)
     )
+
+
+def _expected(read: Mapping[KeepTokens, Texts]) -> Expected | None:
+    """What the model expects in the texts of some entries; None where nothing was read."""
+    # Two entries may take tokens of one text in two ways.
+    texts = {(entry.text, entry.self): texts for entry, texts in read.items()}
+    found = {source: expected_tokens(each) for source, each in texts.items()}
+    written = [each for (_, of_itself), each in found.items() if of_itself]
+    return Expected(_added(found.values()), _added(written)) if found else None
+
+
+def _added(some: Iterable[Mapping[int, float]]) -> dict[int, float]:
+    """The sums of what some mappings have under the same key."""
+    sums: dict[int, float] = {}
+    for each in some:
+        for key, value in each.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return sums
 
 
 def _written(parent: OpenedCheckpoint, entries: tuple[KeepTokens, ...]) -> tuple[KeepTokens, ...]:

@@ -33,8 +33,10 @@ from llmsurgeon.progress import track
 from llmsurgeon.searching.ground import Ground, Reading
 from llmsurgeon.text.documents import documents
 from llmsurgeon.text.sequences import held_out
+from llmsurgeon.text.wanted import Source as TextSource
 from llmsurgeon.text.windows import window_start
 from llmsurgeon.vocabulary.keep import count_tokens
+from llmsurgeon.vocabulary.likely import Expected
 from llmsurgeon.vocabulary.trimmed import Source, trim
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ class Vocabularies:
         if rows not in self._kept:
             checkpoint = self.texts.parent.checkpoint
             source = Source(counts=self._counts, tokens=0)
-            made = trim(checkpoint, [source], rows=rows, expected=dict(enumerate(self._expected.tolist())))
+            made = trim(checkpoint, [source], rows=rows, expected=self._expected)
             tokenizer = load_tokenizer(str(made.path), trust_remote_code=made.trust_remote_code)
             self._kept[rows] = made.vocabulary.kept, tokenizer
         return self._kept[rows]
@@ -121,9 +123,8 @@ class Vocabularies:
     @cached_property
     def _counts(self) -> Counter[int]:
         """How often tokens occur in the text, in all of its files, but where it scores or judges."""
-        calibration, text = self.texts.calibration, self.texts.sequences
-        named = zip(calibration.labels, calibration.sources, strict=True)
-        files = {label: source.text for label, source in named if source.text}
+        text = self.texts.sequences
+        files = {label: source.text for label, source in self._named.items() if source.text}
         counts = _counted(text.tokens[[kind not in files for kind in text.kinds]])
         for file in files.values():
             counts += count_tokens(self._tokenizer, _first(documents(text=file), MOST_CHARACTERS))
@@ -131,14 +132,25 @@ class Vocabularies:
         return counts - _counted(aside)
 
     @cached_property
-    def _expected(self) -> Tensor:
+    def _named(self) -> dict[str, TextSource]:
+        """The sources that somebody named, by the kind of text that each is; all other kinds the model wrote."""
+        calibration = self.texts.calibration
+        named = zip(calibration.labels, calibration.sources, strict=True)
+        return {label: source for label, source in named if not source.kinds}
+
+    @cached_property
+    def _expected(self) -> Expected:
         """How often the parent expects each token where options are fitted."""
         runner, left = self.ground.runner, self.ground.fitting[-1]
-        counts = torch.zeros(self.texts.parent.spec.vocab)
+        read, written = torch.zeros(2, self.texts.parent.spec.vocab)
         with torch.no_grad():
-            for row in left:
-                counts += runner.final(row.to(runner.device)).float().softmax(-1).sum(0)[: len(counts)].cpu()
-        return counts
+            for row, kind in zip(left, self.ground.fits.kinds, strict=True):
+                here = runner.final(row.to(runner.device)).float().softmax(-1).sum(0)[: len(read)].cpu()
+                read += here
+                if kind not in self._named:
+                    written += here
+        said = dict(enumerate(written.tolist())) if written.any() else {}
+        return Expected(dict(enumerate(read.tolist())), said)
 
     @cached_property
     def _theirs(self) -> tuple[Pieces, Tensor]:

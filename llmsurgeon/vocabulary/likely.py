@@ -9,7 +9,13 @@ that might as well not have occurred (Good and Turing); a logistic regression te
     the spelling                  mean and least log probability of its characters, each by the three before it, in
                                   the text's other tokens
 
-and then ranks all tokens that did not occur.
+That is what the text says, and whoever serves the model meets other text, too: code, names, other languages. Its
+tokenizer was made for all of it, and tokens stand in it in the order in which they were merged, by how often they
+occurred. So a share of what is likely is of any text, by the place in the vocabulary, as words are spread by their rank
+(Zipf, with Mandelbrot's shift), and a little by what the model expects in text of all kinds that it writes itself:
+
+    likely = (1 - ANY) * chance that it occurs in as much text again / tokens of the text + ANY * any
+    any    = expected^TOLD * (1 / (place + SHIFT))^(1 - TOLD), divided by the sum over all
 
 Shapes: V tokens, F features.
 """
@@ -19,6 +25,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,29 +36,56 @@ CONTEXT, PRIOR = 3, 2.0
 RIDGE = 3.0
 # Of probabilities summed over thousands of positions: below it they are rounding.
 LEAST = 1e-9
+# The share of text that is of any kind; how much of what is likely there is by what the model expects, and by how much
+# places are shifted.
+ANY, TOLD, SHIFT = 0.25, 0.25, 100
 
 
-def likely_tokens(
-    names: Mapping[str, int], counts: Mapping[int, int], expected: Mapping[int, float]
-) -> dict[int, float]:
-    """Token -> log odds that it occurs in as much text again, of the tokens in `expected`.
+@dataclass(frozen=True)
+class Expected:
+    """How often a model expects each token: its next-token probabilities, summed over positions.
 
-    Where nothing occurred once, or everything did, what is expected ranks alone.
+    read: in all text that was read; written: in the part of it that the model wrote, nothing where it wrote none.
+    """
+
+    read: Mapping[int, float]
+    written: Mapping[int, float] = field(default_factory=dict)
+
+
+def likely_tokens(names: Mapping[str, int], counts: Mapping[int, int], expected: Expected) -> dict[int, float]:
+    """Token -> how likely it is, in text like the one that was read and in any other; of those that have a name.
+
+    Meant for tokens that did not occur: those that did are known by their counts.
 
     Args:
-        names: token -> id. counts: how often each occurred. expected: how often the model expects each.
+        names: token -> id. counts: how often each occurred.
     """
-    spelled = {i: name for name, i in names.items() if i in expected}
+    spelled = {i: name for name, i in names.items() if i in expected.read}
+    if not spelled:
+        return {}
+    here, read = _chances(spelled, counts, expected.read), max(1, sum(counts.values()))
+    told = expected.written or expected.read
+    any_ = {i: (max(told[i], 0) + LEAST) ** TOLD * (1 / (i + SHIFT)) ** (1 - TOLD) for i in spelled}
+    whole = sum(any_.values())
+    return {i: (1 - ANY) * here[i] / read + ANY * any_[i] / whole for i in sorted(spelled)}
+
+
+def _chances(
+    spelled: Mapping[int, str], counts: Mapping[int, int], expected: Mapping[int, float]
+) -> Mapping[int, float]:
+    """Token -> the chance that it occurs in as much text again.
+
+    Where nothing occurred once, or everything did, it is what the model expects of as many tokens.
+    """
     ids = sorted(spelled)
-    if not ids:
-        return dict(expected)
     seen = torch.tensor([counts.get(i, 0) for i in ids])
     once, doubtful = (seen == 1).double(), seen <= 1
     if not 0 < once.sum() < doubtful.sum():
-        return dict(expected)
+        share = sum(counts.values()) / max(sum(expected.values()), LEAST)
+        return {i: share * expected[i] for i in ids}
     common = [
         torch.tensor([math.log(max(expected[i], 0) + LEAST) for i in ids], dtype=torch.float64),
-        torch.tensor(ids, dtype=torch.float64).add(100).log(),
+        torch.tensor(ids, dtype=torch.float64).add(SHIFT).log(),
     ]
     common.append(common[1].square())
 
@@ -66,7 +100,7 @@ def likely_tokens(
     scale[scale < 1e-6] = torch.inf  # what is alike for all of them tells nothing
     weights = logistic((learned - centre) / scale, once[doubtful])
     odds = (features(least=1) - centre) / scale @ weights[:-1] + weights[-1]
-    return dict(zip(ids, odds.tolist(), strict=True))
+    return dict(zip(ids, torch.sigmoid(odds).tolist(), strict=True))
 
 
 class Spelling:

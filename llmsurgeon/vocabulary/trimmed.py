@@ -32,7 +32,7 @@ from llmsurgeon.formats.reading import read_model
 from llmsurgeon.formats.towers import tower_of
 from llmsurgeon.vocabulary.ids import moved_ids, named_ids
 from llmsurgeon.vocabulary.keep import Vocabulary, Wish, chosen, count_tokens, listed_tokens, same_tokens
-from llmsurgeon.vocabulary.likely import likely_tokens
+from llmsurgeon.vocabulary.likely import Expected, likely_tokens
 from llmsurgeon.vocabulary.tokenizer_files import REWRITTEN, TOKENIZER, read_description, with_ids, write_trimmed
 
 # Config keys that hold the size of the table.
@@ -70,12 +70,12 @@ def trim(
     *,
     rows: int | None = None,
     multiple_of: int = 64,
-    expected: Mapping[int, float] | None = None,
+    expected: Expected | None = None,
 ) -> TrimmedCheckpoint:
     """`checkpoint` with the tokens that `sources` ask for and what must stay beside them.
 
-    expected: how often a model expects tokens in the sources' texts; the tokens likely by that fill up `rows` after
-        those that occur there.
+    expected: how often a model expects tokens in the sources' texts; the tokens that are likely by that fill up `rows`
+        after those that occur there.
 
     Raises:
         SurgeryError: its tokenizer cannot be trimmed, more must stay than `rows`, or nothing would go.
@@ -101,7 +101,7 @@ def trim(
             wish.ids |= listed_tokens(source.file, known, size)
         else:
             wish.ids |= set(sorted(tokens_of(description["model"]).values())[: source.tokens])
-    if expected:
+    if expected is not None:
         wish.expected = likely_tokens(tokens_of(description["model"]), wish.counts, expected)
     wish.fixed |= _fixed(checkpoint, files)
     vocabulary = chosen(description, wish, size, rows=rows, multiple_of=multiple_of, where=checkpoint.name)

@@ -8,23 +8,13 @@ import pytest
 import torch
 from conftest import MIXTURE_NAMES
 from modeling.forms import FORMS
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 ROWS = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 64, (4, 12), generator=torch.Generator())]
 
 
-class StopAt(TrainerCallback):
-    """Ends the run after so many steps, as a killed job does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
-def trained(name, folder, stop=99, resume=None):
-    """The model behind 2 steps, or what a run that stops earlier leaves."""
+def trained(name, folder, resume=None):
+    """The model behind 2 steps, a checkpoint behind each in `folder`."""
     set_seed(0)
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -37,7 +27,7 @@ def trained(name, folder, stop=99, resume=None):
         disable_tqdm=True,
         logging_steps=100,
     )
-    trainer = Trainer(model=FORMS[name](), args=arguments, train_dataset=ROWS, callbacks=[StopAt(stop)])
+    trainer = Trainer(model=FORMS[name](), args=arguments, train_dataset=ROWS)
     trainer.train(resume_from_checkpoint=resume)
     return trainer.model
 
@@ -47,10 +37,11 @@ def trained(name, folder, stop=99, resume=None):
 @pytest.mark.parametrize("name", FORMS)
 def test_training_goes_on_where_it_stopped(name, tmp_path):
     whole = trained(name, tmp_path / "whole")
-    trained(name, tmp_path / "halves", stop=1)
-    resumed = trained(name, tmp_path / "halves", resume=str(tmp_path / "halves" / "checkpoint-1"))
+    # What a killed job leaves behind its first step.
+    first = tmp_path / "whole" / "checkpoint-1"
+    resumed = trained(name, tmp_path / "resumed", resume=str(first))
     if name != "decilm":
-        written = json.loads((tmp_path / "halves" / "checkpoint-1" / "config.json").read_text())
+        written = json.loads((first / "config.json").read_text())
         width = type(resumed.config).attribute_map.get("hidden_size", "hidden_size")
         assert written[width] == "32 (see block_configs; load with trust_remote_code=True through an Auto class)"
     if name in MIXTURE_NAMES:  # the Trainer reads weights back under the names in memory, and files name each expert

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 
 import numpy as np
@@ -87,17 +88,20 @@ def settings_of(**changes):
 
 
 def cosines_of(case, weights):
-    """(pooled, hidden) cosines to the parent on the held-out rows, each row on its own and without padding."""
+    """(pooled, hidden) cosines to the parent on the held-out rows, without padding: those of a length at a time."""
     student = LayerRunner(case.config, weights, torch.float32)
     parent = LayerRunner(case.parent_config, case.parent.weights, torch.float32)
-    pooled, hidden = [], []
+    by_length = defaultdict(list)
     for row in case.held_out:
         row = row if case.parent.padding is None else row[row != 0]
+        by_length[len(row)].append(row)
+    pooled, hidden = [], []
+    for rows in map(torch.stack, by_length.values()):
         with torch.no_grad():
-            mine, theirs = (r.states(walk(r, row[None], [Variant()])[0][0]) for r in (student, parent))
-        pooled.append(F.cosine_similarity(mine.mean(0), theirs.mean(0), dim=0))
-        hidden.append(F.cosine_similarity(mine, theirs, dim=-1).mean())
-    return torch.stack(pooled).mean().item(), torch.stack(hidden).mean().item()
+            mine, theirs = (r.states(walk(r, rows, [Variant()])[0]) for r in (student, parent))
+        pooled.append(F.cosine_similarity(mine.mean(1), theirs.mean(1), dim=-1))
+        hidden.append(F.cosine_similarity(mine, theirs, dim=-1).mean(1))
+    return torch.cat(pooled).mean().item(), torch.cat(hidden).mean().item()
 
 
 @pytest.mark.parametrize("family", ENCODER_NAMES)
