@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llmsurgeon.cli.convert import add_verb
-from llmsurgeon.cli.options import split, text_file
+from llmsurgeon.cli.options import split, text_files
 from llmsurgeon.errors import SurgeryError
 
 OPS = {
@@ -38,7 +38,9 @@ def prune_steps(
     vocab: Annotated[
         int | None, typer.Option(help="Rows of the vocabulary that stay; the tokenizer goes along.")
     ] = None,
-    vocab_text: Annotated[str | None, typer.Option(help="Text whose tokens stay.", callback=text_file)] = None,
+    vocab_text: Annotated[
+        list[str] | None, typer.Option(help="Text whose tokens stay; several: name it again.", callback=text_files)
+    ] = None,
     vocab_self: Annotated[
         bool,
         typer.Option("--vocab-self/--no-vocab-self", help="And tokens of text of every kind that the model writes."),
@@ -48,12 +50,13 @@ def prune_steps(
     """Remove attentions, FFNs, blocks, heads, FFN channels or tokens, by a recipe that prunes or by flags."""
     steps: list[dict[str, Any]] = []
     trim: list[dict[str, Any]] = []
-    if vocab is None and vocab_text:
-        trim.append({"op": "trim_vocab", "keep": [{"text": vocab_text}]})
+    texts = [{"text": name} for name in vocab_text or ()]
+    if vocab is None and texts:
+        trim.append({"op": "trim_vocab", "keep": texts})
     elif vocab is not None:
         # As many of the text's tokens as have room; and of what it says nothing of: code, sums, another language.
-        texts = [{"text": vocab_text}, *([{"self": "all"}] if vocab_self else [])] if vocab_text else []
-        kept = {"keep": [{**text, "tokens": 0} for text in texts], "fill": "predicted"} if texts else {}
+        read = [*texts, *([{"self": "all"}] if vocab_self else [])] if texts else []
+        kept = {"keep": [{**entry, "tokens": 0} for entry in read], "fill": "predicted"} if read else {}
         trim.append({"op": "trim_vocab", **kept, "rows": vocab})
     for op, layers in (("prune_attention", attention), ("prune_ffn", ffn), ("prune_blocks", blocks)):
         if layers:

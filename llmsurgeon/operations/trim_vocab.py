@@ -68,7 +68,8 @@ class TrimVocab(Step):
     rows: how many rows there are to be; what is missing is filled up by the most frequent tokens of the texts, then
         as `fill` says. Without it, as few as a multiple of `multiple_of` allows.
     fill: `order` takes the first of the vocabulary; `predicted` those that are likely in more of the texts, by what the
-        model expects there and by how they are spelled. Encoders, which expect nothing, fill up in order.
+        model expects there and by how they are spelled, and a quarter in any text. Encoders, which expect nothing, fill
+        up in order.
     """
 
     op: Literal["trim_vocab"] = "trim_vocab"

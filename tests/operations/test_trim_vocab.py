@@ -11,6 +11,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llmsurgeon.operations.trim_vocab import TrimVocab
+from llmsurgeon.planning import trimming
 from llmsurgeon.planning.opened import open_model
 from llmsurgeon.planning.options import Options
 from llmsurgeon.planning.texts import Texts
@@ -290,12 +292,42 @@ def test_tokens_that_the_model_writes_stay(place: Path, run) -> None:
     assert not set(often) <= set(mapped(place / "by-text", place / "parent").tolist())
 
 
+def test_what_is_expected_in_text_of_its_own_is_told_apart(place: Path, monkeypatch) -> None:
+    """A text that stands in two entries counts once."""
+    parent_in(place / "parent", "llama", max_position_embeddings=64)
+    monkeypatch.chdir(place)
+    keep = [
+        {"text": "text.txt", "tokens": 0},
+        {"text": "text.txt", "min_count": 3},
+        {"self": "prose", "tokens": 0},
+    ]
+    step, given = TrimVocab(keep=keep, rows=640, fill="predicted"), []
+    monkeypatch.setattr(trimming, "trim", lambda *_, expected, **__: given.append(expected))
+    monkeypatch.setattr(trimming, "trimmed", lambda *_: None)
+    parent = open_model("parent")
+    trimming.trimmed_by(parent, step, Options(device="cpu"))
+    [found] = given
+    alone = {}
+    for entry in (step.entries[0], step.entries[2]):
+        alone[entry.self] = expected_tokens(trimming._texts(parent, entry, Options(device="cpu")))
+    assert found.written == pytest.approx(alone["prose"])
+    assert found.read == pytest.approx({i: alone[None][i] + alone["prose"][i] for i in alone[None]})
+
+
 def test_a_text_is_not_all_that_a_vocabulary_is_kept_by(place: Path, run) -> None:
     parent_in(place / "parent", "llama", max_position_embeddings=64)
     cut = ("prune", "parent", "--vocab", "640", "--vocab-text", "text.txt")
     assert run(*cut, "-o", "out")[0] == 0 and run(*cut, "--no-vocab-self", "-o", "alone")[0] == 0
     mixed, alone = ((place / name / "recipe.yaml").read_text() for name in ("out", "alone"))
     assert "self: all" in mixed and "self:" not in alone
+    # Several texts, and none of them alone.
+    (place / "more.txt").write_text("Zebras quietly waltz by.\n" * 30)
+    both = ("--vocab-text", "text.txt", "--vocab-text", "more.txt")
+    for name, rows in (("rows", ("--vocab", "640", "--no-vocab-self")), ("fewest", ())):
+        assert run("prune", "parent", *rows, *both, "-o", name)[0] == 0
+        kept = set(mapped(place / name, place / "parent").tolist())
+        for text in (TEXT, "Zebras quietly waltz by."):
+            assert set(AutoTokenizer.from_pretrained("parent")(text).input_ids) <= kept
 
 
 def test_a_model_that_writes_nothing_keeps_no_tokens_by_it(place: Path, run, monkeypatch) -> None:

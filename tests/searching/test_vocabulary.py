@@ -173,3 +173,19 @@ def test_a_tokenizer_that_cannot_be_trimmed_is_said(scene):
     with pytest.raises(SurgeryError, match="WordLevel"):
         search("parent", "params=0.8x", "out", Wanted(allow=("all",), **few))
     assert not (scene / "out").exists()
+
+
+def test_what_is_expected_in_text_that_the_model_wrote_is_told_apart(scene):
+    parent = open_model("parent")
+    wanted = calibration(text="text.txt", self_share=0.5, tokens=2048, sequence_length=LENGTH)
+    texts = Texts(parent, wanted, 2048, Options(device="cpu"))
+    space = Space.of(parent, meters(parse_targets(["params=0.8x"]), None, parent), OPS).priced()
+    scorer = scorer_of(space, texts, 192, 4, lambda: True)
+    ground, found = scorer.ground, scorer.vocabularies._expected
+    model = AutoModelForCausalLM.from_pretrained("parent").eval()
+    with torch.no_grad():
+        each = model(ground.fits.tokens).logits.softmax(-1).sum(1)
+    own = torch.tensor([kind != "text.txt" for kind in ground.fits.kinds])
+    assert 0 < own.sum() < len(own)
+    for mine, rows in ((found.read, each), (found.written, each[own])):
+        torch.testing.assert_close(torch.tensor(list(mine.values())), rows.sum(0), atol=1e-3, rtol=1e-3)
