@@ -65,9 +65,9 @@ def likely_tokens(names: Mapping[str, int], counts: Mapping[int, int], expected:
         return {}
     here, read = _chances(spelled, counts, expected.read), max(1, sum(counts.values()))
     told = expected.written or expected.read
-    any_ = {i: (max(told[i], 0) + LEAST) ** TOLD * (1 / (i + SHIFT)) ** (1 - TOLD) for i in spelled}
-    whole = sum(any_.values())
-    return {i: (1 - ANY) * here[i] / read + ANY * any_[i] / whole for i in sorted(spelled)}
+    elsewhere = {i: (max(told[i], 0) + LEAST) ** TOLD * (1 / (i + SHIFT)) ** (1 - TOLD) for i in spelled}
+    whole = sum(elsewhere.values())
+    return {i: (1 - ANY) * here[i] / read + ANY * elsewhere[i] / whole for i in sorted(spelled)}
 
 
 def _chances(
