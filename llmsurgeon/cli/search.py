@@ -198,8 +198,7 @@ def show_found(found: Found, folder: Path) -> None:
 
     title = found.model if found.engine == "none" else f"{found.model}, {found.engine}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    short = "distance" if found.distance == "cosine" else "KL"
-    for column in ("layers", "what stands there", f"{short} alone"):
+    for column in ("layers", "what stands there", f"{found.short} alone"):
         table.add_column(column, justify="left")
     for chosen in found.layers:
         if chosen.kl or chosen.name != "as it is":
@@ -217,7 +216,7 @@ def show_found(found: Found, folder: Path) -> None:
             told = "" if point.perplexity is None else f", perplexity {point.perplexity:.3f} times the parent's"
             told += "" if point.pooled is None else f", pooled states at a cosine of {point.pooled:.4f} to the parent's"
             on = "text that fitted and chose nothing" if point.held_out else "the text that chose"
-            tell(f"made: {short} {point.kl:.4f} on {on}{told}")
+            tell(f"made: {found.short} {point.kl:.4f} on {on}{told}")
     for note in found.notes:
         tell(note)
     for name in sorted(path.name for path in folder.iterdir()):

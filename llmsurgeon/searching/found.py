@@ -96,6 +96,10 @@ class Point:
     chosen: bool = False
 
 
+# What may stand for how far a model is from its parent, and what each is called beside a number.
+SHORT = {"kl": "KL", "cosine": "distance"}
+
+
 @dataclass
 class Found:
     """All of it. parent: the shapes of its layers. table: where there was a choice of it. timings: seconds a phase.
@@ -118,6 +122,11 @@ class Found:
     points: list[Point] = field(default_factory=list)
     timings: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def short(self) -> str:
+        """What `distance` is called beside a number."""
+        return SHORT[self.distance]
 
     def plain(self) -> dict[str, Any]:
         """report.json: the fields under their own names, NaN as null."""

@@ -31,7 +31,7 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
     costs = next((each.costs for each in made if each.model == best), None)
     return replace(
         found,
-        distance="cosine" if space.parent.family.encoder else "kl",
+        distance=space.distance,
         operations=tuple(dict.fromkeys(o.offers[0].steps[-1].op for o in space.options if o.single)),
         parent=tuple(map(_shape, space.parent.spec.layers)),
         bounds=_bounds(space, best, costs),

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.progress import Say, spoken
+from llmsurgeon.searching.found import SHORT
 from llmsurgeon.searching.options import Option
 from llmsurgeon.searching.scoring import Measured, Scorer
 from llmsurgeon.searching.solving import corrected
@@ -102,7 +103,7 @@ class Seeker:
             without = without + 1 if found is best else 0
             best = found
             if best is not None:
-                short = "distance" if self.space.parent.family.encoder else "KL"
+                short = SHORT[self.space.distance]
                 self.say(f"round {round_ + 1}: {short} {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
             if without == PATIENCE or not new or not self.in_time():
                 break

@@ -60,6 +60,11 @@ class Space:
         return cls(parent, meters, (*ordered, *table))
 
     @property
+    def distance(self) -> str:
+        """What models are measured by: "kl", or of an encoder "cosine" (see `Found`)."""
+        return "cosine" if self.parent.family.encoder else "kl"
+
+    @property
     def shapes(self) -> list[LayerSpec]:
         """Every shape of a layer in it, once."""
         return list(dict.fromkeys(shape_of(layer) for option in self.options for layer in option.instead))
