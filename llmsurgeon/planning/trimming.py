@@ -127,7 +127,6 @@ def expected_tokens(texts: Texts) -> Mapping[int, float]:
     counts = torch.zeros(texts.parent.spec.vocab)
     with torch.no_grad(), Progress("expected tokens", len(hidden), "sequences") as progress:
         for row in hidden:
-            logits = texts.runner.final(row.to(texts.options.device))
-            counts += logits.float().softmax(-1).sum(0)[: len(counts)].cpu()
+            counts += texts.runner.expected(row)[: len(counts)]
             progress.advance()
     return dict(enumerate(counts.tolist()))

@@ -141,11 +141,10 @@ class Vocabularies:
     @cached_property
     def _expected(self) -> Expected:
         """How often the parent expects each token where options are fitted."""
-        runner, left = self.ground.runner, self.ground.fitting[-1]
         read, written = torch.zeros(2, self.texts.parent.spec.vocab)
         with torch.no_grad():
-            for row, kind in zip(left, self.ground.fits.kinds, strict=True):
-                here = runner.final(row.to(runner.device)).float().softmax(-1).sum(0)[: len(read)].cpu()
+            for row, kind in zip(self.ground.fitting[-1], self.ground.fits.kinds, strict=True):
+                here = self.ground.runner.expected(row)[: len(read)]
                 read += here
                 if kind not in self._named:
                     written += here

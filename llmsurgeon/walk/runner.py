@@ -265,3 +265,10 @@ class LayerRunner:
         outside = tuple(name for name in self.model.state_dict() if not name.startswith(f"{self.family.layers}."))
         self._finite("the head", outside, logits)
         return logits[0]
+
+    def expected(self, hidden: Tensor) -> Tensor:
+        """How often each token is expected to come next, summed over positions, from what left the last layer.
+
+        [T, D] -> [V] on the CPU, float32.
+        """
+        return self.final(hidden.to(self.device)).float().softmax(-1).sum(0).cpu()

@@ -8,7 +8,18 @@ import random
 import pytest
 import torch
 
-from llmsurgeon.vocabulary.likely import ANY, PRIOR, RIDGE, SHIFT, TOLD, Expected, Spelling, likely_tokens, logistic
+from llmsurgeon.vocabulary.likely import (
+    ANY,
+    PRIOR,
+    RIDGE,
+    SHIFT,
+    TOLD,
+    Expected,
+    Spelling,
+    _chances,
+    likely_tokens,
+    logistic,
+)
 
 
 def words(letters: str, count: int, seed: int) -> list[str]:
@@ -68,8 +79,11 @@ def test_words_of_the_texts_language_come_first() -> None:
     odds = likely_tokens(ids, counts, Expected(expected))
     unseen = sorted((name for name in names if ids[name] not in counts), key=lambda name: -odds[ids[name]])
     found = set(unseen[:120])
-    # Some places are those of any text.
+    # Some places are those of any text; what is likely in this one alone leaves it none.
     assert len(found & set(mine)) > 90
+    here = _chances({i: name for name, i in ids.items()}, counts, expected)
+    unseen.sort(key=lambda name: -here[ids[name]])
+    assert len(set(unseen[:120]) & set(mine)) > 110
     by_expectation = sorted((name for name in names if ids[name] not in counts), key=lambda name: -expected[ids[name]])
     assert len(set(by_expectation[:120]) & set(mine)) < 80
 
@@ -80,10 +94,17 @@ def test_what_is_expected_counts() -> None:
     chance = random.Random(5)
     expected = {i: chance.random() for i in names.values()}
     counts = {i: 1 for i, share in expected.items() if share > 0.7 and chance.random() < 0.5}
-    odds = likely_tokens(names, counts, Expected(expected))
-    likely, unlikely = (i for i in expected if expected[i] > 0.9), (i for i in expected if expected[i] < 0.1)
-    mean = [sum(odds[i] for i in part) / len(part) for part in (list(likely), list(unlikely))]
-    assert mean[0] > math.e * mean[1]
+    found = likely_tokens(names, counts, Expected(expected))
+    likely, unlikely = ([i for i in expected if low < expected[i] < low + 0.1] for low in (0.9, 0.0))
+
+    def means(by: dict[int, float]) -> list[float]:
+        return [sum(by[i] for i in part) / len(part) for part in (likely, unlikely)]
+
+    more, less = means(found)
+    assert more > math.e * less
+    here = _chances({i: name for name, i in names.items()}, counts, expected)
+    more, less = means({i: math.log(each / (1 - each)) for i, each in here.items()})
+    assert more > less + 1
 
 
 @pytest.mark.parametrize("count", [0, 1, 5])
