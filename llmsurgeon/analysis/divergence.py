@@ -20,6 +20,12 @@ KL_STRIDE = 4
 HEAD_ROWS = 256
 
 
+def compared(length: int) -> Tensor:
+    """The positions of a sequence at which outputs are compared, every KL_STRIDE-th from its end."""
+    # From the end: the first positions see next to no context.
+    return torch.arange(length - 1, -1, -KL_STRIDE)
+
+
 def divergences(
     runner: LayerRunner,
     streams: Tensor,
@@ -42,8 +48,7 @@ def divergences(
     """
     output = _output(runner, kept)
     parent = streams[0] if parent is None else parent
-    # From the end: the first positions see next to no context.
-    positions = torch.arange(streams.shape[2] - 1, -1, -KL_STRIDE)
+    positions = compared(streams.shape[2])
     each, total = len(positions), streams.shape[1] * len(positions)
     result = torch.full((len(streams), total), float("nan"))
     with torch.no_grad(), Progress("compare outputs", float(sum(rows) * each), "positions") as progress:

@@ -29,6 +29,7 @@ class Scored:
     """An option: KL in nats a token with its 95 % interval, alone in the parent; costs by target name.
 
     layers: none where it is about the table of tokens, whose costs are beside the parent's.
+    measured: False where the KL is foreseen to second order.
     """
 
     layers: tuple[int, ...]
@@ -37,6 +38,7 @@ class Scored:
     low: float
     high: float
     costs: dict[str, float]
+    measured: bool = True
 
 
 # Query heads, key/value heads, width of the FFN; 0 where there is none.

@@ -62,13 +62,14 @@ def _bounds(space: Space, best: Model, costs: Sequence[float] | None) -> tuple[B
 
 
 def _options(seeker: Seeker) -> tuple[Scored, ...]:
-    found = []
+    found, more = [], seeker.more_than_foreseen()
     for option, costs in zip(seeker.space.options, seeker.space.costs, strict=True):
-        measured = seeker.scorer.known([option])
-        if measured is not None:
+        scored = seeker.scored(option, more)
+        if scored is not None:
             named = dict(zip(_names(seeker.space), costs, strict=True))
             layers = () if option.layers[0] == len(seeker.space.parent.spec.layers) else option.layers
-            found.append(Scored(layers, option.name, measured.kl, measured.low, measured.high, named))
+            measured = seeker.scorer.known([option]) is not None
+            found.append(Scored(layers, option.name, scored.kl, scored.low, scored.high, named, measured))
     return tuple(found)
 
 

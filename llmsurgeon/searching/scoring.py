@@ -2,6 +2,7 @@
 
 The replace-one score of Puzzle (arXiv 2411.19146, section 3), measured on text that fitted nothing; and the same of
 whole models, of many options at once. Layers are walked with one layer's weights in memory, all options side by side.
+What an option will cost is foreseen first (`foresight`): that takes its own layer alone.
 A model with another vocabulary is walked over its own tokens, and costs what those cost beside its KL (`vocabulary`).
 """
 
@@ -20,6 +21,7 @@ from llmsurgeon.processes.exchange import things
 from llmsurgeon.processes.world import alone, count, rank
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.fitting import Workshop
+from llmsurgeon.searching.foresight import Foresight
 from llmsurgeon.searching.ground import Ground, Reading
 from llmsurgeon.searching.options import Option, key_of, rows_of
 from llmsurgeon.searching.store import ScoreStore
@@ -28,6 +30,9 @@ from llmsurgeon.walk.streams import Streams
 
 # Models that are walked side by side in a process: after each such lot what was found is kept.
 SIDE_BY_SIDE = 24
+# Options that are foreseen in a process before they are kept, and what stands before the keys of those.
+FORESEEN_AT_ONCE = 8
+FORESEEN = "foreseen "
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,29 @@ class Scorer:
             return UNCHANGED
         each = self.store.found(key_of(changed))
         return None if each is None else Measured.of(each)
+
+    def foreseen(self, option: Option) -> Measured | None:
+        """What an option is foreseen to cost alone, where it was foreseen."""
+        each = self.store.found(FORESEEN + option.key)
+        return None if each is None else Measured.of(each)
+
+    def foresee(self, options: Sequence[Option], in_time: Callable[[], bool]) -> None:
+        """Foresee what options of one offer cost, the first ones first, as many as there is time for."""
+        todo = [option for option in options if self.known([option]) is None and self.foreseen(option) is None]
+        size, foresight = FORESEEN_AT_ONCE * count(), Foresight(self.ground, self.workshop)
+        with Progress("foresee options", float(len(todo)), "options") as progress:
+            for start in range(0, len(todo), size):
+                if not in_time():
+                    return
+                lot = todo[start : start + size]
+                with alone():
+                    found = {}
+                    for option in lot[rank() :: count()]:
+                        found[FORESEEN + option.key] = foresight.of(option)
+                        progress.advance()
+                parts = things(found)
+                progress.advance(float(len(lot) - len(found)))
+                self.store.keep({key: each for part in parts for key, each in part.items()})
 
     def measure(
         self, models: Sequence[Sequence[Option]], title: str, in_time: Callable[[], bool] | None = None

@@ -1,9 +1,10 @@
-"""The search itself: single scores, the program over them, whole models measured, scores corrected, and again."""
+"""The search itself: options foreseen and scored, the program over them, whole models measured, scores corrected."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,8 @@ from llmsurgeon.searching.space import Space
 # Whole models that are measured in each round, unlike each other by this share of the layers; rounds at most, and
 # those without a better model after which the search ends.
 A_ROUND, OVERLAPS, ROUNDS, PATIENCE = 6, (0.8, 0.9), 8, 2
+# Options of an operation that are measured and foreseen before the others are taken for so many times what is foreseen.
+ENOUGH = 5
 # How far a sum of corrected scores may miss what was measured, as a share of it.
 SURE = 0.1
 
@@ -37,7 +40,7 @@ class Model:
 class Seeker:
     """Looks for the best model in a space.
 
-    alone: what each option was measured at, NaN where it was not; scores: the same, corrected by whole models.
+    alone: what each option costs, NaN where nothing tells; scores: the same, corrected by whole models.
     models: those that were measured.
     """
 
@@ -48,22 +51,24 @@ class Seeker:
     models: dict[tuple[int, ...], Model] = field(default_factory=dict)
 
     def score(self, in_time: Callable[[], bool], seconds: Callable[[], float]) -> None:
-        """Measure every option that one offer makes, or as many as there is time for.
+        """Foresee what every option costs that one offer makes, and measure those that the best choice stands on.
+
+        Tables are measured, of which there are few. Of the others as many are foreseen as there is time for.
 
         Args:
-            seconds: about how long all of them take, where none was measured that would tell.
+            seconds: about how long all of it takes, where nothing was foreseen that would tell.
 
         Raises:
             SurgeryError: time was up before enough was known to meet the targets.
         """
-        todo = self.unscored
+        todo = self.space.in_turn(self.unscored)
         start = time.monotonic()
-        self.scorer.measure(
-            [[self.space.options[place]] for place in self.space.in_turn(todo)], "score options", in_time
-        )
+        options = [self.space.options[place] for place in todo]
+        self.scorer.measure([[option] for option in options if option.rows], "score vocabularies", in_time)
+        self.scorer.foresee([option for option in options if not option.rows], in_time)
         took, left = time.monotonic() - start, self.unscored
-        program, _ = self.space.program(self.alone(), [1.0] * len(self.space.meters))
-        if program.best() is not None:
+        if self._chosen() is not None:
+            self._measure_chosen(in_time)
             return
         done, count = len(todo) - len(left), sum(option.single for option in self.space.options)
         more = took / done * len(left) if done else seconds() * len(left) / count
@@ -73,22 +78,62 @@ class Seeker:
             "with more --minutes (or start anew with fewer --tokens)"
         )
 
+    def _chosen(self) -> list[Option] | None:
+        """The options of the best choice by what each costs alone; None where nothing meets the targets."""
+        program, kept = self.space.program(self.alone(), [1.0] * len(self.space.meters))
+        best = program.best()
+        return None if best is None else [self.space.options[kept[place]] for place in best]
+
+    def _measure_chosen(self, in_time: Callable[[], bool]) -> None:
+        """Measure what the best choice stands on and was only foreseen, until nothing of it is that, or time is up.
+
+        Whatever is chosen among many that are foreseen is foreseen too well: chance had a part in it.
+        """
+        single = {option.offers: option for option in self.space.options if option.single}
+        while in_time():
+            parts = [single[part.offers] for option in self._chosen() or () for part in option.parts()]
+            unsure = [part for part in parts if self.scorer.known([part]) is None]
+            if not unsure:
+                return
+            self.scorer.measure([[part] for part in unsure], "score what is chosen", in_time)
+
     @property
     def unscored(self) -> list[int]:
-        """Places of the options that one offer makes and that were not measured."""
-        options = self.space.options
-        return [p for p, option in enumerate(options) if option.single and self.scorer.known([option]) is None]
+        """Places of the options that one offer makes and that were neither measured nor foreseen."""
+        options, scorer = self.space.options, self.scorer
+        single = [place for place, option in enumerate(options) if option.single]
+        return [p for p in single if scorer.known([options[p]]) is None and scorer.foreseen(options[p]) is None]
 
     def alone(self) -> NDArray[np.float64]:
-        """What each option costs alone: as measured, or the sum of its offers."""
-        return np.array([self._alone(option) for option in self.space.options])
+        """What each option costs alone: as measured, as foreseen, or the sum of its offers."""
+        more = self.more_than_foreseen()
+        return np.array([self._alone(option, more) for option in self.space.options])
 
-    def _alone(self, option: Option) -> float:
-        found = self.scorer.known([option])
+    def _alone(self, option: Option, more: Mapping[str, float]) -> float:
+        found = self.scored(option, more)
         if found is not None:
             return found.kl
-        parts = [self.scorer.known([part]) for part in option.parts()]
+        parts = [self.scored(part, more) for part in option.parts()]
         return sum(part.kl if part else float("nan") for part in parts)
+
+    def scored(self, option: Option, more: Mapping[str, float]) -> Measured | None:
+        """What an option costs alone: as measured, or as foreseen and so many times `more`; None where neither was."""
+        found = self.scorer.known([option])
+        if found is None and option.single:
+            foreseen = self.scorer.foreseen(option)
+            if foreseen is not None:
+                found = Measured.of(foreseen.each * more.get(_kind(option), 1.0))
+        return found
+
+    def more_than_foreseen(self) -> dict[str, float]:
+        """By operation, how many times what was foreseen options were measured at, by the median of those that were."""
+        ratios: dict[str, list[float]] = defaultdict(list)
+        for option in self.space.options:
+            if option.single and option.changed and not option.rows:
+                known, foreseen = self.scorer.known([option]), self.scorer.foreseen(option)
+                if known and foreseen and known.kl > 0 and foreseen.kl > 0:
+                    ratios[_kind(option)].append(known.kl / foreseen.kl)
+        return {kind: float(np.median(each)) for kind, each in ratios.items() if len(each) >= ENOUGH}
 
     def seek(self, tightened: Sequence[float]) -> Model | None:
         """The best model that was measured within the budgets, `tightened` times; None where nothing is within them.
@@ -172,6 +217,10 @@ class Seeker:
             measured = self.scorer.known(each)
             if measured is not None:
                 self.models[places] = Model(places, float(sum(alone[place] for place in places)), measured)
+
+
+def _kind(option: Option) -> str:
+    return option.offers[0].steps[-1].op
 
 
 def _kl(model: Model) -> float:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmsurgeon import __version__
+from llmsurgeon.analysis.divergence import KL_STRIDE
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
 from llmsurgeon.planning.opened import OpenedCheckpoint
@@ -21,6 +22,7 @@ from llmsurgeon.planning.texts import Texts
 from llmsurgeon.processes.first import from_first
 from llmsurgeon.processes.world import alone
 from llmsurgeon.searching.fitting import Workshop
+from llmsurgeon.searching.foresight import DRAWS
 from llmsurgeon.searching.ground import Ground, shared_out
 from llmsurgeon.searching.options import cuts
 from llmsurgeon.searching.scoring import Scorer
@@ -31,6 +33,8 @@ from llmsurgeon.walk.runner import LayerRunner
 
 # Tokens that fit an option, and choose whether the fit is taken.
 FIT_TOKENS = 4096
+# How many options a layer a search measures, about, of those that it foresees.
+MEASURED = 2.0
 
 
 def scorer_of(space: Space, texts: Texts, tokens: int, batch: int, in_time: Callable[[], bool]) -> Scorer:
@@ -84,10 +88,7 @@ def _orders(space: Space, texts: Texts, folder: Path, batch: int) -> Mapping[str
 
 @dataclass(frozen=True)
 class Work:
-    """What scoring a space costs: options with a score of their own, evaluations of a layer, and about how long.
-
-    seconds: None where nothing was timed.
-    """
+    """What scoring a space costs: options with a score of their own, evaluations of a layer, and about how long."""
 
     options: int
     scored: int
@@ -96,25 +97,40 @@ class Work:
 
 
 def work_of(space: Space, parent: OpenedCheckpoint, tokens: int, length: int, options: Any) -> Work:
-    """How much there is to do, with one layer timed on random tokens."""
+    """How much there is to do, with one layer and the head timed on random tokens.
+
+    Of what is foreseen, about MEASURED options a layer are measured.
+    """
     layers = len(parent.spec.layers)
     singles = [option for option in space.options if option.single]
-    # For a vocabulary the parent reads all of the text anew.
-    evaluations = sum(layers - (0 if option.rows else option.layers[0]) for option in singles)
+    foreseen = [option for option in singles if not option.rows]
     dtype = parent.computed_in(options.dtype, options.device)
     runner = LayerRunner(parent.config, parent.weights, dtype, options.device)
     batch = min(options.batch, max(1, tokens // length))
-    once = _seconds_a_token(runner, torch.randint(0, parent.spec.vocab, (batch, length)))
+    once, head = _seconds_a_token(runner, torch.randint(0, parent.spec.vocab, (batch, length)))
+    # A gradient takes about twice what a layer takes. For a vocabulary the parent reads all of the text anew.
+    measured = min(round(MEASURED * layers), len(foreseen))
+    walked = measured * (layers + 1) // 2 + (len(singles) - len(foreseen)) * layers
+    evaluations = walked + len(foreseen) + (1 + 2 * DRAWS) * layers
     # A fit walks its layer over the tokens that fit about four times: twice for each of two updates.
-    fitted = sum(not option.rows for option in singles) * 4 * FIT_TOKENS
-    return Work(len(space.options), len(singles), evaluations, once * (evaluations * tokens + fitted))
+    fitted = len(foreseen) * 4 * FIT_TOKENS
+    heads = (measured + 2 * DRAWS) / KL_STRIDE + 2 * (len(singles) - len(foreseen))
+    seconds = once * (evaluations * tokens + fitted) + head * heads * tokens
+    return Work(len(space.options), len(singles), evaluations, seconds)
 
 
-def _seconds_a_token(runner: LayerRunner, tokens: Tensor) -> float:
+def _seconds_a_token(runner: LayerRunner, tokens: Tensor) -> tuple[float, float]:
+    """What a token takes in a layer, and in the head."""
     index = len(runner.layers) // 2
     with torch.no_grad(), runner.loaded(index):
         hidden = runner.embed(tokens)
-        runner.whole(index, hidden)
-        start = time.perf_counter()
-        runner.whole(index, hidden)
-        return (time.perf_counter() - start) / tokens.numel()
+        layer = _timed(lambda: runner.whole(index, hidden)) / tokens.numel()
+        output = runner.states if runner.family.encoder else runner.final
+        return layer, _timed(lambda: output(hidden[0])) / tokens.shape[1]
+
+
+def _timed(work: Callable[[], object]) -> float:
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

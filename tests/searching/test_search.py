@@ -104,6 +104,7 @@ def some_time(monkeypatch, lots, few=8):
 
     monkeypatch.setattr(_Clock, "before", before)
     monkeypatch.setattr(scoring, "SIDE_BY_SIDE", few)
+    monkeypatch.setattr(scoring, "FORESEEN_AT_ONCE", few)
 
 
 def test_time_that_is_up_while_options_are_scored_ends_with_the_best_of_those(scene, monkeypatch):
