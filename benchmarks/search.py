@@ -103,8 +103,8 @@ class Benchmark:
         a = self.arguments
         folder, out = self.work / f"search-{speed}", self.work / f"searched-{speed}"
         if not (folder / "recipe.yaml").exists():
-            how = {"threads": a.threads, "tokens": a.tokens, "minutes": a.minutes, "allow": tuple(a.allow)}
-            wanted = Wanted(engine=a.engine, text=a.text, **how)
+            how = {"tokens": a.tokens, "refit_tokens": a.refit_tokens, "minutes": a.minutes, "allow": tuple(a.allow)}
+            wanted = Wanted(engine=a.engine, threads=a.threads, text=a.text, **how)
             search(a.model, f"decode={speed}x", folder, wanted, overwrite=True, say=print)
         found = recipe.load(folder / "recipe.yaml")
         # All are refitted on as many tokens.
