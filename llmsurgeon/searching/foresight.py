@@ -45,17 +45,16 @@ class Foresight:
         return pulled_back(ground.runner, ground.scoring, ground.parts, drawn)
 
     def of(self, option: Option) -> Tensor:
-        """g . d of the parent with this option alone, [M, S]: the mean of the squares over draws is what it will differ
-        by on each sequence, as `Scorer` measures it."""
+        """What the parent with this option alone will differ by, of each sequence [S], as `Scorer` measures it."""
         ground, first, last = self.ground, option.layers[0], option.layers[-1]
         gradients = self._gradients[last]
-        found = torch.zeros(gradients.shape[:2])
+        found = torch.zeros(len(ground.scores))
         with torch.no_grad(), self.workshop.standing(option) as beside:
             for part in ground.parts:
                 entered = ground.scoring[first, part].to(beside.device)
                 left = self.workshop.through(option, beside, entered)
                 moved = left.float() - ground.scoring[last + 1, part].to(beside.device).float()
-                for draw, gradient in enumerate(gradients[:, part]):
-                    found[draw, part] = (gradient.to(beside.device).float() * moved).sum((-1, -2)).cpu()
-        # Half of the square, and the mean over the positions that are compared.
-        return found / (2 * len(compared(ground.scores.shape[1]))) ** 0.5
+                for gradient in gradients[:, part]:
+                    along = (gradient.to(beside.device).float() * moved).sum((-1, -2))
+                    found[part] += along.square().cpu() / (2 * self.draws)
+        return found / len(compared(ground.scores.shape[1]))

@@ -89,8 +89,8 @@ class Scorer:
 
     def foreseen(self, option: Option) -> Measured | None:
         """What an option is foreseen to cost alone, where it was foreseen."""
-        along = self.store.found(FORESEEN + option.key)
-        return None if along is None else Measured.of(along.square().mean(0))
+        each = self.store.found(FORESEEN + option.key)
+        return None if each is None else Measured.of(each)
 
     def foresee(self, options: Sequence[Option], in_time: Callable[[], bool]) -> None:
         """Foresee what options of one offer cost, the first ones first, as many as there is time for."""

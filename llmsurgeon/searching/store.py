@@ -16,8 +16,7 @@ from llmsurgeon.processes.first import from_first
 class ScoreStore:
     """The folder of one model, as it computes, on one text: files of a few measured models each.
 
-    A key is what was done to the model, a value each sequence's KL [S], or of what is foreseen g . d of each draw
-    [M, S]. The folder is the first process's.
+    A key is what was done to the model, a value each sequence's KL [S]. The folder is the first process's.
     """
 
     def __init__(self, folder: Path) -> None:
