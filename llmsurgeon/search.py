@@ -37,8 +37,9 @@ from llmsurgeon.searching.space import Space, chosen_operations
 from llmsurgeon.text.files import named_text
 
 SEQUENCE_LENGTH = 256
-# Of the minutes that a search may take, when scoring ends at the latest, and when choosing does: models are made then.
-SCORING, CHOOSING = 0.7, 0.85
+# Of the minutes that a search may take, the share in which parts are timed, when scoring ends at the latest, and when
+# choosing does: models are made then.
+TIMING, SCORING, CHOOSING = 0.2, 0.7, 0.85
 FILES = ("recipe.yaml", "report.html", "report.json", "scores.safetensors")
 
 
@@ -146,7 +147,7 @@ def search(
 
 def _prepared(opened: _Opened, wanted: Wanted, clock: _Clock, scratch: Path, say: Say) -> Making:
     """What is measured once: what options cost, what the parent does on the text, what each option scores."""
-    space = Space.of(opened.parent, opened.meters, opened.operations).priced()
+    space = Space.of(opened.parent, opened.meters, opened.operations).priced(clock.of(TIMING))
     space.check_reach()
     clock.lap("costs")
     scorer = scorer_of(space, opened.texts, wanted.tokens, opened.options.batch, clock.before(CHOOSING))
@@ -262,6 +263,10 @@ class _Clock:
     def in_time(self) -> bool:
         """True while time is left."""
         return self.before(1.0)()
+
+    def of(self, share: float) -> float | None:
+        """Seconds that are this share of the time, None where it is not bounded."""
+        return None if self.seconds is None else share * self.seconds
 
     def before(self, share: float) -> Callable[[], bool]:
         """What tells whether this share of the time is not over, by the first process's clock."""

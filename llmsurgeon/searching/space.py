@@ -79,9 +79,11 @@ class Space:
         """Of how many groups of options one is chosen: those of each layer, and those of the table where it has any."""
         return 1 + max(option.layers[-1] for option in self.options)
 
-    def priced(self) -> Space:
-        """With the cost of every option, measured where it has to be."""
+    def priced(self, seconds: float | None = None) -> Space:
+        """With the cost of every option, measured where it has to be, in about so many seconds where they are given."""
         for meter in self.meters:
+            if seconds is not None:
+                meter.hurry(seconds / len(self.meters), self.shapes, self.resized)
             meter.prepare(self.shapes, self.resized)
         return replace(self, costs=[tuple(_cost(meter, option) for meter in self.meters) for option in self.options])
 

@@ -29,6 +29,9 @@ class ExactMeter(Meter):
         self.unit, self._count = unit, count
         self._layers: dict[LayerSpec, float] = {}
 
+    def hurry(self, seconds: float, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
+        pass
+
     def prepare(self, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
         for layer in layers:
             self.layer(layer)

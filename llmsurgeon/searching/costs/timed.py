@@ -22,7 +22,7 @@ from llmsurgeon.model.spec import ModelSpec
 from llmsurgeon.processes.first import from_first
 from llmsurgeon.progress import Progress
 from llmsurgeon.searching.costs.meter import shape_of
-from llmsurgeon.searching.costs.timing import Ratio, time_in_turn
+from llmsurgeon.searching.costs.timing import PRECISION, Ratio, time_in_turn
 
 # Of a decode: few, so that what else runs for a moment spoils one round of many.
 STEPS = 8
@@ -35,11 +35,13 @@ class Timings:
     """Ratios of models' seconds to those of one base, in one engine, timed where no earlier run has kept them.
 
     quantity: "decode", seconds of one step, or "prefill", seconds of one prompt.
+    seconds: what one model may take, about; as long as its ratio is not known well where it is None.
     """
 
     def __init__(self, shapes: Shapes, engine: Engine, base: ModelSpec, quantity: str) -> None:
         self.shapes, self.engine, self.base, self.quantity = shapes, engine, base, quantity
         self._known: dict[ModelSpec, Ratio] = {}
+        self.seconds: float | None = None
 
     def missing(self, specs: list[ModelSpec]) -> list[ModelSpec]:
         """Those that must be timed."""
@@ -77,14 +79,18 @@ class Timings:
                 stack.enter_context(kind.timed(self.shapes.of(spec), setting, STEPS if decode else 0))
                 for spec in (self.base, *specs)
             ]
-            found = time_in_turn(runs[0], runs[1:], MOST_ROUNDS[self.quantity])
+            limit = math.inf if self.seconds is None else self.seconds * len(specs)
+            found = time_in_turn(runs[0], runs[1:], MOST_ROUNDS[self.quantity], limit)
         for spec, ratio in zip(specs, found, strict=True):
             self._known[spec] = ratio
             self._keep(self._path(spec), ratio)
 
     def _look_up(self, spec: ModelSpec) -> Ratio | None:
         if spec not in self._known and (found := _read(self._path(spec))):
-            self._known[spec] = found
+            # What was cut short is timed anew where there is time.
+            short = found.rounds < MOST_ROUNDS[self.quantity] and found.half > PRECISION * found.value
+            if self.seconds is not None or not short:
+                self._known[spec] = found
         return self._known.get(spec)
 
     @staticmethod

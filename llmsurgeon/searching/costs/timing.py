@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from statistics import median
+from time import monotonic
 
 from llmsurgeon.evaluation.speed import Spread
 
@@ -37,11 +38,14 @@ class Ratio:
         return cls(spread.median, half, len(pairs), median(theirs for theirs, _ in pairs))
 
 
-def time_in_turn(base: Callable[[], float], models: Sequence[Callable[[], float]], most: int) -> list[Ratio]:
+def time_in_turn(
+    base: Callable[[], float], models: Sequence[Callable[[], float]], most: int, seconds: float = inf
+) -> list[Ratio]:
     """The ratio of each model to the base: base, first, base, second ... until all are known to PRECISION.
 
-    One round before the first warms up; there are `most` at most.
+    One round before the first warms up; there are `most` at most, and fewer where they take more than so many seconds.
     """
+    end = monotonic() + seconds
     runs = [base, *models]
     for run in runs:
         run()
@@ -51,6 +55,7 @@ def time_in_turn(base: Callable[[], float], models: Sequence[Callable[[], float]
             # One measurement of the base for each: what spoils it then spoils one ratio, not all alike.
             kept.append((base(), model()))
         found = [Ratio.of(kept) for kept in pairs]
-        if number >= FEWEST_ROUNDS and all(ratio.half <= PRECISION * ratio.value for ratio in found):
+        known = all(ratio.half <= PRECISION * ratio.value for ratio in found)
+        if number >= FEWEST_ROUNDS and (known or monotonic() >= end):
             break
     return found

@@ -174,6 +174,25 @@ def test_what_was_timed_is_kept_and_believed_only_whole(parent, monkeypatch, tmp
     assert len(list((tmp_path / "cache" / "costs").glob("*.json"))) == 6
 
 
+def test_what_was_timed_in_a_hurry_is_timed_anew_where_there_is_time(parent, monkeypatch):
+    timed = fake_clock(monkeypatch, noise=0.1)
+    layers = options_of(parent.spec.layers[0])
+
+    def rounds(hurried):
+        meter = decode_of(parent)
+        if hurried:
+            meter.hurry(0.0, layers)
+        meter.prepare(layers)
+        return {ratio.rounds for ratio in meter.timings.known.values()}
+
+    assert rounds(hurried=True) == {FEWEST_ROUNDS}
+    timed.clear()
+    assert rounds(hurried=True) == {FEWEST_ROUNDS} and timed == []
+    assert rounds(hurried=False) == {80} and timed
+    timed.clear()
+    assert rounds(hurried=True) == {80} and timed == []
+
+
 def test_a_cache_that_cannot_be_written_costs_time_alone(parent, monkeypatch, tmp_path):
     fake_clock(monkeypatch)
     (tmp_path / "cache").write_text("in the way")
@@ -273,6 +292,8 @@ def test_rounds_go_on_until_ratios_are_known():
     assert calls == ["a", "b"] * (FEWEST_ROUNDS + 1)
     shaky = time_in_turn(of("a", [1.0] * 30), [of("b", [1.0, 3.0] * 15)], 25)
     assert shaky[0].rounds == 25
+    shaky = time_in_turn(of("a", [1.0] * 30), [of("b", [1.0, 3.0] * 15)], 25, seconds=0.0)
+    assert shaky[0].rounds == FEWEST_ROUNDS
     calls.clear()
     both = time_in_turn(of("a", [1.0] * 99), [of("b", [2.0] * 30), of("c", [3.0] * 30)], 25)
     assert calls == [*"abc", *"abac" * FEWEST_ROUNDS]
