@@ -67,8 +67,9 @@ class Seeker:
         self.scorer.measure([[option] for option in options if option.rows], "score vocabularies", in_time)
         self.scorer.foresee([option for option in options if not option.rows], in_time)
         took, left = time.monotonic() - start, self.unscored
-        if self._chosen() is not None:
-            self._measure_chosen(in_time)
+        budgets = [1.0] * len(self.space.meters)
+        if self._chosen(budgets) is not None:
+            self._measure_chosen(budgets, in_time)
             return
         done, count = len(todo) - len(left), sum(option.single for option in self.space.options)
         more = took / done * len(left) if done else seconds() * len(left) / count
@@ -78,20 +79,20 @@ class Seeker:
             "with more --minutes (or start anew with fewer --tokens)"
         )
 
-    def _chosen(self) -> list[Option] | None:
-        """The options of the best choice by what each costs alone; None where nothing meets the targets."""
-        program, kept = self.space.program(self.alone(), [1.0] * len(self.space.meters))
+    def _chosen(self, tightened: Sequence[float]) -> list[Option] | None:
+        """The options of the best choice by the scores as they are now; None where nothing is within the budgets."""
+        program, kept = self.space.program(self.scores(), tightened)
         best = program.best()
         return None if best is None else [self.space.options[kept[place]] for place in best]
 
-    def _measure_chosen(self, in_time: Callable[[], bool]) -> None:
+    def _measure_chosen(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> None:
         """Measure what the best choice stands on and was only foreseen, until nothing of it is that, or time is up.
 
         Whatever is chosen among many that are foreseen is foreseen too well: chance had a part in it.
         """
         single = {option.offers: option for option in self.space.options if option.single}
         while in_time():
-            parts = [single[part.offers] for option in self._chosen() or () for part in option.parts()]
+            parts = [single[part.offers] for option in self._chosen(tightened) or () for part in option.parts()]
             unsure = [part for part in parts if self.scorer.known([part]) is None]
             if not unsure:
                 return
@@ -140,6 +141,7 @@ class Seeker:
 
         Each round measures the best models that the scores know of, and corrects the scores by them.
         """
+        self._measure_chosen(tightened, self.in_time)
         best, without = self._best(tightened), 0
         for round_ in range(ROUNDS):
             new = [places for places in self._proposals(tightened) if places not in self.models]
