@@ -39,7 +39,7 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
         layers=_layers(seeker, best),
         table=_table(seeker, best),
         points=points,
-        notes=[*found.notes, *_unfinished(seeker, made), *_unsure(seeker)],
+        notes=[*found.notes, *_unfinished(seeker, best, made), *_unsure(seeker)],
     )
 
 
@@ -159,7 +159,7 @@ def _names(space: Space) -> list[str]:
     return [meter.target.name for meter in space.meters]
 
 
-def _unfinished(seeker: Seeker, made: Sequence[Made]) -> list[str]:
+def _unfinished(seeker: Seeker, best: Model, made: Sequence[Made]) -> list[str]:
     """What there was no time for."""
     left, count = len(seeker.unscored), sum(option.single for option in seeker.space.options)
     notes = []
@@ -167,6 +167,13 @@ def _unfinished(seeker: Seeker, made: Sequence[Made]) -> list[str]:
         notes.append(
             f"time was up when {count - left} of {count} options were scored: what is chosen is the best of those; the "
             "same search goes on with the others"
+        )
+    changed = [option for option in map(seeker.space.options.__getitem__, best.places) if option.changed]
+    foreseen = sum(seeker.scorer.known([option]) is None for option in changed)
+    if foreseen:
+        notes.append(
+            f"{foreseen} of {len(changed)} chosen options were not measured alone: what is told of them is foreseen to "
+            "second order; the whole model was measured"
         )
     if not made:
         notes.append(

@@ -110,7 +110,10 @@ def some_time(monkeypatch, lots, few=8):
 def test_time_that_is_up_while_options_are_scored_ends_with_the_best_of_those(scene, monkeypatch):
     some_time(monkeypatch, lots=3)
     found = search("parent", ["params=0.85x", "flops=0.85x"], "out", Wanted(**FEW))
-    assert "24 of" in found.notes[0] and "time was up before the model was made" in found.notes[1]
+    unscored, unmeasured, unmade = found.notes[:3]
+    assert "24 of" in unscored and "chosen options were not measured alone" in unmeasured
+    assert "time was up before the model was made" in unmade
+    assert {option.measured for option in found.options if option.kl} == {False}
     assert [bound.measured for bound in found.bounds] == [None, None]
     assert all(bound.predicted <= bound.budget for bound in found.bounds)
     (chosen,) = (point for point in found.points if point.chosen)
