@@ -65,8 +65,5 @@ def _of_cosines(runner: LayerRunner, hidden: Tensor, draws: int, generator: torc
         across = (random - (random * ahead).sum(-1, keepdim=True) * ahead) / length
         # A state of zeros, as of padding, has no direction.
         across = torch.where(wide.any(-1, keepdim=True), across, 0).to(states.dtype)
-        if states is hidden:  # nothing stands behind the last layer
-            found.append(across)
-        else:
-            found.append(torch.autograd.grad(states, hidden, across, retain_graph=m < draws - 1)[0])
+        found.append(torch.autograd.grad(states, hidden, across, retain_graph=m < draws - 1)[0])
     return torch.stack(found)

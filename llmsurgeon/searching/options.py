@@ -54,6 +54,11 @@ class Option:
         """True where one offer makes it."""
         return len(self.offers) == 1
 
+    @property
+    def op(self) -> str:
+        """The operation that makes it, where one offer does."""
+        return self.offers[0].steps[-1].op
+
     @cached_property
     def key(self) -> str:
         """What it is called in files of scores: the steps that make it."""

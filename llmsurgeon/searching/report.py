@@ -32,7 +32,7 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
     return replace(
         found,
         distance=space.distance,
-        operations=tuple(dict.fromkeys(o.offers[0].steps[-1].op for o in space.options if o.single)),
+        operations=space.operations,
         parent=tuple(map(_shape, space.parent.spec.layers)),
         bounds=_bounds(space, best, costs),
         options=_options(seeker),

@@ -68,7 +68,7 @@ class Seeker:
         self.scorer.foresee([option for option in options if not option.rows], in_time)
         took, left = time.monotonic() - start, self.unscored
         budgets = [1.0] * len(self.space.meters)
-        if self._chosen(budgets) is not None:
+        if self._choice(self.scores(), budgets) is not None:
             self._measure_chosen(budgets, in_time)
             return
         done, count = len(todo) - len(left), sum(option.single for option in self.space.options)
@@ -79,24 +79,25 @@ class Seeker:
             "with more --minutes (or start anew with fewer --tokens)"
         )
 
-    def _chosen(self, tightened: Sequence[float]) -> list[Option] | None:
-        """The options of the best choice by the scores as they are now; None where nothing is within the budgets."""
-        program, kept = self.space.program(self.scores(), tightened)
+    def _choice(self, scores: NDArray[np.float64], tightened: Sequence[float]) -> tuple[int, ...] | None:
+        """Places of the options of least summed score; None where nothing is within the budgets."""
+        program, kept = self.space.program(scores, tightened)
         best = program.best()
-        return None if best is None else [self.space.options[kept[place]] for place in best]
+        return None if best is None else tuple(kept[place] for place in best)
 
     def _measure_chosen(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> None:
         """Measure what the best choice stands on and was only foreseen, until nothing of it is that, or time is up.
 
         Whatever is chosen among many that are foreseen is foreseen too well: chance had a part in it.
         """
-        single = {option.offers: option for option in self.space.options if option.single}
+        single = [option for option in self.space.options if option.single]
         while in_time():
-            parts = [single[part.offers] for option in self._chosen(tightened) or () for part in option.parts()]
-            unsure = [part for part in parts if self.scorer.known([part]) is None]
+            chosen = self._choice(self.scores(), tightened) or ()
+            offers = {offer for place in chosen for offer in self.space.options[place].offers}
+            unsure = [o for o in single if o.offers[0] in offers and self.scorer.known([o]) is None]
             if not unsure:
                 return
-            self.scorer.measure([[part] for part in unsure], "score what is chosen", in_time)
+            self.scorer.measure([[option] for option in unsure], "score what is chosen", in_time)
 
     @property
     def unscored(self) -> list[int]:
@@ -123,17 +124,16 @@ class Seeker:
         if found is None and option.single:
             foreseen = self.scorer.foreseen(option)
             if foreseen is not None:
-                found = Measured.of(foreseen.each * more.get(_kind(option), 1.0))
+                found = Measured.of(foreseen.each * more.get(option.op, 1.0))
         return found
 
     def more_than_foreseen(self) -> dict[str, float]:
         """By operation, how many times what was foreseen options were measured at, by the median of those that were."""
         ratios: dict[str, list[float]] = defaultdict(list)
         for option in self.space.options:
-            if option.single and option.changed and not option.rows:
-                known, foreseen = self.scorer.known([option]), self.scorer.foreseen(option)
-                if known and foreseen and known.kl > 0 and foreseen.kl > 0:
-                    ratios[_kind(option)].append(known.kl / foreseen.kl)
+            known, foreseen = self.scorer.known([option]), self.scorer.foreseen(option)
+            if known and foreseen and known.kl > 0 and foreseen.kl > 0:
+                ratios[option.op].append(known.kl / foreseen.kl)
         return {kind: float(np.median(each)) for kind, each in ratios.items() if len(each) >= ENOUGH}
 
     def seek(self, tightened: Sequence[float]) -> Model | None:
@@ -180,12 +180,11 @@ class Seeker:
         """
         found: dict[str, tuple[int, ...]] = {}
         scores = self.alone()
-        for op in dict.fromkeys(o.offers[0].steps[-1].op for o in self.space.options if o.single):
-            mine = [not o.changed or (o.single and o.offers[0].steps[-1].op == op) for o in self.space.options]
-            program, kept = self.space.program(np.where(mine, scores, np.nan), tightened)
-            chosen = program.best()
+        for op in self.space.operations:
+            mine = [not o.changed or (o.single and o.op == op) for o in self.space.options]
+            chosen = self._choice(np.where(mine, scores, np.nan), tightened)
             if chosen is not None:
-                found[op] = tuple(kept[place] for place in chosen)
+                found[op] = chosen
         self._measure([places for places in found.values() if places not in self.models])
         return {op: self.models[places] for op, places in found.items() if places in self.models}
 
@@ -219,10 +218,6 @@ class Seeker:
             measured = self.scorer.known(each)
             if measured is not None:
                 self.models[places] = Model(places, float(sum(alone[place] for place in places)), measured)
-
-
-def _kind(option: Option) -> str:
-    return option.offers[0].steps[-1].op
 
 
 def _kl(model: Model) -> float:

@@ -65,6 +65,11 @@ class Space:
         return "cosine" if self.parent.family.encoder else "kl"
 
     @property
+    def operations(self) -> tuple[str, ...]:
+        """Those that offer something here."""
+        return tuple(dict.fromkeys(option.op for option in self.options if option.single))
+
+    @property
     def shapes(self) -> list[LayerSpec]:
         """Every shape of a layer in it, once."""
         return list(dict.fromkeys(shape_of(layer) for option in self.options for layer in option.instead))
