@@ -88,7 +88,7 @@ class Space:
         """With the cost of every option, measured where it has to be, in about so many seconds where they are given."""
         for meter in self.meters:
             if seconds is not None:
-                meter.hurry(seconds / len(self.meters), self.shapes, self.resized)
+                meter.hurry(seconds / len(self.meters))
             meter.prepare(self.shapes, self.resized)
         return replace(self, costs=[tuple(_cost(meter, option) for meter in self.meters) for option in self.options])
 

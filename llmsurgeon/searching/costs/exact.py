@@ -29,7 +29,7 @@ class ExactMeter(Meter):
         self.unit, self._count = unit, count
         self._layers: dict[LayerSpec, float] = {}
 
-    def hurry(self, seconds: float, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
+    def hurry(self, seconds: float) -> None:
         pass
 
     def prepare(self, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:

@@ -29,7 +29,6 @@ from llmsurgeon.searching.costs.target import Target
 from llmsurgeon.searching.costs.timed import MOST_ROUNDS, STEPS, Timings
 
 ROUNDS = 9  # of a written model's bench
-FEWEST_TIMED = 8  # models among which the time is shared out where there is little of it
 UNLIKE = 0.02  # by what share a model may miss its parts' sum for all that models unlike it tell
 REST_SHARE = 0.1  # of the base's time, before anything is measured
 SECONDS_A_BYTE = 1e-10  # of weights read, to say beforehand how long timing takes
@@ -56,10 +55,8 @@ class SecondsMeter(Meter):
         base = base_of(self.parent, lambda spec: self.engine.weight_bytes(self.shapes.of(spec)))
         return Timings(self.shapes, self.engine, base, self.target.name)
 
-    def hurry(self, seconds: float, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
-        missing = self.timings.missing(self._designed(*self._asked(layers, specs)))
-        # Whole models follow, one at a time (`learn`).
-        self.timings.seconds = seconds / max(len(missing), FEWEST_TIMED)
+    def hurry(self, seconds: float) -> None:
+        self.timings.seconds = seconds
 
     def prepare(self, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
         asked = self._asked(layers, specs)

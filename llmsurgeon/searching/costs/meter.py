@@ -43,8 +43,8 @@ class Meter(ABC):
         return self.engine.misfit(self.shapes, layer, first)
 
     @abstractmethod
-    def hurry(self, seconds: float, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:
-        """Let `prepare` of all these take no longer than about so many seconds, and be less sure of what it finds."""
+    def hurry(self, seconds: float) -> None:
+        """Let `prepare` take no longer than about so many seconds, and be less sure of what it finds."""
 
     @abstractmethod
     def prepare(self, layers: Iterable[LayerSpec], specs: Iterable[ModelSpec] = ()) -> None:

@@ -28,6 +28,7 @@ from llmsurgeon.searching.costs.timing import PRECISION, Ratio, time_in_turn
 STEPS = 8
 MOST_ROUNDS = {"decode": 80, "prefill": 25}
 AT_ONCE = 4  # models beside the base
+FEWEST_TIMED = 8  # models among which time is shared out at least: whole ones follow, one at a time
 MOST_IN_MEMORY = 4_000_000_000  # bytes of their weights
 
 
@@ -35,7 +36,7 @@ class Timings:
     """Ratios of models' seconds to those of one base, in one engine, timed where no earlier run has kept them.
 
     quantity: "decode", seconds of one step, or "prefill", seconds of one prompt.
-    seconds: what one model may take, about; as long as its ratio is not known well where it is None.
+    seconds: what all may take, about, of which a single one has a part; None as long as ratios are not known well.
     """
 
     def __init__(self, shapes: Shapes, engine: Engine, base: ModelSpec, quantity: str) -> None:
@@ -57,8 +58,9 @@ class Timings:
         if missing:
             self.engine.kind.require()
             with Progress(f"time {self.quantity}", len(missing), "models") as progress:
+                each = math.inf if self.seconds is None else self.seconds / max(len(missing), FEWEST_TIMED)
                 for group in self._groups(missing):
-                    self._time(group)
+                    self._time(group, each * len(group))
                     progress.advance(len(group))
         return self._known
 
@@ -72,15 +74,14 @@ class Timings:
         size = max(1, min(AT_ONCE, MOST_IN_MEMORY // weight - 1))
         return [specs[start : start + size] for start in range(0, len(specs), size)]
 
-    def _time(self, specs: list[ModelSpec]) -> None:
+    def _time(self, specs: list[ModelSpec], seconds: float) -> None:
         kind, setting, decode = self.engine.kind, self.engine.setting, self.quantity == "decode"
         with ExitStack() as stack:
             runs = [
                 stack.enter_context(kind.timed(self.shapes.of(spec), setting, STEPS if decode else 0))
                 for spec in (self.base, *specs)
             ]
-            limit = math.inf if self.seconds is None else self.seconds * len(specs)
-            found = time_in_turn(runs[0], runs[1:], MOST_ROUNDS[self.quantity], limit)
+            found = time_in_turn(runs[0], runs[1:], MOST_ROUNDS[self.quantity], seconds)
         for spec, ratio in zip(specs, found, strict=True):
             self._known[spec] = ratio
             self._keep(self._path(spec), ratio)

@@ -181,7 +181,7 @@ def test_what_was_timed_in_a_hurry_is_timed_anew_where_there_is_time(parent, mon
     def rounds(hurried):
         meter = decode_of(parent)
         if hurried:
-            meter.hurry(0.0, layers)
+            meter.hurry(0.0)
         meter.prepare(layers)
         return {ratio.rounds for ratio in meter.timings.known.values()}
 
