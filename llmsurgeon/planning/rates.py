@@ -108,7 +108,7 @@ def _computing(width: int, dtype: torch.dtype, device: str) -> dict[str, float]:
             "stepped": (lambda: _layer(apart, weights), 2.0 * len(apart) * sum(weight.numel() for weight in weights)),
             "drawn": (lambda: draw(logits, None), float(logits.numel())),
         }
-        return {name: amount / _seconds(work, device) for name, (work, amount) in works.items()}
+        return {name: amount / seconds_of(work, device) for name, (work, amount) in works.items()}
 
 
 def _layer(x: Tensor, weights: list[Tensor]) -> Tensor:
@@ -130,8 +130,8 @@ def _norm(x: Tensor) -> Tensor:
     return (wide * wide.square().mean(-1, keepdim=True).add(1e-6).rsqrt()).to(x.dtype)
 
 
-def _seconds(work: Callable[[], object], device: str) -> float:
-    """The least of the times that fit into ENOUGH seconds: what else the machine does makes them longer."""
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """Seconds of `work`, the least of those that fit into ENOUGH: what else the machine does makes them longer."""
     least, until = float("inf"), time.perf_counter() + ENOUGH
     while least == float("inf") or time.perf_counter() < until:
         _wait(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,6 +17,7 @@ from llmsurgeon.analysis.divergence import KL_STRIDE
 from llmsurgeon.analysis.scores import compute_scores
 from llmsurgeon.checkpoint.kept import cache_folder, keep, kept
 from llmsurgeon.planning.opened import OpenedCheckpoint
+from llmsurgeon.planning.rates import seconds_of
 from llmsurgeon.planning.texts import Texts
 from llmsurgeon.processes.first import from_first
 from llmsurgeon.processes.world import alone
@@ -124,13 +124,6 @@ def _seconds_a_token(runner: LayerRunner, tokens: Tensor) -> tuple[float, float]
     index = len(runner.layers) // 2
     with torch.no_grad(), runner.loaded(index):
         hidden = runner.embed(tokens)
-        layer = _timed(lambda: runner.whole(index, hidden)) / tokens.numel()
+        layer = seconds_of(lambda: runner.whole(index, hidden), runner.device) / tokens.numel()
         output = runner.states if runner.family.encoder else runner.final
-        return layer, _timed(lambda: output(hidden[0])) / tokens.shape[1]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+        return layer, seconds_of(lambda: output(hidden[0]), runner.device) / tokens.shape[1]
