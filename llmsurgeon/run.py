@@ -97,7 +97,7 @@ def run(
             short = missed(planned.recipe.gate, healed.evaluation)
             return Outcome(Path(out), planned, healed.results, healed.evaluation, tuple(short))
         checkpoints = parent.checkpoint, parent.original.checkpoint
-        records = RunRecords(planned, healed, resolved, texts.description, *checkpoints, repository)
+        records = RunRecords(planned, healed, resolved, texts.description, *checkpoints, repository, options.home)
         return finish(stage, out, records, options, inputs)
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 
@@ -27,11 +28,12 @@ from llmsurgeon.processes.world import join
 from llmsurgeon.progress import Say, silent
 from llmsurgeon.recipe.recipe import calibration, dump
 from llmsurgeon.report.search import html_found
+from llmsurgeon.run import run
 from llmsurgeon.searching.costs import Engine, Meter, meters, parse_targets
 from llmsurgeon.searching.found import Found
 from llmsurgeon.searching.making import Making, Place
 from llmsurgeon.searching.report import described
-from llmsurgeon.searching.seeking import Seeker
+from llmsurgeon.searching.seeking import Model, Seeker
 from llmsurgeon.searching.setting import Work, scorer_of, work_of
 from llmsurgeon.searching.space import Space, chosen_operations
 from llmsurgeon.text.files import named_text
@@ -93,6 +95,7 @@ def search(
     out: str | os.PathLike[str],
     wanted: Wanted = Wanted(),
     *,
+    make: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     discard_partial: bool = False,
     say: Say = silent,
@@ -107,12 +110,14 @@ def search(
     Args:
         model: a hub id, a folder or a GGUF file.
         targets: such as "decode=1.5x", "params=0.7x", "size=300MB"; several bound together.
-        overwrite: replace `out` if it holds nothing but what llmsurgeon wrote; discard_partial: delete what an
-            unfinished run left beside it.
+        make: a folder for the model itself, which is what `run` makes of the recipe: the search has made it anyway,
+            unless its time was up or the recipe trains, when the recipe is run at the end.
+        overwrite: replace `out` and `make` if they hold nothing but what llmsurgeon wrote; discard_partial: delete what
+            an unfinished run left beside them.
 
     Raises:
         SurgeryError: a target that cannot be read, or is out of reach, a model, a text or an engine that cannot be
-            used, an `out` that cannot be written.
+            used, an `out` or a `make` that cannot be written.
     """
     join()
     clock = _Clock(wanted.minutes)
@@ -121,28 +126,57 @@ def search(
     if wanted.text:
         inputs.watch_text("text", os.fspath(wanted.text))
     read = (opened.parent.checkpoint.path, *existing(named_text(wanted.text), wanted.dataset))
-    staging = replace(opened.options, overwrite=overwrite, discard_partial=discard_partial).staging(*read)
+    options = replace(opened.options, overwrite=overwrite, discard_partial=discard_partial)
+    staging = options.staging(*read)
+    if make is not None:
+        from_first(lambda: _check_make(make, out, staging))
     with only_first(lambda: Stage.open(os.fspath(out), job=inputs.job(), **staging)) as stage:
         making = _prepared(opened, wanted, clock, seen_by_all(lambda: stage.scratch), say)
+        making = replace(making, home=None if make is None else Path(make))
         seeker = making.seeker
         alone = seeker.compare([1.0] * len(opened.meters))
         clock.lap("measure single operations")
         best, made = making.best(clock.in_time, say)
         clock.lap("choose and make")
         found = described(opened.found(clock.laps), seeker, best, made, alone)
-        if stage is None:
-            return found
-        stage.confirm(inputs.check)
-        beside = {f"./{name}": content for name, content in making.files(best).items()}
-        for name, content in beside.items():
-            stage.write_file(Path(name).name, content)
-        recipe = dump(making.recipe(best, Path()), Path(out), inside=beside, passed_on=False)
-        stage.write_file("recipe.yaml", recipe)
-        stage.write_file("report.html", html_found(found.plain(), recipe))
-        stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
-        stage.write_file("scores.safetensors", save(dict(seeker.scorer.store.values)))
-        stage.commit()
+        if stage is not None:
+            stage.confirm(inputs.check)
+            _write(stage, making, best, found)
+            if made and make is not None and not wanted.heal:
+                _place(made[0].folder, make, inputs.job(), staging)
+            stage.commit()
+    if make is not None and (not made or wanted.heal):
+        run(Path(out) / "recipe.yaml", None, make, options, wanted.revision)
     return found
+
+
+def _write(stage: Stage, making: Making, best: Model, found: Found) -> None:
+    """The recipe, what it reads of its own, and the reports."""
+    beside = {f"./{name}": content for name, content in making.files(best).items()}
+    for name, content in beside.items():
+        stage.write_file(Path(name).name, content)
+    recipe = dump(making.recipe(best, Path()), stage.out, inside=beside, passed_on=False)
+    stage.write_file("recipe.yaml", recipe)
+    stage.write_file("report.html", html_found(found.plain(), recipe))
+    stage.write_file("report.json", json.dumps(found.plain(), allow_nan=False) + "\n")
+    stage.write_file("scores.safetensors", save(dict(making.seeker.scorer.store.values)))
+
+
+def _check_make(make: str | os.PathLike[str], out: str | os.PathLike[str], staging: dict[str, Any]) -> None:
+    """Raise SurgeryError where the model could not be written in the end."""
+    Stage.check(os.fspath(make), **staging)
+    places = [Path(os.path.realpath(each)) for each in (make, out)]
+    if any(one in (other, *other.parents) for one, other in (places, places[::-1])):
+        raise SurgeryError(
+            f"{os.fspath(make)}: the model and the findings ({os.fspath(out)}) need folders of their own"
+        )
+
+
+def _place(made: Path, make: str | os.PathLike[str], job: dict[str, str], staging: dict[str, Any]) -> None:
+    """Move the model that was made to where it is wanted."""
+    with Stage.open(os.fspath(make), job=job, **staging) as stage:
+        stage.take(made)
+        stage.commit()
 
 
 def _prepared(opened: _Opened, wanted: Wanted, clock: _Clock, scratch: Path, say: Say) -> Making:

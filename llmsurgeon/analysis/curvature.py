@@ -19,6 +19,7 @@ from torch import Tensor
 from llmsurgeon.analysis.divergence import HEAD_ROWS, compared
 from llmsurgeon.progress import track
 from llmsurgeon.walk.runner import LayerRunner
+from llmsurgeon.walk.streams import Streams
 
 
 def drawn_gradients(runner: LayerRunner, left: Tensor, draws: int, seed: int = 0) -> Tensor:
@@ -29,7 +30,7 @@ def drawn_gradients(runner: LayerRunner, left: Tensor, draws: int, seed: int = 0
     """
     generator = torch.Generator().manual_seed(seed)
     positions = compared(left.shape[1])
-    found = torch.zeros(draws, *left.shape, dtype=left.dtype)
+    found = Streams(draws, tuple(left.shape), left.dtype).data.zero_()
     rows = torch.cartesian_prod(torch.arange(len(left)), positions)
     pull = _of_cosines if runner.family.encoder else _of_tokens
     for start in track(range(0, len(rows), HEAD_ROWS), "draw", unit="lots"):

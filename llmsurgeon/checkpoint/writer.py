@@ -18,7 +18,7 @@ from llmsurgeon.checkpoint.checksums import MANIFESTS, Checksum, checksum_of, fi
 from llmsurgeon.checkpoint.disk import NOTHING, explained
 from llmsurgeon.checkpoint.following import FollowingSum
 from llmsurgeon.checkpoint.index import INDEX
-from llmsurgeon.checkpoint.manifest import is_plain, write_manifest
+from llmsurgeon.checkpoint.manifest import is_plain, own_manifest, read_manifest, write_manifest
 from llmsurgeon.checkpoint.shards import Shard, index_json, meta_weights, parse_size, plan_shards
 from llmsurgeon.checkpoint.sharing import aligned, shared_blocks
 from llmsurgeon.checkpoint.source import Checkpoint
@@ -52,6 +52,17 @@ class Stage(Staging):
             path.parent.mkdir(exist_ok=True)
             path.unlink(missing_ok=True)
             shutil.copyfile(source, path)
+
+    def take(self, folder: Path) -> None:
+        """Move every file of a folder that this tool wrote in here; its manifest is written anew."""
+        manifest = own_manifest(folder)
+        assert manifest, f"{folder} is nobody's output"
+        for name in read_manifest(manifest):
+            path = self._inside(name)
+            with explained(path):
+                path.parent.mkdir(exist_ok=True)
+                shutil.move(folder / name, path)
+        self.checksum = MANIFESTS[manifest.name]
 
     def _inside(self, name: str) -> Path:
         if not is_plain(name) or name in MANIFESTS:

@@ -48,6 +48,10 @@ def search_command(
         ),
     ],
     out: Annotated[str | None, typer.Option("--out", "-o", help="Folder to write; default: MODEL-search.")] = None,
+    make: Annotated[
+        str | None,
+        typer.Option(help="Folder for the model itself, too: what `run` would make of the recipe.", show_default=False),
+    ] = None,
     engine: Annotated[
         str | None, typer.Option(help="What will run the result: llama.cpp:q8_0, transformers ...")
     ] = None,
@@ -128,13 +132,15 @@ def search_command(
         show_preview(preview(model, target, wanted, say), as_json)
         return
     folder = out or f"{short_name(model)}-search"
-    found = search(model, target, folder, wanted, overwrite=overwrite, discard_partial=discard_partial, say=say)
+    found = search(
+        model, target, folder, wanted, make=make, overwrite=overwrite, discard_partial=discard_partial, say=say
+    )
     if not first():
         return  # it has written nothing, and has nothing to show
     if as_json:
         print(json.dumps(found.plain()))
         return
-    show_found(found, Path(folder))
+    show_found(found, Path(folder), model, make)
 
 
 def show_preview(made: Preview, as_json: bool) -> None:
@@ -191,7 +197,7 @@ def amount(bound: Bound, cost: float) -> str:
     return human(cost, bound.unit) if bound.unit == "B" else f"{human(cost)} {bound.unit}"
 
 
-def show_found(found: Found, folder: Path) -> None:
+def show_found(found: Found, folder: Path, model: str, make: str | None) -> None:
     """What was reached, and what lies in the folder now."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -221,4 +227,8 @@ def show_found(found: Found, folder: Path) -> None:
         tell(note)
     for name in sorted(path.name for path in folder.iterdir()):
         tell(f"wrote {folder / name}")
-    tell(f"next: llmsurgeon run {shlex.quote(str(folder / 'recipe.yaml'))} -o OUT")
+    if make:
+        tell(f"wrote {make}")
+        tell(f"next: llmsurgeon eval {shlex.quote(make)} --against {shlex.quote(model)} --text FILE")
+    else:
+        tell(f"next: llmsurgeon run {shlex.quote(str(folder / 'recipe.yaml'))} -o OUT")

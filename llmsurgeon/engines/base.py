@@ -102,6 +102,10 @@ class Kind(Benched):
     def version(self) -> str:
         """What its speed depends on: its version, and those of what it computes with."""
 
+    def type_in(self, model: Described, setting: Setting) -> str | None:
+        """The type that a model is stored and computed in: the setting's, where that names one."""
+        return setting.type
+
     @abstractmethod
     def grain(self, setting: Setting) -> int:
         """Widths that it runs well are multiples of it."""

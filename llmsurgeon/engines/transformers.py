@@ -50,6 +50,9 @@ class TransformersKind(Kind):
     def version(self) -> str:
         return f"transformers {version('transformers')}, torch {torch.__version__}, python {platform.python_version()}"
 
+    def type_in(self, model: Described, setting: Setting) -> str:
+        return str(self._dtype(model, setting)).removeprefix("torch.")
+
     def grain(self, setting: Setting) -> int:
         return 32
 

@@ -28,6 +28,7 @@ class Options:
     device: "auto" (a card where there is one, else the CPU), "cpu", "cuda" ...
     overwrite: replace an OUT that this tool wrote.
     discard_partial: delete what an unfinished run left in OUT.partial.
+    home: where OUT will be moved to by whoever runs this: files beside that place are named as they lie from there.
     reads: files that were read already, as the recipe, and must survive.
     checksum: the kind of the written files' checksums: blake3, sha256 or none.
     planned: is told the plan before anything is healed or written.
@@ -50,6 +51,7 @@ class Options:
     reads: tuple[Path, ...] = ()
     checksum: str = "blake3"
     push: Target | None = None
+    home: Path | None = None
 
     def __post_init__(self) -> None:
         checksum_of(self.checksum)

@@ -17,6 +17,8 @@ from llmsurgeon.checkpoint.writer import Stage
 from llmsurgeon.errors import RecipeError
 from llmsurgeon.formats.beside import write_beside
 from llmsurgeon.model.costs import Costs
+from llmsurgeon.operations import Step
+from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
 from llmsurgeon.planning.healed import Healed
 from llmsurgeon.planning.opened import OpenedCheckpoint, shapes_of
 from llmsurgeon.planning.plan import Planned
@@ -32,7 +34,8 @@ from llmsurgeon.report.provenance import read_records
 class RunRecords:
     """A run, to be told: `recipe` as it resolved; `text` in words; tokenizer and the like are `source`'s.
 
-    parent: the model as it came. repository: of the hub, that the result goes to.
+    parent: the model as it came. repository: of the hub, that the result goes to. home: where the result will lie in
+    the end, from where files beside it are named; where it is written, unless it is said.
     """
 
     planned: Planned
@@ -42,6 +45,7 @@ class RunRecords:
     source: Checkpoint
     parent: Checkpoint
     repository: Repository | None = None
+    home: Path | None = None
 
     def write(self, stage: Stage, missed: list[str]) -> None:
         """Everything but the weights; `missed` is what the recipe's gate finds too little."""
@@ -49,10 +53,11 @@ class RunRecords:
         origin, heritage = origin_of(self.parent), inherited(self.source, self.parent)
         write_beside(stage, planned.written, self.source)
         _write_notice(stage, heritage)
-        recipe = dump(self.recipe.model_copy(update={"model": origin.hub_id or self.recipe.model}), stage.out)
+        home = self.home or stage.out
+        recipe = _passed_on(stage, self.recipe.model_copy(update={"model": origin.hub_id or self.recipe.model}), home)
         stage.write_file("recipe.yaml", recipe)
         for result in results.values():
-            for name, content in result.pages(stage.out.name).items():
+            for name, content in result.pages(home.name).items():
                 stage.write_file(name, content)
         known = (planned.parent.name, *planned.recipe.calibration.files)
         surgery = everywhere(self._surgery(missed, origin), lambda text: without_folders(text, *known))
@@ -115,7 +120,7 @@ def write_export_records(
         surgery, recipe, before = everywhere(records.surgery, without_folders), records.recipe, records.before
         with suppress(RecipeError):  # of another version: it goes along as it is
             read = loads(recipe, folder=checkpoint.path)
-            recipe, dataset = dump(read, stage.out), hub_dataset(read)
+            recipe, dataset = _passed_on(stage, read, stage.out), hub_dataset(read)
     exported = [f"Exported to {written.format} from `{origin.name}`."] if recipe else []
     made = Made(
         repository.name if repository else None,
@@ -137,6 +142,33 @@ def write_export_records(
         surgery = {**surgery, "format": written.format, "after": student.costs.to_dict()}
         stage.write_file("surgery.json", json.dumps(surgery, indent=2) + "\n")
     return before
+
+
+def _passed_on(stage: Stage, recipe: Recipe, home: Path) -> str:
+    """YAML of a recipe that goes along with a model in `home`, and so do its lists of tokens that are at hand.
+
+    Such a list says what was cut, and nobody has it who is given the model alone.
+    """
+    inside: dict[str, str] = {}
+
+    def own(entry: KeepTokens) -> KeepTokens:
+        path = Path(entry.file or "").expanduser()
+        if entry.file is None or not path.is_file():
+            return entry
+        if entry.file not in inside:
+            name = f"kept_tokens{f'_{len(inside) + 1}' if inside else ''}{path.suffix}"
+            stage.copy_file(path, name)
+            inside[entry.file] = f"./{name}"
+        return entry.model_copy(update={"file": inside[entry.file]})
+
+    def with_own(step: Step) -> Step:
+        if not isinstance(step, TrimVocab):
+            return step
+        keep = own(step.keep) if isinstance(step.keep, KeepTokens) else tuple(map(own, step.keep))
+        return step.model_copy(update={"keep": keep})
+
+    recipe = recipe.model_copy(update={"steps": tuple(map(with_own, recipe.steps))})
+    return dump(recipe, home, inside=inside.values())
 
 
 def hub_dataset(recipe: Recipe) -> str | None:

@@ -25,12 +25,13 @@ from llmsurgeon.healing.store import LayerStore, on_copies
 from llmsurgeon.model.spec import LayerSpec, ModelSpec, to_block_configs
 from llmsurgeon.searching.ground import Ground
 from llmsurgeon.searching.options import Cut, Option
+from llmsurgeon.walk.memory import room
 from llmsurgeon.walk.runner import LayerRunner
 
 # Of the refit's ridges, the one that it most often takes: hundreds of options are fitted.
 RIDGES = (0.1,)
-# What fitted layers may take in memory, to be at hand when they are asked for again.
-KEPT_BYTES = 1 << 30
+# What fitted layers may take in memory, to be at hand when they are asked for again; and of what is free at first.
+KEPT_BYTES, KEPT_SHARE = 1 << 30, 0.125
 
 
 class Workshop:
@@ -41,6 +42,8 @@ class Workshop:
         self.cut_of = {option: cut for cut in made for option in cut.options}
         self._layers: dict[int, list[nn.Module]] = {}
         self._fitted: dict[Option, list[dict[str, Tensor]]] = {}
+        free = room()
+        self._most = min(KEPT_BYTES, KEPT_SHARE * free.bytes) if free else KEPT_BYTES
 
     @contextmanager
     def standing(self, option: Option) -> Iterator[LayerRunner]:
@@ -58,7 +61,7 @@ class Workshop:
         """The fitted tensors; the last ones that were asked for are kept."""
         found = self._fitted.pop(option, None)
         self._fitted[option] = found = self._fit(option, beside) if found is None else found
-        while sum(map(_bytes, self._fitted.values())) > KEPT_BYTES and len(self._fitted) > 1:
+        while sum(map(_bytes, self._fitted.values())) > self._most and len(self._fitted) > 1:
             del self._fitted[next(iter(self._fitted))]
         return found
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
+from llmsurgeon.operations import Step
 from llmsurgeon.operations.distill import Distill
 from llmsurgeon.operations.refit import Refit
 from llmsurgeon.operations.trim_vocab import KeepTokens, TrimVocab
@@ -35,9 +36,13 @@ TOKENS = "tokens.json"
 
 @dataclass(frozen=True)
 class Made:
-    """A model that was written and measured: what it costs for each target, and how good it is on held-out text."""
+    """A model that was written and measured: what it costs for each target, and how good it is on held-out text.
+
+    folder: where it lies, as long as it is kept.
+    """
 
     model: Model
+    folder: Path
     costs: tuple[float, ...]
     evaluation: Evaluation | EncoderEvaluation | None
 
@@ -54,12 +59,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Making:
-    """How models are made. seeker: knows the space; heal: minutes of training that recipes end with."""
+    """How models are made. seeker: knows the space; heal: minutes of training that recipes end with.
+
+    home: where the best one that was made is to lie in the end, which is then kept.
+    """
 
     seeker: Seeker
     place: Place
     heal: float | None
     options: Options
+    home: Path | None = None
 
     def files(self, model: Model) -> dict[str, str]:
         """What a model's recipe reads of its own: the list of the tokens that stay, where some go."""
@@ -76,10 +85,13 @@ class Making:
         folder: where its `files` lie.
         """
         space, rows = self.seeker.space, self._rows(model)
+        heals: list[Step] = [Refit()]
+        if self.heal:
+            # What it leaves open is as the parent asks for: a recipe writes all of it out.
+            heals.append(Distill(minutes=self.heal).resolve(space.parent.subject({})))
         options = [space.options[place] for place in model.places if not space.options[place].rows]
         trims = [TrimVocab(keep=KeepTokens(file=f"{folder}/{TOKENS}"), rows=rows)] if rows else []
         told = ", ".join(meter.say(total) for meter, total in zip(space.meters, space.total(model.places), strict=True))
-        heals = [Refit(), *([Distill(minutes=self.heal)] if self.heal else [])]
         return Recipe(
             version=1,
             description=f"found by llmsurgeon search: {told}",
@@ -95,13 +107,11 @@ class Making:
         cut = recipe.model_copy(update={"steps": tuple(step for step in recipe.steps if not step.trains)})
         # A name of its own: a run that was killed goes on.
         out = self.place.scratch / f"made-{sha256(dump(cut).encode()).hexdigest()[:16]}"
-        outcome = run(cut, None, out, replace(self.options, overwrite=True), self.place.revision)
+        outcome = run(cut, None, out, replace(self.options, overwrite=True, home=self.home), self.place.revision)
         parent = self.seeker.space.parent.original
         path = Path(parent.checkpoint.path)
         costs = tuple(meter.measured(out, path) for meter in self.seeker.space.meters)
-        if first():
-            shutil.rmtree(out, ignore_errors=True)
-        return Made(model, costs, outcome.evaluation)
+        return Made(model, out, costs, outcome.evaluation)
 
     def _write_files(self, model: Model) -> None:
         for name, content in self.files(model).items():
@@ -111,7 +121,7 @@ class Making:
         """The best of models made one after the other, each for a budget corrected by what the one before missed.
 
         Those that meet every target come before those that do not; among them the KL decides. None is made when time
-        is up before the first. Returns the best one, and all that were made.
+        is up before the first. Returns the best one, and all that were made, the best first.
         """
         meters = self.seeker.space.meters
         tightened, made = [1.0] * len(meters), list[Made]()
@@ -123,10 +133,12 @@ class Making:
                 return model, []
             if any(model.places == each.model.places for each in made):
                 break
-            made.append(self.make(model))
-            for meter, cost in zip(meters, made[-1].costs, strict=True):
+            latest = self.make(model)
+            made = sorted([*made, latest], key=self._rank)
+            self._remove(made if self.home is None else made[1:])
+            for meter, cost in zip(meters, latest.costs, strict=True):
                 say(f"made: {meter.say(cost)}, of at most {meter.amount(meter.budget())}")
-            missed = [cost / meter.budget() for meter, cost in zip(meters, made[-1].costs, strict=True)]
+            missed = [cost / meter.budget() for meter, cost in zip(meters, latest.costs, strict=True)]
             if all(meter.exact or abs(m - 1) <= TOLERANCE for meter, m in zip(meters, missed, strict=True)):
                 break
             if not in_time():
@@ -137,8 +149,16 @@ class Making:
             raise SurgeryError(
                 "search: of what is scored so far nothing meets the targets; the same command goes on with the others"
             )
-        made.sort(key=lambda each: (self.excess(each.costs), each.model.measured.kl))
         return made[0].model, made
+
+    def _rank(self, made: Made) -> tuple[float, float]:
+        """The less, the better."""
+        return self.excess(made.costs), made.model.measured.kl
+
+    def _remove(self, made: Sequence[Made]) -> None:
+        if first():
+            for each in made:
+                shutil.rmtree(each.folder, ignore_errors=True)
 
     def _settled(self, tightened: Sequence[float], in_time: Callable[[], bool]) -> Model | None:
         """The best model, once one of its shape was timed: what layers of many shapes cost together no part tells."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmsurgeon.operations.trim_vocab import TrimVocab
@@ -234,6 +235,30 @@ def test_lists_of_tokens(place: Path, run) -> None:
     assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
     kept = set(mapped(place / "out", place / "parent").tolist())
     assert {inner.token_to_id("Ġthe"), 1200} <= kept and len(kept) < 330
+
+
+def test_lists_of_tokens_go_along_with_the_model(place: Path, run) -> None:
+    """Whoever gets the model alone can run its recipe, in whatever form it comes."""
+    parent_in(place / "parent", "llama")
+    (place / "mine").mkdir()
+    (place / "mine" / "list.json").write_text(json.dumps(["Ġthe", 1200]))
+    (place / "mine" / "more.txt").write_text("Ġof\n")
+    keep = [{"file": "mine/list.json"}, {"tokens": 20}, {"file": "mine/more.txt"}, {"file": "mine/list.json"}]
+    write(place / "r.yaml", {"op": "trim_vocab", "keep": keep})
+    assert run("run", "r.yaml", "parent", "-o", "out")[0] == 0
+    assert run("export", "out", "--to", "surgeon", "-o", "exported")[0] == 0
+    (place / "mine" / "list.json").unlink()
+    (place / "mine" / "more.txt").unlink()
+    table = load_file(place / "out" / "model.safetensors")["model.embed_tokens.weight"]
+    for name in ("out", "exported"):
+        assert (place / name / "kept_tokens.json").read_text() == json.dumps(["Ġthe", 1200])
+        assert (place / name / "kept_tokens_2.txt").read_text() == "Ġof\n" and run("verify", name)[0] == 0
+        for text in ("recipe.yaml", "README.md"):
+            assert "file: ./kept_tokens.json" in (place / name / text).read_text()
+        assert not list((place / name).glob("kept_tokens_3*"))
+        assert run("run", f"{name}/recipe.yaml", "parent", "-o", "again", "--overwrite")[0] == 0
+        again = load_file(place / "again" / "model.safetensors")["model.embed_tokens.weight"]
+        assert torch.equal(again, table)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])

@@ -8,19 +8,22 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import save_encoder
+from safetensors.torch import load_file
 
 from llmsurgeon import run as run_recipe
-from llmsurgeon import search
+from llmsurgeon import search, verify
 from llmsurgeon.engines.transformers import TransformersKind
 from llmsurgeon.errors import SurgeryError
 from llmsurgeon.evaluation.speed import Speedup
 from llmsurgeon.planning.opened import open_model
-from llmsurgeon.recipe.recipe import load
+from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.search import FILES, SCORING, Wanted, _Clock, _opened
 from llmsurgeon.searching import scoring
 from llmsurgeon.searching.costs.measured import SecondsMeter
 from llmsurgeon.searching.store import ScoreStore
+from tests.prose import sentences
 
 TEXT = {"text": "text.txt", "self_share": 0.0}
 FEW = {"tokens": 128, "sequence_length": 32, **TEXT, "allow": ("prune_width", "prune_attention")}
@@ -63,6 +66,61 @@ def test_the_recipe_runs_from_anywhere_though_the_model_lies_far_off(scene, monk
     monkeypatch.chdir(scene / "far")
     run_recipe(load(out / "recipe.yaml"), None, "made")
     assert (scene / "far" / "made" / "config.json").exists()
+
+
+def weights(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("why", ["made", "time is up", "trained"])
+def test_the_model_that_is_asked_for_is_what_the_recipe_makes(scene, monkeypatch, why):
+    earlier = loads("version: 1\nsteps: [{op: prune_blocks, layers: [1]}]\n")
+    run_recipe(earlier, "parent", "made")  # which is replaced
+    if why == "trained":
+        (scene / "text.txt").write_text("\n".join(sentences(400, seed=0)))
+    if why == "time is up":
+        some_time(monkeypatch, lots=3)
+    made = []
+
+    def briefly(recipe, *given):
+        """Training by steps, which take no clock's word for when they end."""
+        recipe = load(recipe)
+        steps = [
+            step.model_copy(update={"minutes": None, "steps": 2}) if step.trains else step for step in recipe.steps
+        ]
+        made.append(steps[-1])
+        return run_recipe(recipe.model_copy(update={"steps": tuple(steps)}), *given)
+
+    monkeypatch.setattr(sys.modules["llmsurgeon.search"], "run", briefly)
+    wanted = Wanted(**FEW, heal=7 if why == "trained" else None)
+    found = search("parent", "params=0.85x", "out", wanted, make="made", overwrite=True)
+    assert len(made) == (why != "made")
+    if why == "trained":
+        assert made[0].sequence_length == 128 and load("out/recipe.yaml").steps[-1].minutes == 7
+    recipe = (scene / "made" / "recipe.yaml").read_text()
+    assert "model: ../parent" in recipe and "text: ../text.txt" in recipe
+    assert not list(scene.glob("*.partial"))
+    again = briefly("out/recipe.yaml", None, "again")
+    assert open_model("made").spec.layers == again.planned.spec.layers
+    assert found.bounds[0].predicted == again.planned.after.parameters
+    assert verify("made") and (scene / "again" / "recipe.yaml").read_text() == recipe
+    ours, theirs = weights(scene / "made"), weights(scene / "again")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("make", ["out", "out/model", "."])
+def test_the_model_and_the_findings_have_folders_of_their_own(scene, make):
+    with pytest.raises(SurgeryError, match=r"folders of their own|is the working folder"):
+        search("parent", "params=0.85x", "out", Wanted(**FEW), make=make)
+    assert not list(scene.glob("out*"))
+
+
+def test_a_place_for_the_model_that_is_taken_is_said_first(scene):
+    (scene / "made").mkdir()
+    (scene / "made" / "mine").touch()
+    with pytest.raises(SurgeryError, match="made: exists already"):
+        search("parent", "params=0.85x", "out", Wanted(**FEW), make="made")
+    assert not list(scene.glob("out*")) and (scene / "made" / "mine").exists()
 
 
 def test_a_killed_search_goes_on_and_another_target_measures_little(scene, monkeypatch):
@@ -232,6 +290,10 @@ def test_an_encoder_is_chosen_by_a_distance_and_says_so(scene, run):
     assert made["low"] <= made["kl"] <= made["high"] and made["perplexity"] is None
     page = (scene / "out" / "report.html").read_text()
     assert "KL" not in page and "Cosine of pooled states" in page and "between the last hidden states" in page
+    trained = ("--heal", 5, "--minutes", 1, "-o", "healed")
+    assert run("search", "encoder", "--target", "params=0.9x", *sizes, *trained)[0] == 0
+    step = load(scene / "healed" / "recipe.yaml").steps[-1]
+    assert (step.kl, step.pooled, step.targets, step.minutes) == (0.0, 1.0, "memory", 5)
     # What the recipe makes has the very figures.
     outcome = run_recipe(load(scene / "out" / "recipe.yaml"), None, "made")
     assert 1 - outcome.evaluation.hidden_cosine == pytest.approx(made["kl"], abs=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +117,10 @@ def test_a_search_that_may_trim_the_vocabulary_does(scene):
     first = recipe.steps[0]
     assert isinstance(first, TrimVocab) and first.rows == len(kept) == found.table.rows < found.table.parent
     made = run_recipe(recipe, None, "made")
+    (scene / "elsewhere").mkdir()
+    search("parent", "params=0.7x", "second", Wanted(allow=OPS, **few), make="elsewhere/whole")
+    mine = load(scene / "elsewhere" / "whole" / "recipe.yaml").steps[0].keep.file
+    assert json.loads((scene / mine).read_text()) == kept and Path(mine).parent.name == "whole"
     costs: Costs = made.planned.after
     assert costs.parameters == found.bounds[0].predicted == found.bounds[0].measured <= found.bounds[0].budget
     assert open_model("made").spec.vocab == first.rows

@@ -8,7 +8,7 @@ import math
 import os
 import platform
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,10 @@ class Timings:
             keep(path, lambda partial: partial.write_text(json.dumps(asdict(ratio))))
 
     def _path(self, spec: ModelSpec) -> Path | None:
+        kind, setting = self.engine.kind, self.engine.setting
+        setting = replace(setting, type=kind.type_in(self.shapes.of(self.base), setting))
         key = {
-            "engine": [self.engine.kind.name, self.engine.kind.version(), asdict(self.engine.setting)],
+            "engine": [kind.name, kind.version(), asdict(setting)],
             "machine": machine(self.engine.setting.device),
             "quantity": [self.quantity, STEPS],
             "config": _essence(self.shapes.parent.config),

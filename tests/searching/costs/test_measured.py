@@ -162,6 +162,8 @@ def test_what_was_timed_is_kept_and_believed_only_whole(parent, monkeypatch, tmp
     again.prepare(layers)
     assert timed == []
     assert again.total(parent.spec) == first.total(parent.spec)
+    # What the engine computes in counts, not how it was asked for that: the checkpoint's dtype, which is float32 here.
+    assert decode_of(parent, "transformers:f32").timings.missing(list(first.timings.known)) == []
     # Another engine's setting, another quantity and another shape are something else.
     for other in (decode_of(parent, "transformers:bf16"), decode_of(parent, target="prefill=1.2x")):
         assert len(other.timings.missing(list(first.timings.known))) == 6
