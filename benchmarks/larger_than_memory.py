@@ -3,10 +3,12 @@
     python benchmarks/larger_than_memory.py --text calibration.txt                  # 12 GB under 3 GB; 30 GB of disk
     python benchmarks/larger_than_memory.py --text calibration.txt --gigabytes 1.5 --limit 0.9
     python benchmarks/larger_than_memory.py --text calibration.txt --tokens 1024 --verbs analyze run
+    python benchmarks/larger_than_memory.py --text calibration.txt --gigabytes 6 --tokens 512 --verbs search
 
 A random bfloat16 Llama is analysed, cut (two attentions out, a pair of FFNs fused), refitted and judged, evaluated
-against its parent, and exported as GGUF. Each verb is a process of its own in a control group of that limit, which
-pages of files count against, too: by systemd-run where systemd runs, else in a group made for it (needs root).
+against its parent, exported as GGUF, and searched for a model of 0.9 of its parameters. Each verb is a process of its
+own in a control group of that limit, which pages of files count against, too: by systemd-run where systemd runs, else
+in a group made for it (needs root).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,7 +38,11 @@ GROUPS = (
     Path("/sys/fs/cgroup") / GROUP / "memory.max",
     Path("/sys/fs/cgroup/memory") / GROUP / "memory.limit_in_bytes",
 )
-VERBS = ("analyze", "run", "eval", "export")
+VERBS = ("analyze", "run", "eval", "export", "search")
+SEARCH = (
+    "--target params=0.9x --allow prune_attention --allow prune_width --self-share 0 --refit-tokens 4096 "
+    "--minutes {minutes} -o {folder}/found --make {folder}/made"
+)
 RECIPE = """
 version: 1
 calibration: {{text: {text}, tokens: {tokens}, sequence_length: 256}}
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=3.0, help="gigabytes that a process may take")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--verbs", nargs="+", default=list(VERBS), choices=VERBS, help="eval asks for run before it")
+    parser.add_argument("--minutes", type=float, default=60, help="that the search may take, about")
     parser.add_argument("--folder", help="where to put the models (default: the temporary folder)")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     arguments = parser.parse_args()
@@ -135,11 +143,13 @@ def main() -> None:
         text = arguments.text.resolve()
         recipe.write_text(RECIPE.format(text=text, tokens=arguments.tokens, first=middle, second=middle + 1))
         sizes = ["--text", str(text), "--tokens", str(arguments.tokens), "--seq-len", "256"]
+        asked = SEARCH.format(folder=folder, minutes=arguments.minutes)
         lines = {
             "analyze": ["analyze", str(source), *sizes, "-o", str(folder / "analysis")],
             "run": ["run", str(recipe), str(source), "-o", str(out)],
             "eval": ["eval", str(out), "--against", str(source), *sizes],
             "export": ["export", str(source), "--to", "gguf", "--type", "Q8_0", "-o", str(folder / "out.gguf")],
+            "search": ["search", str(source), *sizes, *shlex.split(asked)],
         }
         report = {
             "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
