@@ -154,13 +154,17 @@ class Seeker:
                 self.say(f"round {round_ + 1}: {short} {_kl(best):.4f} (sum of single scores {best.predicted:.4f})")
             if without == PATIENCE or not new or not self.in_time():
                 break
-        return best or self._likeliest(tightened)
+        self._measure_likeliest(tightened)
+        return self._best(tightened)
 
-    def _likeliest(self, tightened: Sequence[float]) -> Model | None:
-        """The model of least summed score, measured though time is up: it is one walk."""
-        proposals = self._proposals(tightened)[:1]
-        self._measure(proposals, lambda: True)
-        return self.models[proposals[0]] if proposals else None
+    def _measure_likeliest(self, tightened: Sequence[float]) -> None:
+        """Measure the model that the scores take for the best, though time is up: it is one walk.
+
+        What was measured before it may be of one operation alone, and far from the best.
+        """
+        likeliest = self._choice(self.scores(), tightened)
+        if likeliest is not None and likeliest not in self.models:
+            self._measure([likeliest], lambda: True)
 
     def _best(self, tightened: Sequence[float]) -> Model | None:
         """Of the models that were measured the best one within the budgets."""

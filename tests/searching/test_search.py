@@ -22,6 +22,7 @@ from llmsurgeon.recipe.recipe import load, loads
 from llmsurgeon.search import FILES, SCORING, Wanted, _Clock, _opened
 from llmsurgeon.searching import scoring
 from llmsurgeon.searching.costs.measured import SecondsMeter
+from llmsurgeon.searching.seeking import Seeker
 from llmsurgeon.searching.store import ScoreStore
 from tests.prose import sentences
 
@@ -190,6 +191,21 @@ def test_time_that_is_up_before_anything_can_be_chosen_is_said(scene, run, monke
         code, _, err = run("search", "parent", "--target", "params=0.7x", *few, "-o", "out", "--minutes", 1)
         assert code == 2 and f"time was up when {scored} of 30 options were scored" in err
         assert "the others take about" in err and "kept" in err and not (scene / "out").exists()
+
+
+def test_time_that_is_up_once_single_operations_stand_still_measures_what_scores_take_for_the_best(scene, monkeypatch):
+    compare, seen = Seeker.compare, []
+
+    def then_time_is_up(self, tightened):
+        singles = compare(self, tightened)
+        self.in_time = self.scorer.in_time = lambda: False
+        seen.append((self, self._choice(self.scores(), tightened), {model.places for model in singles.values()}))
+        return singles
+
+    monkeypatch.setattr(Seeker, "compare", then_time_is_up)
+    search("parent", ["params=0.87x", "kv=0.85x"], "out", Wanted(**FEW))
+    [(seeker, likeliest, singles)] = seen
+    assert singles and likeliest not in singles and seeker.models.keys() == {*singles, likeliest}
 
 
 def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
