@@ -53,7 +53,8 @@ class Wanted:
         threads: of the CPU that it may use, all by default.
     text, dataset: what options are fitted and scored on; sampled from the model where neither is given. self_share: of
         it that the model writes beside a text or dataset, of all kinds; a quarter where it can.
-    tokens: how many score; refit_tokens: of the recipe, of which a search takes some; sequence_length: of the windows.
+    tokens: how many score, and how many others fit; refit_tokens: of the recipe, of which a search takes some;
+        sequence_length: of the windows.
     allow, forbid: operations, by the names that recipes have for them; by default all may be used but trim_vocab, which
         changes the tokenizer. "all" allows that, too. It takes a text or dataset that tells which tokens stay.
     minutes: the search ends, with the best that it knows, about then; heal: minutes of training in the recipe.

@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import inspect
 import json
 import shutil
 import subprocess
 import sys
 import time
+from math import log
 from pathlib import Path
 from typing import Any
 
 MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
 RESULTS = ("parent", "found", "student", "by-hand")
 EARLIER = ("analysis",)  # what demos of other versions wrote
-TARGETS = ("params=0.85x", "kv=0.75x")
-# Of what a search may use: enough for these targets, and options for a few minutes.
-OPERATIONS = ("prune_attention", "prune_width")
+TEXTS = ("python-language.txt", "python-library.txt")
+TARGET = "params=0.8x"
+# Of what a search may use: what pays for this target, and options for some minutes.
+OPERATIONS = ("trim_vocab", "prune_width", "prune_attention")
+LIBRARY = (
+    "argparse collections csv datetime decimal email.message functools heapq inspect itertools json logging os pathlib "
+    "random re shutil socket sqlite3 statistics string subprocess tempfile textwrap threading typing unittest "
+    "urllib.parse uuid xml.etree.ElementTree zipfile"
+)
 ROWS = (
     "blocks",
     "attentions",
+    "rows of the vocabulary",
     "parameters",
     "KV cache bytes a token",
-    "perplexity, ratio",
-    "KL to the parent, nats a token",
-    "top-1 agreement",
+    "bits per byte, {named}",
+    "bits per byte, sampled text",
     "decode speed",
     "prefill speed",
 )
-PROMPT = "The river had been rising for three days when"
+PROMPT = "A function that is called with too few arguments"
 
 
 def find_model() -> Path:
@@ -66,28 +75,50 @@ def continuation(folder: Path, prompt: str) -> str:
     return " ".join(tokenizer.decode(made[0], skip_special_tokens=True).split())
 
 
-def column_of(name: str, folder: Path, evaluation: dict[str, Any], bench: dict[str, Any]) -> list[str]:
+def write_texts(folder: Path) -> list[Path]:
+    """Text that every Python brings along: what it says of its language, to choose and fit on, and of its library."""
+    from pydoc_data.topics import topics
+
+    documented = []
+    for name in LIBRARY.split():
+        module = importlib.import_module(name)
+        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
+        documented += [text for value in (module, *own) if (text := inspect.getdoc(value))]
+    files = [folder / name for name in TEXTS]
+    for file, texts in zip(files, (topics.values(), documented), strict=True):
+        file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    return files
+
+
+def bits(evaluation: dict[str, Any]) -> str:
+    """Bits per byte over the parent's, with the 95 % interval; with one tokenizer they are logarithms of perplexity."""
+    if two := evaluation.get("bits"):
+        ratio, ends = two["bits_per_byte"] / two["parent_bits_per_byte"], two["ratio_interval"]
+    else:
+        parent = log(evaluation["parent_perplexity"])
+        ratio = 1 + log(evaluation["perplexity_ratio"]) / parent
+        ends = [1 + log(end) / parent for end in evaluation["perplexity_ratio_interval"]]
+    return f"{ratio:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+
+
+def column_of(name: str, folder: Path, evaluations: list[dict[str, Any]], bench: dict[str, Any]) -> list[str]:
     """One model's column of the table."""
     after = json.loads((folder / "surgery.json").read_text())["after"]
-    low, high = evaluation["perplexity_ratio_interval"]
-    return [
-        name,
-        str(after["blocks"]),
-        str(after["attentions"]),
-        f"{after['parameters'] / 1e6:.1f} M",
-        f"{after['kv_bytes_per_token']:,}",
-        f"{evaluation['perplexity_ratio']:.3f} ({low:.3f} to {high:.3f})",
-        f"{evaluation['kl']:.3f}",
-        f"{100 * evaluation['top1_agreement']:.1f} %",
-        *(f"{bench[part + '_speedup']['median']:.2f}x" for part in ("decode", "prefill")),
-    ]
+    speeds = (f"{bench[part + '_speedup']['median']:.2f}x" for part in ("decode", "prefill"))
+    return [name, *sizes(folder, after), *map(bits, evaluations), *speeds]
 
 
-def parent_column(student: Path) -> list[str]:
+def sizes(folder: Path, costs: dict[str, Any]) -> list[str]:
+    """What a model consists of."""
+    rows = json.loads((folder / "config.json").read_text())["vocab_size"]
+    counts = [str(costs["blocks"]), str(costs["attentions"]), f"{rows:,}"]
+    return [*counts, f"{costs['parameters'] / 1e6:.1f} M", f"{costs['kv_bytes_per_token']:,}"]
+
+
+def parent_column(parent: Path, student: Path) -> list[str]:
     """The parent's, by what a student says of it."""
     before = json.loads((student / "surgery.json").read_text())["before"]
-    sizes = [str(before["blocks"]), str(before["attentions"]), f"{before['parameters'] / 1e6:.1f} M"]
-    return ["parent", *sizes, f"{before['kv_bytes_per_token']:,}", "1", "0", "100 %", "1", "1"]
+    return ["parent", *sizes(parent, before), "1", "1", "1", "1"]
 
 
 def table(columns: list[list[str]]) -> None:
@@ -114,7 +145,7 @@ def make_room(folder: Path) -> None:
     if folder.exists() and any(folder.iterdir()) and not mark.exists():
         sys.exit(f"--out {folder}: holds files that no demo wrote; name another folder or remove it yourself")
     known = (*RESULTS, *EARLIER)
-    ours = {MARK, *known, *(f"{name}.partial" for name in known)}
+    ours = {MARK, *TEXTS, *known, *(f"{name}.partial" for name in known)}
     others = [path.name for path in sorted(folder.glob("*")) if path.name not in ours]
     earlier = [folder / name for name in known if (folder / name).exists()]
     others += [f"{path.name}/{name}" for path in earlier for name in strangers(path).foreign]
@@ -131,12 +162,11 @@ def main() -> None:
     """Search, make, prove."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything that is written")
-    parser.add_argument("--target", nargs="+", default=TARGETS, help="what to reach; see llmsurgeon search")
-    parser.add_argument("--text", help="text of your own to choose and fit on; default: sampled from the model")
-    parser.add_argument("--eval-text", help="text to measure on; default: fresh text sampled from the parent")
-    parser.add_argument(
-        "--by-hand", action="store_true", help="beside it: 8 attentions out, FFNs fused, as one names it"
-    )
+    parser.add_argument("--target", nargs="+", default=[TARGET], help="what to reach; see llmsurgeon search")
+    parser.add_argument("--minutes", default="5", help="of the search, about")
+    parser.add_argument("--text", help="text to choose and fit on; default: what Python says of its language")
+    parser.add_argument("--eval-text", help="text to measure on; default: what Python says of its library")
+    parser.add_argument("--by-hand", action="store_true", help="beside it, a cut by hand: 8 attentions out, FFNs fused")
     options = parser.parse_args()
     start = time.monotonic()
     make_room(options.out)
@@ -146,29 +176,34 @@ def main() -> None:
 
     print("Unpacking SmolLM2-135M-Instruct from its GGUF file", flush=True)
     export(str(find_model()), str(parent), "native")
-    text = ["--text", options.text] if options.text else []
+    language, library = write_texts(options.out)
+    text, judge = options.text or str(language), options.eval_text or str(library)
     asked = [word for target in options.target for word in ("--target", target)]
     asked += [word for name in OPERATIONS for word in ("--allow", name)]
-    few = ["--tokens", "2048", "--refit-tokens", "8192", "--minutes", "8"]
-    llmsurgeon("search", str(parent), *asked, *few, *text, "-o", str(found), "--make", str(student))
+    few = ["--text", text, "--tokens", "2048", "--refit-tokens", "8192", "--minutes", options.minutes]
+    llmsurgeon("search", str(parent), *asked, *few, "-o", str(found), "--make", str(student))
     students = {"searched": student}
     if options.by_hand:
-        cut = ["--drop-count", "8", "--max-run", "3", "--tokens", "8192"]
-        llmsurgeon("fuse", str(parent), *cut, *text, "-o", str(by_hand))
+        cut = ["--drop-count", "8", "--max-run", "3", "--tokens", "8192", "--text", text]
+        llmsurgeon("fuse", str(parent), *cut, "-o", str(by_hand))
         students["cut by hand"] = by_hand
-    measured_on = ["--text", options.eval_text] if options.eval_text else []
-    columns = [["", *ROWS], parent_column(student)]
+    columns = [["", *(row.format(named=Path(judge).stem) for row in ROWS)], parent_column(parent, student)]
     for name, folder in students.items():
         against = [str(folder), "--against", str(parent), "--json"]
-        evaluation = llmsurgeon("eval", *against, "--tokens", "4096", "--seq-len", "256", *measured_on, capture=True)
-        bench = llmsurgeon("bench", *against, "--prompt", "512", "--new-tokens", "32", "--rounds", "5", capture=True)
-        columns.append(column_of(name, folder, evaluation, bench))
+        judged = [
+            llmsurgeon("eval", *against, "--tokens", "2048", "--seq-len", "128", *given, capture=True)
+            for given in (["--text", judge], [])
+        ]
+        bench = llmsurgeon("bench", *against, "--prompt", "256", "--new-tokens", "32", "--rounds", "3", capture=True)
+        columns.append(column_of(name, folder, judged, bench))
     print()
     table(columns)
-    print(f"Measured on {evaluation['tokens']:,} tokens: {evaluation['text']}.\n")
+    print("Bits per byte and speeds are over the parent's. Both texts chose and fitted nothing:")
+    for evaluation in judged:
+        print(f"  {evaluation['tokens']:,} tokens of {evaluation['text']}")
     for name, folder in {"parent": parent, **students}.items():
-        print(f"{name}: {continuation(folder, PROMPT)}\n")
-    print(f"Report: {found / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
+        print(f"\n{name}: {continuation(folder, PROMPT)}")
+    print(f"\nReport: {found / 'report.html'}   Model: {student}   {time.monotonic() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def search_command(
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Such text on the hub, NAME[:CONFIG][:SPLIT].")] = None,
     self_share: SelfShare = None,
-    tokens: Annotated[int, tokens_option("How many tokens score each option.")] = 4096,
+    tokens: Annotated[int, tokens_option("How many tokens score each option; as many fit it.")] = 4096,
     refit_tokens: Annotated[
         int, tokens_option("How many tokens the recipe's refit reads, of which a search takes some.")
     ] = 65_536,

@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmsurgeon.evaluation.decoders import Evaluation
 from llmsurgeon.evaluation.encoders import EncoderEvaluation
 from llmsurgeon.model.spec import LayerSpec
+from llmsurgeon.report.card import collapse
 from llmsurgeon.searching.found import Bound, Chosen, Found, Point, Scored, Shape, Table
 from llmsurgeon.searching.making import Made
 from llmsurgeon.searching.options import rows_of
@@ -39,8 +40,15 @@ def described(found: Found, seeker: Seeker, best: Model, made: Sequence[Made], a
         layers=_layers(seeker, best),
         table=_table(seeker, best),
         points=points,
-        notes=[*found.notes, *_unfinished(seeker, best, made), *_unsure(seeker)],
+        notes=[*found.notes, *_collapsed(made), *_unfinished(seeker, best, made), *_unsure(seeker)],
     )
+
+
+def _collapsed(made: Sequence[Made]) -> list[str]:
+    """What is to be said of a best model that is none any more."""
+    judged = made[0].evaluation if made else None
+    warning = collapse(judged.to_dict()) if judged else None
+    return [f"WARNING: {warning}"] if warning else []
 
 
 def _bounds(space: Space, best: Model, costs: Sequence[float] | None) -> tuple[Bound, ...]:

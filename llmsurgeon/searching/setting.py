@@ -31,20 +31,18 @@ from llmsurgeon.searching.store import ScoreStore
 from llmsurgeon.searching.vocabulary import Vocabularies
 from llmsurgeon.walk.runner import LayerRunner
 
-# Tokens that fit an option, and choose whether the fit is taken.
-FIT_TOKENS = 4096
 # How many options a layer a search measures, about, of those that it foresees.
 MEASURED = 2.0
 
 
 def scorer_of(space: Space, texts: Texts, tokens: int, batch: int, in_time: Callable[[], bool]) -> Scorer:
-    """What measures the models of a space, on `tokens` tokens of the texts.
+    """What measures the models of a space, on `tokens` tokens of the texts; as many others fit each option.
 
     Raises:
         SurgeryError: too little text, or the disk fails.
     """
     parent = texts.parent
-    fits, scores = shared_out(texts.sequences, tokens, FIT_TOKENS)
+    fits, scores = shared_out(texts.sequences, tokens, tokens)
     folder = _folder(texts, fits.tokens, scores.tokens)
     store = ScoreStore(folder)
     found = _orders(space, texts, folder, batch)
@@ -113,7 +111,7 @@ def work_of(space: Space, parent: OpenedCheckpoint, tokens: int, length: int, op
     walked = measured * (layers + 1) // 2 + (len(singles) - len(foreseen)) * layers
     evaluations = walked + len(foreseen) + (1 + 2 * DRAWS) * layers
     # A fit walks its layer over the tokens that fit about four times: twice for each of two updates.
-    fitted = len(foreseen) * 4 * FIT_TOKENS
+    fitted = len(foreseen) * 4 * tokens
     heads = (measured + 2 * DRAWS) / KL_STRIDE + 2 * (len(singles) - len(foreseen))
     seconds = once * (evaluations * tokens + fitted) + head * heads * tokens
     return Work(len(space.options), len(singles), evaluations, seconds)
