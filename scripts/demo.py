@@ -19,9 +19,10 @@ MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
 RESULTS = ("parent", "found", "student", "by-hand")
 EARLIER = ("analysis",)  # what demos of other versions wrote
 TEXTS = ("python-language.txt", "python-library.txt")
-TARGET = "params=0.8x"
+TARGET = "params=0.85x"
 # Of what a search may use: what pays for this target, and options for some minutes.
-OPERATIONS = ("trim_vocab", "prune_width", "prune_attention")
+OPERATIONS = ("trim_vocab", "prune_width")
+SIZES = ("--tokens", "2048", "--refit-tokens", "8192", "--seq-len", "128")
 LIBRARY = (
     "argparse collections csv datetime decimal email.message functools heapq inspect itertools json logging os pathlib "
     "random re shutil socket sqlite3 statistics string subprocess tempfile textwrap threading typing unittest "
@@ -180,7 +181,7 @@ def main() -> None:
     text, judge = options.text or str(language), options.eval_text or str(library)
     asked = [word for target in options.target for word in ("--target", target)]
     asked += [word for name in OPERATIONS for word in ("--allow", name)]
-    few = ["--text", text, "--tokens", "2048", "--refit-tokens", "8192", "--minutes", options.minutes]
+    few = ["--text", text, *SIZES, "--minutes", options.minutes]
     llmsurgeon("search", str(parent), *asked, *few, "-o", str(found), "--make", str(student))
     students = {"searched": student}
     if options.by_hand:
