@@ -285,6 +285,15 @@ def same_threads() -> Iterator[None]:
     assert now == before, f"the test left torch with {now} threads instead of {before}"
 
 
+@pytest.fixture(autouse=True)
+def not_quiet() -> Iterator[None]:
+    """A command line with --quiet quiets its whole process, which here goes on with other tests."""
+    from llmsurgeon.progress import set_quiet
+
+    yield
+    set_quiet(False)
+
+
 @pytest.fixture(params=FAMILY_NAMES)
 def family_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

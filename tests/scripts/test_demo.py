@@ -52,3 +52,20 @@ def test_what_no_demo_wrote_stays(tmp_path):
     with pytest.raises(SystemExit, match="is a file"):
         demo.make_room(tmp_path / "thesis.tex")
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_the_texts_that_python_brings_along(tmp_path):
+    """Enough of each for what the demo asks, and what judges is not in what chose."""
+    language, library = (file.read_text() for file in demo.write_texts(tmp_path))
+    assert len(language) > 200_000 and len(library) > 100_000
+    lines = {line for line in language.splitlines() if len(line) > 40}
+    shared = [line for line in library.splitlines() if line in lines]
+    assert len(shared) < len(lines) / 100
+    (tmp_path / demo.MARK).touch()
+    demo.make_room(tmp_path)  # they are the demo's own
+
+
+def test_bits_per_byte_of_one_tokenizer_and_of_two():
+    one = {"parent_perplexity": 16.0, "perplexity_ratio": 2.0, "perplexity_ratio_interval": [1.0, 4.0]}
+    two = {"bits": {"bits_per_byte": 1.1, "parent_bits_per_byte": 1.0, "ratio_interval": [1.05, 1.15]}}
+    assert demo.bits(one) == "1.250 (1.000 to 1.500)" and demo.bits(two) == "1.100 (1.050 to 1.150)"

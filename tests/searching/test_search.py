@@ -217,10 +217,11 @@ def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
         assert meter.engine.setting.device == device
 
 
-@pytest.mark.parametrize(("more", "times"), [(0.1, 1), (3.0, 3)])
+@pytest.mark.parametrize(("more", "times"), [(0.1, 2), (3.0, 3)])
 def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch, more, times):
     """An engine in which a model of three shapes of layers takes a tenth more than its parts; or so much that no such
-    model meets a target, and what came nearest is told."""
+    model meets a target, and what came nearest is told. The first that is made is what was predicted; where it is
+    faster than was asked for, another may follow."""
 
     def seconds(spec):
         unlike = len({replace(layer, parents=()) for layer in spec.layers}) > 2
