@@ -19,10 +19,10 @@ MARK = ".llmsurgeon-demo"  # in every folder that a demo wrote
 RESULTS = ("parent", "found", "student", "by-hand")
 EARLIER = ("analysis",)  # what demos of other versions wrote
 TEXTS = ("python-language.txt", "python-library.txt")
-TARGET = "params=0.85x"
+TARGET = "params=0.8x"
 # Of what a search may use: what pays for this target, and options for some minutes.
-OPERATIONS = ("trim_vocab", "prune_width")
-SIZES = ("--tokens", "2048", "--refit-tokens", "8192", "--seq-len", "128")
+OPERATIONS = ("trim_vocab", "prune_width", "prune_attention")
+SIZES = ("--tokens", "2048", "--refit-tokens", "8192")
 LIBRARY = (
     "argparse collections csv datetime decimal email.message functools heapq inspect itertools json logging os pathlib "
     "random re shutil socket sqlite3 statistics string subprocess tempfile textwrap threading typing unittest "
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for everything that is written")
     parser.add_argument("--target", nargs="+", default=[TARGET], help="what to reach; see llmsurgeon search")
-    parser.add_argument("--minutes", default="5", help="of the search, about")
+    parser.add_argument("--minutes", default="6", help="of the search, about")
     parser.add_argument("--text", help="text to choose and fit on; default: what Python says of its language")
     parser.add_argument("--eval-text", help="text to measure on; default: what Python says of its library")
     parser.add_argument("--by-hand", action="store_true", help="beside it, a cut by hand: 8 attentions out, FFNs fused")
@@ -192,10 +192,10 @@ def main() -> None:
     for name, folder in students.items():
         against = [str(folder), "--against", str(parent), "--json"]
         judged = [
-            llmsurgeon("eval", *against, "--tokens", "2048", "--seq-len", "128", *given, capture=True)
+            llmsurgeon("eval", *against, "--tokens", "2048", "--seq-len", "256", *given, capture=True)
             for given in (["--text", judge], [])
         ]
-        bench = llmsurgeon("bench", *against, "--prompt", "256", "--new-tokens", "32", "--rounds", "3", capture=True)
+        bench = llmsurgeon("bench", *against, "--prompt", "256", "--new-tokens", "32", "--rounds", "5", capture=True)
         columns.append(column_of(name, folder, judged, bench))
     print()
     table(columns)
