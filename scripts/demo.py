@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from math import log
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,11 @@ def write_texts(folder: Path) -> list[Path]:
     from pydoc_data.topics import topics
 
     documented = []
-    for name in LIBRARY.split():
-        module = importlib.import_module(name)
-        own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
-        documented += [text for value in (module, *own) if (text := inspect.getdoc(value))]
+    with warnings.catch_warnings(action="ignore"):  # names that go in a later Python
+        for name in LIBRARY.split():
+            module = importlib.import_module(name)
+            own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
+            documented += [text for value in (module, *own) if (text := inspect.getdoc(value))]
     files = [folder / name for name in TEXTS]
     for file, texts in zip(files, (topics.values(), documented), strict=True):
         file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
