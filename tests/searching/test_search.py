@@ -217,11 +217,10 @@ def test_the_model_is_timed_where_it_is_to_run(scene, monkeypatch):
         assert meter.engine.setting.device == device
 
 
-@pytest.mark.parametrize(("more", "times"), [(0.1, 2), (3.0, 3)])
+@pytest.mark.parametrize(("more", "times"), [(0.1, 1), (3.0, 3)])
 def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch, more, times):
     """An engine in which a model of three shapes of layers takes a tenth more than its parts; or so much that no such
-    model meets a target, and what came nearest is told. The first that is made is what was predicted; where it is
-    faster than was asked for, another may follow."""
+    model meets a target, and what came nearest is told."""
 
     def seconds(spec):
         unlike = len({replace(layer, parents=()) for layer in spec.layers}) > 2
@@ -241,7 +240,7 @@ def test_the_shape_that_is_chosen_is_timed_before_it_is_made(scene, monkeypatch,
     monkeypatch.setattr(TransformersKind, "timed", timed)
     monkeypatch.setattr(SecondsMeter, "speedup", speedup)
     said: list = []
-    few = {**FEW, "allow": ("prune_width",)}
+    few = {**FEW, "allow": ("prune_width",), "tokens": 512}
     found = search("parent", "decode=1.2x", "out", Wanted(**few, engine="transformers"), say=said.append)
     (bound,) = found.bounds
     assert bound.predicted == pytest.approx(bound.measured, rel=0.01)
